@@ -1,0 +1,38 @@
+# make demo: a fresh clone to a trained GPT-2.   make test: the whole test suite that needs no GPU.
+PYTHON ?= python3
+VENV ?= .venv
+# What to install as torch, e.g. `make demo TORCH=torch==2.11.0`; one that PYTHON already has is used as it is.
+TORCH ?= torch
+# Tests run in this many processes, one thread each.
+JOBS ?= 2
+DEMO_ARGS ?=
+
+RUN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+.PHONY: demo test lint setup clean
+
+demo: $(READY)
+	$(RUN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		recipes/gpt2_pretrain.py --preset demo --hidden_act gem_n2 $(DEMO_ARGS)
+
+test: lint
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) $(TEST_ARGS)
+
+lint: $(READY)
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("hf_gem needs Python 3.10 or newer, got " \
+		+ sys.version.split()[0] + "; name another one with make PYTHON=python3.12")'
+	$(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
+	$(RUN)/python -c 'import torch' 2>/dev/null || $(RUN)/python -m pip install --quiet "$(TORCH)"
+	$(RUN)/python -m pip install --quiet --editable ".[train,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,30 @@
+"""The GEM family of activation functions, for torch, transformers and timm.
+
+Importing this package makes every name of the family (`gem_n2`, `egem`, `segem_eps0.01` ...) known to transformers and
+timm, whether they are imported before or after it.
+"""
+
+from .functional import egem, gem, segem
+from .init import gain
+from .integrations import register, unregister
+from .modules import EGEM, GEM, SEGEM, get_activation
+from .spec import GemSpec, parse
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EGEM",
+    "GEM",
+    "SEGEM",
+    "GemSpec",
+    "egem",
+    "gain",
+    "gem",
+    "get_activation",
+    "parse",
+    "register",
+    "segem",
+    "unregister",
+]
+
+register()

@@ -1,0 +1,38 @@
+"""Initialisation: the gain that keeps the second moment of a layer's input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .modules import get_activation
+
+
+def gain(activation: str | Callable[[Tensor], Tensor]) -> float:
+    r"""`1 / sqrt(E[f(Z)^2])` for a unit normal Z: He-style initialisation draws weights with std `gain / sqrt(fan_in)`.
+
+    ReLU has sqrt(2). The expectation is a trapezoidal sum over `log|z|`, which converges exponentially because the
+    integrand is analytic there and decays on both sides; its error is below 1e-10 for every name of the family.
+
+    Args:
+        activation: A name of the family, or any elementwise function of a float64 tensor, such as
+            `torch.nn.functional.gelu`, to compare with. A learnable name counts with its initial eps.
+
+    Returns:
+        The gain, dimensionless.
+
+    Raises:
+        ValueError: the name is malformed, or the function is zero or not finite on unit normal input.
+    """
+    function = get_activation(activation) if isinstance(activation, str) else activation
+    step = 1 / 512  # the nearest pole in log z lies pi/2n away, so that n = 32 needs a step this small
+    z = torch.exp(torch.arange(-40, math.log(40), step, dtype=torch.float64))
+    density = torch.exp(-z * z / 2) * z * (step / math.sqrt(2 * math.pi))
+    with torch.no_grad():
+        moment = float(((function(z) ** 2 + function(-z) ** 2) * density).sum())
+    if not (math.isfinite(moment) and moment > 0):
+        raise ValueError(f"{activation!r} has second moment {moment} on unit normal input: no gain keeps it")
+    return 1 / math.sqrt(moment)

@@ -1,0 +1,5 @@
+"""Registration into other libraries: `register()` and `unregister()`."""
+
+from .hooks import register, unregister
+
+__all__ = ["register", "unregister"]

@@ -1,0 +1,165 @@
+"""The activation functions as modules, and modules by name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, reference
+from .spec import DEFAULT_EPS, GemSpec, parse
+
+
+class _Activation(nn.Module):
+    """What the modules share. n and eps are plain numbers, so that building on the meta device loses nothing.
+
+    A learnable eps is `init_eps * exp(log_ratio)`: positive whatever the optimizer does, and exactly `init_eps` at
+    `log_ratio = 0`, also when the module is cast to bfloat16.
+    """
+
+    __jit_unused_properties__: ClassVar = ["eps", "spec"]
+    family: str
+
+    def __init__(
+        self,
+        n: int = 1,
+        eps: float | None = None,
+        learnable: bool = False,
+        num_parameters: int = 1,
+        channel_dim: int = 1,
+    ) -> None:
+        super().__init__()
+        spec = GemSpec(self.family, n, eps, learnable)
+        if num_parameters != 1 and not learnable:
+            raise ValueError(f"num_parameters={num_parameters} needs learnable=True: a fixed eps has no parameters")
+        if num_parameters < 1:
+            raise ValueError(f"num_parameters must be 1 or the number of channels, got {num_parameters}")
+        self.n = spec.n
+        self.init_eps = float(spec.eps)  # type: ignore[arg-type]
+        self.num_parameters = num_parameters
+        self.channel_dim = channel_dim
+        self.log_ratio: nn.Parameter | None
+        if learnable:
+            # One eps for all is 0-dim: sharded and weight-decayed optimizers then treat it as a scalar, not a matrix.
+            self.log_ratio = nn.Parameter(torch.zeros(num_parameters if num_parameters > 1 else ()))
+        else:
+            self.register_parameter("log_ratio", None)
+
+    def reset_parameters(self) -> None:
+        """Sets a learnable eps back to its initial value."""
+        if self.log_ratio is not None:
+            nn.init.zeros_(self.log_ratio)
+
+    @property
+    def eps(self) -> float | Tensor:
+        """The current eps: a float, or for a learnable one a float32 tensor, 0-dim or of shape (num_parameters,)."""
+        return self.init_eps if self.log_ratio is None else self.init_eps * torch.exp(self.log_ratio.float())
+
+    @property
+    def spec(self) -> GemSpec:
+        """Family, n, initial eps and learnability."""
+        return GemSpec(self.family, self.n, self.init_eps, self.log_ratio is not None)
+
+    def _eps_for(self, log_ratio: Tensor, x: Tensor) -> Tensor:
+        eps = self.init_eps * torch.exp(log_ratio.float())
+        if self.num_parameters > 1:
+            shape = [1] * x.dim()
+            shape[self.channel_dim] = self.num_parameters
+            eps = eps.view(shape)
+        return eps
+
+    def extra_repr(self) -> str:
+        parts = [f"n={self.n}"]
+        if self.family != "gem":
+            parts.append(f"eps={self.init_eps:g}")
+        if self.log_ratio is not None:
+            parts.append("learnable=True")
+        if self.num_parameters > 1:
+            parts.append(f"num_parameters={self.num_parameters}, channel_dim={self.channel_dim}")
+        return ", ".join(parts)
+
+
+class GEM(_Activation):
+    """GEM, `x^(2n+1) / (1 + x^(2n))` for x > 0, else 0; see `hf_gem.functional.gem`.
+
+    Args:
+        n: The paper's N, 1 to 32.
+        inplace: Accepted for timm and torch signatures; the input is never overwritten.
+    """
+
+    family = "gem"
+
+    def __init__(self, n: int = 1, inplace: bool = False) -> None:
+        super().__init__(n)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return reference.egem(x, self.n, 1.0)
+        return functional.gem(x, self.n)
+
+
+class EGEM(_Activation):
+    """E-GEM, `x t / (t + eps)` with `t = x^(2n)` for x > 0, else 0; see `hf_gem.functional.egem`.
+
+    Args:
+        n: The paper's N, 1 to 32.
+        eps: Positive number; the initial value where it is learnable.
+        learnable: Makes eps a positive Parameter, `eps * exp(log_ratio)`. Leave `log_ratio` out of weight decay.
+        num_parameters: 1, or C for an eps of its own for each channel.
+        channel_dim: The dimension of the channels: 1 for images (N, C, ...), -1 for sequences (..., C).
+        inplace: Accepted for timm and torch signatures; the input is never overwritten.
+
+    Raises:
+        TypeError, ValueError: n, eps or num_parameters out of range; a per-channel eps applied to another width.
+    """
+
+    family = "egem"
+
+    def __init__(
+        self,
+        n: int = 1,
+        eps: float = DEFAULT_EPS,
+        learnable: bool = False,
+        num_parameters: int = 1,
+        channel_dim: int = 1,
+        inplace: bool = False,
+    ) -> None:
+        super().__init__(n, eps, learnable, num_parameters, channel_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        log_ratio = self.log_ratio
+        if torch.jit.is_scripting():
+            if log_ratio is not None:
+                return reference.egem_tensor(x, self.n, self._eps_for(log_ratio, x))
+            return reference.egem(x, self.n, self.init_eps)
+        return functional.egem(x, self.n, self.init_eps if log_ratio is None else self._eps_for(log_ratio, x))
+
+
+class SEGEM(EGEM):
+    """SE-GEM, `x` for x >= 0 and `x eps / (x^(2n) + eps)` for x < 0; see `hf_gem.functional.segem`. Args as EGEM."""
+
+    family = "segem"
+
+    def forward(self, x: Tensor) -> Tensor:
+        log_ratio = self.log_ratio
+        if torch.jit.is_scripting():
+            if log_ratio is not None:
+                return reference.segem_tensor(x, self.n, self._eps_for(log_ratio, x))
+            return reference.segem(x, self.n, self.init_eps)
+        return functional.segem(x, self.n, self.init_eps if log_ratio is None else self._eps_for(log_ratio, x))
+
+
+def module_factory(spec: GemSpec) -> Callable[..., nn.Module]:
+    """A picklable callable that builds a new module for `spec`; takes `inplace` like the activation classes of timm."""
+    if spec.family == "gem":
+        return functools.partial(GEM, n=spec.n)
+    cls = EGEM if spec.family == "egem" else SEGEM
+    return functools.partial(cls, n=spec.n, eps=spec.eps, learnable=spec.learnable)
+
+
+def get_activation(name: str) -> nn.Module:
+    """Builds the module an activation name stands for; see `hf_gem.parse` for names and errors."""
+    return module_factory(parse(name))()

@@ -1,0 +1,165 @@
+"""The formulas in plain torch: the one place that says what the functions are.
+
+With `t = x^(2n)` and the gate `s = t / (t + eps)`:
+
+    egem(x)  = x s          for x > 0, else 0         slope s (1 + 2n (1 - s)) for x > 0, else 0
+    segem(x) = x            for x >= 0                slope 1
+               x (1 - s)    for x < 0                 slope (1 - s) (1 - 2n s)
+
+GEM is egem with eps = 1. Written so that no intermediate overflows and nothing cancels:
+
+- x is multiplied by a power of two near eps^(-1/2n), which is exact and leaves an eps within a factor 2^n of 1;
+- past a bound where the gate is 1 to rounding, x no longer enters t, so t stays small and autograd through these
+  formulas gives the slopes above everywhere, at infinity too;
+- 1 - s is computed as eps / (t + eps), never as a difference, and keeps its relative accuracy down to underflow.
+
+Shapes and dtypes: any shape; float16 and bfloat16 are computed in float32 and rounded once at the end, float32 and
+float64 in themselves. A tensor eps has to broadcast against x. The operations are products, sums, divisions,
+selections and clamps; the functions annotated with a float eps can be scripted, and so can their `_tensor` twins.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def egem(x: Tensor, n: int, eps: float) -> Tensor:
+    """E-GEM: `x s` for x > 0, else 0. GEM for eps = 1."""
+    r, e = _scale(eps, n)
+    z = _working(x)
+    v = z * r
+    t = _gate_power(v, n)
+    return _egem(z, v, n, t / (t + e), z).to(x.dtype)
+
+
+def egem_tensor(x: Tensor, n: int, eps: Tensor) -> Tensor:
+    """`egem` with a tensor eps, differentiable in it."""
+    z = _working(x)
+    r, e = _scale_tensor(eps.to(z.dtype), n)
+    v = z * r
+    t = _gate_power(v, n)
+    # Past the bound x s rounds to x, but its derivative in eps does not round to zero.
+    far = z - _remainder(z, v, n, e / (t + e))
+    return _egem(z, v, n, t / (t + e), far).to(x.dtype)
+
+
+def segem(x: Tensor, n: int, eps: float) -> Tensor:
+    """SE-GEM: `x` for x >= 0, `x (1 - s)` for x < 0."""
+    r, e = _scale(eps, n)
+    z = _working(x)
+    v = -z * r
+    return _segem(z, v, n, e / (_gate_power(v, n) + e)).to(x.dtype)
+
+
+def segem_tensor(x: Tensor, n: int, eps: Tensor) -> Tensor:
+    """`segem` with a tensor eps, differentiable in it."""
+    z = _working(x)
+    r, e = _scale_tensor(eps.to(z.dtype), n)
+    v = -z * r
+    return _segem(z, v, n, e / (_gate_power(v, n) + e)).to(x.dtype)
+
+
+def egem_slope(x: Tensor, n: int, eps: float | Tensor) -> Tensor:
+    """d egem / dx, in the working dtype of x."""
+    s, c = _gates(_working(x), n, eps)
+    return s * (1 + 2 * n * c)
+
+
+def segem_slope(x: Tensor, n: int, eps: float | Tensor) -> Tensor:
+    """d segem / dx, in the working dtype of x."""
+    z = _working(x)
+    s, c = _gates(-z, n, eps)
+    return torch.where(z < 0, c * (1 - 2 * n * s), torch.ones_like(z))
+
+
+def egem_eps_slope(x: Tensor, n: int, eps: Tensor) -> Tensor:
+    """d egem / d eps = -x s (1 - s) / eps for x > 0, else 0, in the working dtype of x."""
+    z = _working(x)
+    s, c = _gates(z, n, eps)
+    return -(_positive(z) * c) * s / eps.to(z.dtype)
+
+
+def segem_eps_slope(x: Tensor, n: int, eps: Tensor) -> Tensor:
+    """d segem / d eps; segem(x) = x + egem(-x), so it is that of egem at -x."""
+    return egem_eps_slope(-x, n, eps)
+
+
+def _working(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def _scale(eps: float, n: int) -> tuple[float, float]:
+    """Splits eps into r = 2^k and e = eps r^(2n), exactly, with e within a factor 2^n of 1."""
+    k = math.floor(0.5 - math.log(eps) / (2 * n * math.log(2.0)))  # TorchScript has no log2
+    return math.ldexp(1.0, k), math.ldexp(eps, 2 * n * k)
+
+
+def _scale_tensor(eps: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """`_scale` for a tensor. Only e carries a derivative: the functions do not depend on how eps is split."""
+    eps = eps.clamp(1e-37, 1e37)  # what float32 holds; a learnable eps that runs away saturates there
+    r = torch.exp2(torch.floor(0.5 - torch.log2(eps.detach()) / (2 * n)))
+    e = eps
+    for _ in range(2 * n):  # a factor at a time, since r^(2n) alone may overflow
+        e = e * r
+    return r, e
+
+
+def _bound(n: int, dtype: torch.dtype) -> float:
+    """The scaled |x| past which the gate rounds to 1: a power of two whose 2n-th power exceeds e 2^(digits + 3)."""
+    digits = 53 if dtype == torch.float64 else 24
+    return 2.0 ** math.ceil((digits + 3 + n) / (2 * n))
+
+
+def _power(x: Tensor, k: int) -> Tensor:
+    """x^k, k >= 1, by repeated squaring: at most k - 1 roundings. torch.pow would be autocast and is slower."""
+    base = x
+    result = x
+    k = k - 1
+    while k > 0:
+        if k % 2 == 1:
+            result = result * base
+        k = k // 2
+        if k > 0:
+            base = base * base
+    return result
+
+
+def _positive(z: Tensor) -> Tensor:
+    """max(z, 0), finite: infinity times a vanishing gate would be NaN, in autograd's unselected branches too."""
+    largest = 1.7976931348623157e308 if z.dtype == torch.float64 else 3.4028234663852886e38
+    return z.clamp(0.0, largest)
+
+
+def _gate_power(v: Tensor, n: int) -> Tensor:
+    return _power(v.clamp(0.0, _bound(n, v.dtype)), 2 * n)
+
+
+def _egem(z: Tensor, v: Tensor, n: int, s: Tensor, far: Tensor) -> Tensor:
+    return torch.where(v > _bound(n, v.dtype), far, _positive(z) * s)
+
+
+def _segem(z: Tensor, v: Tensor, n: int, c: Tensor) -> Tensor:
+    return torch.where(z < 0, -_remainder(-z, v, n, c), z)
+
+
+def _remainder(z: Tensor, v: Tensor, n: int, c: Tensor) -> Tensor:
+    """`z (1 - s)` for z > 0, with v = z r and c = 1 - s at min(v, bound); past the bound 1 - s falls as v^-2n."""
+    q = _excess(v, n)
+    return (_positive(z) * q) * c * _power(q, 2 * n - 1)
+
+
+def _excess(v: Tensor, n: int) -> Tensor:
+    """bound / v past the bound, 1 before."""
+    bound = _bound(n, v.dtype)
+    return bound / v.clamp(min=bound)
+
+
+def _gates(z: Tensor, n: int, eps: float | Tensor) -> tuple[Tensor, Tensor]:
+    """s and 1 - s at z > 0; 0 and 1 elsewhere."""
+    r, e = _scale_tensor(eps.to(z.dtype), n) if isinstance(eps, Tensor) else _scale(eps, n)
+    v = z * r
+    t = _gate_power(v, n)
+    return t / (t + e), e / (t + e) * _power(_excess(v, n), 2 * n)

@@ -1,0 +1,186 @@
+"""Names and parameters of the family: one string names one function completely.
+
+Grammar (case-insensitive)::
+
+    gem[_n<N>]    egem[_n<N>][_eps<E>][_learnable]    segem[_n<N>][_eps<E>][_learnable]
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from dataclasses import dataclass
+
+# Adding a family is one row here and one formula in reference.py.
+FAMILIES = ("gem", "egem", "segem")
+DEFAULT_EPS = 1e-4
+MAX_N = 32
+# The gate's scale eps**(1/2n) stays inside 2**±100, where float32 holds it and its reciprocal.
+MAX_LOG2_SCALE = 100
+
+_NUMBER = r"\d+(?:\.\d*)?(?:em?[+-]?\d+)?"
+_NAME = re.compile(rf"(gem|egem|segem)(?:_n(\d+))?(?:_eps({_NUMBER}))?(_learnable)?")
+_CLAIMED = re.compile(r"(?:s?e[\W_]?)?gem(?:n?\d.*|[\W_].*)?", re.DOTALL)
+_GRAMMAR = "gem[_n<N>], egem[_n<N>][_eps<E>][_learnable], segem[_n<N>][_eps<E>][_learnable]"
+
+
+def check_n(n: int) -> int:
+    """Returns `n` as an int, or raises TypeError (not an integer) or ValueError (outside 1..32)."""
+    if isinstance(n, bool):
+        raise TypeError(f"n must be an integer from 1 to {MAX_N}, got {n!r} of type bool; write n=1 or n=2")
+    try:
+        n = operator.index(n)
+    except TypeError:
+        raise TypeError(
+            f"n must be an integer from 1 to {MAX_N}, got {n!r} of type {type(n).__name__}; write n=1 or n=2"
+        ) from None
+    if not 1 <= n <= MAX_N:
+        raise ValueError(f"n must be an integer from 1 to {MAX_N}, got {n}; the paper uses 1, 2 and 3")
+    return n
+
+
+def check_eps(eps: float, n: int = 1) -> float:
+    """Returns `eps` as a float, or raises TypeError (not a number) or ValueError (not positive, not finite)."""
+    if isinstance(eps, (bool, str, bytes)):
+        raise TypeError(f"eps must be a positive number, got {eps!r} of type {type(eps).__name__}; write eps=1e-4")
+    try:
+        value = float(eps)
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(
+            f"eps must be a positive number, got {eps!r} of type {type(eps).__name__}; write eps=1e-4"
+        ) from None
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"eps must be positive and finite, got {value!r}; write for example eps=1e-4")
+    if abs(math.log2(value)) > 2 * n * MAX_LOG2_SCALE:
+        limit = min(2 * n * MAX_LOG2_SCALE * math.log10(2), 307)
+        raise ValueError(
+            f"eps must lie between 1e-{limit:.0f} and 1e{limit:.0f} for n={n}, got {value!r}; beyond that the function "
+            "is ReLU or zero in every dtype, so name that instead"
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class GemSpec:
+    """One member of the family.
+
+    Attributes:
+        family: `gem`, `egem` or `segem`.
+        n: The paper's N, 1 to 32; the function is C^(2n).
+        eps: Scale of the gate, `t / (t + eps)` with `t = x^(2n)`; 1 for `gem`. For a learnable one, its initial value.
+        learnable: Whether eps is a Parameter, owned by each layer.
+
+    Raises:
+        TypeError: n or eps is not a number.
+        ValueError: unknown family, n or eps out of range, or `gem` with an eps of its own.
+    """
+
+    family: str
+    n: int = 1
+    eps: float | None = None
+    learnable: bool = False
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {self.family!r}")
+        n = check_n(self.n)
+        eps = (1.0 if self.family == "gem" else DEFAULT_EPS) if self.eps is None else check_eps(self.eps, n)
+        if self.family == "gem" and (eps != 1.0 or self.learnable):
+            raise ValueError(
+                f"gem has eps = 1, fixed; got eps={eps!r}, learnable={self.learnable}. The family 'egem' has others"
+            )
+        object.__setattr__(self, "n", n)
+        object.__setattr__(self, "eps", eps)
+
+    @property
+    def name(self) -> str:
+        """The canonical name: defaults left out, no hyphen; `parse(spec.name) == spec`."""
+        default_eps = self.family == "gem" or self.eps == DEFAULT_EPS
+        return (
+            self.family
+            + (f"_n{self.n}" if self.n != 1 else "")
+            + ("" if default_eps else f"_eps{_print_eps(self.eps)}")  # type: ignore[arg-type]
+            + ("_learnable" if self.learnable else "")
+        )
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def parse(name: str) -> GemSpec:
+    """Reads an activation name.
+
+    Args:
+        name: For example `gem_n2`, `egem`, `egem_n2_eps1em6`, `segem_eps0.01_learnable`, in any case. `1e-6`, `1e-06`,
+            `1em6` and `0.000001` are the same number.
+
+    Returns:
+        The parameters it stands for.
+
+    Raises:
+        TypeError: `name` is not a string.
+        ValueError: the name is malformed; the message gives the grammar and the nearest valid name.
+    """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"an activation name must be a string such as 'gem_n2', got {name!r} of type {type(name).__name__}"
+        )
+    match = _NAME.fullmatch(name.lower())
+    if match is None:
+        raise _malformed(name, "it does not follow the grammar")
+    family, n, eps, learnable = match.groups()
+    try:
+        return GemSpec(family, int(n or 1), None if eps is None else _read_eps(eps), learnable is not None)
+    except ValueError as error:
+        raise _malformed(name, str(error)) from None
+
+
+def is_name(name: object) -> bool:
+    """Whether `name` is a well-formed name of the family."""
+    if not isinstance(name, str) or _NAME.fullmatch(name.lower()) is None:
+        return False
+    try:
+        parse(name)
+    except ValueError:
+        return False
+    return True
+
+
+def is_claimed(name: object) -> bool:
+    """Whether `name` can only have been meant as one of ours: `gem_n0`, `egem-n2`, but not `gemma` or `gelu`."""
+    return isinstance(name, str) and _CLAIMED.fullmatch(name.lower()) is not None
+
+
+def _print_eps(eps: float) -> str:
+    mantissa, _, exponent = repr(eps).partition("e")
+    mantissa = mantissa.removesuffix(".0")
+    if not exponent:
+        return mantissa
+    return f"{mantissa}e{'m' if exponent.startswith('-') else ''}{int(exponent.lstrip('+-'))}"
+
+
+def _read_eps(text: str) -> float:
+    return float(text.replace("em", "e-"))
+
+
+def _malformed(name: str, reason: str) -> ValueError:
+    return ValueError(f"got activation name {name!r}: {reason}. Allowed: {_GRAMMAR}. Did you mean {_nearest(name)!r}?")
+
+
+def _nearest(name: str) -> str:
+    """The valid name that keeps what can be understood of `name`."""
+    text = name.lower()
+    letters = re.sub(r"[\W_]", "", text)
+    family = next((f for f in ("segem", "egem") if letters.startswith(f)), "gem")
+    n = re.search(r"n\W*_?(\d{1,3})", text)
+    # Past the family's own letters, so that the "e" of "egem" is not taken for an eps.
+    eps = re.search(rf"(?<![a-z])e(?:ps(?:ilon)?)?[\s_=:]*({_NUMBER})", text)
+    learnable = "learn" in text
+    if family == "gem" and (eps or learnable):
+        family = "egem"
+    order = min(max(int(n[1]), 1), MAX_N) if n else 1
+    try:
+        return GemSpec(family, order, _read_eps(eps[1]) if eps else None, learnable).name
+    except ValueError:
+        return GemSpec(family, order, None, learnable).name
