@@ -43,8 +43,7 @@ class _Activation(nn.Module):
         self.channel_dim = channel_dim
         self.log_ratio: nn.Parameter | None
         if learnable:
-            # One eps for all is 0-dim: sharded and weight-decayed optimizers then treat it as a scalar, not a matrix.
-            self.log_ratio = nn.Parameter(torch.zeros(num_parameters if num_parameters > 1 else ()))
+            self.log_ratio = nn.Parameter(torch.zeros(num_parameters))  # never 0-dim, which FSDP2 cannot shard
         else:
             self.register_parameter("log_ratio", None)
 
@@ -55,7 +54,7 @@ class _Activation(nn.Module):
 
     @property
     def eps(self) -> float | Tensor:
-        """The current eps: a float, or for a learnable one a float32 tensor, 0-dim or of shape (num_parameters,)."""
+        """The current eps: a float, or for a learnable one a float32 tensor of shape (num_parameters,)."""
         return self.init_eps if self.log_ratio is None else self.init_eps * torch.exp(self.log_ratio.float())
 
     @property
@@ -65,11 +64,11 @@ class _Activation(nn.Module):
 
     def _eps_for(self, log_ratio: Tensor, x: Tensor) -> Tensor:
         eps = self.init_eps * torch.exp(log_ratio.float())
-        if self.num_parameters > 1:
-            shape = [1] * x.dim()
-            shape[self.channel_dim] = self.num_parameters
-            eps = eps.view(shape)
-        return eps
+        if self.num_parameters == 1:
+            return eps.view([])
+        shape = [1] * x.dim()
+        shape[self.channel_dim] = self.num_parameters
+        return eps.view(shape)
 
     def extra_repr(self) -> str:
         parts = [f"n={self.n}"]
