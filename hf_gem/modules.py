@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from . import functional, reference
 from .spec import DEFAULT_EPS, GemSpec, parse
 
 
-class _Activation(nn.Module):
+class GemActivation(nn.Module):
     """What the modules share. n and eps are plain numbers, so that building on the meta device loses nothing.
 
     A learnable eps is `init_eps * exp(log_ratio)`: positive whatever the optimizer does, and exactly `init_eps` at
@@ -26,7 +26,7 @@ class _Activation(nn.Module):
     def __init__(
         self,
         n: int = 1,
-        eps: float | None = None,
+        eps: Any = None,
         learnable: bool = False,
         num_parameters: int = 1,
         channel_dim: int = 1,
@@ -38,7 +38,7 @@ class _Activation(nn.Module):
         if num_parameters < 1:
             raise ValueError(f"num_parameters must be 1 or the number of channels, got {num_parameters}")
         self.n = spec.n
-        self.init_eps = float(spec.eps)  # type: ignore[arg-type]
+        self.init_eps = spec.eps
         self.num_parameters = num_parameters
         self.channel_dim = channel_dim
         self.log_ratio: nn.Parameter | None
@@ -81,7 +81,7 @@ class _Activation(nn.Module):
         return ", ".join(parts)
 
 
-class GEM(_Activation):
+class GEM(GemActivation):
     """GEM, `x^(2n+1) / (1 + x^(2n))` for x > 0, else 0; see `hf_gem.functional.gem`.
 
     Args:
@@ -100,7 +100,7 @@ class GEM(_Activation):
         return functional.gem(x, self.n)
 
 
-class EGEM(_Activation):
+class EGEM(GemActivation):
     """E-GEM, `x t / (t + eps)` with `t = x^(2n)` for x > 0, else 0; see `hf_gem.functional.egem`.
 
     Args:

@@ -11,6 +11,7 @@ import math
 import operator
 import re
 from dataclasses import dataclass
+from typing import Any
 
 # Adding a family is one row here and one formula in reference.py.
 FAMILIES = ("gem", "egem", "segem")
@@ -78,7 +79,7 @@ class GemSpec:
 
     family: str
     n: int = 1
-    eps: float | None = None
+    eps: float = None  # type: ignore[assignment]  # what None stands for depends on the family
     learnable: bool = False
 
     def __post_init__(self) -> None:
@@ -100,7 +101,7 @@ class GemSpec:
         return (
             self.family
             + (f"_n{self.n}" if self.n != 1 else "")
-            + ("" if default_eps else f"_eps{_print_eps(self.eps)}")  # type: ignore[arg-type]
+            + ("" if default_eps else f"_eps{_print_eps(self.eps)}")
             + ("_learnable" if self.learnable else "")
         )
 
@@ -131,7 +132,7 @@ def parse(name: str) -> GemSpec:
         raise _malformed(name, "it does not follow the grammar")
     family, n, eps, learnable = match.groups()
     try:
-        return GemSpec(family, int(n or 1), None if eps is None else _read_eps(eps), learnable is not None)
+        return GemSpec(family, int(n or 1), _read_eps(eps), learnable is not None)
     except ValueError as error:
         raise _malformed(name, str(error)) from None
 
@@ -160,8 +161,8 @@ def _print_eps(eps: float) -> str:
     return f"{mantissa}e{'m' if exponent.startswith('-') else ''}{int(exponent.lstrip('+-'))}"
 
 
-def _read_eps(text: str) -> float:
-    return float(text.replace("em", "e-"))
+def _read_eps(text: str | None) -> Any:
+    return text and float(text.replace("em", "e-"))
 
 
 def _malformed(name: str, reason: str) -> ValueError:
@@ -181,6 +182,6 @@ def _nearest(name: str) -> str:
         family = "egem"
     order = min(max(int(n[1]), 1), MAX_N) if n else 1
     try:
-        return GemSpec(family, order, _read_eps(eps[1]) if eps else None, learnable).name
+        return GemSpec(family, order, _read_eps(eps[1] if eps else None), learnable).name
     except ValueError:
-        return GemSpec(family, order, None, learnable).name
+        return GemSpec(family, order, learnable=learnable).name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -33,7 +33,7 @@ class NameLookup(dict):
         return super().__contains__(key) or is_claimed(key)
 
 
-def refuse_conflicts(registry: Mapping[str, Any], where: str) -> None:
+def refuse_conflicts(registry: dict[str, Any], where: str) -> None:
     """Raises ValueError where `registry` itself holds one of our names."""
     for key in list(registry):
         if is_name(key):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -39,7 +39,7 @@ class _Functions(NameLookup):
     make = staticmethod(_make_function)
 
 
-def _install(module: ModuleType) -> None:
+def _install(module: Any) -> None:
     if isinstance(module._ACT_LAYER_DEFAULT, _Layers):
         return
     for name in (*_DICTS, "_ACT_LAYER_ME", "_ACT_FN_ME"):
@@ -48,7 +48,7 @@ def _install(module: ModuleType) -> None:
     module._ACT_FN_DEFAULT = _Functions(module._ACT_FN_DEFAULT)
 
 
-def _uninstall(module: ModuleType) -> None:
+def _uninstall(module: Any) -> None:
     for name in _DICTS:
         setattr(module, name, dict(getattr(module, name)))
 

@@ -11,7 +11,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from ..modules import _Activation, module_factory
+from ..modules import GemActivation, module_factory
 from ..spec import is_claimed, parse
 from .registry import Installer, NameLookup, method_patch, refuse_conflicts
 
@@ -49,7 +49,7 @@ def _replace_everywhere(name: str, old: object, new: object) -> None:
 
 def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
     """`hidden_act` with one of our names sets the field that the config really reads, instead of being ignored."""
-    name = kwargs.get("hidden_act")
+    name = kwargs.get("hidden_act", "")
     if is_claimed(name):
         canonical = parse(name).name
         declared = {field.name for field in dataclasses.fields(config)}
@@ -62,7 +62,7 @@ def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
 
 def _initialize_weights(original: Any, model: Any, module: Any, *args: Any, **kwargs: Any) -> None:
     """A learnable eps that the checkpoint lacks starts from its name; transformers would leave memory as it came."""
-    if isinstance(module, _Activation) and not getattr(module, "_is_hf_initialized", False):
+    if isinstance(module, GemActivation) and not getattr(module, "_is_hf_initialized", False):
         module.reset_parameters()  # under transformers' guard, which skips what the checkpoint had
     original(model, module, *args, **kwargs)
 

@@ -1,0 +1,1 @@
+"""The training toolkit that the recipes share."""

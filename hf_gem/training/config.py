@@ -1,0 +1,168 @@
+"""Configs as documented dataclasses, read from presets, YAML files and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+Config = TypeVar("Config", bound="TrainConfig")
+
+
+def option(default: Any, help: str) -> Any:
+    """A config field with the line that documents it, on the command line too."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    """What every recipe has: schedule, optimizer, precision, evaluation, checkpoints, tracking."""
+
+    # Fields that may differ when a run is resumed: they leave its results as they are.
+    runtime: ClassVar = frozenset(
+        (
+            "output_dir",
+            "micro_batch_size",
+            "log_every",
+            "eval_every",
+            "save_every",
+            "keep_checkpoints",
+            "resume",
+            "report_to",
+            "project",
+        )
+    )
+
+    output_dir: str = option("", "Folder of the run; by default runs/ and a name made of recipe, preset and seed.")
+    seed: int = option(0, "Seed of initial weights and dropout.")
+    data_seed: int = option(0, "Seed of the sample order.")
+
+    steps: int = option(1000, "Number of optimizer steps.")
+    global_batch_size: int = option(64, "Samples in one optimizer step, over all processes and micro-batches.")
+    micro_batch_size: int = option(16, "Samples in one forward pass of one process.")
+    learning_rate: float = option(6e-4, "Peak learning rate.")
+    min_lr_ratio: float = option(0.1, "Final learning rate, as a fraction of the peak.")
+    warmup_steps: int = option(100, "Steps of linear warm-up; cosine decay follows.")
+    weight_decay: float = option(0.1, "AdamW weight decay of matrices; nothing else is decayed.")
+    adam_beta1: float = option(0.9, "AdamW beta 1.")
+    adam_beta2: float = option(0.95, "AdamW beta 2.")
+    adam_eps: float = option(1e-8, "AdamW epsilon.")
+    grad_clip: float = option(1.0, "Largest norm of the gradient; 0 switches clipping off.")
+
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = option(
+        None, "Precision of the forward pass; by default what `accelerate launch` was told."
+    )
+    compile: bool = option(False, "Run the model through torch.compile.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    deterministic: bool = option(False, "Ask torch for deterministic GPU kernels: bit-equal reruns, slower.")
+
+    log_every: int = option(10, "Steps between log lines.")
+    eval_every: int = option(200, "Steps between evaluations over the whole validation set; 0: first and last only.")
+    save_every: int = option(200, "Steps between checkpoints; 0: at the end only.")
+    keep_checkpoints: int = option(2, "Complete checkpoints to keep; older ones are deleted.")
+    resume: str = option("auto", "auto: go on from the newest complete checkpoint; never: refuse to; or its path.")
+    report_to: Literal["none", "trackio", "tensorboard", "wandb"] = option("none", "Experiment tracker.")
+    project: str = option("hf-gem", "Project name at the tracker.")
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the field, when a value makes no sense."""
+        for name in ("steps", "global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
+        require(self.warmup_steps <= self.steps, "warmup_steps", self.warmup_steps, f"at most steps = {self.steps}")
+
+
+def require(condition: bool, name: str, got: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"--{name} must be {allowed}, got {got}")
+
+
+def trajectory(config: Any) -> dict[str, Any]:
+    """The fields that decide the result of a run."""
+    runtime = frozenset().union(*(vars(base).get("runtime", ()) for base in type(config).__mro__))
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in runtime}
+
+
+def parse_config(
+    cls: type[Config], presets: Mapping[str, Mapping[str, Any]], default_preset: str, argv: Sequence[str] | None = None
+) -> tuple[Config, str]:
+    """Reads a config; what comes later wins: field defaults, `--preset NAME`, `--config FILE.yaml`, other flags.
+
+    Args:
+        cls: A dataclass of `option` fields with a `validate` method.
+        presets: Preset name -> values of fields.
+        default_preset: The preset without `--preset`.
+        argv: The command line; by default that of the process.
+
+    Returns:
+        The config and the name of its preset. A wrong flag, field, value or file ends the process with status 2 and a
+        message that names the nearest valid one.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    description = (sys.modules[cls.__module__].__doc__ or "").strip()
+    parser = _Parser(cls, allow_abbrev=False, description=description)  # type: ignore[arg-type]
+    parser.add_argument("--preset", choices=list(presets), help=f"Named set of values (default: {default_preset}).")
+    parser.add_argument("--config", metavar="FILE.yaml", help="Values of the same fields, over those of the preset.")
+    # Presets and files become arguments in front of the command line's own: one path checks and converts them all.
+    source, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    from_file = _read_yaml(source.config, parser) if source.config else {}
+    preset = source.preset or str(from_file.get("preset", default_preset))
+    from_file.pop("preset", None)
+    if preset not in presets:
+        parser.error(f"{source.config}: unknown preset {preset!r}{_nearest(preset, presets)}")
+    known = {field.name for field in dataclasses.fields(cls)}
+    for name in from_file:
+        if name not in known:
+            parser.error(f"{source.config}: unknown field {name!r}{_nearest(name, known)}")
+    values = parser.parse_args(_as_arguments(presets[preset]) + _as_arguments(from_file) + argv)
+    config = cls(**{name: getattr(values, name) for name in known})
+    try:
+        config.validate()
+    except ValueError as error:
+        parser.error(str(error))
+    return config, preset
+
+
+class _Parser(HfArgumentParser):
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = next((a for a in unknown if a.startswith("-")), unknown[0]).split("=")[0]
+            self.error(f"unknown argument {flag!r}{_nearest(flag, self._option_string_actions)}; --help lists all")
+        return values
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _nearest(name: str, allowed: Any) -> str:
+    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _read_yaml(path: str, parser: _Parser) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"--config {path} cannot be read: {error}")
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        parser.error(f"--config {path} must hold one `field: value` a line, got a {type(values).__name__}")
+    return {str(name): value for name, value in values.items()}
+
+
+def _as_arguments(values: Mapping[str, Any]) -> list[str]:
+    return [f"--{name}={value}" for name, value in values.items() if value is not None]

@@ -1,0 +1,13 @@
+"""Errors that a person can mend; recipes print them without a traceback."""
+
+
+class TrainingError(Exception):
+    """What went wrong, and what to do about it. Whatever was saved before stays good."""
+
+
+class DataError(TrainingError, ValueError):
+    """The data cannot be read or is too small."""
+
+
+class CheckpointError(TrainingError, RuntimeError):
+    """A checkpoint cannot be written, read or continued from."""

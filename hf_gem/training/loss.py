@@ -1,0 +1,58 @@
+"""Losses as modules whose forward returns the summed loss of a batch, so that any normalisation can follow."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+IGNORE = -100  # a label that counts for nothing, as in torch and transformers
+
+
+def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk_size: int) -> Tensor:
+    """Summed cross-entropy of `head(hidden)`, in float32, with the logits of one chunk in memory at a time.
+
+    The backward pass computes the logits of each chunk again, so neither the logits nor a float32 copy of them is ever
+    held whole. One chunk that holds everything is not recomputed.
+
+    Args:
+        hidden: Last hidden states, (tokens, width).
+        head: Maps (tokens, width) to logits (tokens, vocabulary).
+        labels: int64 of shape (tokens,); `IGNORE` is left out.
+        chunk_size: Tokens in a chunk; 0 takes all at once.
+
+    Returns:
+        A float32 scalar.
+    """
+
+    def loss(hidden: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(head(hidden).float(), labels, ignore_index=IGNORE, reduction="sum")
+
+    if chunk_size == 0 or len(labels) <= chunk_size:
+        return loss(hidden, labels)
+    total = torch.zeros((), device=hidden.device)
+    for part, target in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
+        total = total + checkpoint(loss, part, target, use_reentrant=False, preserve_rng_state=False)
+    return total
+
+
+class CausalLMLoss(nn.Module):
+    """Next-token loss of a transformers causal language model.
+
+    Args:
+        model: The model; its decoder and output embeddings are called separately.
+        chunk_size: Tokens in a chunk of `chunked_cross_entropy`.
+    """
+
+    def __init__(self, model: PreTrainedModel, chunk_size: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk_size = chunk_size
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Summed loss; `labels[b, i]` is the token that follows `input_ids[b, i]`, both (batch, length)."""
+        hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False)[0]
+        head = self.model.get_output_embeddings()
+        return chunked_cross_entropy(hidden.flatten(0, 1), head, labels.flatten(), self.chunk_size)

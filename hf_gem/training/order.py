@@ -1,0 +1,35 @@
+"""The order of samples: a pure function of the seed and the step."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+
+class SampleOrder:
+    """Endless shuffled passes over `num_samples` samples, a new permutation for each.
+
+    The batch of a step depends on seed, step and batch size only, so it is the same on any number of processes, for
+    any split into micro-batches, and after a restart.
+    """
+
+    def __init__(self, num_samples: int, seed: int) -> None:
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        self.num_samples = num_samples
+        self.seed = seed
+        self._permutation = functools.lru_cache(maxsize=2)(self._make_permutation)
+
+    def batch(self, step: int, batch_size: int) -> np.ndarray:
+        """The sample indices of batch number `step`, int64 of shape (batch_size,)."""
+        position = np.arange(step * batch_size, (step + 1) * batch_size)
+        epochs, offsets = np.divmod(position, self.num_samples)
+        indices = np.empty(batch_size, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            indices[chosen] = self._permutation(int(epoch))[offsets[chosen]]
+        return indices
+
+    def _make_permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)

@@ -1,0 +1,137 @@
+"""The record of a run: one JSON file from which cards, plots and tables are made, and the log it grows from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+SCHEMA = 1
+_PACKAGES = ("hf-gem", "transformers", "accelerate", "datasets", "tokenizers", "timm", "triton", "numpy")
+
+
+class MetricsLog:
+    """A JSONL file of metrics, one object a line, with the number of steps done under `step`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: list[dict[str, Any]] = []
+
+    def resume(self, step: int) -> None:
+        """Keeps what was logged up to `step` and drops what a continued run will log again, half lines included."""
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the last line of a killed process
+                if entry["step"] <= step:
+                    self.entries.append(entry)
+        write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
+
+    def add(self, **entry: Any) -> None:
+        """Appends one line, at once on disk for whoever reads along."""
+        self.entries.append(entry)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def curve(self, key: str) -> list[tuple[int, float]]:
+        """The (step, value) pairs of one metric."""
+        return [(entry["step"], entry[key]) for entry in self.entries if key in entry]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file's content so that a reader, or a kill, sees the old or the new and nothing between."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Writes a record, or brings it up to date."""
+    write_atomically(path, json.dumps({"schema": SCHEMA, **record}, indent=2) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Command, commit, versions and hardware of this process."""
+    return {
+        "command": command(),
+        **_commit(Path(sys.argv[0]).resolve().parent),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,  # with its build, which the package's metadata leaves out
+            **{p: v for p in _PACKAGES if (v := _version(p))},
+        },
+        "hardware": hardware(),
+    }
+
+
+def command() -> str:
+    """The command line as a person would type it from the current folder."""
+    script = Path(sys.argv[0])
+    if script.is_absolute() and script.is_relative_to(Path.cwd()):
+        script = script.relative_to(Path.cwd())
+    return shlex.join(["accelerate", "launch", str(script), *sys.argv[1:]])
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, number of threads and accelerators."""
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda if gpus else None,
+    }
+
+
+def hash_tensors(model: nn.Module) -> str:
+    """SHA-256 over the names, shapes and values of all parameters: equal for equal initial weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit(folder: Path) -> dict[str, Any]:
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,55 @@
+"""What a finished run leaves for people: a picture of its loss and a model card, both made from its record."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+
+def plot_loss(record: dict[str, Any], path: Path) -> None:
+    """Draws training and validation loss over steps as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
+    for key, label, style in (
+        ("loss", "training", {"lw": 0.8}),
+        ("validation_loss", "validation", {"marker": "o", "ms": 3}),
+    ):
+        steps, losses = zip(*record["curves"][key], strict=True) if record["curves"][key] else ((), ())
+        axes.plot(steps, losses, label=label, **style)
+    config = record["config"]
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set_title(f"{record['recipe']} {record['preset']}, {config['hidden_act']}, seed {config['seed']}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def write_card(record: dict[str, Any], template: Path, path: Path, **more: Any) -> None:
+    """Fills the template of model cards from a record.
+
+    Args:
+        record: Of a finished run.
+        template: A Jinja template with the names used below.
+        path: The card to write.
+        more: Further values for the template.
+    """
+    config, result = record["config"], record["result"]
+    perplexity = math.exp(result["validation_loss"])
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=more["pipeline_tag"],
+        tags=["hf_gem", "activation-function", config["hidden_act"]],
+        datasets=[config["dataset"]] if more["on_hub"] else None,
+    )
+    card = ModelCard.from_template(
+        data, template_path=str(template), record=record, config=config, result=result, perplexity=perplexity, **more
+    )
+    card.save(path)

@@ -1,0 +1,159 @@
+"""Pretrains GPT-2 from scratch with any activation: accelerate launch recipes/gpt2_pretrain.py --preset demo"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
+
+import hf_gem
+from hf_gem.training.config import TrainConfig, option, parse_config, require
+from hf_gem.training.data_text import STDLIB, TextConfig, prepare_text
+from hf_gem.training.errors import TrainingError
+from hf_gem.training.loop import Task, make_accelerator, train
+from hf_gem.training.loss import CausalLMLoss
+from hf_gem.training.metrics import decoder_flops_per_token
+from hf_gem.training.report import plot_loss, write_card
+
+TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # 1.3M parameters on the standard library's source: minutes on two CPU cores.
+    "demo": {
+        "n_layer": 4, "n_embd": 128, "n_head": 4, "block_size": 128, "vocab_size": 4096,
+        "steps": 600, "global_batch_size": 32, "micro_batch_size": 32, "warmup_steps": 50, "learning_rate": 3e-3,
+        "eval_every": 200, "save_every": 200, "log_every": 10,
+    },
+    # GPT-2 small as in nanoGPT: 0.5M tokens a step, dropout 0, vocabulary 50257 padded to 50304.
+    "gpt2-124m": {
+        "n_layer": 12, "n_embd": 768, "n_head": 12, "block_size": 1024,
+        "dataset": "HuggingFaceFW/fineweb-edu", "dataset_config": "sample-10BT", "tokenizer": "openai-community/gpt2",
+        "validation_fraction": 0.0005,
+        "steps": 19000, "global_batch_size": 512, "micro_batch_size": 16, "warmup_steps": 700, "learning_rate": 6e-4,
+        "mixed_precision": "bf16", "compile": True, "eval_every": 250, "save_every": 1000, "log_every": 10,
+    },
+}  # fmt: skip
+
+
+@dataclass
+class Config(TextConfig, TrainConfig):
+    """The fields of this recipe."""
+
+    hidden_act: str = option("gem_n2", "Activation: a name of the family or one that transformers knows, e.g. gelu.")
+    n_layer: int = option(12, "Transformer blocks.")
+    n_embd: int = option(768, "Width.")
+    n_head: int = option(12, "Attention heads.")
+    dropout: float = option(0.0, "Dropout rate, everywhere.")
+    pad_vocab_to_multiple_of: int = option(64, "Rows of the embedding are rounded up to this; 50257 becomes 50304.")
+    loss_chunk_size: int = option(4096, "Tokens whose logits are in memory at once; 0: all.")
+    prompt: str = option("def ", "Start of the sample that is generated at the end.")
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the field, when a value makes no sense."""
+        TextConfig.validate(self)
+        TrainConfig.validate(self)
+        require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"--hidden_act {self.hidden_act!r} is not known; it can be a name of the family such as gem_n2, egem "
+                f"or segem_eps0.01, or one of {', '.join(ACT2FN)}"
+            )
+        ACT2FN[self.hidden_act]  # a malformed name of the family raises ValueError, with the nearest valid one
+
+
+def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadModel:
+    """GPT-2 with residual projections initialised at 0.02 / sqrt(2 n_layer), which transformers does by itself."""
+    multiple = config.pad_vocab_to_multiple_of
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=-(-len(tokenizer) // multiple) * multiple,
+            n_positions=config.block_size,
+            n_layer=config.n_layer,
+            n_embd=config.n_embd,
+            n_head=config.n_head,
+            activation_function=config.hidden_act,
+            resid_pdrop=config.dropout,
+            embd_pdrop=config.dropout,
+            attn_pdrop=config.dropout,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            use_cache=True,
+        )
+    )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+@torch.no_grad()
+def sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> str:
+    """Text that continues `prompt`, drawn with a fixed seed."""
+    torch.manual_seed(0)
+    inputs = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)
+    inputs.pop("token_type_ids", None)
+    unused = list(range(len(tokenizer), model.config.vocab_size))  # rows that only pad the vocabulary
+    model.eval()
+    ids = model.generate(
+        **inputs, max_new_tokens=length, do_sample=True, top_k=50, suppress_tokens=unused or None, pad_token_id=0
+    )
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, preset = parse_config(Config, PRESETS, "demo", argv)
+    config.output_dir = config.output_dir or f"runs/gpt2-{preset}-{config.hidden_act}-seed{config.seed}"
+    data = prepare_text(config)
+    accelerator = make_accelerator(config)
+    torch.manual_seed(config.seed)
+    model = build_model(config, data.tokenizer)
+    task = Task(
+        name="gpt2_pretrain",
+        preset=preset,
+        model=model,
+        objective=CausalLMLoss(model, config.loss_chunk_size),
+        train=data.train,
+        validation=data.validation,
+        data_hash=data.data_hash,
+        flops_per_token=decoder_flops_per_token(model, config.block_size),
+    )
+    record = train(task, config, accelerator)
+    if not accelerator.is_main_process:
+        return
+
+    folder = Path(config.output_dir)
+    model.save_pretrained(folder)
+    data.tokenizer.save_pretrained(folder)
+    plot_loss(record, folder / "loss_curve.png")
+    write_card(
+        record,
+        TEMPLATE,
+        folder / "README.md",
+        title=f"GPT-2 {preset}, {config.hidden_act}",
+        architecture="GPT-2",
+        pipeline_tag="text-generation",
+        location=folder,
+        stock_activation=not hf_gem.spec.is_name(config.hidden_act),
+        on_hub=config.dataset != STDLIB and not Path(config.dataset).exists(),
+        limits="A base language model: it continues text, follows no instructions, and repeats what its data holds. "
+        f"Its context is {config.block_size} tokens.",
+    )
+    print(f"\nSample:\n{sample(model, data.tokenizer, config.prompt, min(100, config.block_size // 2))}\n")
+    result = record["result"]
+    print(
+        f"Validation loss {result['initial_validation_loss']:.4f} -> {result['validation_loss']:.4f} "
+        f"({result['initial_validation_loss'] - result['validation_loss']:.2f} nats lower)\n"
+        f"Checkpoint: {folder}\nPlot:       {folder / 'loss_curve.png'}\nModel card: {folder / 'README.md'}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (TrainingError, ValueError) as error:
+        sys.exit(f"error: {error}")

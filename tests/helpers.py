@@ -1,0 +1,47 @@
+"""Runs of the GPT-2 recipe small enough for a test: a corpus written on the spot, a model of a few thousand weights."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+GPT2 = ROOT / "recipes" / "gpt2_pretrain.py"
+TINY = (
+    *("--n_layer=2", "--n_embd=16", "--n_head=2", "--block_size=16", "--vocab_size=300", "--validation_fraction=0.2"),
+    *("--steps=6", "--global_batch_size=4", "--micro_batch_size=4", "--warmup_steps=2", "--learning_rate=0.01"),
+    *("--log_every=1", "--eval_every=3", "--save_every=2"),
+)
+
+
+def write_corpus(path: Path, lines: int = 300) -> Path:
+    """A text of made-up sentences, always the same."""
+    draw = random.Random(0)
+    words = "the gate of a smooth unit opens slowly then stays open while its output grows with the input".split()
+    path.write_text("".join(" ".join(draw.choices(words, k=12)) + ".\n" for _ in range(lines)))
+    return path
+
+
+def losses(folder: Path, key: str = "loss") -> dict[int, float]:
+    """Step -> value of one metric in the log of a run."""
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {entry["step"]: entry[key] for entry in entries if key in entry}
+
+
+def start(*arguments: object, launcher: tuple[str, ...] = (), **more) -> subprocess.Popen:
+    """Starts the recipe in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(GPT2), *map(str, arguments)],
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT, **more},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **more.pop("env", {})} if "env" in more else None,
+    )
+
+
+def launch(num_processes: int) -> tuple[str, ...]:
+    """The arguments of Python that start a script as `accelerate launch` does, on the CPU."""
+    from torch.distributed.elastic.utils.distributed import get_free_port
+
+    module = ("-m", "accelerate.commands.launch", "--cpu", "--num_machines=1", "--mixed_precision=no")
+    return (*module, "--dynamo_backend=no", f"--num_processes={num_processes}", f"--main_process_port={get_free_port()}")

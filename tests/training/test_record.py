@@ -1,0 +1,55 @@
+"""Logs and records."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from hf_gem.training.record import MetricsLog, environment, hash_tensors, write_record
+
+
+def test_a_resumed_log_goes_on_where_the_checkpoint_was(tmp_path):
+    log = MetricsLog(tmp_path / "log.jsonl")
+    log.resume(0)
+    for step in range(1, 6):
+        log.add(step=step, loss=float(step))
+    with log.path.open("a") as file:
+        file.write('{"step": 6, "lo')  # killed in the middle of a line
+    again = MetricsLog(log.path)
+    again.resume(3)
+    again.add(step=4, loss=40.0)
+    lines = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert lines == again.entries
+    assert again.curve("loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert again.curve("validation_loss") == []
+
+
+def test_a_record_is_replaced_whole(tmp_path):
+    write_record(tmp_path / "record.json", {"status": "running"})
+    write_record(tmp_path / "record.json", {"status": "finished"})
+    assert json.loads((tmp_path / "record.json").read_text()) == {"schema": 1, "status": "finished"}
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+    with pytest.raises(TypeError):
+        write_record(tmp_path / "record.json", {"status": object()})
+    assert json.loads((tmp_path / "record.json").read_text())["status"] == "finished"
+
+
+def test_the_environment_names_what_decides_a_result():
+    found = environment()
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["hardware"]["cpu_count"] >= 1
+    assert found["command"].startswith("accelerate launch ")
+    assert found.keys() >= {"commit", "dirty"}
+    json.dumps(found)
+
+
+def test_weights_have_a_hash():
+    torch.manual_seed(0)
+    one = nn.Linear(3, 2)
+    torch.manual_seed(0)
+    two = nn.Linear(3, 2)
+    assert hash_tensors(one) == hash_tensors(two)
+    two.bias.data[0] += 1e-6
+    assert hash_tensors(one) != hash_tensors(two)
+    assert hash_tensors(one.bfloat16()) != hash_tensors(two)

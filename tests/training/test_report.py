@@ -1,0 +1,71 @@
+"""Pictures and cards are made from the record."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from hf_gem.training.report import plot_loss, write_card
+
+TEMPLATE = Path(__file__).resolve().parents[2] / "model_cards" / "template.md"
+RECORD = {
+    "recipe": "gpt2_pretrain",
+    "preset": "demo",
+    "status": "finished",
+    "step": 20,
+    "command": "accelerate launch recipes/gpt2_pretrain.py",
+    "commit": "0123abc",
+    "dirty": False,
+    "versions": {"python": "3.12.3", "torch": "2.11.0"},
+    "hardware": {"cpu": "a processor", "gpus": []},
+    "num_processes": 1,
+    "num_parameters": 1334016,
+    "mixed_precision": "no",
+    "data_hash": "d" * 64,
+    "init_hash": "e" * 64,
+    "config": {
+        "hidden_act": "gem_n2",
+        "dataset": "stdlib",
+        "validation_fraction": 0.05,
+        **{"seed": 7, "data_seed": 8, "global_batch_size": 32, "block_size": 128, "learning_rate": 3e-3},
+        **{"warmup_steps": 5, "min_lr_ratio": 0.1, "weight_decay": 0.1, "grad_clip": 1.0},
+        **{"adam_beta1": 0.9, "adam_beta2": 0.95},
+    },
+    "result": {"initial_validation_loss": 8.3, "validation_loss": 4.25, "tokens_per_second": 5612.0, "mfu": None},
+    "curves": {"loss": [[1, 8.2], [20, 4.1]], "validation_loss": [[0, 8.3], [20, 4.25]]},
+}
+MORE = {
+    "title": "GPT-2 demo",
+    "architecture": "GPT-2",
+    "pipeline_tag": "text-generation",
+    "location": "runs/demo",
+    "limits": "It is small.",
+}
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_a_card_states_what_the_record_holds(tmp_path, stock):
+    write_card(RECORD, TEMPLATE, tmp_path / "README.md", **MORE, stock_activation=stock, on_hub=False)
+    text = (tmp_path / "README.md").read_text()
+    for fact in ("4.2500", "70.11", "1,334,016", "0123abc", "torch 2.11.0", "a processor", "5,612", "Python 3.12.3"):
+        assert fact in text
+    assert ("import hf_gem" in text) != stock
+    assert not any(mark in text for mark in ("{{", "}}", "{%", "None", "TODO", "More Information Needed"))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == "text-generation"
+    assert "gem_n2" in card.data.tags
+
+
+def test_a_missing_value_is_an_error_and_not_a_gap(tmp_path):
+    record = {key: value for key, value in RECORD.items() if key != "data_hash"}
+    with pytest.raises(Exception, match="data_hash"):
+        write_card(record, TEMPLATE, tmp_path / "README.md", **MORE, stock_activation=False, on_hub=False)
+
+
+def test_the_plot_is_a_picture_with_two_curves(tmp_path):
+    plot_loss(RECORD, tmp_path / "loss.png")
+    with Image.open(tmp_path / "loss.png") as image:
+        colours = {tuple(c) for _, c in image.convert("RGB").getcolors(1 << 20)}
+        assert image.size == (1050, 600)
+    assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two
