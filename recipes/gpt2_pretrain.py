@@ -87,7 +87,8 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHea
         )
     )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # newer name
+        enable({"use_reentrant": False})
     return model
 
 

@@ -19,7 +19,7 @@ TINY = (
 def write_corpus(path: Path, lines: int = 300) -> Path:
     """A text of made-up sentences, always the same."""
     draw = random.Random(0)
-    words = "the gate of a smooth unit opens slowly then stays open while its output grows with the input".split()
+    words = ["the", "gate", "of", "a", "smooth", "unit", "opens", "slowly", "then", "stays", "open", "while", "its", "output", "grows", "with", "the", "input"]
     path.write_text("".join(" ".join(draw.choices(words, k=12)) + ".\n" for _ in range(lines)))
     return path
 
@@ -30,12 +30,15 @@ def losses(folder: Path, key: str = "loss") -> dict[int, float]:
     return {entry["step"]: entry[key] for entry in entries if key in entry}
 
 
-def start(*arguments: object, launcher: tuple[str, ...] = (), **more) -> subprocess.Popen:
-    """Starts the recipe in a process of its own."""
+def start(*arguments: object, launcher: tuple[str, ...] = (), **env: str) -> subprocess.Popen:
+    """Starts the recipe in a process of its own, with some more environment variables."""
     return subprocess.Popen(
         [sys.executable, *launcher, str(GPT2), *map(str, arguments)],
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT, **more},
-        env={**os.environ, "OMP_NUM_THREADS": "1", **more.pop("env", {})} if "env" in more else None,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **env},
     )
 
 
@@ -44,4 +47,9 @@ def launch(num_processes: int) -> tuple[str, ...]:
     from torch.distributed.elastic.utils.distributed import get_free_port
 
     module = ("-m", "accelerate.commands.launch", "--cpu", "--num_machines=1", "--mixed_precision=no")
-    return (*module, "--dynamo_backend=no", f"--num_processes={num_processes}", f"--main_process_port={get_free_port()}")
+    return (
+        *module,
+        "--dynamo_backend=no",
+        f"--num_processes={num_processes}",
+        f"--main_process_port={get_free_port()}",
+    )

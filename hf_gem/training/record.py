@@ -28,8 +28,8 @@ class MetricsLog:
         self.entries: list[dict[str, Any]] = []
 
     def resume(self, step: int) -> None:
-        """Keeps what was logged up to `step` and drops what a continued run will log again, half lines included."""
-        if self.path.exists():
+        """Keeps what was logged up to `step` and drops what will be logged again: all of it when starting at 0."""
+        if step > 0 and self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 try:
                     entry = json.loads(line)

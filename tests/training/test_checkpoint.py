@@ -79,9 +79,7 @@ def damage(path, how):
         model.unlink()
 
 
-@pytest.mark.parametrize(
-    ("how", "words"), [("truncated", "bytes"), ("flipped", "SHA-256"), ("missing", "is missing")]
-)
+@pytest.mark.parametrize(("how", "words"), [("truncated", "bytes"), ("flipped", "SHA-256"), ("missing", "is missing")])
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, how, words):
     setup = Setup(tmp_path / "c")
     setup.save(2)

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from hf_gem.training.config import TrainConfig
@@ -190,7 +190,7 @@ def test_the_record_says_what_ran(tmp_path):
 @pytest.mark.parametrize("fields", [{"compile": True}, {"mixed_precision": "bf16"}])
 def test_compiled_and_mixed_precision_runs_follow_the_plain_one(tmp_path, fields):
     plain, _ = run(tmp_path / "a", make_task(type("NoDropout", (Objective,), {"forward": _without_dropout})))
-    Accelerator._shared_state = {}
+    AcceleratorState._reset_state(reset_partial_state=True)
     other, _ = run(tmp_path / "b", make_task(type("NoDropout", (Objective,), {"forward": _without_dropout})), **fields)
     bound = 0.05 if "mixed_precision" in fields else 1e-5
     for (_, a), (_, b) in zip(plain["curves"]["loss"], other["curves"]["loss"], strict=True):

@@ -1,0 +1,215 @@
+"""The GPT-2 recipe as a person meets it: from the command line to a model that loads again."""
+
+import contextlib
+import io
+import json
+import re
+import signal
+import time
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+
+from recipes import gpt2_pretrain
+from recipes.gpt2_pretrain import PRESETS, Config, build_model, parse_config
+from tests.helpers import TINY, launch, losses, start, write_corpus
+
+# Rounding of float32 sums taken in another order, carried through six steps of a model this small.
+REORDERED = 2000 * torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
+
+
+@pytest.fixture
+def flags(corpus):
+    return (*TINY, f"--dataset={corpus}", f"--cache_dir={corpus.parent / 'cache'}")
+
+
+def run(folder, flags, *more):
+    """Runs the recipe in this process and returns what it printed."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        gpt2_pretrain.main([*flags, f"--output_dir={folder}", *more])
+    return printed.getvalue()
+
+
+def finish(process, timeout=240):
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def reference(corpus, tmp_path_factory):
+    """One uninterrupted run, for the others to be compared with."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    cache = corpus.parent / "cache"
+    printed = run(folder, (*TINY, f"--dataset={corpus}", f"--cache_dir={cache}"))
+    return folder, printed
+
+
+def same_weights(one, two):
+    a, b = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (one, two))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_everything_and_says_where(reference):
+    folder, printed = reference
+    assert {p.name for p in folder.iterdir()} >= {
+        *("config.json", "model.safetensors", "tokenizer.json", "README.md"),
+        *("loss_curve.png", "record.json", "log.jsonl", "checkpoints"),
+    }
+    first, last = map(float, re.search(r"Validation loss ([\d.]+) -> ([\d.]+)", printed).groups())
+    assert last < first
+    assert losses(folder, "validation_loss")[6] == pytest.approx(last, abs=1e-4)
+    assert all(str(folder / name) in printed for name in ("", "loss_curve.png", "README.md"))
+    assert "Sample:\ndef " in printed
+    card = (folder / "README.md").read_text()
+    assert f"{last:.4f}" in card
+    record = json.loads((folder / "record.json").read_text())
+    assert (record["status"], record["recipe"], record["config"]["hidden_act"]) == (
+        "finished",
+        "gpt2_pretrain",
+        "gem_n2",
+    )
+
+
+def test_the_saved_model_is_the_trained_one(reference, flags, monkeypatch):
+    folder, _ = reference
+    trained = []
+    monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", lambda self, *_: trained.append(self))
+    run(folder, flags)  # all steps are done: it loads the last checkpoint and saves again
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert type(loaded.transformer.h[0].mlp.act).__name__ == "GEM"
+    ids = AutoTokenizer.from_pretrained(folder)("the gate opens", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, trained[0].eval()(ids).logits)
+
+
+def test_the_same_command_twice_is_bit_identical(reference, flags, tmp_path):
+    run(tmp_path, flags)
+    assert losses(tmp_path) == losses(reference[0])
+    assert same_weights(tmp_path, reference[0])
+
+
+@pytest.mark.parametrize("after", ["step_00000002", "step_00000004"])
+def test_kill_9_and_the_same_command_again_equals_the_uninterrupted_run(reference, flags, tmp_path, after):
+    arguments = (*flags, f"--output_dir={tmp_path}")
+    process = start(*arguments, OMP_NUM_THREADS=str(torch.get_num_threads()))
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "checkpoints" / after / "COMPLETE").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    run(tmp_path, flags)
+    assert losses(tmp_path) == losses(reference[0])
+    assert losses(tmp_path, "validation_loss") == losses(reference[0], "validation_loss")
+    assert same_weights(tmp_path, reference[0])
+
+
+def test_two_processes_equal_one_with_two_micro_batches(reference, flags, tmp_path):
+    run(tmp_path / "one", flags, "--micro_batch_size=2")
+    code, output = finish(start(*flags, "--micro_batch_size=2", f"--output_dir={tmp_path / 'two'}", launcher=launch(2)))
+    assert code == 0, output
+    assert json.loads((tmp_path / "two" / "record.json").read_text())["num_processes"] == 2
+    for key in ("loss", "validation_loss"):
+        one, two = losses(tmp_path / "one", key), losses(tmp_path / "two", key)
+        assert one.keys() == two.keys()
+        assert list(two.values()) == pytest.approx(list(one.values()), rel=REORDERED)
+    # and it goes on from what the other number of processes saved
+    (tmp_path / "two" / "checkpoints" / "step_00000006" / "COMPLETE").unlink()
+    run(tmp_path / "two", flags, "--micro_batch_size=2")
+    assert losses(tmp_path / "two")[6] == pytest.approx(losses(tmp_path / "one")[6], rel=REORDERED)
+
+
+def test_ctrl_c_saves_says_so_and_can_go_on(reference, flags, tmp_path):
+    process = start(*flags, f"--output_dir={tmp_path}", OMP_NUM_THREADS=str(torch.get_num_threads()))
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "log.jsonl").exists() or not losses(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    code, output = finish(process)
+    assert "Traceback" not in output
+    if code:  # it may have finished just before
+        assert "the same command goes on" in output
+    run(tmp_path, flags)
+    assert losses(tmp_path) == losses(reference[0])
+
+
+@pytest.mark.parametrize("act", ["egem_n2_eps1em6", "segem_learnable", "gelu_pytorch_tanh"])
+def test_any_activation_trains_and_loads(flags, tmp_path, act):
+    run(tmp_path, flags, f"--hidden_act={act}", "--steps=2")
+    config = AutoModelForCausalLM.from_pretrained(tmp_path).config
+    assert config.activation_function == act
+    assert ("hf_gem" in (tmp_path / "README.md").read_text().split("## Use")[1].split("## Data")[0]) == ("gem" in act)
+
+
+def test_gradient_checkpointing_and_loss_chunks_change_memory_only(reference, flags, tmp_path):
+    run(tmp_path, flags, "--gradient_checkpointing=true", "--loss_chunk_size=7")
+    assert list(losses(tmp_path).values()) == pytest.approx(list(losses(reference[0]).values()), rel=REORDERED)
+
+
+def test_another_run_in_the_same_folder_is_refused(reference, flags):
+    before = losses(reference[0])
+    with pytest.raises(Exception, match="hidden_act: 'gem_n2' then, 'egem' now"):
+        run(reference[0], flags, "--hidden_act=egem")
+    assert losses(reference[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--hidden_act=egem_n0", ["egem_n0", "Did you mean 'egem'"]),
+        ("--dataset=nowhere/at-all.txt", ["nowhere/at-all.txt", "local folder or file"]),
+        ("--micro_batch_size=3", ["--global_batch_size 4", "--micro_batch_size 3"]),
+        ("--mixed_precision=fp16", ["fp16", "CUDA"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_not_a_traceback(flags, tmp_path, argument, words):
+    if "fp16" in argument and torch.cuda.is_available():
+        pytest.skip("fp16 is allowed where there is a CUDA device")
+    code, output = finish(start(*flags, f"--output_dir={tmp_path / 'run'}", argument))
+    assert code in (1, 2)
+    assert "Traceback" not in output
+    assert all(word in output.strip().splitlines()[-1] for word in words), output
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_presets_have_the_sizes_they_state():
+    class Tokenizer:
+        bos_token_id = eos_token_id = 0
+
+        def __init__(self, size):
+            self.size = size
+
+        def __len__(self):
+            return self.size
+
+    for preset, size, expected in (("demo", 4096, 1_334_016), ("gpt2-124m", 50257, 124_475_904)):
+        config, _ = parse_config(Config, PRESETS, preset, [])
+        with torch.device("meta"):
+            model = build_model(config, Tokenizer(size))
+        assert sum(p.numel() for p in model.parameters()) == expected
+    assert model.config.vocab_size == 50304
+    assert model.config.activation_function == "gem_n2"
+
+
+def test_residual_projections_start_scaled_by_depth(flags):
+    config, _ = parse_config(Config, PRESETS, "demo", ["--n_layer=8"])
+
+    class Tokenizer(list):
+        bos_token_id = eos_token_id = 0
+
+    model = build_model(config, Tokenizer(range(4096)))
+    for block in model.transformer.h:
+        for projection in (block.attn.c_proj, block.mlp.c_proj):
+            # the standard deviation of 16384 or more normal draws, within six of its own deviations
+            assert projection.weight.std().item() == pytest.approx(0.02 / 16**0.5, rel=6 / (2 * 16384) ** 0.5)
+        assert block.mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=6 / (2 * 16384) ** 0.5)
