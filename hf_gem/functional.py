@@ -1,8 +1,8 @@
 """The activation functions with their derivatives: `gem`, `egem`, `segem`.
 
 In eager mode they run as a `torch.autograd.Function` with closed-form derivatives, which saves only x and supports
-double backward, forward-mode AD and vmap. When the graph itself is wanted (torch.compile, torch.export, ONNX,
-torch.jit) they run as the plain formulas, which every compiler and exporter understands.
+double backward and forward-mode AD. When the graph itself is wanted (torch.compile, torch.export, ONNX, torch.jit), and
+under the transforms of torch.func, they run as the plain formulas, which all of these understand.
 """
 
 from __future__ import annotations
@@ -83,10 +83,15 @@ def _activate(formula: str, x: Tensor, n: int, eps: float | Tensor) -> Tensor:
         raise TypeError(f"x must be a floating-point tensor, got {got}; convert it first, for example with x.float()")
     n = check_n(n)
     eps = _check_eps_tensor(eps, x) if isinstance(eps, Tensor) else check_eps(eps, n)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if _wants_formula():
         number, tensor = _FORWARD[formula]
         return tensor(x, n, eps) if isinstance(eps, Tensor) else number(x, n, eps)
     return _Activation.apply(x, eps, formula, n)
+
+
+def _wants_formula() -> bool:
+    """Whether the graph is being captured, or torch.func transforms it: they nest jvp of a Function wrongly."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def _check_eps_tensor(eps: Tensor, x: Tensor) -> Tensor:
@@ -102,8 +107,6 @@ def _check_eps_tensor(eps: Tensor, x: Tensor) -> Tensor:
 
 class _Activation(torch.autograd.Function):
     """Closed-form first derivatives; the backward is itself plain torch, so autograd gives the higher ones."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x, eps, formula, n):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .modules import get_activation
+from .spec import parse
 
 
 def gain(activation: str | Callable[[Tensor], Tensor]) -> float:
@@ -27,7 +29,7 @@ def gain(activation: str | Callable[[Tensor], Tensor]) -> float:
     Raises:
         ValueError: the name is malformed, or the function is zero or not finite on unit normal input.
     """
-    function = get_activation(activation) if isinstance(activation, str) else activation
+    function = activation if callable(activation) else get_activation(replace(parse(activation), learnable=False).name)
     step = 1 / 512  # the nearest pole in log z lies pi/2n away, so that n = 32 needs a step this small
     z = torch.exp(torch.arange(-40, math.log(40), step, dtype=torch.float64))
     density = torch.exp(-z * z / 2) * z * (step / math.sqrt(2 * math.pi))

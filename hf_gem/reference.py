@@ -42,7 +42,7 @@ def egem_tensor(x: Tensor, n: int, eps: Tensor) -> Tensor:
     v = z * r
     t = _gate_power(v, n)
     # Past the bound x s rounds to x, but its derivative in eps does not round to zero.
-    far = z - _remainder(z, v, n, e / (t + e))
+    far = z - _remainder(z, z * (r / _bound(n, z.dtype)), n, e / (t + e))
     return _egem(z, v, n, t / (t + e), far).to(x.dtype)
 
 
@@ -51,7 +51,7 @@ def segem(x: Tensor, n: int, eps: float) -> Tensor:
     r, e = _scale(eps, n)
     z = _working(x)
     v = -z * r
-    return _segem(z, v, n, e / (_gate_power(v, n) + e)).to(x.dtype)
+    return _segem(z, -z * (r / _bound(n, z.dtype)), n, e / (_gate_power(v, n) + e)).to(x.dtype)
 
 
 def segem_tensor(x: Tensor, n: int, eps: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def segem_tensor(x: Tensor, n: int, eps: Tensor) -> Tensor:
     z = _working(x)
     r, e = _scale_tensor(eps.to(z.dtype), n)
     v = -z * r
-    return _segem(z, v, n, e / (_gate_power(v, n) + e)).to(x.dtype)
+    return _segem(z, -z * (r / _bound(n, z.dtype)), n, e / (_gate_power(v, n) + e)).to(x.dtype)
 
 
 def egem_slope(x: Tensor, n: int, eps: float | Tensor) -> Tensor:
@@ -72,14 +72,16 @@ def segem_slope(x: Tensor, n: int, eps: float | Tensor) -> Tensor:
     """d segem / dx, in the working dtype of x."""
     z = _working(x)
     s, c = _gates(-z, n, eps)
-    return torch.where(z < 0, c * (1 - 2 * n * s), torch.ones_like(z))
+    return torch.where(z < 0, c * (1 - 2 * n * s), 1.0)
 
 
 def egem_eps_slope(x: Tensor, n: int, eps: Tensor) -> Tensor:
     """d egem / d eps = -x s (1 - s) / eps for x > 0, else 0, in the working dtype of x."""
     z = _working(x)
-    s, c = _gates(z, n, eps)
-    return -(_positive(z) * c) * s / eps.to(z.dtype)
+    eps = eps.to(z.dtype)
+    r, e = _scale_tensor(eps, n)
+    t = _gate_power(z * r, n)
+    return -_remainder(z, z * (r / _bound(n, z.dtype)), n, e / (t + e)) * (t / (t + e)) / eps
 
 
 def segem_eps_slope(x: Tensor, n: int, eps: Tensor) -> Tensor:
@@ -134,27 +136,28 @@ def _positive(z: Tensor) -> Tensor:
 
 
 def _gate_power(v: Tensor, n: int) -> Tensor:
-    return _power(v.clamp(0.0, _bound(n, v.dtype)), 2 * n)
+    bound = _bound(n, v.dtype)
+    # A selection, since the derivative of clamp at its upper limit depends on the version of torch.
+    return _power(torch.where(v >= bound, bound, v).clamp(min=0.0), 2 * n)
 
 
 def _egem(z: Tensor, v: Tensor, n: int, s: Tensor, far: Tensor) -> Tensor:
     return torch.where(v > _bound(n, v.dtype), far, _positive(z) * s)
 
 
-def _segem(z: Tensor, v: Tensor, n: int, c: Tensor) -> Tensor:
-    return torch.where(z < 0, -_remainder(-z, v, n, c), z)
+def _segem(z: Tensor, w: Tensor, n: int, c: Tensor) -> Tensor:
+    return torch.where(z < 0, -_remainder(-z, w, n, c), z)
 
 
-def _remainder(z: Tensor, v: Tensor, n: int, c: Tensor) -> Tensor:
-    """`z (1 - s)` for z > 0, with v = z r and c = 1 - s at min(v, bound); past the bound 1 - s falls as v^-2n."""
-    q = _excess(v, n)
+def _remainder(z: Tensor, w: Tensor, n: int, c: Tensor) -> Tensor:
+    """`z (1 - s)` for z > 0, with w = v / bound and c = 1 - s at min(v, bound); past the bound 1 - s falls as v^-2n."""
+    q = _excess(w)
     return (_positive(z) * q) * c * _power(q, 2 * n - 1)
 
 
-def _excess(v: Tensor, n: int) -> Tensor:
-    """bound / v past the bound, 1 before."""
-    bound = _bound(n, v.dtype)
-    return bound / v.clamp(min=bound)
+def _excess(w: Tensor) -> Tensor:
+    """1 / w past the bound, 1 before. Where v overflows, w = z (r / bound) does not, or all it scales has vanished."""
+    return 1.0 / torch.where(w >= 1.0, w, 1.0)
 
 
 def _gates(z: Tensor, n: int, eps: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -162,4 +165,4 @@ def _gates(z: Tensor, n: int, eps: float | Tensor) -> tuple[Tensor, Tensor]:
     r, e = _scale_tensor(eps.to(z.dtype), n) if isinstance(eps, Tensor) else _scale(eps, n)
     v = z * r
     t = _gate_power(v, n)
-    return t / (t + e), e / (t + e) * _power(_excess(v, n), 2 * n)
+    return t / (t + e), e / (t + e) * _power(_excess(z * (r / _bound(n, z.dtype))), 2 * n)

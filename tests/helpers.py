@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from torch.distributed.elastic.utils.distributed import get_free_port
+
 ROOT = Path(__file__).resolve().parent.parent
 GPT2 = ROOT / "recipes" / "gpt2_pretrain.py"
 TINY = (
@@ -19,8 +21,8 @@ TINY = (
 def write_corpus(path: Path, lines: int = 300) -> Path:
     """A text of made-up sentences, always the same."""
     draw = random.Random(0)
-    words = ["the", "gate", "of", "a", "smooth", "unit", "opens", "slowly", "then", "stays", "open", "while", "its", "output", "grows", "with", "the", "input"]
-    path.write_text("".join(" ".join(draw.choices(words, k=12)) + ".\n" for _ in range(lines)))
+    words = "the gate of a smooth unit opens slowly then stays open while its output grows with the input"
+    path.write_text("".join(" ".join(draw.choices(words.split(), k=12)) + ".\n" for _ in range(lines)))
     return path
 
 
@@ -42,11 +44,12 @@ def start(*arguments: object, launcher: tuple[str, ...] = (), **env: str) -> sub
     )
 
 
-def launch(num_processes: int) -> tuple[str, ...]:
-    """The arguments of Python that start a script as `accelerate launch` does, on the CPU."""
-    from torch.distributed.elastic.utils.distributed import get_free_port
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # `--multi_gpu` then starts gloo processes
 
-    module = ("-m", "accelerate.commands.launch", "--cpu", "--num_machines=1", "--mixed_precision=no")
+
+def launch(num_processes: int) -> tuple[str, ...]:
+    """The arguments of Python that are `accelerate launch` for several processes on one machine."""
+    module = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--mixed_precision=no")
     return (
         *module,
         "--dynamo_backend=no",

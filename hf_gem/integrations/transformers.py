@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -51,13 +52,27 @@ def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
     """`hidden_act` with one of our names sets the field that the config really reads, instead of being ignored."""
     name = kwargs.get("hidden_act", "")
     if is_claimed(name):
-        canonical = parse(name).name
-        declared = {field.name for field in dataclasses.fields(config)}
-        own = next((field for field in _CONFIG_FIELDS if field in declared), None)
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        own = next((field for field in _CONFIG_FIELDS if field in defaults), None)
         if own is not None:
-            del kwargs["hidden_act"]
-            setattr(config, own, canonical)
+            _set_own_field(config, own, defaults[own], parse(kwargs.pop("hidden_act")).name)
     original(config, **kwargs)
+
+
+def _set_own_field(config: Any, own: str, default: Any, name: str) -> None:
+    current = getattr(config, own)
+    if config.transformers_version is not None:  # it comes from a file
+        warnings.warn(
+            f"ignoring hidden_act={name!r} in a saved {type(config).__name__}: the model was built with "
+            f"{own}={current!r}. Remove the key from config.json, or set {own} to change the activation",
+            stacklevel=2,
+        )
+    elif current not in (default, name):
+        raise ValueError(
+            f"{type(config).__name__} got {own}={current!r} and hidden_act={name!r}, which set the same thing; give one"
+        )
+    else:
+        setattr(config, own, name)
 
 
 def _initialize_weights(original: Any, model: Any, module: Any, *args: Any, **kwargs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import shutil
 import signal
@@ -75,6 +76,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     torch.set_float32_matmul_precision("high")  # TF32 where there is any; no effect on a CPU
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
+    # On every save it reports that tied weights are stored once, which is what it is asked to do.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise TrainingError("--mixed_precision fp16 needs a CUDA device, and there is none; use bf16 or no")
     return Accelerator(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from recipes import gpt2_pretrain
 from recipes.gpt2_pretrain import PRESETS, Config, build_model, parse_config
-from tests.helpers import TINY, launch, losses, start, write_corpus
+from tests.helpers import ON_CPU, TINY, launch, losses, start, write_corpus
 
 # Rounding of float32 sums taken in another order, carried through six steps of a model this small.
 REORDERED = 2000 * torch.finfo(torch.float32).eps
@@ -115,7 +115,9 @@ def test_kill_9_and_the_same_command_again_equals_the_uninterrupted_run(referenc
 
 def test_two_processes_equal_one_with_two_micro_batches(reference, flags, tmp_path):
     run(tmp_path / "one", flags, "--micro_batch_size=2")
-    code, output = finish(start(*flags, "--micro_batch_size=2", f"--output_dir={tmp_path / 'two'}", launcher=launch(2)))
+    code, output = finish(
+        start(*flags, "--micro_batch_size=2", f"--output_dir={tmp_path / 'two'}", launcher=launch(2), **ON_CPU)
+    )
     assert code == 0, output
     assert json.loads((tmp_path / "two" / "record.json").read_text())["num_processes"] == 2
     for key in ("loss", "validation_loss"):

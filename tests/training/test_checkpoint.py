@@ -101,14 +101,14 @@ def test_one_can_be_named(tmp_path):
     older = setup.save(2)
     setup.save(4)
     assert setup.restore(str(older)) == 2
-    with pytest.raises(CheckpointError, match="nowhere.*cannot be continued"):
+    with pytest.raises(CheckpointError, match=r"nowhere.*cannot be continued"):
         setup.restore(str(tmp_path / "nowhere"))
 
 
 def test_another_run_is_not_continued(tmp_path):
     Setup(tmp_path / "c").save(2)
     other = Setup(tmp_path / "c", {**IDENTITY, "hidden_act": "gelu"})
-    with pytest.raises(CheckpointError, match="hidden_act: 'gem' then, 'gelu' now.*--output_dir"):
+    with pytest.raises(CheckpointError, match=r"hidden_act: 'gem' then, 'gelu' now.*--output_dir"):
         other.restore()
     with pytest.raises(CheckpointError, match="--resume is never"):
         Setup(tmp_path / "c").restore("never")

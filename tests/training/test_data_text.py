@@ -201,9 +201,9 @@ def test_unreadable_sources_are_errors_that_say_what_can_be_read(prepare, tmp_pa
 
 def test_a_wrong_column_split_or_tokenizer_names_the_choices(prepare, tmp_path, bytes_tokenizer):
     path = write_documents(tmp_path / "data", "jsonl")
-    with pytest.raises(DataError, match="'content'.*--text_column can be one of text"):
+    with pytest.raises(DataError, match=r"'content'.*--text_column can be one of text"):
         prepare(path, tokenizer=bytes_tokenizer, text_column="content")
-    with pytest.raises(DataError, match="'dev'.*--train_split can be train"):
+    with pytest.raises(DataError, match=r"'dev'.*--train_split can be train"):
         prepare(path, tokenizer=bytes_tokenizer, train_split="dev")
-    with pytest.raises(DataError, match="tokenizer '.*nowhere' cannot be loaded"):
+    with pytest.raises(DataError, match=r"tokenizer '.*nowhere' cannot be loaded"):
         prepare(path, tokenizer=str(tmp_path / "nowhere"))

@@ -183,7 +183,7 @@ def test_the_record_says_what_ran(tmp_path):
     assert (on_disk["data_hash"], on_disk["num_processes"], on_disk["mixed_precision"]) == ("d", 1, "no")
     assert on_disk["num_parameters"] == sum(p.numel() for p in task.model.parameters())
     assert len(on_disk["curves"]["loss"]) == 6
-    assert losses(tmp_path) == {step: loss for step, loss in on_disk["curves"]["loss"]}
+    assert losses(tmp_path) == dict(on_disk["curves"]["loss"])
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
 

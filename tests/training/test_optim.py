@@ -1,5 +1,7 @@
 """Learning rate and weight-decay groups."""
 
+import itertools
+
 import pytest
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -13,7 +15,7 @@ def test_learning_rate_warms_up_and_decays_to_its_floor():
     rates = [learning_rate(step, config) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == 1.0
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rates[-1] == pytest.approx(0.1)
     assert (rates[54] + rates[55]) / 2 == pytest.approx(0.55)  # half-way, the cosine's middle
 

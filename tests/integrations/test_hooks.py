@@ -1,0 +1,195 @@
+"""When registration happens, that it can be undone, and that it overwrites nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+from torch import nn
+
+import hf_gem
+from hf_gem.integrations.registry import method_patch
+
+activations = pytest.importorskip("transformers.activations")
+create_act = pytest.importorskip("timm.layers.create_act")
+configuration_utils = pytest.importorskip("transformers.configuration_utils")
+modeling_utils = pytest.importorskip("transformers.modeling_utils")
+
+TIMM_DICTS = ("_ACT_LAYER_DEFAULT", "_ACT_FN_DEFAULT", "_ACT_LAYER_ME", "_ACT_FN_ME")
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    hf_gem.register()
+    yield
+    hf_gem.register()
+
+
+def state():
+    """Everything registration touches: the type and the content of each dict, and the methods themselves."""
+    dicts = [activations.ACT2FN, activations.ACT2CLS, *(getattr(create_act, name) for name in TIMM_DICTS)]
+    methods = [configuration_utils.PreTrainedConfig.__post_init__, modeling_utils.PreTrainedModel._initialize_weights]
+    return [(type(d), list(d.items())) for d in dicts] + methods
+
+
+CHECKS = """
+def check():
+    from transformers import GPT2Config
+    from transformers.activations import ACT2CLS, ACT2FN
+    from timm.layers import create_act_layer, get_act_fn
+    names = [type(ACT2FN["gem_n2"]), type(ACT2CLS["egem"]()), type(create_act_layer("segem_eps0.1"))]
+    config = GPT2Config(hidden_act="gem")
+    return [t.__name__ for t in names] + [get_act_fn("gem") is not None, config.activation_function]
+"""
+
+BEFORE = """
+import torch
+alone = set(sys.modules)
+import hf_gem
+added = {name.split(".")[0] for name in set(sys.modules) - alone}
+import transformers, timm
+first = check()
+hf_gem.unregister()
+gone = [name in transformers.activations.ACT2FN for name in ("gem", "gelu")]
+print(json.dumps([sorted(added), first, gone]))
+"""
+
+AFTER = """
+import transformers, timm
+import transformers.models.gpt2.modeling_gpt2
+from transformers.activations import ACT2CLS, ACT2FN
+import hf_gem
+print(json.dumps([check(), type(ACT2FN["gem_n2"]).__name__]))
+"""
+
+UNREGISTERED = """
+import hf_gem
+hf_gem.unregister()
+import transformers.activations, timm.layers.create_act
+later = "gem" in transformers.activations.ACT2FN, "gem" in timm.layers.create_act._ACT_LAYER_DEFAULT
+hf_gem.register()
+print(json.dumps([later, check()]))
+"""
+
+EXPECTED = ["GEM", "EGEM", "SEGEM", True, "gem"]
+
+
+def run(script):
+    """The last line a fresh interpreter prints, as JSON; the order of imports cannot be tested in this one."""
+    command = [sys.executable, "-c", "import json, sys\n" + CHECKS + script]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_hf_gem_first():
+    added, checked, gone = run(BEFORE)
+    assert "hf_gem" in added
+    assert not {"transformers", "timm", "accelerate", "datasets", "matplotlib", "numpy.testing"} & set(added)
+    assert checked == EXPECTED
+    assert gone == [False, True]
+
+
+def test_hf_gem_last():
+    assert run(AFTER) == [EXPECTED, "GEM"]
+
+
+def test_unregistered_before_the_import():
+    assert run(UNREGISTERED) == [[False, False], EXPECTED]
+
+
+def test_register_twice_is_register_once():
+    before = state()
+    hf_gem.register()
+    assert state() == before
+    assert activations.ACT2FN is sys.modules["transformers.activations"].ACT2FN
+
+
+def test_unregister_takes_everything_back():
+    registered = state()
+    hf_gem.unregister()
+    bare = state()
+    assert bare != registered
+    assert [kind.__module__.split(".")[0] for kind, _ in bare[:6]] == ["transformers", *["builtins"] * 5]
+    assert not [method for method in bare[6:] if hasattr(method, "_hf_gem_original")]
+    assert "gem" not in activations.ACT2FN
+    with pytest.raises(KeyError):
+        activations.ACT2FN["gem"]
+    with pytest.raises(KeyError):
+        create_act.get_act_layer("gem")
+    hf_gem.unregister()
+    assert state() == bare
+    hf_gem.register()
+    hf_gem.unregister()
+    assert state() == bare
+    hf_gem.register()
+    assert [type(activations.ACT2FN["gem"]), type(create_act.create_act_layer("gem"))] == [hf_gem.GEM, hf_gem.GEM]
+
+
+def registries():
+    return {
+        "transformers.activations.ACT2FN": activations.ACT2FN,
+        "transformers.activations.ACT2CLS": activations.ACT2CLS,
+        **{f"timm.layers.create_act.{name}": getattr(create_act, name) for name in TIMM_DICTS},
+    }
+
+
+@pytest.mark.parametrize("where", list(registries()))
+@pytest.mark.parametrize("name", ["gem_n2", "egem_eps0.5"])
+def test_a_taken_name_is_left_alone(where, name):
+    hf_gem.unregister()
+    registries()[where][name] = nn.Identity
+    try:
+        with pytest.raises(ValueError, match="does not overwrite it") as error:
+            hf_gem.register()
+        assert f"{where}[{name!r}]" in str(error.value)
+        assert "Identity" in str(error.value)
+        assert dict.__getitem__(registries()[where], name) is nn.Identity
+    finally:
+        del registries()[where][name]
+    hf_gem.register()
+    assert isinstance(activations.ACT2FN["gem_n2"], hf_gem.GEM)
+
+
+def test_a_name_that_only_looks_like_ours_is_no_conflict():
+    hf_gem.unregister()
+    activations.ACT2FN["gemma_gelu"] = nn.Identity
+    try:
+        hf_gem.register()
+        assert isinstance(activations.ACT2FN["gemma_gelu"], nn.Identity)
+    finally:
+        del activations.ACT2FN["gemma_gelu"]
+
+
+def test_a_library_without_the_method_is_warned_about_once_and_left_alone():
+    module = ModuleType("some_library")
+    module.Config = type("Config", (), {})
+    install, uninstall = method_patch("Config", "__post_init__", lambda original, self: None)
+    with pytest.warns(UserWarning, match=r"some_library\.Config\.__post_init__ .* finds none here"):
+        install(module)
+    assert not hasattr(module.Config, "__post_init__")
+    uninstall(module)
+    with pytest.warns(UserWarning, match=r"some_library\.Model\."):
+        method_patch("Model", "forward", lambda original, self: None)[0](module)
+
+
+def test_a_method_patch_wraps_once_and_unwraps():
+    class Model:
+        def forward(self, x, scale=1):
+            """Doubles."""
+            return 2 * x * scale
+
+    module, original = ModuleType("some_library"), Model.forward
+    module.Model = Model
+    install, uninstall = method_patch("Model", "forward", lambda original, self, *a, **k: original(self, *a, **k) + 1)
+    for _ in range(2):
+        install(module)
+        assert Model().forward(3, scale=2) == 13
+    assert Model.forward.__doc__ == "Doubles."
+    for _ in range(2):
+        uninstall(module)
+        assert Model.forward is original

@@ -1,0 +1,229 @@
+"""transformers: every well-formed name, in the registries, in configs, and in checkpoints that come and go."""
+
+import copy
+import json
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+import hf_gem
+
+pytest.importorskip("transformers")
+
+from transformers import (
+    BertConfig,
+    BertModel,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5Model,
+    activations,
+)
+
+NAMES = ["gem", "gem_n3", "GEM_N2", "egem_n2_eps1em6", "egem_eps0.00001", "segem_eps0.01", "segem_n2_learnable"]
+TINY_GPT2 = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 16, "vocab_size": 32}
+TINY_GPT2 |= {"bos_token_id": 0, "eos_token_id": 0}
+TINY_BERT = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+TINY_BERT |= {"vocab_size": 32, "max_position_embeddings": 16}
+LEARNABLE = "egem_n2_eps0.25_learnable"
+
+
+def gpt2(**kwargs):
+    return GPT2LMHeadModel(GPT2Config(**TINY_GPT2, **kwargs)).eval()
+
+
+def learnable_layers(model):
+    return [module for module in model.modules() if isinstance(module, hf_gem.EGEM)]
+
+
+def epsilons(model):
+    return [layer.eps.item() for layer in learnable_layers(model)]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(8)[None]).logits
+
+
+# ---- the registries
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_registries(name):
+    spec = hf_gem.parse(name)
+    modules = [activations.ACT2FN[name], activations.ACT2CLS[name](), activations.get_activation(name)]
+    modules.append(activations.ACT2FN[name])
+    assert [module.spec for module in modules] == [spec] * 4
+    assert len({id(module) for module in modules}) == 4
+    assert len({id(p) for module in modules for p in module.parameters()}) == 4 * spec.learnable
+    assert name in activations.ACT2FN
+    assert name in activations.ACT2CLS
+
+
+@pytest.mark.parametrize(
+    "lookup",
+    [lambda n: activations.ACT2FN[n], lambda n: activations.ACT2CLS[n], activations.get_activation],
+    ids=["ACT2FN", "ACT2CLS", "get_activation"],
+)
+def test_other_names(lookup):
+    for malformed, nearest in (("gem_n0", "gem"), ("egem_eps-1", "egem"), ("gem-n2", "gem_n2")):
+        with pytest.raises(ValueError, match=f"got activation name '{malformed}'.*Did you mean '{nearest}'"):
+            lookup(malformed)
+    for unknown in ("gemma", "gleu", ""):
+        with pytest.raises(KeyError):
+            lookup(unknown)
+        assert unknown not in activations.ACT2FN
+    assert "gelu" in type(lookup("gelu")).__name__.lower() + getattr(lookup("gelu"), "__name__", "").lower()
+
+
+def test_iteration_shows_what_was_there():
+    for registry in (activations.ACT2FN, activations.ACT2CLS):
+        activations.get_activation("gem_n7")
+        assert "gelu" in list(registry)
+        assert not [name for name in registry if name.startswith(("gem", "egem", "segem"))]
+        assert len(list(registry)) == len(registry)
+
+
+def test_modules_that_hold_the_old_registry():
+    hf_gem.unregister()
+    holder = ModuleType("imported_act2cls_early")
+    holder.ACT2CLS, holder.ACT2FN = activations.ACT2CLS, activations.ACT2FN
+    sys.modules[holder.__name__] = holder
+    try:
+        hf_gem.register()
+        assert holder.ACT2CLS is activations.ACT2CLS
+        assert isinstance(holder.ACT2CLS["gem_n2"](), hf_gem.GEM)
+        assert isinstance(holder.ACT2FN["gem_n2"], hf_gem.GEM)
+        hf_gem.unregister()
+        assert holder.ACT2CLS is activations.ACT2CLS
+        assert "gem_n2" not in holder.ACT2CLS
+    finally:
+        del sys.modules[holder.__name__]
+        hf_gem.register()
+
+
+# ---- configs
+
+
+@pytest.mark.parametrize("name", ["gem_n2", "GEM_N2", "egem_eps1e-6", "segem_learnable"])
+def test_hidden_act_reaches_gpt2(name, tmp_path):
+    config = GPT2Config(**TINY_GPT2, hidden_act=name)
+    canonical = hf_gem.parse(name).name
+    assert config.activation_function == canonical
+    assert not hasattr(config, "hidden_act")
+    model = GPT2LMHeadModel(config).eval()
+    assert [block.mlp.act.spec.name for block in model.transformer.h] == [canonical] * 2
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["activation_function"] == canonical
+    assert "hidden_act" not in stored
+    assert GPT2Config.from_pretrained(tmp_path).to_dict() == {**config.to_dict(), **_new_keys(tmp_path)}
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    assert [block.mlp.act.spec.name for block in loaded.transformer.h] == [canonical] * 2
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.equal(logits(gpt2()), logits(model))
+
+
+def _new_keys(path):
+    """What saving itself adds to a config, whatever its activation."""
+    stored = GPT2Config.from_pretrained(path).to_dict()
+    return {key: stored[key] for key in ("_name_or_path", "architectures", "dtype") if key in stored}
+
+
+def test_other_values_of_hidden_act_are_not_ours():
+    registered = [GPT2Config(hidden_act=name).to_dict() for name in ("relu", "gelu", "gemma")]
+    hf_gem.unregister()
+    try:
+        assert [GPT2Config(hidden_act=name).to_dict() for name in ("relu", "gelu", "gemma")] == registered
+    finally:
+        hf_gem.register()
+    assert registered[0]["activation_function"] == "gelu_new"
+
+
+def test_a_malformed_hidden_act():
+    with pytest.raises(ValueError, match=r"got activation name 'gem_n0'.*Did you mean 'gem'"):
+        GPT2Config(hidden_act="gem_n0")
+
+
+def test_the_own_field_of_a_config():
+    assert GPT2Config(activation_function="gem_n2").activation_function == "gem_n2"
+    assert gpt2(activation_function="segem").transformer.h[0].mlp.act.spec.name == "segem"
+    config = BertConfig(**TINY_BERT, hidden_act="gem_n2")
+    assert config.hidden_act == "gem_n2"
+    assert BertModel(config).encoder.layer[0].intermediate.intermediate_act_fn.spec.name == "gem_n2"
+
+
+def test_t5_splits_names_on_hyphens():
+    config = T5Config(
+        d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=32, feed_forward_proj="gated-egem_n2_eps1em6"
+    )
+    assert config.is_gated_act
+    assert T5Model(config).encoder.block[0].layer[1].DenseReluDense.act.spec == hf_gem.parse("egem_n2_eps1e-6")
+
+
+# ---- checkpoints and a learnable eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_checkpoint_without_eps(dtype, tmp_path):
+    gpt2().to(dtype).save_pretrained(tmp_path)
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path, activation_function=LEARNABLE, dtype=dtype)
+    assert epsilons(loaded) == [0.25, 0.25]
+    assert {layer.log_ratio.dtype for layer in learnable_layers(loaded)} == {dtype}
+    by_hidden_act = GPT2LMHeadModel.from_pretrained(
+        tmp_path, config=GPT2Config(**TINY_GPT2, hidden_act=LEARNABLE), dtype=dtype
+    )
+    assert epsilons(by_hidden_act) == [0.25, 0.25]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_checkpoint_with_eps(dtype, tmp_path):
+    model = gpt2(hidden_act=LEARNABLE).to(dtype)
+    with torch.no_grad():
+        for value, layer in zip((-1.0, 2.0), learnable_layers(model), strict=True):
+            layer.log_ratio.fill_(value)
+    model.save_pretrained(tmp_path)
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert epsilons(loaded) == epsilons(model) != [0.25, 0.25]
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_checkpoint_with_some_of_them(tmp_path):
+    model = gpt2(hidden_act=LEARNABLE)
+    layers = learnable_layers(model)
+    with torch.no_grad():
+        layers[0].log_ratio.fill_(1.0)
+    state = {k: v for k, v in model.state_dict().items() if "h.1.mlp.act" not in k and k != "lm_head.weight"}
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert epsilons(loaded) == [layers[0].eps.item(), 0.25]
+
+
+def test_init_weights_leaves_a_trained_eps_of_the_model():
+    model = gpt2(hidden_act=LEARNABLE)
+    assert epsilons(model) == [0.25, 0.25]
+    twin = copy.deepcopy(model)
+    assert epsilons(twin) == [0.25, 0.25]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_composite_checkpoint(dtype, tmp_path):
+    def config(act):
+        decoder = BertConfig(**TINY_BERT, hidden_act=act, is_decoder=True, add_cross_attention=True)
+        return EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**TINY_BERT, hidden_act=act), decoder)
+
+    EncoderDecoderModel(config("gelu")).to(dtype).save_pretrained(tmp_path / "gelu")
+    loaded = EncoderDecoderModel.from_pretrained(tmp_path / "gelu", config=config(LEARNABLE), dtype=dtype)
+    # Two layers and a prediction head in the decoder, two layers in the encoder.
+    assert epsilons(loaded) == [0.25] * 5
+    with torch.no_grad():
+        for i, layer in enumerate(learnable_layers(loaded)):
+            layer.log_ratio.fill_(i + 1.0)
+    loaded.save_pretrained(tmp_path / "trained")
+    again = EncoderDecoderModel.from_pretrained(tmp_path / "trained", dtype=dtype)
+    assert epsilons(again) == epsilons(loaded)
+    assert len(set(epsilons(again))) == 5

@@ -1,0 +1,569 @@
+"""The functions as a user sees them: their mathematics, and every way torch can differentiate and run them."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+from hf_gem import egem, gem, reference, segem
+from tests import oracle
+
+ORDERS = [1, 2, 3, 4]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+FUNCTIONS = {
+    "gem": lambda x, n, eps=1.0: gem(x, n),
+    "egem": lambda x, n, eps=0.3: egem(x, n, eps),
+    "segem": lambda x, n, eps=0.3: segem(x, n, eps),
+}
+EPS = {"gem": 1.0, "egem": 0.3, "segem": 0.3}
+PAIRS = {"egem": egem, "segem": segem}
+
+families = pytest.mark.parametrize("family", list(FUNCTIONS))
+with_eps = pytest.mark.parametrize("family", list(PAIRS))
+orders = pytest.mark.parametrize("n", ORDERS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def both_sides(*shape, dtype=torch.float64):
+    """Random points of both signs, around the gate; none so near 0 that a finite difference would straddle it."""
+    x = torch.randn(*shape, dtype=torch.float64)
+    return (x + 0.05 * torch.sign(x)).to(dtype)
+
+
+def plain(family, x, n, eps):
+    """What compilers and exporters get."""
+    return (reference.segem if family == "segem" else reference.egem)(x, n, eps)
+
+
+# ---- the definitions
+
+
+@pytest.mark.parametrize(("n", "eps"), [(1, 1e-4), (2, 0.01), (3, 1.0), (4, 10.0)])
+@dtypes
+def test_one_function_serves_the_family(n, eps, dtype):
+    # Both sides are rounded: egem and segem by 2n + 3 and 4n + 7 units in the working dtype, once in their own, and
+    # the sum once; half types are summed in float64 here. See test_reference.
+    x = (torch.randn(500, dtype=torch.float64) * eps ** (1 / (2 * n))).to(dtype)
+    working = torch.promote_types(dtype, torch.float32)
+    unit = (6 * n + 11) * oracle.unit_roundoff(working) + 2 * oracle.unit_roundoff(dtype)
+    left = segem(x, n, eps).double()
+    right = x.double() + egem(-x, n, eps).double()
+    floor = oracle.min_normal(dtype) * oracle.unit_roundoff(dtype)
+    assert ((left - right).abs() <= unit * x.double().abs() + 2 * floor).all()
+
+
+def test_gem_is_egem_with_eps_one():
+    x = torch.randn(100)
+    for n in ORDERS:
+        assert torch.equal(gem(x, n), egem(x, n, 1.0))
+    assert torch.equal(gem(x), gem(x, 1))
+    assert torch.equal(egem(x), egem(x, 1, 1e-4))
+    assert torch.equal(segem(x), segem(x, 1, 1e-4))
+
+
+@families
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_smoothness_at_zero(family, n):
+    # Near 0 the functions are (their side of) x^(2n+1) / eps (1 - x^2n / eps + ...): derivatives up to 2n vanish
+    # there from both sides, and number 2n + 1 jumps by (2n+1)! / eps. segem adds x, whose derivatives past the first
+    # are 0.
+    eps, h, top = EPS[family], 2.0**-10, 2 * n + 1
+    function = FUNCTIONS[family]
+    x = torch.tensor([-h, h], dtype=torch.float64, requires_grad=True)
+    derivative = function(x, n)
+    if family == "segem":
+        derivative = derivative - x.clamp(max=0) - x.clamp(min=0)
+    jump = math.factorial(top) / eps
+    # The next term of the series, by its coefficient of x^(4n+1); rounding stays far below it for these n and h.
+    series = math.factorial(4 * n + 1) / math.factorial(2 * n) / eps**2 * h ** (2 * n)
+    for k in range(1, top + 1):
+        (derivative,) = torch.autograd.grad(derivative.sum(), x, create_graph=True)
+        left, right = derivative.tolist()
+        if family == "segem":
+            left, right = right, left  # what bends is its negative side
+        assert left == pytest.approx(0, abs=1e-12 * jump)
+        expected = jump * h ** (top - k) / math.factorial(top - k)
+        assert abs(abs(right) - expected) <= series * h ** (top - k) + 1e-12 * jump
+
+
+@with_eps
+@orders
+@pytest.mark.parametrize("eps", [1e-4, 1.0])
+def test_shape_of_the_function(family, n, eps):
+    function = PAIRS[family]
+    sigma = eps ** (1 / (2 * n))
+    x = sigma * torch.exp2(torch.linspace(-8, 8, 40001, dtype=torch.float64))
+    depth = sigma * (2 * n - 1) ** ((2 * n - 1) / (2 * n)) / (2 * n)
+    # A grid misses an extremum by at most half a step, to second order: (step/2)^2 / 2 times the curvature in log x,
+    # which is below 4n^2 for the gate and a few times that for the products.
+    missed = (16 * math.log(2) / 40000 / 2) ** 2 / 2 * 8 * (2 * n + 1) ** 2
+    if family == "egem":
+        y = function(x, n, eps)
+        assert (y.diff() > 0).all()
+        assert (y <= x).all()
+        assert not function(-x, n, eps).any()
+        assert (x - y).max().item() == pytest.approx(depth, rel=missed)
+        steep = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(function(steep, n, eps).sum(), steep)
+        assert slope.max().item() == pytest.approx((1 + 2 * n) ** 2 / (8 * n), rel=missed)
+        assert slope.min() > 0
+    else:
+        assert torch.equal(function(x, n, eps), x)
+        y = function(-x, n, eps)
+        assert (y < 0).all()
+        assert y.min().item() == pytest.approx(-depth, rel=missed)
+        below = (-x).requires_grad_()
+        (slope,) = torch.autograd.grad(function(below, n, eps).sum(), below)
+        # No dead neurons: the slope vanishes at the bottom of the dip only, where 2n s = 1.
+        bottom = sigma * (2 * n - 1) ** (-1 / (2 * n))
+        assert ((slope > 0) == (x < bottom)).all()
+
+
+@with_eps
+@pytest.mark.parametrize(("n", "p"), [(1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (1, math.inf), (3, math.inf)])
+def test_distance_to_relu(family, n, p):
+    # With x = sigma y, sigma = eps^(1/2n), the distance to ReLU at x is sigma y / (1 + y^2n), so its L^p norm is
+    # c eps^((1 + 1/p) / 2n), c^p = B((p+1)/2n, p - (p+1)/2n) / 2n. It is finite where p (2n - 1) > 1: at n = 1 the
+    # L^1 distance diverges.
+    y = torch.exp(torch.arange(-20, 14, 1 / 64, dtype=torch.float64))
+    measured = []
+    for eps in (1e-1, 1e-3, 1e-5):
+        x = eps ** (1 / (2 * n)) * y
+        distance = x - egem(x, n, eps) if family == "egem" else segem(x, n, eps).relu() - x - segem(-x, n, eps)
+        assert (distance >= 0).all()
+        norm = distance.max().item() if p == math.inf else float((distance**p * x).sum() / 64) ** (1 / p)
+        measured.append(norm / eps ** ((1 + 1 / p) / (2 * n)))
+    if p == math.inf:
+        constant, relative = (2 * n - 1) ** ((2 * n - 1) / (2 * n)) / (2 * n), (2 * n / 64) ** 2
+    else:
+        a, b = (p + 1) / (2 * n), p - (p + 1) / (2 * n)
+        constant = (math.gamma(a) * math.gamma(b) / math.gamma(a + b) / (2 * n)) ** (1 / p)
+        # What lies past the last y, and roundings of x - egem(x), at most 2^-50 y each over the whole range.
+        last = y[-1].item()
+        tail = last ** (1 - p * (2 * n - 1)) / (p * (2 * n - 1) - 1)
+        relative = (tail + (2.0**-50 * last) ** p * last) / constant**p + 1e-9
+    assert measured == pytest.approx([constant] * 3, rel=relative)
+
+
+def test_l1_distance_diverges_for_n_1():
+    # Each further decade of x adds the same: the integral of 1/x.
+    totals = []
+    for decades in (2, 4, 6):
+        y = torch.exp(torch.arange(-10, decades * math.log(10), 1 / 64, dtype=torch.float64))
+        totals.append(float((-segem(-y, 1, 1.0) * y).sum() / 64))
+    assert totals[2] - totals[1] == pytest.approx(2 * math.log(10), rel=0.01)
+    assert totals[1] - totals[0] == pytest.approx(2 * math.log(10), rel=0.01)
+
+
+# ---- values, dtypes, shapes
+
+
+@families
+@orders
+@dtypes
+def test_eager_equals_the_reference(family, n, dtype):
+    x = torch.randn(200, dtype=dtype)
+    y = FUNCTIONS[family](x, n)
+    assert y.dtype == dtype
+    assert torch.equal(y, plain(family, x, n, EPS[family]))
+
+
+@families
+@pytest.mark.parametrize("n", [1, 3])
+@dtypes
+def test_special_values(family, n, dtype):
+    inf, nan = torch.inf, torch.nan
+    x = torch.tensor([inf, -inf, nan, 0.0, -0.0], dtype=dtype, requires_grad=True)
+    y = FUNCTIONS[family](x, n)
+    torch.testing.assert_close(y, torch.tensor([inf, 0, nan, 0, 0], dtype=dtype), rtol=0, atol=0, equal_nan=True)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    zero = 1.0 if family == "segem" else 0.0
+    assert slope[[0, 1, 3, 4]].tolist() == [1.0, 0.0, zero, zero]
+
+
+@families
+@dtypes
+def test_gradient_has_the_dtype_of_the_input(family, dtype):
+    x = torch.randn(5, dtype=dtype, requires_grad=True)
+    y, tangent = torch.func.jvp(lambda v: FUNCTIONS[family](v, 2), (x.detach(),), (torch.ones(5, dtype=dtype),))
+    assert y.dtype == tangent.dtype == dtype
+    FUNCTIONS[family](x, 2).sum().backward()
+    assert x.grad.dtype == dtype
+    # Either may come from autograd of the formula: 2n (12n + 11) + 2n + 3 roundings (test_reference), and one more.
+    working = oracle.unit_roundoff(torch.promote_types(dtype, torch.float32))
+    bound = (2 * 147 * working + 2 * oracle.unit_roundoff(dtype)) * 1.5625
+    torch.testing.assert_close(x.grad, tangent, rtol=0, atol=bound)
+
+
+@families
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.tensor(0.7),
+        torch.empty(0),
+        torch.empty(3, 0, 2),
+        torch.randn(6, 4).t(),
+        torch.randn(10)[::3],
+        torch.randn(3, 1).expand(3, 5),
+        torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        torch.randn(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d),
+    ],
+    ids=["0-dim", "empty", "empty-3d", "transposed", "strided", "expanded", "channels_last", "channels_last_3d"],
+)
+def test_layouts(family, x):
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    function = FUNCTIONS[family]
+    y = function(x, 2)
+    assert y.shape == x.shape
+    assert y.stride() == torch.relu(x).stride()
+    assert torch.equal(y, function(x.contiguous(), 2))
+    out = function(leaf, 2)
+    out.backward(torch.ones_like(out))
+    assert leaf.grad.shape == x.shape
+    for memory_format in (torch.channels_last, torch.channels_last_3d):
+        if x.dim() == 4 + (memory_format is torch.channels_last_3d):
+            assert y.is_contiguous(memory_format=memory_format)
+            assert leaf.grad.is_contiguous(memory_format=memory_format)
+
+
+def test_the_input_is_left_alone():
+    x = torch.randn(50)
+    before = x.clone()
+    for function in FUNCTIONS.values():
+        function(x, 1)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.arange(3), torch.tensor([True]), torch.tensor([1j]), [1.0, 2.0], 1.0, None],
+    ids=["int", "bool", "complex", "list", "float", "none"],
+)
+@families
+def test_other_inputs(family, x):
+    got = str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
+    with pytest.raises(TypeError, match=f"x must be a floating-point tensor, got .*{got}.*convert"):
+        FUNCTIONS[family](x, 1)
+
+
+@with_eps
+def test_bad_tensor_eps(family):
+    function = PAIRS[family]
+    x = torch.ones(2, 3)
+    with pytest.raises(TypeError, match=r"tensor eps must be floating-point, got torch\.int64"):
+        function(x, 1, torch.tensor(1))
+    for shape in ((2,), (3, 1), (1, 2, 3), (4,)):
+        with pytest.raises(ValueError, match="must broadcast to the shape of x") as error:
+            function(x, 1, torch.ones(shape))
+        assert str(tuple(shape)) in str(error.value)
+        assert "(2, 3)" in str(error.value)
+
+
+@with_eps
+@dtypes
+@pytest.mark.parametrize("eps_dtype", [torch.float32, torch.float64], ids=str)
+def test_tensor_eps_keeps_the_dtype_of_x(family, dtype, eps_dtype):
+    x = torch.randn(4, 3, dtype=dtype, requires_grad=True)
+    eps = torch.tensor([0.5, 0.25, 2.0], dtype=eps_dtype, requires_grad=True)
+    y = PAIRS[family](x, 2, eps)
+    assert y.dtype == dtype
+    columns = [plain(family, x.detach()[:, i], 2, value) for i, value in enumerate(eps.tolist())]
+    assert torch.equal(y, torch.stack(columns, 1))
+    y.sum().backward()
+    assert x.grad.dtype == dtype
+    assert eps.grad.dtype == eps_dtype
+    assert eps.grad.shape == eps.shape
+
+
+@families
+def test_autocast(family):
+    x = torch.randn(4, 8, requires_grad=True)
+    weight = torch.randn(8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert FUNCTIONS[family](x, 2).dtype == torch.float32
+        hidden = x @ weight
+        assert hidden.dtype == torch.bfloat16
+        y = FUNCTIONS[family](hidden, 2)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, FUNCTIONS[family](hidden.detach(), 2))
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
+# ---- derivatives
+
+
+@families
+@orders
+def test_gradients(family, n):
+    x = both_sides(6).requires_grad_()
+
+    def function(v):
+        return FUNCTIONS[family](v, n)
+
+    assert gradcheck(
+        function, x, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True, fast_mode=False
+    )
+    assert gradgradcheck(function, x, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+@with_eps
+@orders
+@pytest.mark.parametrize("shape", [(), (3, 1), (2, 1, 1), (2, 3, 4)])
+def test_gradients_in_eps(family, n, shape):
+    x = both_sides(2, 3, 4).requires_grad_()
+    eps = (torch.rand(shape, dtype=torch.float64) + 0.2).requires_grad_()
+
+    def function(v, e):
+        return PAIRS[family](v, n, e)
+
+    assert gradcheck(function, (x, eps), check_forward_ad=True, check_batched_grad=True, fast_mode=True)
+    assert gradgradcheck(function, (x, eps), check_fwd_over_rev=True, fast_mode=True)
+
+
+@with_eps
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True), (False, False)])
+def test_only_what_requires_grad(family, wanted):
+    x = both_sides(4, 3).requires_grad_(wanted[0])
+    eps = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64, requires_grad=wanted[1])
+    y = PAIRS[family](x, 1, eps)
+    assert y.requires_grad == any(wanted)
+    if any(wanted):
+        y.sum().backward()
+    assert (x.grad is not None, eps.grad is not None) == wanted
+
+
+@families
+@orders
+def test_slope_is_exact(family, n):
+    eps = EPS[family]
+    x = both_sides(40, dtype=torch.float32).requires_grad_()
+    (slope,) = torch.autograd.grad(FUNCTIONS[family](x, n).sum(), x)
+    exact_slope = oracle.segem_slope if family == "segem" else oracle.egem_slope
+    for point, got in zip(x.tolist(), slope.tolist(), strict=True):
+        point, true_eps = Fraction(point), Fraction(eps)
+        s = oracle.gate(point, n, true_eps)
+        scale = (1 - s) * (1 + 2 * n * s) if family == "segem" else s * (1 + 2 * n * (1 - s))
+        # The bound of test_reference, and the product with the incoming gradient.
+        assert abs(Fraction(got) - exact_slope(point, n, true_eps)) <= (6 * n + 10) * scale / 2**24
+
+
+@families
+@pytest.mark.parametrize("n", [1, 3])
+def test_functional_transforms(family, n):
+    x = both_sides(5)
+
+    def function(v):
+        return FUNCTIONS[family](v, n)
+
+    def formula(v):
+        return plain(family, v, n, EPS[family])
+
+    def total(v):
+        return (function(v) ** 2).sum()
+
+    def total_formula(v):
+        return (formula(v) ** 2).sum()
+
+    func = torch.func
+    close = {"rtol": 1e-12, "atol": 1e-12}  # thousands of float64 roundings
+    torch.testing.assert_close(func.hessian(total)(x), func.hessian(total_formula)(x), **close)
+    torch.testing.assert_close(func.jacfwd(function)(x), func.jacrev(formula)(x), **close)
+    torch.testing.assert_close(func.jacrev(function)(x), func.jacfwd(formula)(x), **close)
+    assert func.hessian(total)(x).any()
+    assert torch.equal(func.vmap(function)(x), function(x))
+    batch = both_sides(3, 5)
+    per_sample = func.vmap(func.grad(total))(batch)
+    torch.testing.assert_close(per_sample, torch.stack([func.grad(total_formula)(row) for row in batch]), **close)
+    _, pullback = func.vjp(function, x)
+    torch.testing.assert_close(pullback(torch.ones_like(x))[0], func.grad(lambda v: formula(v).sum())(x), **close)
+
+
+@families
+def test_forward_mode_over_forward_mode(family):
+    # torch drops the inner derivative of an autograd.Function here, without a word (pytorch/pytorch issue 197867).
+    def derivative(function):
+        return lambda v: torch.func.jvp(function, (v,), (torch.ones_like(v),))[1]
+
+    x = both_sides(8)
+    second = derivative(derivative(lambda v: FUNCTIONS[family](v, 2)))(x)
+    expected = derivative(derivative(lambda v: plain(family, v, 2, EPS[family])))(x)
+    assert expected.any()
+    torch.testing.assert_close(second, expected, rtol=1e-12, atol=1e-12)
+
+
+@with_eps
+def test_vmap_over_eps(family):
+    x = both_sides(6)
+    eps = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64)
+    function = PAIRS[family]
+
+    def one(e):
+        return function(x, 2, e)
+
+    assert torch.equal(torch.func.vmap(one)(eps), torch.stack([one(e) for e in eps]))
+    slopes = torch.func.vmap(torch.func.grad(lambda e: one(e).sum()))(eps)
+    expected = torch.stack([torch.func.grad(lambda v: one(v).sum())(e) for e in eps])
+    torch.testing.assert_close(slopes, expected, rtol=1e-14, atol=0)
+    assert slopes.all()
+
+
+def test_double_backward_through_a_model():
+    def penalty(activation):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), activation, torch.nn.Linear(8, 1)).double()
+        x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        (slope**2).sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    class Formula(torch.nn.Module):
+        def forward(self, x):
+            return reference.segem(x, 2, 0.3)
+
+    class Ours(torch.nn.Module):
+        def forward(self, x):
+            return segem(x, 2, 0.3)
+
+    ours = penalty(Ours())
+    assert ours.any()
+    torch.testing.assert_close(ours, penalty(Formula()), rtol=1e-12, atol=1e-12)
+
+
+@families
+def test_only_the_input_is_saved(family):
+    x = torch.randn(64, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        FUNCTIONS[family](x, 3)
+    assert [t.data_ptr() for t in saved] == [x.data_ptr()]
+
+
+@families
+def test_gradient_checkpointing(family):
+    x = torch.randn(20, requires_grad=True)
+
+    def function(v):
+        return FUNCTIONS[family](v * 2, 2)
+
+    (expected,) = torch.autograd.grad(function(x).sum(), x)
+    (got,) = torch.autograd.grad(checkpoint(function, x, use_reentrant=False).sum(), x)
+    assert torch.equal(got, expected)
+
+
+# ---- compilers and exporters
+
+
+def assert_compiled(compiled, family, n, eps, dtype):
+    """Values and slopes of a compiled function against the formula in float64, within the bounds of test_reference."""
+    x = torch.cat([2 * both_sides(100), torch.tensor([torch.inf, -torch.inf, 0.0])]).to(dtype).requires_grad_()
+    y = compiled(x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    exact_x = x.detach().double().requires_grad_()
+    exact = plain(family, exact_x, n, eps)
+    (exact_slope,) = torch.autograd.grad(exact.sum(), exact_x)
+    assert y.dtype == dtype
+    working = oracle.unit_roundoff(torch.promote_types(dtype, torch.float32))
+    own = oracle.unit_roundoff(dtype) if dtype != torch.float32 else 0.0
+    floor = oracle.min_normal(dtype)
+    # Slopes are measured on the scale of the largest one, (1 + 2n)^2 / 8n.
+    steepest = max(1, (1 + 2 * n) ** 2 / (8 * n))
+    torch.testing.assert_close(y.double(), exact, rtol=(4 * n + 7) * working + own, atol=floor)
+    slope_bound = (2 * n * (12 * n + 11) + 2 * n + 3) * working + own
+    torch.testing.assert_close(slope.double(), exact_slope, rtol=0, atol=slope_bound * steepest)
+    assert slope[-3:].tolist() == [1.0, 0.0, 1.0 if family == "segem" else 0.0]
+
+
+@families
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compile_traces_without_a_break(family, n, dtype):
+    compiled = torch.compile(lambda x: FUNCTIONS[family](x, n), fullgraph=True, backend="aot_eager")
+    assert_compiled(compiled, family, n, EPS[family], dtype)
+
+
+def test_inductor():
+    compiled = torch.compile(lambda x: segem(x, 2, 0.3), fullgraph=True)
+    assert_compiled(compiled, "segem", 2, 0.3, torch.float32)
+
+
+@with_eps
+def test_compile_with_tensor_eps(family):
+    compiled = torch.compile(lambda x, e: PAIRS[family](x, 2, e), fullgraph=True, backend="aot_eager")
+    x = both_sides(5, 3).requires_grad_()
+    eps = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    got = torch.autograd.grad(compiled(x, eps).sum(), (x, eps))
+    expected = torch.autograd.grad(PAIRS[family](x, 2, eps).sum(), (x, eps))
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code():
+    yield
+    torch._dynamo.reset()  # these tests compile one lambda for many functions, which counts as recompiling it
+
+
+class _Model(torch.nn.Module):
+    def __init__(self, family):
+        super().__init__()
+        self.family = family
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return FUNCTIONS[self.family](self.linear(x), 2)
+
+
+@families
+def test_export_round_trip(family, tmp_path):
+    model = _Model(family)
+    x = torch.randn(3, 4)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(exported, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    for rows in (3, 7):
+        x = torch.randn(rows, 4)
+        torch.testing.assert_close(loaded(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@families
+def test_onnx(family, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    x = both_sides(64, dtype=torch.float32)
+
+    class Activation(torch.nn.Module):
+        def forward(self, x):
+            return FUNCTIONS[family](x, 2)
+
+    program = torch.onnx.export(Activation().eval(), (x,), dynamo=True)
+    assert {node.domain for node in program.model.graph} <= {"", "ai.onnx"}
+    assert not program.model.functions
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    exact = plain(family, x.double(), 2, EPS[family])
+    # 15 roundings (test_reference), and none saved by a subnormal.
+    bound = 15 * oracle.unit_roundoff(torch.float32)
+    torch.testing.assert_close(torch.from_numpy(y).double(), exact, rtol=bound, atol=oracle.min_normal(torch.float32))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+@families
+def test_jit_trace(family):
+    traced = torch.jit.trace(lambda x: FUNCTIONS[family](x, 2), torch.randn(3))
+    x = torch.randn(4, 5)
+    assert torch.equal(traced(x), FUNCTIONS[family](x, 2))
+
+
+@families
+def test_fx_symbolic_trace(family):
+    model = _Model(family)
+    traced = torch.fx.symbolic_trace(model)
+    x = torch.randn(3, 4, requires_grad=True)
+    assert torch.equal(traced(x), model(x))
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert called == [{"gem": gem, "egem": egem, "segem": segem}[family]]

@@ -1,0 +1,69 @@
+"""Gains against a quadrature of another kind."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hf_gem import gain, get_activation
+
+# The trapezoid in log|z| and these panels both promise errors below 1e-10.
+TOLERANCE = 2e-10
+
+
+def panels(function):
+    """E[f(Z)^2] by Gauss-Legendre in z, on panels that shrink towards 0, where a small eps turns sharply."""
+    edges = np.concatenate([[0.0], np.exp2(np.linspace(-30, math.log2(40), 200))])
+    nodes, weights = np.polynomial.legendre.leggauss(20)
+    half = np.diff(edges)[:, None] / 2
+    z = (edges[:-1, None] + half * (nodes + 1)).ravel()
+    density = (half * weights).ravel() * np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    x = torch.from_numpy(z)
+    return float(((function(x) ** 2 + function(-x) ** 2).detach().numpy() * density).sum())
+
+
+@pytest.mark.parametrize(
+    "name", ["gem", "gem_n2", "gem_n8", "egem", "egem_n3_eps0.01", "segem", "segem_n2_eps0.1", "segem_n4_eps10"]
+)
+def test_second_moment(name):
+    assert gain(name) == pytest.approx(1 / math.sqrt(panels(get_activation(name))), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("function", [torch.relu, torch.nn.functional.gelu, torch.nn.functional.silu, torch.tanh])
+def test_other_activations(function):
+    assert gain(function) == pytest.approx(1 / math.sqrt(panels(function)), rel=TOLERANCE)
+
+
+def test_closed_forms():
+    assert gain(torch.relu) == pytest.approx(math.sqrt(2), rel=TOLERANCE)
+    assert gain(lambda z: z) == pytest.approx(1, rel=TOLERANCE)
+    assert gain(lambda z: 3 * z**2) == pytest.approx(1 / math.sqrt(27), rel=TOLERANCE)
+
+
+def test_gem_in_closed_form():
+    # GEM(1)^2 = x^6 / (1 + x^2)^2 = x^2 - 2 + 3 / (1 + x^2) - 1 / (1 + x^2)^2, with E[1 / (1 + Z^2)] = m, the Mills
+    # ratio of the normal at 1, and E[1 / (1 + Z^2)^2] = 1/2, by parts; x > 0 is half of it.
+    mills = math.sqrt(math.pi / 2) * math.exp(0.5) * math.erfc(math.sqrt(0.5))
+    assert gain("gem") == pytest.approx(1 / math.sqrt((1 - 2 + 3 * mills - 0.5) / 2), rel=TOLERANCE)
+
+
+def test_a_learnable_name_counts_with_its_initial_eps():
+    assert gain("egem_n2_eps0.1_learnable") == pytest.approx(gain("egem_n2_eps0.1"), rel=TOLERANCE)
+
+
+def test_towards_relu_as_eps_falls():
+    # SEGEM differs from ReLU for z < 0 only, by at most sqrt(eps) / 2.
+    for eps in (1.0, 1e-2, 1e-4):
+        assert 0 < 1 / gain(f"segem_eps{eps}") ** 2 - 0.5 <= eps / 8
+
+
+@pytest.mark.parametrize("function", [torch.zeros_like, lambda z: z / 0, lambda z: torch.full_like(z, torch.nan)])
+def test_no_gain(function):
+    with pytest.raises(ValueError, match=r"has second moment .* no gain keeps it"):
+        gain(function)
+
+
+def test_malformed_name():
+    with pytest.raises(ValueError, match="Did you mean 'gem_n2'"):
+        gain("gem-n2")

@@ -1,0 +1,259 @@
+"""The modules: construction, what they print, a learnable eps, and every way a module is copied, cast and saved."""
+
+import copy
+import io
+import math
+import pickle
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import nn
+
+from hf_gem import EGEM, GEM, SEGEM, egem, gem, get_activation, parse, segem
+from tests import oracle
+
+LEARNABLE = {"egem": EGEM, "segem": SEGEM}
+NAMES = ["gem", "gem_n3", "egem", "egem_n2_eps0.1", "segem_eps0.5", "egem_learnable", "segem_n2_eps0.3_learnable"]
+
+names = pytest.mark.parametrize("name", NAMES)
+learnable_families = pytest.mark.parametrize("family", list(LEARNABLE))
+
+
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        (GEM(), lambda x: gem(x)),
+        (GEM(n=2, inplace=True), lambda x: gem(x, 2)),
+        (EGEM(), lambda x: egem(x)),
+        (EGEM(3, 0.1, inplace=True), lambda x: egem(x, 3, 0.1)),
+        (SEGEM(2), lambda x: segem(x, 2)),
+        (SEGEM(1, 2.0, inplace=True), lambda x: segem(x, 1, 2.0)),
+        (EGEM(2, 0.25, learnable=True), lambda x: egem(x, 2, 0.25)),
+        (SEGEM(2, 0.25, learnable=True), lambda x: segem(x, 2, 0.25)),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, torch.nn.Module) else "function",
+)
+def test_a_module_is_its_function(module, function):
+    x = torch.randn(4, 3)
+    before = x.clone()
+    assert torch.equal(module(x), function(x))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (GEM(), "GEM(n=1)"),
+        (GEM(2), "GEM(n=2)"),
+        (EGEM(), "EGEM(n=1, eps=0.0001)"),
+        (SEGEM(3, 1e-6), "SEGEM(n=3, eps=1e-06)"),
+        (EGEM(learnable=True), "EGEM(n=1, eps=0.0001, learnable=True)"),
+        (
+            SEGEM(2, 0.5, learnable=True, num_parameters=8, channel_dim=-1),
+            "SEGEM(n=2, eps=0.5, learnable=True, num_parameters=8, channel_dim=-1)",
+        ),
+    ],
+)
+def test_repr(module, text):
+    assert repr(module) == text
+
+
+@names
+def test_modules_by_name(name):
+    module = get_activation(name)
+    spec = parse(name)
+    assert type(module).__name__.lower() == spec.family
+    assert module.spec == spec
+    assert module.n == spec.n
+    assert torch.as_tensor(module.eps).item() == pytest.approx(spec.eps, rel=2**-24)
+    assert len(list(module.parameters())) == spec.learnable
+    assert get_activation(name.upper()).spec == spec
+    assert get_activation(name) is not module
+
+
+def test_a_malformed_name():
+    with pytest.raises(ValueError, match="Did you mean 'gem_n2'"):
+        get_activation("gem-n2")
+
+
+@learnable_families
+def test_num_parameters(family):
+    cls = LEARNABLE[family]
+    with pytest.raises(ValueError, match="num_parameters=3 needs learnable=True"):
+        cls(num_parameters=3)
+    for num_parameters in (0, -1):
+        with pytest.raises(ValueError, match=f"got {num_parameters}"):
+            cls(learnable=True, num_parameters=num_parameters)
+    with pytest.raises(ValueError, match="must broadcast to the shape of x"):
+        cls(learnable=True, num_parameters=3)(torch.ones(2, 4))
+
+
+@pytest.mark.parametrize(("arguments", "error"), [({"n": 0}, ValueError), ({"n": 1.5}, TypeError)])
+@pytest.mark.parametrize("cls", [GEM, EGEM, SEGEM])
+def test_bad_n(cls, arguments, error):
+    with pytest.raises(error, match="n must be an integer"):
+        cls(**arguments)
+
+
+# ---- a learnable eps
+
+
+def exact_log_gradient(family, x, n, eps):
+    """Sum over x of d f / d log eps, which is eps d f / d eps, with the sum of the sizes of its terms."""
+    slope = oracle.egem_eps_slope if family == "egem" else oracle.segem_eps_slope
+    terms = [Fraction(eps) * slope(Fraction(v), n, Fraction(eps)) for v in x.flatten().tolist()]
+    return sum(terms), sum(abs(term) for term in terms)
+
+
+@learnable_families
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("eps", [1e-4, 0.25, 3.0])
+def test_gradient_of_eps(family, n, eps):
+    module = LEARNABLE[family](n, eps, learnable=True)
+    x = torch.randn(50) * eps ** (1 / (2 * n))
+    module(x).sum().backward()
+    exact, size = exact_log_gradient(family, x, n, module.eps.item())
+    # 4n + 9 roundings a term (test_reference), 49 in the sum, 2 for the chain from log_ratio to eps and exp.
+    assert abs(Fraction(module.log_ratio.grad.item()) - exact) <= (4 * n + 60) * size / 2**24
+
+
+@learnable_families
+@pytest.mark.parametrize(("shape", "channel_dim"), [((5, 3, 2, 2), 1), ((5, 7, 3), -1), ((5, 3), 1), ((3, 6), 0)])
+def test_one_eps_per_channel(family, shape, channel_dim):
+    module = LEARNABLE[family](2, 0.5, learnable=True, num_parameters=3, channel_dim=channel_dim)
+    with torch.no_grad():
+        module.log_ratio.copy_(torch.tensor([-2.0, 0.0, 1.5]))
+    x = torch.randn(shape)
+    y = module(x)
+    y.sum().backward()
+    for i, eps in enumerate(module.eps.tolist()):
+        channel = x.select(channel_dim, i)
+        expected = {"egem": egem, "segem": segem}[family](channel, 2, torch.tensor(eps))
+        assert torch.equal(y.select(channel_dim, i), expected)
+        exact, size = exact_log_gradient(family, channel, 2, eps)
+        assert abs(Fraction(module.log_ratio.grad[i].item()) - exact) <= (17 + channel.numel() + 2) * size / 2**24
+
+
+@learnable_families
+def test_eps_stays_positive(family):
+    module = LEARNABLE[family](1, 1e-4, learnable=True)
+    optimizer = torch.optim.SGD(module.parameters(), lr=20.0)
+    x = torch.randn(64)
+    for target in (x.relu(), torch.zeros(64)):
+        for _ in range(20):
+            optimizer.zero_grad()
+            (module(x) - target).square().sum().backward()
+            optimizer.step()
+            assert module.log_ratio.isfinite().all()
+            assert module.eps > 0
+            assert module(x).isfinite().all()
+
+
+def test_eps_is_learned():
+    x = torch.randn(256)
+    target = egem(x, 1, 0.5)
+    module = EGEM(1, 0.01, learnable=True)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (module(x) - target).square().mean().backward()
+        optimizer.step()
+    assert module.eps.item() == pytest.approx(0.5, rel=0.01)
+
+
+@learnable_families
+def test_the_first_eps_survives_a_cast(family):
+    module = LEARNABLE[family](1, 0.3, learnable=True)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        cast = copy.deepcopy(module).to(dtype)
+        assert cast.log_ratio.dtype == dtype
+        assert cast.eps.item() == torch.tensor(0.3).item()
+        assert cast(torch.ones(3, dtype=dtype)).dtype == dtype
+
+
+@learnable_families
+def test_reset_and_meta_device(family):
+    with torch.device("meta"):
+        module = LEARNABLE[family](2, 0.3, learnable=True, num_parameters=4)
+    assert module.log_ratio.is_meta
+    module.to_empty(device="cpu")
+    with torch.no_grad():
+        module.log_ratio.fill_(7.0)
+    module.reset_parameters()
+    assert torch.equal(module.eps, torch.full((4,), 0.3))
+
+
+def test_a_fixed_eps_needs_no_memory():
+    with torch.device("meta"):
+        module = nn.Sequential(EGEM(2, 0.3), GEM(2)).to(torch.bfloat16)
+    assert not module.state_dict()
+    x = torch.randn(5)
+    assert torch.equal(module.to_empty(device="cpu")(x), gem(egem(x, 2, 0.3), 2))
+
+
+@learnable_families
+@pytest.mark.parametrize("num_parameters", [1, 4])
+def test_state_dict(family, num_parameters):
+    def build():
+        return LEARNABLE[family](2, 0.3, learnable=True, num_parameters=num_parameters)
+
+    module = build()
+    assert module.log_ratio.shape == (num_parameters,)
+    with torch.no_grad():
+        module.log_ratio.normal_()
+    stored = io.BytesIO()
+    torch.save(module.state_dict(), stored)
+    stored.seek(0)
+    other = build()
+    other.load_state_dict(torch.load(stored))
+    x = torch.randn(3, 4)
+    assert torch.equal(other(x), module(x))
+
+
+@names
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_copies(name, duplicate):
+    module = get_activation(name)
+    twin = duplicate(module)
+    x = torch.randn(10)
+    assert torch.equal(twin(x), module(x))
+    assert twin.spec == module.spec
+    assert repr(twin) == repr(module)
+    assert not {id(p) for p in twin.parameters()} & {id(p) for p in module.parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "module",
+    [*map(get_activation, NAMES), EGEM(2, 0.1, True, 3), SEGEM(2, 0.1, True, 3, channel_dim=-1)],
+    ids=lambda m: repr(m),
+)
+def test_scripting(module):
+    scripted = torch.jit.script(module)
+    stored = io.BytesIO()
+    torch.jit.save(scripted, stored)
+    stored.seek(0)
+    loaded = torch.jit.load(stored)
+    x = torch.randn(3, 3)
+    for _ in range(3):  # the profiling executor optimises after the first calls
+        assert torch.equal(loaded(x), module(x))
+
+
+def test_each_module_owns_its_parameter():
+    model = nn.Sequential(*(get_activation("egem_learnable") for _ in range(3)))
+    assert sum(p.numel() for p in model.parameters()) == 3
+    assert [name for name, _ in model.named_parameters()] == ["0.log_ratio", "1.log_ratio", "2.log_ratio"]
+
+
+@learnable_families
+def test_compile_of_a_learnable_module(family):
+    module = LEARNABLE[family](2, 0.3, learnable=True, num_parameters=3)
+    x = torch.randn(5, 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")(x)
+    (got,) = torch.autograd.grad(compiled.sum(), module.log_ratio)
+    (expected,) = torch.autograd.grad(module(x).sum(), module.log_ratio)
+    # 2n (12n + 11) + 2n + 3 roundings of terms no larger than the value, for autograd of the formula (test_reference).
+    torch.testing.assert_close(compiled, module(x), rtol=15 * 2**-24, atol=0)
+    torch.testing.assert_close(got, expected, rtol=0, atol=5 * 147 * 2**-24 * math.sqrt(0.3))
