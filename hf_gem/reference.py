@@ -21,6 +21,7 @@ selections and clamps; the functions annotated with a float eps can be scripted,
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +31,9 @@ def egem(x: Tensor, n: int, eps: float) -> Tensor:
     """E-GEM: `x s` for x > 0, else 0. GEM for eps = 1."""
     r, e = _scale(eps, n)
     z = _working(x)
-    v = z * r
-    t = _gate_power(v, n)
-    return _egem(z, v, n, t / (t + e), z).to(x.dtype)
+    t = _gate_power(z * r, n)
+    # Past the bound t / (t + e) is 1 exactly, and the selection inside t keeps infinity out of its derivative.
+    return (z.clamp(min=0.0) * (t / (t + e))).to(x.dtype)
 
 
 def egem_tensor(x: Tensor, n: int, eps: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ def egem_tensor(x: Tensor, n: int, eps: Tensor) -> Tensor:
     t = _gate_power(v, n)
     # Past the bound x s rounds to x, but its derivative in eps does not round to zero.
     far = z - _remainder(z, z * (r / _bound(n, z.dtype)), n, e / (t + e))
-    return _egem(z, v, n, t / (t + e), far).to(x.dtype)
+    return torch.where(v > _bound(n, v.dtype), far, _positive(z) * (t / (t + e))).to(x.dtype)
 
 
 def segem(x: Tensor, n: int, eps: float) -> Tensor:
@@ -64,15 +65,20 @@ def segem_tensor(x: Tensor, n: int, eps: Tensor) -> Tensor:
 
 def egem_slope(x: Tensor, n: int, eps: float | Tensor) -> Tensor:
     """d egem / dx, in the working dtype of x."""
-    s, c = _gates(_working(x), n, eps)
-    return s * (1 + 2 * n * c)
+    z = _working(x)
+    r, e = _split(eps, z, n)
+    t = _gate_power(z * r, n)
+    s = t / (t + e)
+    return s * torch.rsub(s, 1 + 2 * n, alpha=2 * n)
 
 
 def segem_slope(x: Tensor, n: int, eps: float | Tensor) -> Tensor:
     """d segem / dx, in the working dtype of x."""
     z = _working(x)
-    s, c = _gates(-z, n, eps)
-    return torch.where(z < 0, c * (1 - 2 * n * s), 1.0)
+    r, e = _split(eps, z, n)
+    t = _gate_power(-z * r, n)
+    c = e / (t + e) * _power(_excess(-z * (r / _bound(n, z.dtype))), 2 * n)
+    return torch.where(z < 0, c * torch.rsub(t / (t + e), 1, alpha=2 * n), 1.0)
 
 
 def egem_eps_slope(x: Tensor, n: int, eps: Tensor) -> Tensor:
@@ -109,6 +115,10 @@ def _scale_tensor(eps: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return r, e
 
 
+def _split(eps: float | Tensor, z: Tensor, n: int) -> tuple[Any, Any]:
+    return _scale_tensor(eps.to(z.dtype), n) if isinstance(eps, Tensor) else _scale(eps, n)
+
+
 def _bound(n: int, dtype: torch.dtype) -> float:
     """The scaled |x| past which the gate rounds to 1: a power of two whose 2n-th power exceeds e 2^(digits + 3)."""
     digits = 53 if dtype == torch.float64 else 24
@@ -141,10 +151,6 @@ def _gate_power(v: Tensor, n: int) -> Tensor:
     return _power(torch.where(v >= bound, bound, v).clamp(min=0.0), 2 * n)
 
 
-def _egem(z: Tensor, v: Tensor, n: int, s: Tensor, far: Tensor) -> Tensor:
-    return torch.where(v > _bound(n, v.dtype), far, _positive(z) * s)
-
-
 def _segem(z: Tensor, w: Tensor, n: int, c: Tensor) -> Tensor:
     return torch.where(z < 0, -_remainder(-z, w, n, c), z)
 
@@ -158,11 +164,3 @@ def _remainder(z: Tensor, w: Tensor, n: int, c: Tensor) -> Tensor:
 def _excess(w: Tensor) -> Tensor:
     """1 / w past the bound, 1 before. Where v overflows, w = z (r / bound) does not, or all it scales has vanished."""
     return 1.0 / torch.where(w >= 1.0, w, 1.0)
-
-
-def _gates(z: Tensor, n: int, eps: float | Tensor) -> tuple[Tensor, Tensor]:
-    """s and 1 - s at z > 0; 0 and 1 elsewhere."""
-    r, e = _scale_tensor(eps.to(z.dtype), n) if isinstance(eps, Tensor) else _scale(eps, n)
-    v = z * r
-    t = _gate_power(v, n)
-    return t / (t + e), e / (t + e) * _power(_excess(z * (r / _bound(n, z.dtype))), 2 * n)

@@ -25,7 +25,8 @@ TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md
 PRESETS: dict[str, dict[str, Any]] = {
     # 1.3M parameters on the standard library's source: minutes on two CPU cores.
     "demo": {
-        "n_layer": 4, "n_embd": 128, "n_head": 4, "block_size": 128, "vocab_size": 4096,
+        "n_layer": 4, "n_embd": 128, "n_head": 4, "block_size": 128,
+        "vocab_size": 4096, "validation_fraction": 0.02,
         "steps": 600, "global_batch_size": 32, "micro_batch_size": 32, "warmup_steps": 50, "learning_rate": 3e-3,
         "eval_every": 200, "save_every": 200, "log_every": 10,
     },

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.elastic.utils.distributed import get_free_port
+from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 GPT2 = ROOT / "recipes" / "gpt2_pretrain.py"
@@ -24,6 +26,16 @@ def write_corpus(path: Path, lines: int = 300) -> Path:
     words = "the gate of a smooth unit opens slowly then stays open while its output grows with the input"
     path.write_text("".join(" ".join(draw.choices(words.split(), k=12)) + ".\n" for _ in range(lines)))
     return path
+
+
+def save_bytes_tokenizer(folder: Path) -> str:
+    """One token a byte and an end of text: ids can be read off the text. Returns the folder."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE({c: i for i, c in enumerate(["<|endoftext|>", *alphabet])}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>").save_pretrained(folder)
+    return str(folder)
 
 
 def losses(folder: Path, key: str = "loss") -> dict[int, float]:

@@ -7,14 +7,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_gem.training import data_text
 from hf_gem.training.data_text import STDLIB, TextConfig, TokenBlocks, prepare_text
 from hf_gem.training.errors import DataError
 from hf_gem.training.loss import IGNORE
-from tests.helpers import write_corpus
+from tests.helpers import save_bytes_tokenizer, write_corpus
 
 
 @pytest.fixture
@@ -28,14 +28,7 @@ def prepare(tmp_path):
 
 @pytest.fixture
 def bytes_tokenizer(tmp_path):
-    """One token a byte and an end of text: ids can be read off the text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE({c: i for i, c in enumerate(["<|endoftext|>", *alphabet])}, []))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    folder = tmp_path / "bytes"
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>").save_pretrained(folder)
-    return str(folder)
+    return save_bytes_tokenizer(tmp_path / "bytes")
 
 
 DOCUMENTS = [f"document {i} has its own number {i * i}\n" * 3 for i in range(150)]

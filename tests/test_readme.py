@@ -1,0 +1,132 @@
+"""Every command and every line of code in the README runs."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
+
+from recipes.gpt2_pretrain import PRESETS, Config, parse_config
+from tests.helpers import ON_CPU, ROOT, TINY, save_bytes_tokenizer, write_corpus
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line.strip()
+]
+# Of a preset for GPUs, what a CPU can do; every size is made small below.
+CPU_FLAGS = ("--mixed_precision=no", "--compile=false", "--dataset_config=")
+
+
+def run(arguments, **env):
+    done = subprocess.run(
+        arguments, cwd=ROOT, env={**os.environ, **ON_CPU, **env}, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def tiny_flags(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.txt")
+    return [*TINY, f"--dataset={corpus}", f"--cache_dir={tmp_path / 'cache'}", f"--output_dir={tmp_path / 'run'}"]
+
+
+def on_two_processes(command, tmp_path):
+    """A launch command for many GPUs, with two processes on this CPU in place of them."""
+    arguments = shlex.split(command)[2:]
+    arguments[arguments.index("--num_processes") + 1] = "2"
+    if "--main_process_ip" in arguments:
+        arguments[arguments.index("--main_process_ip") + 1] = "127.0.0.1"
+    script = next(i for i, a in enumerate(arguments) if a.endswith(".py"))
+    if "--main_process_port" in arguments:
+        arguments[arguments.index("--main_process_port") + 1] = str(get_free_port())
+    else:
+        arguments.insert(script, f"--main_process_port={get_free_port()}")
+    # a tokenizer of its own would need the network
+    tiny = [*tiny_flags(tmp_path), *CPU_FLAGS, "--micro_batch_size=2", f"--tokenizer={tmp_path / 'tokenizer'}"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *arguments, *tiny]
+
+
+def test_the_readme_has_the_commands_tested_here():
+    kinds = [command.split()[0] for command in COMMANDS]
+    assert kinds == ["pip", "make", "make", *["accelerate"] * 4]
+
+
+def test_pip_install():
+    (command,) = (c for c in COMMANDS if c.startswith("pip"))
+    arguments = shlex.split(command)[1:]
+    out = run([sys.executable, "-m", "pip", *arguments, "--dry-run", "--no-deps", "--no-build-isolation"])
+    assert "Would install hf-gem" in out or "hf_gem" in out
+
+
+def test_make_demo(tmp_path):
+    corpus = tiny_flags(tmp_path)
+    out = run(["make", "demo", "READY=", f"RUN={Path(sys.executable).parent}", f"DEMO_ARGS={shlex.join(corpus)}"])
+    assert f"Checkpoint: {tmp_path / 'run'}" in out
+
+
+def test_make_test_and_ci():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    tests = "TEST_ARGS=tests/training/test_order.py"
+    out = run(["make", "test", "READY=", f"RUN={Path(sys.executable).parent}", "JOBS=0", tests])
+    assert "All checks passed" in out
+    assert re.search(r"\d+ passed", out)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("accelerate") and "multi_gpu" not in c])
+def test_launch_commands(command, tmp_path):
+    arguments = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(command)[2:]]
+    out = run([*arguments, *tiny_flags(tmp_path)])
+    assert "Validation loss" in out
+
+
+def test_multi_gpu_command(tmp_path):
+    save_bytes_tokenizer(tmp_path / "tokenizer")
+    (command,) = (c for c in COMMANDS if "--num_machines 1" in c)
+    assert "Validation loss" in run(on_two_processes(command, tmp_path))
+
+
+def test_multi_node_command(tmp_path):
+    save_bytes_tokenizer(tmp_path / "tokenizer")
+    (command,) = (c for c in COMMANDS if "--num_machines 2" in c)
+    first = on_two_processes(command, tmp_path)
+    second = list(first)
+    second[second.index("--machine_rank") + 1] = "1"
+    other = subprocess.Popen(
+        second, cwd=ROOT, env={**os.environ, **ON_CPU}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert "Validation loss" in run(first)
+        assert "Validation loss" not in other.communicate(timeout=60)[0]  # only one of them reports
+    finally:
+        other.kill()
+    assert other.returncode == 0
+
+
+def test_python_code():
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(block, names)
+    assert type(names["model"].act1).__name__ == "EGEM"
+    assert names["y"].shape == (8, 64)
+    assert isinstance(names["layer"], torch.nn.Module)
+
+
+def test_flags_files_and_example():
+    config, _ = parse_config(Config, PRESETS, "demo", ["--config", str(ROOT / "recipes" / "example.yaml")])
+    assert config.n_embd == 64
+    for flag in re.findall(r"`--(\w+)`", README.split("| flag |")[1].split("\n\n")[0]):
+        assert hasattr(config, flag), flag
+    tree = README.split("## Files")[1].split("## Adding")[0]
+    for folder, files in re.findall(r"^    (?:  )?(\w+/)? *(.*)$", tree, re.MULTILINE):
+        for name in re.findall(r"\b\w+\.(?:py|yaml|md)\b", files):
+            assert list(ROOT.rglob(name)), name
+        assert not folder or [p for p in ROOT.rglob(folder.rstrip("/")) if p.is_dir()], folder
+    listed = set(re.findall(r"\b\w+\b", tree))
+    for path in (ROOT / "hf_gem").rglob("*.py"):
+        assert path.stem in listed | {"__init__", "errors", "metrics"}, path
+    assert (ROOT / "docs" / "family.png").exists()
