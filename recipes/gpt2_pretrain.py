@@ -18,7 +18,7 @@ from hf_gem.training.errors import TrainingError
 from hf_gem.training.loop import Task, make_accelerator, train
 from hf_gem.training.loss import CausalLMLoss
 from hf_gem.training.metrics import decoder_flops_per_token
-from hf_gem.training.report import plot_loss, write_card
+from hf_gem.training.report import save_results
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
 
@@ -129,17 +129,15 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     folder = Path(config.output_dir)
-    model.save_pretrained(folder)
-    data.tokenizer.save_pretrained(folder)
-    plot_loss(record, folder / "loss_curve.png")
-    write_card(
+    save_results(
+        folder,
+        model,
+        data.tokenizer,
         record,
         TEMPLATE,
-        folder / "README.md",
         title=f"GPT-2 {preset}, {config.hidden_act}",
         architecture="GPT-2",
         pipeline_tag="text-generation",
-        location=folder,
         stock_activation=not hf_gem.spec.is_name(config.hidden_act),
         on_hub=config.dataset != STDLIB and not Path(config.dataset).exists(),
         limits="A base language model: it continues text, follows no instructions, and repeats what its data holds. "
@@ -157,5 +155,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (TrainingError, ValueError) as error:
+    except TrainingError as error:
         sys.exit(f"error: {error}")

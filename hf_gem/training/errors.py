@@ -5,6 +5,10 @@ class TrainingError(Exception):
     """What went wrong, and what to do about it. Whatever was saved before stays good."""
 
 
+class ConfigError(TrainingError, ValueError):
+    """Values that do not fit together, or that this machine cannot do."""
+
+
 class DataError(TrainingError, ValueError):
     """The data cannot be read or is too small."""
 

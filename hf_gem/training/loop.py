@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import CheckpointStore
 from .config import TrainConfig, trajectory
-from .errors import TrainingError
+from .errors import ConfigError, TrainingError
 from .loss import IGNORE
 from .metrics import FLOP_COUNT, peak_flops
 from .optim import adamw, learning_rate
@@ -79,7 +79,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     # On every save it reports that tied weights are stored once, which is what it is asked to do.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise TrainingError("--mixed_precision fp16 needs a CUDA device, and there is none; use bf16 or no")
+        raise ConfigError("--mixed_precision fp16 needs a CUDA device, and there is none; use bf16 or no")
     return Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
@@ -104,7 +104,7 @@ def train(task: Task, config: TrainConfig, accelerator: Accelerator) -> dict[str
         The record of the run, also in `record.json` of the output folder.
 
     Raises:
-        ValueError: the global batch does not divide into micro-batches and processes.
+        ConfigError: the global batch does not divide into micro-batches and processes.
         CheckpointError: a checkpoint cannot be read or written.
         TrainingError: the loss is not finite.
         Interrupted: Ctrl-C or SIGTERM arrived; the state was saved.
@@ -119,7 +119,7 @@ class _Run:
         self.is_main = accelerator.is_main_process
         per_forward = config.micro_batch_size * self.world
         if config.global_batch_size % per_forward:
-            raise ValueError(
+            raise ConfigError(
                 f"--global_batch_size {config.global_batch_size} must be a multiple of --micro_batch_size "
                 f"{config.micro_batch_size} x {self.world} processes = {per_forward}"
             )
@@ -191,8 +191,9 @@ class _Run:
         indices = self.order.batch(step, config.global_batch_size)
         mine = indices.reshape(-1, self.world, config.micro_batch_size)[:, self.rank]
         batches = [self.task.train.batch(part) for part in mine]
-        targets = torch.tensor(float(sum((b["labels"] != IGNORE).sum() for b in batches)), device=accelerator.device)
-        num_targets = float(accelerator.reduce(targets, "sum"))
+        mine_targets = float(sum((b["labels"] != IGNORE).sum() for b in batches))
+        # It stays on the device, like the loss: nothing in a step waits for the device to catch up.
+        num_targets = accelerator.reduce(torch.full((), mine_targets, device=accelerator.device), "sum")
         self.objective.train()
         total = torch.zeros((), device=accelerator.device)
         for k, batch in enumerate(batches):

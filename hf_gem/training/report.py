@@ -7,6 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from safetensors import SafetensorError
+
+from .errors import CheckpointError
+
+
+def save_results(folder: Path, model: Any, processor: Any, record: dict[str, Any], template: Path, **card: Any) -> None:
+    """Writes what a finished run leaves: weights, tokenizer or image processor, `loss_curve.png` and the card.
+
+    Args:
+        folder: The output folder of the run.
+        model: Anything with `save_pretrained`.
+        processor: Likewise.
+        record: Of the run.
+        template: Of the card.
+        card: Further values for the template.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; the last checkpoint has everything.
+    """
+    try:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        plot_loss(record, folder / "loss_curve.png")
+        write_card(record, template, folder / "README.md", location=folder, **card)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the trained model cannot be written to {folder}: {error}. Its last checkpoint is complete; make room and "
+            "start the same command again"
+        ) from error
 
 
 def plot_loss(record: dict[str, Any], path: Path) -> None:

@@ -144,6 +144,24 @@ def test_other_values_of_hidden_act_are_not_ours():
     assert registered[0]["activation_function"] == "gelu_new"
 
 
+def test_two_different_activations_in_one_config():
+    with pytest.raises(ValueError, match=r"activation_function='relu' and hidden_act='gem_n2'.*give one"):
+        GPT2Config(activation_function="relu", hidden_act="gem_n2")
+    assert GPT2Config(activation_function="gem_n2", hidden_act="GEM_n2").activation_function == "gem_n2"
+
+
+def test_a_key_that_had_no_effect_when_the_model_was_trained_has_none_when_it_is_loaded(tmp_path):
+    model = gpt2()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    stray = {**json.loads(file.read_text()), "hidden_act": "gem_n2"}  # as transformers alone would have saved it
+    file.write_text(json.dumps(stray))
+    with pytest.warns(UserWarning, match=r"ignoring hidden_act='gem_n2'.*activation_function='gelu_new'"):
+        loaded = GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert loaded.config.activation_function == "gelu_new"
+    assert not hasattr(loaded.config, "hidden_act")
+
+
 def test_a_malformed_hidden_act():
     with pytest.raises(ValueError, match=r"got activation name 'gem_n0'.*Did you mean 'gem'"):
         GPT2Config(hidden_act="gem_n0")

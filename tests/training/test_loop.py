@@ -187,7 +187,9 @@ def test_the_record_says_what_ran(tmp_path):
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
 
-@pytest.mark.parametrize("fields", [{"compile": True}, {"mixed_precision": "bf16"}])
+@pytest.mark.parametrize(
+    "fields", [{"compile": True}, {"mixed_precision": "bf16"}, {"compile": True, "mixed_precision": "bf16"}]
+)
 def test_compiled_and_mixed_precision_runs_follow_the_plain_one(tmp_path, fields):
     plain, _ = run(tmp_path / "a", make_task(type("NoDropout", (Objective,), {"forward": _without_dropout})))
     AcceleratorState._reset_state(reset_partial_state=True)

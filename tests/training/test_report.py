@@ -6,7 +6,8 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from hf_gem.training.report import plot_loss, write_card
+from hf_gem.training.errors import CheckpointError
+from hf_gem.training.report import plot_loss, save_results, write_card
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "model_cards" / "template.md"
 RECORD = {
@@ -61,6 +62,15 @@ def test_a_missing_value_is_an_error_and_not_a_gap(tmp_path):
     record = {key: value for key, value in RECORD.items() if key != "data_hash"}
     with pytest.raises(Exception, match="data_hash"):
         write_card(record, TEMPLATE, tmp_path / "README.md", **MORE, stock_activation=False, on_hub=False)
+
+
+def test_a_full_disk_at_the_end_is_explained(tmp_path):
+    class Model:
+        def save_pretrained(self, folder):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"No space left.*last checkpoint is complete.*same command again"):
+        save_results(tmp_path, Model(), None, RECORD, TEMPLATE)
 
 
 def test_the_plot_is_a_picture_with_two_curves(tmp_path):
