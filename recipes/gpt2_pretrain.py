@@ -27,8 +27,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "n_layer": 4, "n_embd": 128, "n_head": 4, "block_size": 128,
         "vocab_size": 4096, "validation_fraction": 0.02,
-        "steps": 600, "global_batch_size": 32, "micro_batch_size": 32, "warmup_steps": 50, "learning_rate": 3e-3,
-        "eval_every": 200, "save_every": 200, "log_every": 10,
+        "steps": 400, "global_batch_size": 32, "micro_batch_size": 32, "warmup_steps": 50, "learning_rate": 3e-3,
+        "eval_every": 100, "save_every": 100, "log_every": 10,
     },
     # GPT-2 small as in nanoGPT: 0.5M tokens a step, dropout 0, vocabulary 50257 padded to 50304.
     "gpt2-124m": {
