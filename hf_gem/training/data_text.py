@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import sysconfig
-import tempfile
 import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -158,7 +157,9 @@ def _cache_key(config: TextConfig) -> str:
 
 
 def _build(config: TextConfig, folder: Path) -> None:
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+    work = folder.with_name(f".{folder.name}.building")
+    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+    work.mkdir()
     try:
         corpus = _Corpus(config)
         if config.tokenizer:

@@ -2,7 +2,10 @@
 
 
 class TrainingError(Exception):
-    """What went wrong, and what to do about it. Whatever was saved before stays good."""
+    """What went wrong, and what to do about it, in one line. Whatever was saved before stays good."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # other libraries' messages, quoted in ours, may have many lines
 
 
 class ConfigError(TrainingError, ValueError):

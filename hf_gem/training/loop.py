@@ -315,14 +315,12 @@ class _Run:
         return self.is_main and sys.stderr.isatty()
 
     def _progress(self, start: int) -> tqdm:
-        width = shutil.get_terminal_size().columns
         return tqdm(
-            *([],),
             total=self.config.steps,
             initial=start,
             desc="Training",
             unit="step",
-            ncols=min(width, 120),
+            ncols=min(shutil.get_terminal_size().columns, 120),
             disable=not self._shows_bar(),
         )
 

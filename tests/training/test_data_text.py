@@ -189,7 +189,7 @@ def test_unreadable_sources_are_errors_that_say_what_can_be_read(prepare, tmp_pa
         with pytest.raises(DataError, match=name) as error:
             prepare(source)
         assert "jsonl" in str(error.value)
-    assert not list((tmp_path / "c" / "text").glob(".building-*"))
+    assert not list((tmp_path / "c" / "text").glob(".*"))
 
 
 def test_a_wrong_column_split_or_tokenizer_names_the_choices(prepare, tmp_path, bytes_tokenizer):
