@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
 import hf_gem
-from hf_gem.training.config import TrainConfig, option, parse_config, require
+from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
 from hf_gem.training.data_text import STDLIB, TextConfig, prepare_text
-from hf_gem.training.errors import TrainingError
+from hf_gem.training.errors import run_recipe
 from hf_gem.training.loop import Task, make_accelerator, train
 from hf_gem.training.loss import CausalLMLoss
 from hf_gem.training.metrics import decoder_flops_per_token
@@ -45,6 +44,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Config(TextConfig, TrainConfig):
     """The fields of this recipe."""
 
+    runtime: ClassVar = frozenset({"prompt"})
+
     hidden_act: str = option("gem_n2", "Activation: a name of the family or one that transformers knows, e.g. gelu.")
     n_layer: int = option(12, "Transformer blocks.")
     n_embd: int = option(768, "Width.")
@@ -58,6 +59,8 @@ class Config(TextConfig, TrainConfig):
         """Raises ValueError, naming the field, when a value makes no sense."""
         TextConfig.validate(self)
         TrainConfig.validate(self)
+        at_least(self, 1, "n_layer", "n_embd", "n_head", "pad_vocab_to_multiple_of")
+        at_least(self, 0, "loss_chunk_size")
         require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         if self.hidden_act not in ACT2FN:
@@ -65,15 +68,16 @@ class Config(TextConfig, TrainConfig):
                 f"--hidden_act {self.hidden_act!r} is not known; it can be a name of the family such as gem_n2, egem "
                 f"or segem_eps0.01, or one of {', '.join(ACT2FN)}"
             )
-        ACT2FN[self.hidden_act]  # a malformed name of the family raises ValueError, with the nearest valid one
+        if hf_gem.spec.is_claimed(self.hidden_act):
+            self.hidden_act = hf_gem.parse(self.hidden_act).name  # or ValueError, with the nearest valid name
 
 
-def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadModel:
+def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> GPT2LMHeadModel:
     """GPT-2 with residual projections initialised at 0.02 / sqrt(2 n_layer), which transformers does by itself."""
     multiple = config.pad_vocab_to_multiple_of
     model = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=-(-len(tokenizer) // multiple) * multiple,
+            vocab_size=-(-vocab_size // multiple) * multiple,
             n_positions=config.block_size,
             n_layer=config.n_layer,
             n_embd=config.n_embd,
@@ -97,12 +101,17 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHea
 def sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> str:
     """Text that continues `prompt`, drawn with a fixed seed."""
     torch.manual_seed(0)
-    inputs = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)
-    inputs.pop("token_type_ids", None)
-    unused = list(range(len(tokenizer), model.config.vocab_size))  # rows that only pad the vocabulary
-    model.eval()
-    ids = model.generate(
-        **inputs, max_new_tokens=length, do_sample=True, top_k=50, suppress_tokens=unused or None, pad_token_id=0
+    room = model.config.n_positions - length
+    ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt")["input_ids"][:, -room:].to(model.device)
+    unused = sorted(set(range(model.config.vocab_size)) - set(tokenizer.get_vocab().values()))
+    ids = model.eval().generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=length,
+        do_sample=True,
+        top_k=50,
+        suppress_tokens=unused or None,  # ids that only pad the vocabulary
+        pad_token_id=0,
     )
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
@@ -113,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     data = prepare_text(config)
     accelerator = make_accelerator(config)
     torch.manual_seed(config.seed)
-    model = build_model(config, data.tokenizer)
+    model = build_model(config, data.tokenizer, data.vocab_size)
     task = Task(
         name="gpt2_pretrain",
         preset=preset,
@@ -121,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         objective=CausalLMLoss(model, config.loss_chunk_size),
         train=data.train,
         validation=data.validation,
-        data_hash=data.data_hash,
+        data=data.facts,
         flops_per_token=decoder_flops_per_token(model, config.block_size),
     )
     record = train(task, config, accelerator)
@@ -138,7 +147,6 @@ def main(argv: list[str] | None = None) -> None:
         title=f"GPT-2 {preset}, {config.hidden_act}",
         architecture="GPT-2",
         pipeline_tag="text-generation",
-        stock_activation=not hf_gem.spec.is_name(config.hidden_act),
         on_hub=config.dataset != STDLIB and not Path(config.dataset).exists(),
         limits="A base language model: it continues text, follows no instructions, and repeats what its data holds. "
         f"Its context is {config.block_size} tokens.",
@@ -153,7 +161,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TrainingError as error:
-        sys.exit(f"error: {error}")
+    run_recipe(main)

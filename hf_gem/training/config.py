@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -25,7 +26,8 @@ def option(default: Any, help: str) -> Any:
 class TrainConfig:
     """What every recipe has: schedule, optimizer, precision, evaluation, checkpoints, tracking."""
 
-    # Fields that may differ when a run is resumed: they leave its results as they are.
+    # Fields that may differ when a run is resumed: they leave its results as they are, but for rounding and, where
+    # micro_batch_size splits other batches, the masks of dropout.
     runtime: ClassVar = frozenset(
         (
             "output_dir",
@@ -46,7 +48,9 @@ class TrainConfig:
 
     steps: int = option(1000, "Number of optimizer steps.")
     global_batch_size: int = option(64, "Samples in one optimizer step, over all processes and micro-batches.")
-    micro_batch_size: int = option(16, "Samples in one forward pass of one process.")
+    micro_batch_size: int = option(
+        16, "Samples in one forward pass of one process, at most; the batch is split evenly."
+    )
     learning_rate: float = option(6e-4, "Peak learning rate.")
     min_lr_ratio: float = option(0.1, "Final learning rate, as a fraction of the peak.")
     warmup_steps: int = option(100, "Steps of linear warm-up; cosine decay follows.")
@@ -73,18 +77,26 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, when a value makes no sense."""
-        for name in ("steps", "global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        at_least(self, 1, "steps", "global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints")
+        at_least(self, 0, "seed", "data_seed", "warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every")
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        for name in ("learning_rate", "adam_eps"):
+            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0 and finite")
+        known = self.resume in ("auto", "never") or Path(self.resume).is_dir()
+        require(known, "resume", self.resume, "auto, never or the folder of a checkpoint")
         require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
         require(self.warmup_steps <= self.steps, "warmup_steps", self.warmup_steps, f"at most steps = {self.steps}")
 
 
+def at_least(config: Any, least: int, *names: str) -> None:
+    """Requires some fields to be numbers of at least `least`."""
+    for name in names:
+        require(least <= getattr(config, name) < math.inf, name, getattr(config, name), f"at least {least}")
+
+
 def require(condition: bool, name: str, got: object, allowed: str) -> None:
+    """Raises ValueError, naming the flag, what came and what is allowed, unless `condition` holds."""
     if not condition:
         raise ValueError(f"--{name} must be {allowed}, got {got}")
 
@@ -118,7 +130,7 @@ def parse_config(
     # Presets and files become arguments in front of the command line's own: one path checks and converts them all.
     source, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     from_file = _read_yaml(source.config, parser) if source.config else {}
-    preset = source.preset or str(from_file.get("preset", default_preset))
+    preset = source.preset or str(from_file.get("preset") or default_preset)
     from_file.pop("preset", None)
     if preset not in presets:
         parser.error(f"{source.config}: unknown preset {preset!r}{_nearest(preset, presets)}")
@@ -126,7 +138,8 @@ def parse_config(
     for name in from_file:
         if name not in known:
             parser.error(f"{source.config}: unknown field {name!r}{_nearest(name, known)}")
-    values = parser.parse_args(_as_arguments(presets[preset]) + _as_arguments(from_file) + argv)
+    types = get_type_hints(cls)
+    values = parser.parse_args(_as_arguments({**presets[preset], **from_file}, types) + argv)
     config = cls(**{name: getattr(values, name) for name in known})
     try:
         config.validate()
@@ -164,5 +177,12 @@ def _read_yaml(path: str, parser: _Parser) -> dict[str, Any]:
     return {str(name): value for name, value in values.items()}
 
 
-def _as_arguments(values: Mapping[str, Any]) -> list[str]:
-    return [f"--{name}={value}" for name, value in values.items() if value is not None]
+def _as_arguments(values: Mapping[str, Any], types: Mapping[str, Any]) -> list[str]:
+    """Flags that set `values`; one that is None keeps the default of its field."""
+
+    def text(name: str, value: Any) -> str:
+        if isinstance(value, bool) and types[name] is not bool:
+            return "yes" if value else "no"  # YAML reads a bare `no` as false
+        return str(value)
+
+    return [f"--{name}={text(name, value)}" for name, value in values.items() if value is not None]

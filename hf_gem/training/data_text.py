@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -24,15 +25,17 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .config import option, require
+from .config import at_least, option, require
 from .errors import DataError
+from .files import flush
 from .loss import IGNORE
 
 STDLIB = "stdlib"
 END_OF_TEXT = "<|endoftext|>"
-_CACHE_FORMAT = 1  # raise it when the files' content changes
+_CACHE_FORMAT = 2  # raise it when the files' content changes
 _PIECE = 1 << 20  # characters handed to the tokenizer at once: its memory grows with the length of a text
 _FEW = 100  # documents
+_TOKENIZER_CHARACTERS = 1 << 27  # that a tokenizer is trained on, at most
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 
 
@@ -40,7 +43,10 @@ _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "
 class TextConfig:
     """Where text comes from and how it becomes blocks of tokens."""
 
-    runtime: ClassVar = frozenset({"cache_dir"})
+    # What they amount to, the hash of the tokens, is compared instead when a run is resumed.
+    runtime: ClassVar = frozenset(
+        ("dataset", "dataset_config", "dataset_revision", "text_column", "train_split", "validation_split")
+    ) | frozenset(("validation_fraction", "streaming", "max_train_tokens", "tokenizer", "vocab_size", "cache_dir"))
 
     dataset: str = option(
         STDLIB,
@@ -54,7 +60,9 @@ class TextConfig:
         "validation", "Split to evaluate on; where there is none, part of train is held out."
     )
     validation_fraction: float = option(0.05, "Share of documents held out when the dataset has no validation split.")
-    streaming: bool = option(False, "Read the dataset as a stream and keep only its tokens; needs --max_train_tokens.")
+    streaming: bool = option(
+        False, "Read the dataset as a stream, and of it no more than --max_train_tokens and its share for validation."
+    )
     max_train_tokens: int | None = option(None, "Stop reading training documents after this many tokens.")
     tokenizer: str | None = option(None, "Tokenizer name or folder; by default byte-level BPE trained on the corpus.")
     vocab_size: int = option(4096, "Vocabulary of the trained tokenizer.")
@@ -63,13 +71,13 @@ class TextConfig:
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, when a value makes no sense."""
-        require(self.block_size >= 2, "block_size", self.block_size, "at least 2")
+        at_least(self, 2, "block_size")
         require(self.vocab_size > 256, "vocab_size", self.vocab_size, "above 256, the number of bytes")
         require(0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "between 0 and 1")
-        require(self.max_train_tokens is None or self.max_train_tokens > 0, "max_train_tokens", None, "at least 1")
-        require(
-            not self.streaming or self.max_train_tokens is not None, "max_train_tokens", None, "given with --streaming"
-        )
+        if self.max_train_tokens is None:
+            require(not self.streaming, "max_train_tokens", None, "given with --streaming")
+        else:
+            at_least(self, 1, "max_train_tokens")
 
 
 @dataclass
@@ -104,56 +112,94 @@ class TokenBlocks:
 
 @dataclass
 class TextData:
-    """Tokenised data: the two splits, the tokenizer, and a SHA-256 over all token ids."""
+    """Tokenised data.
+
+    Attributes:
+        train: Blocks to train on.
+        validation: Blocks to evaluate on, the last one possibly shorter.
+        tokenizer: What made them.
+        vocab_size: One more than the largest id that the tokenizer knows.
+        facts: For the record: number of tokens, how validation text was chosen, and a SHA-256 over all ids, `hash`.
+    """
 
     train: TokenBlocks
     validation: TokenBlocks
     tokenizer: PreTrainedTokenizerBase
-    data_hash: str
+    vocab_size: int
+    facts: dict[str, Any]
 
 
 def prepare_text(config: TextConfig) -> TextData:
     """Tokenises the dataset of `config`, or finds it in the cache. Processes that ask at once wait for the first.
 
     Raises:
-        DataError: the dataset or tokenizer cannot be read, is empty, or is too small for one block.
+        DataError: the dataset or tokenizer cannot be read, is empty, or is too small for one block; or the cache
+            cannot be written.
     """
-    root = Path(config.cache_dir or os.environ.get("HF_GEM_CACHE") or Path.home() / ".cache" / "hf_gem")
-    folder = root / "text" / _cache_key(config)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "meta.json").exists():
-            _build(config, folder)
-    meta = json.loads((folder / "meta.json").read_text())
+    root = Path(config.cache_dir or os.environ.get("HF_GEM_CACHE") or Path.home() / ".cache" / "hf_gem") / "text"
+    try:
+        folder = root / _cache_key(config)
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            meta = _read_meta(folder)
+            if meta is None:
+                _build(config, folder)
+                meta = json.loads((folder / "meta.json").read_text())
+    except OSError as error:
+        raise DataError(f"the tokens of {config.dataset!r} cannot be cached in {root}: {error}") from error
     tokenizer = _load_tokenizer(str(folder))
 
     def blocks(split: str, partial: bool) -> TokenBlocks:
         size = meta["num_tokens"][split]
         if size <= config.block_size and not (partial and size >= 2):
+            mend = "give more text or a smaller --block_size"
+            if split == "validation" and meta["held_out"] != "split":
+                mend = f"raise --validation_fraction, now {config.validation_fraction}"
             raise DataError(
-                f"the {split} split of {config.dataset!r} has {size} tokens, less than one block of "
-                f"{config.block_size} and its target; give more text or a smaller --block_size"
+                f"the {split} text of {config.dataset!r} has {size} tokens, less than one block of "
+                f"{config.block_size} and its target; {mend}"
             )
         array = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
         return TokenBlocks(array, config.block_size, partial)
 
-    return TextData(blocks("train", False), blocks("validation", True), tokenizer, meta["data_hash"])
+    facts = {key: meta[key] for key in ("hash", "num_tokens", "held_out")}
+    return TextData(blocks("train", False), blocks("validation", True), tokenizer, meta["vocab_size"], facts)
 
 
 def _cache_key(config: TextConfig) -> str:
     """A hash over all that decides the tokens. Files count by size and time of change, Hub datasets by revision."""
     if config.dataset == STDLIB:
-        source: Any = [sys.version, [name for name, _ in _stdlib_files()]]
-    elif (path := Path(config.dataset)).exists():
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-        source = [str(path.resolve()), [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
+        source: Any = [sys.version, *(_state(path) for _, path in _stdlib_files())]
     else:
-        source = [config.dataset, config.dataset_config, config.dataset_revision]
-    fields = (
-        *(config.text_column, config.train_split, config.validation_split, config.validation_fraction),
-        *(config.max_train_tokens, config.tokenizer, None if config.tokenizer else config.vocab_size),
-    )
-    return hashlib.sha256(json.dumps([_CACHE_FORMAT, source, fields]).encode()).hexdigest()[:24]
+        source = _fingerprint(config.dataset) or [config.dataset, config.dataset_config, config.dataset_revision]
+    tokenizer = (_fingerprint(config.tokenizer) or config.tokenizer) if config.tokenizer else config.vocab_size
+    how = [config.text_column, config.train_split, config.validation_split, config.validation_fraction]
+    how += [config.streaming, config.max_train_tokens]
+    return hashlib.sha256(json.dumps([_CACHE_FORMAT, source, tokenizer, how]).encode()).hexdigest()[:24]
+
+
+def _fingerprint(name: str) -> list[Any] | None:
+    """The state of a local file, or of all files in a local folder; None where there is neither."""
+    path = Path(name)
+    if not path.exists():
+        return None
+    return [_state(p) for p in ([path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()))]
+
+
+def _state(path: Path) -> list[Any]:
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def _read_meta(folder: Path) -> dict[str, Any] | None:
+    """What a cache folder says of itself, or None where it is missing or not what was written."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        width = np.dtype(meta["dtype"]).itemsize
+        sizes = {split: (folder / f"{split}.bin").stat().st_size for split in meta["num_tokens"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return meta if sizes == {split: count * width for split, count in meta["num_tokens"].items()} else None
 
 
 def _build(config: TextConfig, folder: Path) -> None:
@@ -165,25 +211,35 @@ def _build(config: TextConfig, folder: Path) -> None:
         if config.tokenizer:
             tokenizer = _load_tokenizer(config.tokenizer)
         else:
-            tokenizer = _train_tokenizer(corpus.documents("train"), config.vocab_size)
-        dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+            tokenizer = _train_tokenizer(corpus.documents("train"), config)
+        vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have holes
+        dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
         digest = hashlib.sha256()
-        limits = {"train": config.max_train_tokens, "validation": None}
+        limits: dict[str, int | None] = {"train": config.max_train_tokens, "validation": None}
+        if config.streaming and config.max_train_tokens:
+            limits["validation"] = max(config.block_size, int(config.max_train_tokens * config.validation_fraction))
         counts = {
-            split: _write_tokens(
-                corpus.documents(split), tokenizer, work / f"{split}.bin", dtype, digest, limits[split]
-            )
-            for split in limits
+            split: _write_tokens(corpus.documents(split), tokenizer, work / f"{split}.bin", dtype, digest, limit)
+            for split, limit in limits.items()
         }
         if counts["train"] == 0:
             raise DataError(f"the dataset {config.dataset!r} holds no text in column {config.text_column!r}")
-        tokenizer.save_pretrained(work)
-        meta = {"num_tokens": counts, "dtype": np.dtype(dtype).name, "data_hash": digest.hexdigest()}
+        try:
+            tokenizer.save_pretrained(work)
+        except Exception as error:  # the tokenizers library raises nothing more precise
+            raise OSError(str(error)) from error
+        meta = {
+            "hash": digest.hexdigest(),
+            "num_tokens": counts,
+            "held_out": corpus.held_out,
+            "vocab_size": vocab_size,
+            "dtype": np.dtype(dtype).name,
+        }
         (work / "meta.json").write_text(json.dumps(meta, indent=2))
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in work.iterdir():
+            flush(path)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         work.rename(folder)
-    except OSError as error:
-        raise DataError(f"the tokens of {config.dataset!r} cannot be cached in {folder.parent}: {error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -244,52 +300,72 @@ def _pieces(text: str) -> Iterator[tuple[str, bool]]:
 
 
 class _Corpus:
-    """The documents of the two splits, held out by a hash where the dataset has one split only."""
+    """The documents of the two splits.
+
+    Attributes:
+        held_out: Where validation text comes from: `split`, one of the dataset's own; `hash`, documents drawn by a
+            hash of their name or text; `end`, the end of each document, where they are too few to draw from.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         self.config = config
         self.splits: dict[str, Any] = {} if config.dataset == STDLIB else self._load()
-        self.holds_out = config.validation_split not in self.splits
+        if config.validation_split in self.splits:
+            self.held_out = "split"
+        elif config.dataset == STDLIB or config.streaming or len(self.splits[config.train_split]) >= _FEW:
+            self.held_out = "hash"
+        else:
+            self.held_out = "end"
 
     def documents(self, split: str) -> Iterator[str]:
         """Texts of `train` or `validation`."""
-        for key, text in self._keyed(split):
-            if text and not (key and self.holds_out and self._is_held_out(key) != (split == "validation")):
+        for name, text in self._named(split):
+            if self.held_out == "end":
+                text = self._end_or_rest(text, split)
+            if text and (self.held_out != "hash" or self._is_drawn(name) == (split == "validation")):
                 yield text
 
-    def _keyed(self, split: str) -> Iterator[tuple[str, str]]:
-        """Texts with the key that decides where they belong; an empty key where that is settled."""
+    def _named(self, split: str) -> Iterator[tuple[str, str]]:
+        """Texts with what they are drawn by: the path of a module, or the text itself."""
         config = self.config
         if config.dataset == STDLIB:
             for name, path in _stdlib_files():
                 with tokenize.open(path) as file:  # reads the encoding that the source declares
                     yield name, file.read()
             return
-        rows = self.splits[config.train_split if self.holds_out or split == "train" else config.validation_split]
+        own = split == "validation" and self.held_out == "split"
+        rows = self.splits[config.validation_split if own else config.train_split]
         if rows.column_names and config.text_column not in rows.column_names:
             raise DataError(
                 f"{config.dataset!r} has no column {config.text_column!r}; --text_column can be one of "
                 f"{', '.join(rows.column_names)}"
             )
-        # Few documents, such as one big text file, cannot be drawn from: the end of each is held out instead.
-        few = self.holds_out and not config.streaming and len(rows) < _FEW
         try:
             for row in rows.select_columns(config.text_column):
-                text = row[config.text_column] or ""
-                yield ("", self._end_or_rest(text, split)) if few else (text, text)
+                text = row[config.text_column]
+                if not isinstance(text, str | None):
+                    raise DataError(
+                        f"column {config.text_column!r} of {config.dataset!r} holds {type(text).__name__}, not text; "
+                        f"--text_column can be one of {', '.join(rows.column_names or ['those of the dataset'])}"
+                    )
+                yield text or "", text or ""
         except (OSError, ValueError, TypeError) as error:
+            if isinstance(error, DataError):
+                raise
             raise DataError(f"{config.dataset!r} cannot be read: {error}") from error
 
     def _end_or_rest(self, text: str, split: str) -> str:
-        cut = text.find("\n", int(len(text) * (1 - self.config.validation_fraction))) + 1
+        at = int(len(text) * (1 - self.config.validation_fraction))
+        newline = text.rfind("\n", 0, at)
+        cut = newline + 1 if newline >= at // 2 else at  # at the end of a line, unless lines are very long
         return text[cut:] if split == "validation" else text[:cut]
 
-    def _is_held_out(self, key: str) -> bool:
-        draw = int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    def _is_drawn(self, name: str) -> bool:
+        draw = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
         return draw < self.config.validation_fraction * 2**64
 
     def _load(self) -> dict[str, Any]:
-        from datasets import DatasetDict, IterableDatasetDict, load_dataset
+        from datasets import load_dataset
 
         config = self.config
         path = Path(config.dataset)
@@ -298,7 +374,8 @@ class _Corpus:
                 loaded = load_dataset(**_local_arguments(path), streaming=config.streaming)
             else:
                 loaded = load_dataset(
-                    *(config.dataset, config.dataset_config),
+                    config.dataset,
+                    config.dataset_config,
                     revision=config.dataset_revision,
                     streaming=config.streaming,
                 )
@@ -309,7 +386,6 @@ class _Corpus:
                 f"the dataset {config.dataset!r} cannot be read: {type(error).__name__}: {error}. --dataset takes a "
                 f"Hub dataset id, a local folder or file ({', '.join(_BUILDERS)}), or {STDLIB!r}"
             ) from error
-        assert isinstance(loaded, (DatasetDict, IterableDatasetDict))
         if config.train_split not in loaded:
             raise DataError(
                 f"{config.dataset!r} has no split {config.train_split!r}; --train_split can be {' or '.join(loaded)}"
@@ -322,16 +398,33 @@ def _local_arguments(path: Path) -> dict[str, Any]:
     if path.is_file():
         if path.suffix not in _BUILDERS:
             raise DataError(f"{path} has suffix {path.suffix!r}; a file can be one of {', '.join(_BUILDERS)}")
-        arguments = {"path": _BUILDERS[path.suffix], "data_files": str(path)}
+        files = {"train": [path]}
     else:
-        suffixes = {p.suffix for p in path.rglob("*") if p.suffix in _BUILDERS}
-        if len(suffixes) != 1:
-            raise DataError(
-                f"the folder {path} must hold files of one kind out of {', '.join(_BUILDERS)}; found "
-                f"{', '.join(sorted(suffixes)) or 'none'}"
-            )
-        arguments = {"path": _BUILDERS[suffixes.pop()], "data_dir": str(path)}
-    return {**arguments, "sample_by": "document"} if arguments["path"] == "text" else arguments
+        files = {}
+        for file in sorted(path.rglob("*")):
+            if file.suffix in _BUILDERS and file.stem.lower() not in ("readme", "license"):
+                files.setdefault(_split_of(file.relative_to(path)), []).append(file)
+    kinds = {_BUILDERS[file.suffix] for group in files.values() for file in group}
+    if len(kinds) != 1:
+        raise DataError(
+            f"the folder {path} must hold files of one kind out of {', '.join(_BUILDERS)}; found "
+            f"{', '.join(sorted(kinds)) or 'none'}"
+        )
+    kind = kinds.pop()
+    return {
+        "path": kind,
+        "data_files": {split: [str(file) for file in group] for split, group in files.items()},
+        **({"sample_by": "document"} if kind == "text" else {}),
+    }
+
+
+def _split_of(file: Path) -> str:
+    """The split a file belongs to by the words of its path, as on the Hub; train, where none says otherwise."""
+    words = set(re.split(r"[^a-z]+", file.as_posix().lower()))
+    for split, names in (("validation", {"validation", "valid", "val", "dev"}), ("test", {"test", "testing"})):
+        if words & names:
+            return split
+    return "train"
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:
@@ -346,20 +439,30 @@ def _stdlib_files() -> list[tuple[str, Path]]:
     ]
 
 
-def _train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def _train_tokenizer(documents: Iterable[str], config: TextConfig) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    # A token is about four characters; a sample of a large corpus gives the same merges.
+    limit = min(_TOKENIZER_CHARACTERS, 4 * (config.max_train_tokens or _TOKENIZER_CHARACTERS))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=config.vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(documents, trainer)
+    bpe.train_from_iterator(_first_characters(documents, limit), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+
+
+def _first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
+    for text in documents:
+        yield text[:limit]
+        limit -= len(text)
+        if limit <= 0:
+            return
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:

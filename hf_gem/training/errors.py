@@ -1,8 +1,15 @@
 """Errors that a person can mend; recipes print them without a traceback."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
 
 class TrainingError(Exception):
     """What went wrong, and what to do about it, in one line. Whatever was saved before stays good."""
+
+    exit_code = 1
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))  # other libraries' messages, quoted in ours, may have many lines
@@ -18,3 +25,25 @@ class DataError(TrainingError, ValueError):
 
 class CheckpointError(TrainingError, RuntimeError):
     """A checkpoint cannot be written, read or continued from."""
+
+
+class Interrupted(TrainingError):
+    """Stopped by a signal, after a checkpoint.
+
+    Args:
+        message: What was saved and how to go on.
+        signal_number: The signal; the process exits with 128 more, as shells expect.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def run_recipe(main: Callable[[], None]) -> None:
+    """Runs a recipe as a script: an error that a person can mend ends it with one line and a status."""
+    try:
+        main()
+    except TrainingError as error:
+        print(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr)
+        sys.exit(error.exit_code)

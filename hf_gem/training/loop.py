@@ -5,26 +5,30 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
+import secrets
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from filelock import FileLock, Timeout
 from torch import nn
 from tqdm.auto import tqdm
 
 from .checkpoint import CheckpointStore
 from .config import TrainConfig, trajectory
-from .errors import ConfigError, TrainingError
+from .errors import ConfigError, Interrupted, TrainingError
 from .loss import IGNORE
 from .metrics import FLOP_COUNT, peak_flops
 from .optim import adamw, learning_rate
@@ -53,7 +57,7 @@ class Task:
         objective: Wraps `model`; its forward takes a batch and returns the summed loss over all targets.
         train: Training samples.
         validation: Validation samples, all of which are evaluated.
-        data_hash: Identifies the data.
+        data: What the record says of the data; its `hash` identifies it.
         flops_per_token: Training FLOPs per input token, for the share of peak reported as MFU.
     """
 
@@ -63,29 +67,46 @@ class Task:
     objective: nn.Module
     train: Samples
     validation: Samples
-    data_hash: str
+    data: dict[str, Any]
     flops_per_token: float | None = None
 
 
-class Interrupted(TrainingError):
-    """Stopped by Ctrl-C or SIGTERM, after a checkpoint."""
-
-
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The accelerator of a run, with precision, trackers and determinism as configured."""
+    """The accelerator of a run, with precision, trackers and determinism as configured.
+
+    Raises:
+        ConfigError: this machine, or the way it was launched, cannot do what was asked for.
+    """
     torch.set_float32_matmul_precision("high")  # TF32 where there is any; no effect on a CPU
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
         torch.use_deterministic_algorithms(True)
     # On every save it reports that tied weights are stored once, which is what it is asked to do.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("--mixed_precision fp16 needs a CUDA device, and there is none; use bf16 or no")
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,
+        # The loop accumulates by itself; what a launcher says about it would scale the gradients a second time.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    kind = accelerator.distributed_type
+    if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
+        raise ConfigError(f"these recipes run on one process or with DDP, and the launcher chose {kind.value}")
+    if accelerator.mixed_precision not in ("no", "bf16", "fp16"):
+        raise ConfigError(
+            f"--mixed_precision can be no, bf16 or fp16; the launcher chose {accelerator.mixed_precision}"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type != "cuda":
+        raise ConfigError(
+            f"fp16 needs a CUDA device, and this is {accelerator.device}; use --mixed_precision bf16 or no"
+        )
+    if config.report_to != "none" and not accelerator.log_with:
+        raise ConfigError(
+            f"--report_to {config.report_to} needs its package: pip install {config.report_to}, or use none"
+        )
+    return accelerator
 
 
 def train(task: Task, config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
@@ -101,15 +122,40 @@ def train(task: Task, config: TrainConfig, accelerator: Accelerator) -> dict[str
         accelerator: From `make_accelerator`.
 
     Returns:
-        The record of the run, also in `record.json` of the output folder.
+        The record of the run, also in `record.json` of the output folder. It is whole on the main process only.
 
     Raises:
-        ConfigError: the global batch does not divide into micro-batches and processes.
+        ConfigError: the global batch does not divide among the processes, or the output folder is not a run's.
         CheckpointError: a checkpoint cannot be read or written.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss or the gradient is not finite, or a file cannot be written.
         Interrupted: Ctrl-C or SIGTERM arrived; the state was saved.
     """
-    return _Run(task, config, accelerator).train()
+    folder = Path(config.output_dir)
+    try:
+        with _sole_writer(folder) if accelerator.is_main_process else contextlib.nullcontext():
+            return _Run(task, config, accelerator).train()
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write to {folder}: {error}. Complete checkpoints are still good; make room, or name another "
+            "--output_dir, and start the same command again"
+        ) from error
+    finally:
+        accelerator.end_training()
+
+
+@contextlib.contextmanager
+def _sole_writer(folder: Path) -> Iterator[None]:
+    """Makes the output folder and keeps other runs out of it."""
+    if (folder / "README.md").exists() and not (folder / "record.json").exists():
+        raise ConfigError(f"{folder} holds a README.md that no run has written; choose another --output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(f"another process is training in {folder}; stop it or choose another --output_dir") from None
+    with lock:
+        yield
 
 
 class _Run:
@@ -117,47 +163,58 @@ class _Run:
         self.task, self.config, self.accelerator = task, config, accelerator
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
         self.is_main = accelerator.is_main_process
-        per_forward = config.micro_batch_size * self.world
-        if config.global_batch_size % per_forward:
+        if config.global_batch_size % self.world:
             raise ConfigError(
-                f"--global_batch_size {config.global_batch_size} must be a multiple of --micro_batch_size "
-                f"{config.micro_batch_size} x {self.world} processes = {per_forward}"
+                f"--global_batch_size {config.global_batch_size} must be a multiple of the {self.world} processes"
             )
+        share = config.global_batch_size // self.world
+        self.micro_batch_size = next(n for n in range(min(share, config.micro_batch_size), 0, -1) if share % n == 0)
         self.order = SampleOrder(len(task.train), config.data_seed)
         self.folder = Path(config.output_dir)
         self.log = MetricsLog(self.folder / "log.jsonl")
+        # One entry for each time the command ran and took steps: nothing that happened elsewhere is claimed for it.
+        self.session = {
+            **environment(),
+            "num_processes": self.world,
+            "micro_batch_size": self.micro_batch_size,
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
         self.record: dict[str, Any] = {
             "status": "running",
+            "run_id": secrets.token_hex(4),
             "recipe": task.name,
             "preset": task.preset,
             "config": asdict(config),
-            **environment(),
-            "num_processes": self.world,
             "mixed_precision": accelerator.mixed_precision,
-            "data_hash": task.data_hash,
+            "data": task.data,
             "init_hash": hash_tensors(task.model),
             "num_parameters": sum(p.numel() for p in task.model.parameters()),
-            "num_train_samples": len(task.train),
-            "num_validation_samples": len(task.validation),
+            "sessions": [],
         }
         if config.compile:
             task.objective.compile()
         self.objective, self.optimizer = accelerator.prepare(task.objective, adamw(task.objective, config))
-        identity = {**trajectory(config), "data_hash": task.data_hash}
-        self.checkpoints = CheckpointStore(self.folder / "checkpoints", config.keep_checkpoints, identity)
+        decides = {**trajectory(config), "mixed_precision": accelerator.mixed_precision, "data_hash": task.data["hash"]}
+        self.checkpoints = CheckpointStore(self.folder / "checkpoints", config.keep_checkpoints, decides)
 
     def train(self) -> dict[str, Any]:
         config, steps = self.config, self.config.steps
-        start = self.checkpoints.restore(self.accelerator, config.resume)
+        start, state = self.checkpoints.restore(self.accelerator, config.resume)
         if self.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.log.resume(start)
+            state = state or {"log": [], "sessions": [], "run_id": self.record["run_id"]}
+            self.log.start(state["log"])
+            self.record.update(run_id=state["run_id"], sessions=state["sessions"])
+            if start < steps:
+                self.session["first_step"] = start + 1
+                self.record["sessions"].append(self.session)
+        self.began = time.perf_counter()
         self._start_tracker()
-        self._write_record(start)
         if start == 0:
             self._evaluate(0)
+        self._write_record(start, "running" if start < steps else "finished")
         saved = start
-        clock = _Clock()
+        self.finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
+        clock = _Clock(self.accelerator.device)
         with self._progress(start) as bar, _catch_signals() as caught:
             for step in range(start, steps):
                 loss, tokens = self._step(step)
@@ -171,15 +228,13 @@ class _Run:
                         self._evaluate(done)
                 if done == steps or (config.save_every and done % config.save_every == 0):
                     with clock.paused():
-                        self._save(done)
+                        self._save(done, "finished" if done == steps else "running")
                     saved = done
-                if self._stop_requested(caught, done):
+                if done < steps and (number := self._stop_requested(caught, done)):
                     if saved != done:
-                        self._save(done)
-                    self._write_record(done, status="interrupted")
-                    raise Interrupted(f"stopped at step {done} of {steps}, saved; the same command goes on from there")
-        self._write_record(steps, status="finished")
-        self.accelerator.end_training()
+                        self._save(done, "interrupted")
+                    self._write_record(done, "interrupted")
+                    raise Interrupted(f"stopped at step {done} of {steps}, saved; the same command goes on", number)
         return self.record
 
     def _step(self, step: int) -> tuple[torch.Tensor, int]:
@@ -189,7 +244,7 @@ class _Run:
             group["lr"] = learning_rate(step, config)
         # Micro-batch k of rank r is the (k * world + r)-th slice of the global batch, however many ranks there are.
         indices = self.order.batch(step, config.global_batch_size)
-        mine = indices.reshape(-1, self.world, config.micro_batch_size)[:, self.rank]
+        mine = indices.reshape(-1, self.world, self.micro_batch_size)[:, self.rank]
         batches = [self.task.train.batch(part) for part in mine]
         mine_targets = float(sum((b["labels"] != IGNORE).sum() for b in batches))
         # It stays on the device, like the loss: nothing in a step waits for the device to catch up.
@@ -203,49 +258,52 @@ class _Run:
                 # DDP averages over processes, and this is a sum over them
                 accelerator.backward(loss * (self.world / num_targets))
             total += loss.detach()
-        if config.grad_clip:
-            accelerator.clip_grad_norm_(self.objective.parameters(), config.grad_clip)
+        norm = accelerator.clip_grad_norm_(self.objective.parameters(), config.grad_clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         mean: torch.Tensor = accelerator.reduce(total, "sum") / num_targets
+        self.finite &= mean.isfinite()
+        if accelerator.scaler is None:  # which skips the step when a gradient overflows
+            self.finite &= norm.isfinite()
         return mean, sum(batch["labels"].numel() for batch in batches) * self.world
 
     @torch.no_grad()
     def _evaluate(self, step: int) -> None:
         """Mean loss over every target of the validation set, each counted once."""
-        config, accelerator = self.config, self.accelerator
-        self.objective.eval()
+        # Not the prepared module: DDP synchronises buffers in forward, and the last batches are not on all processes.
+        objective, accelerator = self.task.objective.eval(), self.accelerator
         sums = torch.zeros(2, dtype=torch.float64)
-        size = config.micro_batch_size
-        count = len(self.task.validation)
-        # Rounds of one batch per process, so that processes never wait for a collective that another has not reached.
-        rounds = math.ceil(count / (size * self.world))
-        for i in tqdm(range(rounds), desc="Evaluating", leave=False, disable=not self._shows_bar()):
-            first = (i * self.world + self.rank) * size
-            batch = self.task.validation.batch(np.arange(min(first, count), min(first + size, count)))
-            if len(batch["labels"]):
-                loss = self.objective(**_to(batch, accelerator.device))
-                sums += torch.stack([loss.double().cpu(), (batch["labels"] != IGNORE).sum().double()])
-        # float32 on devices without float64 would round the count: the two halves of a sum travel apart
-        high = sums.float()
-        low = (sums - high.double()).float()
-        parts = accelerator.reduce(torch.stack([high, low]).to(accelerator.device), "sum").double().cpu()
-        loss_sum, targets = (parts[0] + parts[1]).tolist()
+        size, count = self.micro_batch_size, len(self.task.validation)
+        starts = range(self.rank * size, count, self.world * size)
+        for first in tqdm(starts, desc="Evaluating", leave=False, disable=not self._shows_bar()):
+            batch = self.task.validation.batch(np.arange(first, min(first + size, count)))
+            loss = objective(**_to(batch, accelerator.device))
+            sums += torch.stack([loss.cpu().double(), (batch["labels"] != IGNORE).sum().double()])
+        if self.world > 1:
+            sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
+        loss_sum, targets = sums.tolist()
         loss = loss_sum / targets
         if self.is_main:
             self.log.add(step=step, validation_loss=loss)
             tqdm.write(f"step {step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}")
         accelerator.log({"validation_loss": loss}, step=step)
 
-    def _log_step(self, step: int, loss: torch.Tensor, clock: _Clock, bar: tqdm) -> None:
-        value = loss.item()  # waits for the device, here only
-        if not math.isfinite(value):
+    def _check_finite(self, step: int) -> None:
+        if not self.finite.item():  # waits for the device, as do all who call this
             raise TrainingError(
-                f"the loss is {value} at step {step}; the checkpoints before it are in {self.checkpoints.folder}. "
-                "Lower --learning_rate, lengthen --warmup_steps or train in --mixed_precision bf16 or no"
+                f"the loss or the gradient stopped being finite at or before step {step}; nothing was saved since, and "
+                f"the checkpoints in {self.checkpoints.folder} are good. Lower --learning_rate, lengthen "
+                "--warmup_steps, or train in --mixed_precision bf16 or no"
             )
-        rate = clock.lap()
-        entry = {"loss": value, "learning_rate": learning_rate(step - 1, self.config), "tokens_per_second": rate}
+
+    def _log_step(self, step: int, loss: torch.Tensor, clock: _Clock, bar: tqdm) -> None:
+        self._check_finite(step)
+        value, rate = loss.item(), clock.lap()
+        entry = {
+            "loss": value,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "tokens_per_second": rate,
+        }
         device = self.accelerator.device
         if self.task.flops_per_token and (peak := peak_flops(device)):
             entry["mfu"] = rate * self.task.flops_per_token / (peak * self.world)
@@ -258,21 +316,25 @@ class _Run:
                 shown["MFU"] = f"{entry['mfu']:.1%}"
             bar.set_postfix(shown, refresh=False)
             if not self._shows_bar():
-                print(
-                    f"step {step} of {self.config.steps}: " + ", ".join(f"{k} {v}" for k, v in shown.items()),
-                    flush=True,
-                )
+                text = ", ".join(f"{k} {v}" for k, v in shown.items())
+                print(f"step {step} of {self.config.steps}: {text}", flush=True)
         self.accelerator.log(entry, step=step)
 
-    def _save(self, step: int) -> None:
-        self.checkpoints.save(self.accelerator, step)
-        self._write_record(step)
+    def _save(self, step: int, status: str) -> None:
+        self._check_finite(step)
+        self._update_record(step, status)
+        state = {"log": self.log.entries, "sessions": self.record["sessions"], "run_id": self.record["run_id"]}
+        self.checkpoints.save(self.accelerator, step, state)
+        self._write_record(step, status)
 
-    def _write_record(self, step: int, status: str = "running") -> None:
-        if not self.is_main:
-            return
+    def _update_record(self, step: int, status: str) -> None:
+        self.session.update(last_step=step, seconds=round(time.perf_counter() - self.began, 1))
         validation = self.log.curve("validation_loss")
-        rates = [rate for _, rate in self.log.curve("tokens_per_second")]
+
+        def median(key: str) -> float | None:
+            values = [value for _, value in self.log.curve(key)]
+            return float(np.median(values)) if values else None
+
         self.record.update(
             status=status,
             step=step,
@@ -280,20 +342,24 @@ class _Run:
                 "initial_validation_loss": validation[0][1] if validation else None,
                 "validation_loss": validation[-1][1] if validation else None,
                 "best_validation_loss": min((loss for _, loss in validation), default=None),
-                "tokens_per_second": float(np.median(rates)) if rates else None,
+                "tokens_per_second": median("tokens_per_second"),
+                "mfu": median("mfu"),
                 "flop_count": FLOP_COUNT if self.task.flops_per_token else None,
-                "mfu": float(np.median(mfu)) if (mfu := [v for _, v in self.log.curve("mfu")]) else None,
             },
             curves={key: self.log.curve(key) for key in ("loss", "validation_loss")},
         )
-        write_record(self.folder / "record.json", self.record)
+
+    def _write_record(self, step: int, status: str) -> None:
+        if self.is_main:
+            self._update_record(step, status)
+            write_record(self.folder / "record.json", self.record)
 
     def _start_tracker(self) -> None:
         config = self.config
         if config.report_to == "none":
             return
         # One name for the life of the run: a resumed run goes on with its curve.
-        name = self.folder.name
+        name = f"{self.folder.name}-{self.record['run_id']}"
         self.accelerator.init_trackers(
             config.project,
             config={k: v for k, v in asdict(config).items() if v is not None},
@@ -303,13 +369,16 @@ class _Run:
             },
         )
 
-    def _stop_requested(self, caught: list[int], step: int) -> bool:
-        if self.world == 1:
-            return bool(caught)
-        if step % self.config.log_every:  # all have to agree, which costs a collective
-            return False
-        flag = torch.tensor(float(bool(caught)), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum"))
+    def _stop_requested(self, caught: list[int], step: int) -> int | None:
+        """The signal to stop for, on all processes at the same step."""
+        if self.world > 1:
+            if step % min(10, self.config.log_every):  # agreeing waits for the device
+                return None
+            flag = torch.tensor(float(bool(caught)), device=self.accelerator.device)
+            if not self.accelerator.reduce(flag, "sum"):
+                return None
+            return caught[0] if caught else signal.SIGTERM
+        return caught[0] if caught else None
 
     def _shows_bar(self) -> bool:
         return self.is_main and sys.stderr.isatty()
@@ -328,7 +397,8 @@ class _Run:
 class _Clock:
     """Tokens per second of training, without the time spent on evaluation and saving."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.start = time.perf_counter()
         self.tokens = 0
 
@@ -343,6 +413,8 @@ class _Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # steps still under way belong to the time before
         before = time.perf_counter()
         yield
         self.start += time.perf_counter() - before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from transformers import PreTrainedModel
 
@@ -26,7 +28,8 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in _PEAK_BF16.items() if key in name), None)
+    # Whole words: an L4 is no L40, and a part not listed, such as a laptop's, has no peak here.
+    return next((peak for key, peak in _PEAK_BF16.items() if re.search(rf"\b{key}\b(?! Laptop| NVL)", name)), None)
 
 
 def decoder_flops_per_token(model: PreTrainedModel, block_size: int) -> float:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .files import write_atomically
+
 SCHEMA = 1
 _PACKAGES = ("hf-gem", "transformers", "accelerate", "datasets", "tokenizers", "timm", "triton", "numpy")
 
@@ -27,17 +29,10 @@ class MetricsLog:
         self.path = path
         self.entries: list[dict[str, Any]] = []
 
-    def resume(self, step: int) -> None:
-        """Keeps what was logged up to `step` and drops what will be logged again: all of it when starting at 0."""
-        if step > 0 and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the last line of a killed process
-                if entry["step"] <= step:
-                    self.entries.append(entry)
-        write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
+    def start(self, entries: list[dict[str, Any]]) -> None:
+        """Begins with the entries of the checkpoint that is continued; what a killed run logged after it is dropped."""
+        self.entries = list(entries)
+        write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in entries))
 
     def add(self, **entry: Any) -> None:
         """Appends one line, at once on disk for whoever reads along."""
@@ -48,13 +43,6 @@ class MetricsLog:
     def curve(self, key: str) -> list[tuple[int, float]]:
         """The (step, value) pairs of one metric."""
         return [(entry["step"], entry[key]) for entry in self.entries if key in entry]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file's content so that a reader, or a kill, sees the old or the new and nothing between."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
@@ -77,11 +65,12 @@ def environment() -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command line as a person would type it from the current folder."""
+    """The command as it would be typed in the current folder; of the launcher's own flags nothing is known here."""
     script = Path(sys.argv[0])
     if script.is_absolute() and script.is_relative_to(Path.cwd()):
         script = script.relative_to(Path.cwd())
-    return shlex.join(["accelerate", "launch", str(script), *sys.argv[1:]])
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # which every launcher of accelerate sets
+    return shlex.join([*(["accelerate", "launch"] if launched else ["python"]), str(script), *sys.argv[1:]])
 
 
 def hardware() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 
+from ..spec import is_name
 from .errors import CheckpointError
 
 
@@ -28,7 +29,10 @@ def save_results(folder: Path, model: Any, processor: Any, record: dict[str, Any
     """
     try:
         model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        try:
+            processor.save_pretrained(folder)
+        except Exception as error:  # the tokenizers library raises nothing more precise
+            raise OSError(str(error)) from error
         plot_loss(record, folder / "loss_curve.png")
         write_card(record, template, folder / "README.md", location=folder, **card)
     except (OSError, SafetensorError) as error:
@@ -71,14 +75,22 @@ def write_card(record: dict[str, Any], template: Path, path: Path, **more: Any) 
         more: Further values for the template.
     """
     config, result = record["config"], record["result"]
-    perplexity = math.exp(result["validation_loss"])
+    ours = is_name(config["hidden_act"])
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=more["pipeline_tag"],
-        tags=["hf_gem", "activation-function", config["hidden_act"]],
+        tags=["activation-function", config["hidden_act"], *(["hf_gem"] if ours else [])],
         datasets=[config["dataset"]] if more["on_hub"] else None,
     )
     card = ModelCard.from_template(
-        data, template_path=str(template), record=record, config=config, result=result, perplexity=perplexity, **more
+        data,
+        template_path=str(template),
+        record=record,
+        config=config,
+        result=result,
+        session=record["sessions"][-1],
+        perplexity=math.exp(min(result["validation_loss"], 700)),
+        ours=ours,
+        **more,
     )
     card.save(path)

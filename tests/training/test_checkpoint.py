@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from hf_gem.training import checkpoint
 from hf_gem.training.checkpoint import CheckpointStore
 from hf_gem.training.errors import CheckpointError
 
@@ -29,10 +30,12 @@ class Setup:
     def save(self, step):
         self.model.weight.data.fill_(step)
         self.model(torch.ones(1, 64)).sum().backward()
-        return self.store.save(self.accelerator, step)
+        return self.store.save(self.accelerator, step, {"saved": step})
 
     def restore(self, resume="auto"):
-        return self.store.restore(self.accelerator, resume)
+        step, state = self.store.restore(self.accelerator, resume)
+        assert state == ({"saved": step} if step else None)
+        return step
 
 
 def test_the_newest_is_restored_and_old_ones_are_deleted(tmp_path):
@@ -87,6 +90,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, how, words):
     with pytest.warns(UserWarning, match=rf"step_00000004.*model\.safetensors.*{words}"):
         assert setup.restore() == 2
     assert (setup.model.weight == 2).all()
+    setup.save(3)  # older than the damaged one, which must not count as newer when old ones are deleted
+    assert [p.name for p in setup.store.complete()] == ["step_00000003", "step_00000002"]
 
 
 def test_all_damaged_is_an_error_and_not_a_new_start(tmp_path):
@@ -101,6 +106,11 @@ def test_one_can_be_named(tmp_path):
     older = setup.save(2)
     setup.save(4)
     assert setup.restore(str(older)) == 2
+    setup.save(3)
+    assert [p.name for p in setup.store.complete()] == ["step_00000003", "step_00000002"]
+    assert (
+        tmp_path / "c" / "set_aside_step_00000004" / "COMPLETE"
+    ).exists()  # what lay ahead is out of the way, not lost
     with pytest.raises(CheckpointError, match=r"nowhere.*cannot be continued"):
         setup.restore(str(tmp_path / "nowhere"))
 
@@ -108,7 +118,7 @@ def test_one_can_be_named(tmp_path):
 def test_another_run_is_not_continued(tmp_path):
     Setup(tmp_path / "c").save(2)
     other = Setup(tmp_path / "c", {**IDENTITY, "hidden_act": "gelu"})
-    with pytest.raises(CheckpointError, match=r"hidden_act: 'gem' then, 'gelu' now.*--output_dir"):
+    with pytest.raises(CheckpointError, match=r"hidden_act: 'gem' in .*, 'gelu' in .*--output_dir"):
         other.restore()
     with pytest.raises(CheckpointError, match="--resume is never"):
         Setup(tmp_path / "c").restore("never")
@@ -129,6 +139,24 @@ def test_a_full_disk_is_an_error_and_leaves_the_last_one_good(tmp_path):
         signal.signal(signal.SIGXFSZ, handler)
     assert not list(tmp_path.glob("c/.*"))
     assert setup.restore() == 2
+
+
+def test_leftovers_are_swept_away(tmp_path):
+    setup = Setup(tmp_path / "c")
+    for name in (".step_00000001.partial", "step_00000001"):
+        (tmp_path / "c" / name).mkdir(parents=True)
+        (tmp_path / "c" / name / "model.safetensors").touch()
+    setup.save(2)
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["step_00000002"]
+
+
+def test_everything_is_flushed_before_it_is_marked_complete(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(checkpoint, "flush", lambda path: events.append(path.name))
+    write = checkpoint.write_atomically
+    monkeypatch.setattr(checkpoint, "write_atomically", lambda path, text: events.append("mark") or write(path, text))
+    path = Setup(tmp_path / "c").save(2)
+    assert set(events[: events.index("mark")]) == {p.name for p in path.iterdir()} - {"COMPLETE"}
 
 
 def test_the_manifest_lists_every_file(tmp_path):

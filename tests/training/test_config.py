@@ -31,6 +31,19 @@ def test_a_file_can_name_the_preset_and_the_command_line_overrules_it(tmp_path):
     assert parse_config(Config, PRESETS, "demo", ["--config", str(file), "--preset", "demo"])[1] == "demo"
 
 
+def test_yaml_means_what_it_says(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: gpt2-124m\nmixed_precision: no\ndataset_config: null\ncompile: off\nsteps: 20000\n")
+    config = parse("--config", file)
+    assert (config.mixed_precision, config.dataset_config, config.compile) == ("no", None, False)
+    file.write_text("preset: null\nsteps: 70\n")
+    assert parse("--config", file).n_embd == PRESETS["demo"]["n_embd"]
+
+
+def test_names_of_the_family_are_made_canonical():
+    assert parse("--hidden_act", "EGEM_n2_eps1e-06").hidden_act == "egem_n2_eps1em6"
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_valid(preset):
     config = parse("--preset", preset)
@@ -57,6 +70,12 @@ def test_the_124m_preset_is_gpt2_small():
         (["--preset", "gpt3"], ["--preset", "gpt3", "gpt2-124m"]),
         (["--n_head", "3"], ["--n_embd", "multiple", "3"]),
         (["--adam_beta2", "1"], ["--adam_beta2", "[0, 1)"]),
+        (["--seed", "-1"], ["--seed", "at least 0", "got -1"]),
+        (["--learning_rate", "inf"], ["--learning_rate", "finite", "got inf"]),
+        (["--n_head", "0"], ["--n_head", "at least 1"]),
+        (["--loss_chunk_size", "-1"], ["--loss_chunk_size", "at least 0"]),
+        (["--max_train_tokens", "-5"], ["--max_train_tokens", "got -5"]),
+        (["--resume", "Auto"], ["--resume", "auto, never", "Auto"]),
         (["--streaming", "true"], ["--max_train_tokens", "--streaming"]),
         (["--hidden_act", "gelo"], ["gelo", "gem_n2", "gelu"]),
         (["--hidden_act", "egem-n2"], ["egem-n2", "egem_n2"]),
@@ -100,7 +119,26 @@ def test_help_lists_fields_and_presets(capsys):
 
 def test_only_what_changes_results_belongs_to_the_trajectory():
     assert trajectory(parse()) == trajectory(
-        parse("--log_every", 3, "--cache_dir", "x", "--micro_batch_size", 8, "--output_dir", "y", "--report_to", "none")
+        parse(
+            "--log_every",
+            3,
+            "--cache_dir",
+            "x",
+            "--dataset",
+            "x",
+            "--micro_batch_size",
+            8,
+            "--output_dir",
+            "y",
+            "--report_to",
+            "none",
+        )
     )
-    for argv in (["--hidden_act", "gelu"], ["--seed", 1], ["--steps", 401], ["--dataset", "x"], ["--compile", "true"]):
+    for argv in (
+        ["--hidden_act", "gelu"],
+        ["--seed", 1],
+        ["--steps", 401],
+        ["--block_size", 64],
+        ["--compile", "true"],
+    ):
         assert trajectory(parse()) != trajectory(parse(*argv))

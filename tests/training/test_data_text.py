@@ -1,6 +1,7 @@
 """From text to blocks of tokens: sources, splits, cache, errors."""
 
 import json
+import os
 import threading
 
 import numpy as np
@@ -53,6 +54,7 @@ def test_files_and_folders_give_all_their_text(prepare, tmp_path, bytes_tokenize
     data = prepare(path.parent if as_folder else path, tokenizer=bytes_tokenizer)
     size = sum(len(d) for d in DOCUMENTS) + (len(DOCUMENTS) if kind != "txt" else 2)  # one end for each document
     assert len(data.train.tokens) + len(data.validation.tokens) == size
+    assert data.facts["held_out"] == ("end" if kind == "txt" else "hash")
     share = len(data.validation.tokens) / size
     assert 0.1 < share < 0.3
 
@@ -75,12 +77,12 @@ def test_documents_are_separated_and_splits_do_not_overlap(prepare, tmp_path, by
     assert not train & validation
 
 
-def test_long_texts_are_tokenised_in_pieces_without_a_trace(prepare, tmp_path, bytes_tokenizer, monkeypatch):
-    path = write_corpus(tmp_path / "corpus.txt")
-    whole = prepare(path, tokenizer=bytes_tokenizer, cache_dir=str(tmp_path / "c1"))
+def test_long_texts_are_tokenised_in_pieces_without_a_trace(prepare, tmp_path, monkeypatch):
+    path = write_corpus(tmp_path / "corpus.txt")  # with a trained tokenizer, whose merges a cut could break
+    whole = prepare(path, cache_dir=str(tmp_path / "c1"))
     monkeypatch.setattr(data_text, "_PIECE", 100)
-    pieces = prepare(path, tokenizer=bytes_tokenizer, cache_dir=str(tmp_path / "c2"))
-    assert pieces.data_hash == whole.data_hash
+    pieces = prepare(path, cache_dir=str(tmp_path / "c2"))
+    assert pieces.facts["hash"] == whole.facts["hash"]
 
 
 def test_stdlib_is_source_without_tests(prepare):
@@ -99,15 +101,42 @@ def test_a_second_start_does_not_tokenise(prepare, tmp_path, monkeypatch):
     monkeypatch.setattr(data_text, "_build", lambda *_: pytest.fail("tokenised again"))
     second = prepare(path, block_size=8)  # other blocks of the same tokens
     assert isinstance(second.train.tokens, np.memmap)
-    assert second.data_hash == first.data_hash
+    assert second.facts["hash"] == first.facts["hash"]
     assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
 
 
 def test_what_changes_the_tokens_changes_the_cache(prepare, tmp_path):
     path = write_corpus(tmp_path / "corpus.txt")
-    hashes = [prepare(path).data_hash, prepare(path, vocab_size=310).data_hash, prepare(path, validation_fraction=0.3)]
+    changes = ({}, {"vocab_size": 310}, {"validation_fraction": 0.3}, {"max_train_tokens": 900})
+    hashes = {prepare(path, **change).facts["hash"] for change in changes}
     write_corpus(path, lines=301)
-    assert len({*hashes[:2], hashes[2].data_hash, prepare(path).data_hash}) == 4
+    assert len({*hashes, prepare(path).facts["hash"]}) == 5
+
+
+def test_a_changed_tokenizer_folder_is_noticed(prepare, tmp_path, bytes_tokenizer):
+    path = write_corpus(tmp_path / "corpus.txt")
+    before = prepare(path, tokenizer=bytes_tokenizer)
+    words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "[UNK]": 1, "gate": 900}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>").save_pretrained(bytes_tokenizer)
+    after = prepare(path, tokenizer=bytes_tokenizer)
+    assert len(after.train.tokens) < len(before.train.tokens)
+    assert (len(after.tokenizer), after.vocab_size) == (3, 901)  # the largest id counts, not their number
+
+
+@pytest.mark.parametrize("damage", ["half", "one id less", "no meta", "empty meta"])
+def test_a_damaged_cache_is_built_again(prepare, tmp_path, damage):
+    path = write_corpus(tmp_path / "corpus.txt")
+    good = prepare(path)
+    (folder,) = (p for p in (tmp_path / "c" / "text").iterdir() if p.is_dir())
+    size = (folder / "train.bin").stat().st_size
+    if "meta" in damage:
+        (folder / "meta.json").write_text("") if "empty" in damage else (folder / "meta.json").unlink()
+    else:
+        os.truncate(folder / "train.bin", size // 2 if damage == "half" else size - 2)
+    again = prepare(path)
+    assert again.facts == good.facts
+    assert len(again.train.tokens) * 2 == size
 
 
 def test_processes_that_start_at_once_build_once(prepare, tmp_path, monkeypatch):
@@ -126,7 +155,7 @@ def test_processes_that_start_at_once_build_once(prepare, tmp_path, monkeypatch)
 def test_a_trained_tokenizer_is_reproducible_and_lossless(prepare, tmp_path):
     path = write_corpus(tmp_path / "corpus.txt")
     one, two = (prepare(path, cache_dir=str(tmp_path / name)) for name in "ab")
-    assert one.data_hash == two.data_hash
+    assert one.facts["hash"] == two.facts["hash"]
     assert len(one.tokenizer) == 300
     text = "Größe 数 \n\t x"
     assert one.tokenizer.decode(one.tokenizer(text)["input_ids"]) == text
@@ -138,6 +167,68 @@ def test_streaming_stops_at_the_token_limit(prepare, tmp_path, bytes_tokenizer):
     data = prepare(tmp_path / "data", tokenizer=bytes_tokenizer, streaming=True, max_train_tokens=500)
     assert len(data.train.tokens) == 500
     assert data.tokenizer.decode(data.train.tokens[: len(DOCUMENTS[0])]) == DOCUMENTS[0]
+
+
+def test_a_stream_is_read_no_further_than_needed(prepare, tmp_path, monkeypatch):
+    read = []
+    documents = data_text._Corpus._named
+
+    def counted(self, split):
+        for name, text in documents(self, split):
+            read.append(split)
+            yield name, text
+
+    monkeypatch.setattr(data_text._Corpus, "_named", counted)
+    monkeypatch.setattr(data_text, "_batches", lambda texts: ([text] for text in texts))
+    path = write_documents(tmp_path / "data", "jsonl", documents=DOCUMENTS * 20)
+    data = prepare(path, streaming=True, max_train_tokens=500)
+    assert len(data.train.tokens) == 500
+    assert len(data.validation.tokens) == 100  # the held-out share of the limit
+    assert len(read) < 150
+
+
+@pytest.mark.parametrize("text", ["one line without an end " * 20, ("long last line " * 30).join("\n\n")])
+def test_few_documents_keep_their_beginnings_for_training(prepare, tmp_path, bytes_tokenizer, text):
+    documents = [f"{i} {text}" for i in range(5)]
+    data = prepare(write_documents(tmp_path / "data", "jsonl", documents=documents), tokenizer=bytes_tokenizer)
+    begins = data.tokenizer.decode(data.train.tokens).split("<|endoftext|>")[:-1]
+    ends = data.tokenizer.decode(data.validation.tokens).split("<|endoftext|>")[:-1]
+    assert [a + b for a, b in zip(begins, ends, strict=True)] == documents
+    assert all(len(a) > len(b) for a, b in zip(begins, ends, strict=True))
+
+
+def test_all_files_of_a_folder_count_by_the_words_in_their_names(prepare, tmp_path, bytes_tokenizer):
+    for name in ("a", "part/b", "train-1", "test-1", "validation/c", "README"):
+        file = tmp_path / "data" / f"{name}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"text of {name}, long enough for a block\n")
+    data = prepare(tmp_path / "data", tokenizer=bytes_tokenizer)
+    train, validation = (data.tokenizer.decode(b.tokens) for b in (data.train, data.validation))
+    assert [name in train for name in ("of a,", "of part/b,", "of train-1,", "test-1", "README")] == [1, 1, 1, 0, 0]
+    assert validation.startswith("text of validation/c,")
+    assert data.facts["held_out"] == "split"
+
+
+def test_columns_of_other_types_are_an_error_and_gaps_are_not(prepare, tmp_path, bytes_tokenizer):
+    rows = [{"text": d, "number": i} for i, d in enumerate(DOCUMENTS)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": None, "number": 1}]))
+    with pytest.raises(
+        DataError, match=r"'number' of .* holds int, not text; --text_column can be one of text, number"
+    ):
+        prepare(path, tokenizer=bytes_tokenizer, text_column="number")
+    assert len(prepare(path, tokenizer=bytes_tokenizer).train.tokens) > 0
+
+
+def test_a_validation_set_too_small_names_its_share(prepare, tmp_path):
+    with pytest.raises(DataError, match=r"validation text.*raise --validation_fraction, now 1e-09"):
+        prepare(write_documents(tmp_path / "data", "jsonl"), validation_fraction=1e-9)
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(prepare, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be cached"):
+        prepare(write_corpus(tmp_path / "corpus.txt"), cache_dir=str(tmp_path / "file" / "cache"))
 
 
 def test_large_vocabularies_get_wide_ids(prepare, tmp_path):

@@ -24,6 +24,11 @@ def test_flops_of_gpt2_small():
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA A100-SXM4-40GB", 312e12),
         ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("a GPU of the future", None),
     ],
 )

@@ -11,13 +11,13 @@ from hf_gem.training.record import MetricsLog, environment, hash_tensors, write_
 
 def test_a_resumed_log_goes_on_where_the_checkpoint_was(tmp_path):
     log = MetricsLog(tmp_path / "log.jsonl")
-    log.resume(0)
+    log.start([])
     for step in range(1, 6):
         log.add(step=step, loss=float(step))
     with log.path.open("a") as file:
         file.write('{"step": 6, "lo')  # killed in the middle of a line
     again = MetricsLog(log.path)
-    again.resume(3)
+    again.start(log.entries[:3])
     again.add(step=4, loss=40.0)
     lines = [json.loads(line) for line in log.path.read_text().splitlines()]
     assert lines == again.entries
@@ -35,11 +35,14 @@ def test_a_record_is_replaced_whole(tmp_path):
     assert json.loads((tmp_path / "record.json").read_text())["status"] == "finished"
 
 
-def test_the_environment_names_what_decides_a_result():
+def test_the_environment_names_what_decides_a_result(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     found = environment()
     assert found["versions"]["torch"] == torch.__version__
     assert found["hardware"]["cpu_count"] >= 1
-    assert found["command"].startswith("accelerate launch ")
+    assert found["command"].startswith("python ")  # nothing launched this
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert environment()["command"].startswith("accelerate launch ")
     assert found.keys() >= {"commit", "dirty"}
     json.dumps(found)
 

@@ -1,6 +1,7 @@
 """Pictures and cards are made from the record."""
 
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from huggingface_hub import ModelCard
@@ -10,20 +11,29 @@ from hf_gem.training.errors import CheckpointError
 from hf_gem.training.report import plot_loss, save_results, write_card
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "model_cards" / "template.md"
-RECORD = {
-    "recipe": "gpt2_pretrain",
-    "preset": "demo",
-    "status": "finished",
-    "step": 20,
+SESSION = {
     "command": "accelerate launch recipes/gpt2_pretrain.py",
     "commit": "0123abc",
     "dirty": False,
     "versions": {"python": "3.12.3", "torch": "2.11.0"},
     "hardware": {"cpu": "a processor", "gpus": []},
-    "num_processes": 1,
+    **{
+        "num_processes": 1,
+        "started": "2026-01-02T03:04:05+00:00",
+        "seconds": 1234.5,
+        "first_step": 11,
+        "last_step": 20,
+    },
+}
+RECORD = {
+    "recipe": "gpt2_pretrain",
+    "preset": "demo",
+    "status": "finished",
+    "step": 20,
+    "sessions": [SESSION],
     "num_parameters": 1334016,
     "mixed_precision": "no",
-    "data_hash": "d" * 64,
+    "data": {"hash": "d" * 64, "num_tokens": {"train": 3000000, "validation": 100000}, "held_out": "hash"},
     "init_hash": "e" * 64,
     "config": {
         "hidden_act": "gem_n2",
@@ -45,23 +55,41 @@ MORE = {
 }
 
 
-@pytest.mark.parametrize("stock", [False, True])
-def test_a_card_states_what_the_record_holds(tmp_path, stock):
-    write_card(RECORD, TEMPLATE, tmp_path / "README.md", **MORE, stock_activation=stock, on_hub=False)
+@pytest.mark.parametrize("act", ["gem_n2", "gelu"])
+def test_a_card_states_what_the_record_holds(tmp_path, act):
+    record = {**RECORD, "config": {**RECORD["config"], "hidden_act": act}}
+    write_card(record, TEMPLATE, tmp_path / "README.md", **MORE, on_hub=False)
     text = (tmp_path / "README.md").read_text()
     for fact in ("4.2500", "70.11", "1,334,016", "0123abc", "torch 2.11.0", "a processor", "5,612", "Python 3.12.3"):
         assert fact in text
-    assert ("import hf_gem" in text) != stock
-    assert not any(mark in text for mark in ("{{", "}}", "{%", "None", "TODO", "More Information Needed"))
+    for fact in ("2026-01-02T03:04:05", "1,234 s", "3,000,000 tokens", "100,000 to evaluate", "drawn by a hash", act):
+        assert fact in text
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.pipeline_tag == "text-generation"
-    assert "gem_n2" in card.data.tags
+    assert act in card.data.tags
+    for ours in ("import hf_gem", "2604.21677", "- hf_gem"):  # a card of GELU claims nothing of GEM
+        assert (ours in text) == (act == "gem_n2"), ours
+    assert not any(mark in text for mark in ("{{", "}}", "{%", "None", "TODO", "More Information Needed"))
+
+
+def test_a_card_of_several_sessions_says_which_one_it_describes(tmp_path):
+    record = {**RECORD, "sessions": [{**SESSION, "commit": "older"}, SESSION]}
+    write_card(record, TEMPLATE, tmp_path / "README.md", **MORE, on_hub=False)
+    text = (tmp_path / "README.md").read_text()
+    assert "the last of 2 sessions, steps 11 to 20" in text
+    assert "older" not in text
 
 
 def test_a_missing_value_is_an_error_and_not_a_gap(tmp_path):
-    record = {key: value for key, value in RECORD.items() if key != "data_hash"}
-    with pytest.raises(Exception, match="data_hash"):
-        write_card(record, TEMPLATE, tmp_path / "README.md", **MORE, stock_activation=False, on_hub=False)
+    record = {key: value for key, value in RECORD.items() if key != "data"}
+    with pytest.raises(Exception, match="data"):
+        write_card(record, TEMPLATE, tmp_path / "README.md", **MORE, on_hub=False)
+
+
+def test_a_loss_past_all_bounds_has_a_card(tmp_path):
+    record = {**RECORD, "result": {**RECORD["result"], "validation_loss": 800.0}}
+    write_card(record, TEMPLATE, tmp_path / "README.md", **MORE, on_hub=False)
+    assert "800.0000" in (tmp_path / "README.md").read_text()
 
 
 def test_a_full_disk_at_the_end_is_explained(tmp_path):
@@ -69,8 +97,13 @@ def test_a_full_disk_at_the_end_is_explained(tmp_path):
         def save_pretrained(self, folder):
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointError, match=r"No space left.*last checkpoint is complete.*same command again"):
-        save_results(tmp_path, Model(), None, RECORD, TEMPLATE)
+    class Processor:
+        def save_pretrained(self, folder):
+            raise Exception("No space left on device (os error 28)")  # as the tokenizers library does
+
+    for broken in ((Model(), None), (MagicMock(), Processor())):
+        with pytest.raises(CheckpointError, match=r"No space left.*last checkpoint is complete.*same command again"):
+            save_results(tmp_path, *broken, RECORD, TEMPLATE)
 
 
 def test_the_plot_is_a_picture_with_two_curves(tmp_path):
