@@ -20,7 +20,7 @@ class GemActivation(nn.Module):
     `log_ratio = 0`, also when the module is cast to bfloat16.
     """
 
-    __jit_unused_properties__: ClassVar = ["eps", "spec"]
+    __jit_unused_properties__: ClassVar[list[str]] = ["eps", "spec"]
     family: str
 
     def __init__(

@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Config(TextConfig, TrainConfig):
     """The fields of this recipe."""
 
-    runtime: ClassVar = frozenset({"prompt"})
+    runtime: ClassVar[frozenset[str]] = frozenset({"prompt"})
 
     hidden_act: str = option("gem_n2", "Activation: a name of the family or one that transformers knows, e.g. gelu.")
     n_layer: int = option(12, "Transformer blocks.")

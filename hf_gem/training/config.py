@@ -28,7 +28,7 @@ class TrainConfig:
 
     # Fields that may differ when a run is resumed: they leave its results as they are, but for rounding and, where
     # micro_batch_size splits other batches, the masks of dropout.
-    runtime: ClassVar = frozenset(
+    runtime: ClassVar[frozenset[str]] = frozenset(
         (
             "output_dir",
             "micro_batch_size",

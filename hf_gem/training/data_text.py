@@ -44,7 +44,7 @@ class TextConfig:
     """Where text comes from and how it becomes blocks of tokens."""
 
     # What they amount to, the hash of the tokens, is compared instead when a run is resumed.
-    runtime: ClassVar = frozenset(
+    runtime: ClassVar[frozenset[str]] = frozenset(
         ("dataset", "dataset_config", "dataset_revision", "text_column", "train_split", "validation_split")
     ) | frozenset(("validation_fraction", "streaming", "max_train_tokens", "tokenizer", "vocab_size", "cache_dir"))
 
