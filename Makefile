@@ -12,8 +12,9 @@ READY = $(VENV)/.ready
 
 .PHONY: demo test lint setup clean
 
+# Without OMP_NUM_THREADS, accelerate's launcher gives a process one thread.
 demo: $(READY)
-	$(RUN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(RUN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		recipes/gpt2_pretrain.py --preset demo --hidden_act gem_n2 $(DEMO_ARGS)
 
 test: lint

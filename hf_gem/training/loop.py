@@ -106,6 +106,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError(
             f"--report_to {config.report_to} needs its package: pip install {config.report_to}, or use none"
         )
+    threads, cores = torch.get_num_threads(), (os.cpu_count() or 1) // accelerator.num_processes
+    if accelerator.device.type == "cpu" and threads < cores:
+        accelerator.print(f"training with {threads} of {cores} CPU threads; OMP_NUM_THREADS={cores} in front uses all")
     return accelerator
 
 
