@@ -116,6 +116,18 @@ def sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, length: 
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
+def card_values(config: Config, preset: str) -> dict[str, Any]:
+    """What the model card says besides the record."""
+    return {
+        "title": f"GPT-2 {preset}, {config.hidden_act}",
+        "architecture": "GPT-2",
+        "pipeline_tag": "text-generation",
+        "on_hub": config.dataset != STDLIB and not Path(config.dataset).exists(),
+        "limits": "A base language model: it continues text, follows no instructions, and repeats what its data holds. "
+        f"Its context is {config.block_size} tokens.",
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     config, preset = parse_config(Config, PRESETS, "demo", argv)
     config.output_dir = config.output_dir or f"runs/gpt2-{preset}-{config.hidden_act}-seed{config.seed}"
@@ -138,19 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     folder = Path(config.output_dir)
-    save_results(
-        folder,
-        model,
-        data.tokenizer,
-        record,
-        TEMPLATE,
-        title=f"GPT-2 {preset}, {config.hidden_act}",
-        architecture="GPT-2",
-        pipeline_tag="text-generation",
-        on_hub=config.dataset != STDLIB and not Path(config.dataset).exists(),
-        limits="A base language model: it continues text, follows no instructions, and repeats what its data holds. "
-        f"Its context is {config.block_size} tokens.",
-    )
+    save_results(folder, model, data.tokenizer, record, TEMPLATE, **card_values(config, preset))
     print(f"\nSample:\n{sample(model, data.tokenizer, config.prompt, min(100, config.block_size // 2))}\n")
     result = record["result"]
     print(
