@@ -157,8 +157,10 @@ def _sole_writer(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ConfigError(f"another process is training in {folder}; stop it or choose another --output_dir") from None
-    with lock:
+    try:
         yield
+    finally:
+        lock.release()
 
 
 class _Run:
