@@ -1,8 +1,9 @@
 """The activation functions with their derivatives: `gem`, `egem`, `segem`.
 
 In eager mode they run as a `torch.autograd.Function` with closed-form derivatives, which saves only x and supports
-double backward and forward-mode AD. When the graph itself is wanted (torch.compile, torch.export, ONNX, torch.jit), and
-under the transforms of torch.func, they run as the plain formulas, which all of these understand.
+double backward and forward-mode AD. When the graph itself is wanted (torch.compile, torch.export, ONNX,
+torch.jit.trace), and under the transforms of torch.func, they run as the plain formulas, which all of these understand.
+To script, use the modules.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def gem(x: Tensor, n: int = 1) -> Tensor:
         A tensor of the shape, dtype and memory format of x. float16 and bfloat16 are computed in float32.
 
     Raises:
-        TypeError: x is not a floating-point tensor, or n is not an integer.
+        TypeError: x is not a dense floating-point tensor, or n is not an integer.
         ValueError: n is outside 1..32.
     """
     if has_torch_function_unary(x):
@@ -56,7 +57,7 @@ def egem(x: Tensor, n: int = 1, eps: float | Tensor = DEFAULT_EPS) -> Tensor:
         A tensor of the shape, dtype and memory format of x. float16 and bfloat16 are computed in float32.
 
     Raises:
-        TypeError: x is not a floating-point tensor, n is not an integer, or eps is not a number.
+        TypeError: x is not a dense floating-point tensor, n is not an integer, or eps is not a number.
         ValueError: n is outside 1..32, eps is not positive and finite, or its shape does not broadcast against x.
     """
     if has_torch_function_variadic(x, eps):
@@ -81,8 +82,17 @@ def _activate(formula: str, x: Tensor, n: int, eps: float | Tensor) -> Tensor:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"{type(x).__name__}"
         raise TypeError(f"x must be a floating-point tensor, got {got}; convert it first, for example with x.float()")
+    if x.layout != torch.strided:
+        raise TypeError(f"x must be a dense tensor, got layout {x.layout}; convert it first with x.to_dense()")
     n = check_n(n)
-    eps = _check_eps_tensor(eps, x) if isinstance(eps, Tensor) else check_eps(eps, n)
+    if isinstance(eps, Tensor):
+        _check_eps_tensor(eps, x)
+    else:
+        if torch.compiler.is_compiling() and isinstance(eps, float):
+            # Specialises a float that torch.compile made symbolic: eps shapes the graph, as n does.
+            numerator, denominator = eps.as_integer_ratio()
+            eps = numerator / denominator
+        eps = check_eps(eps, n)
     if _wants_formula():
         number, tensor = _FORWARD[formula]
         return tensor(x, n, eps) if isinstance(eps, Tensor) else number(x, n, eps)
@@ -94,15 +104,16 @@ def _wants_formula() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
-def _check_eps_tensor(eps: Tensor, x: Tensor) -> Tensor:
+def _check_eps_tensor(eps: Tensor, x: Tensor) -> None:
     if not eps.is_floating_point():
         raise TypeError(f"a tensor eps must be floating-point, got {eps.dtype}; convert it first, e.g. eps.float()")
+    if torch.jit.is_tracing():
+        return  # shapes are tensors there
     if eps.ndim > x.ndim or any(a not in (1, b) for a, b in zip(eps.shape[::-1], x.shape[::-1], strict=False)):
         raise ValueError(
             f"a tensor eps must broadcast to the shape of x, got eps {tuple(eps.shape)} and x {tuple(x.shape)}; "
             "for one eps per channel of dimension 1, reshape it to (C, 1, ..., 1)"
         )
-    return eps
 
 
 class _Activation(torch.autograd.Function):

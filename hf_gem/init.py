@@ -17,7 +17,8 @@ def gain(activation: str | Callable[[Tensor], Tensor]) -> float:
     r"""`1 / sqrt(E[f(Z)^2])` for a unit normal Z: He-style initialisation draws weights with std `gain / sqrt(fan_in)`.
 
     ReLU has sqrt(2). The expectation is a trapezoidal sum over `log|z|`, which converges exponentially because the
-    integrand is analytic there and decays on both sides; its error is below 1e-10 for every name of the family.
+    integrand is analytic there and decays on both sides; its error is below 1e-10 unless
+    the moment leaves the range of float64.
 
     Args:
         activation: A name of the family, or any elementwise function of a float64 tensor, such as
@@ -31,7 +32,7 @@ def gain(activation: str | Callable[[Tensor], Tensor]) -> float:
     """
     function = activation if callable(activation) else get_activation(replace(parse(activation), learnable=False).name)
     step = 1 / 512  # the nearest pole in log z lies pi/2n away, so that n = 32 needs a step this small
-    z = torch.exp(torch.arange(-40, math.log(40), step, dtype=torch.float64))
+    z = torch.exp(torch.arange(-40, math.log(40), step, dtype=torch.float64, device="cpu"))
     density = torch.exp(-z * z / 2) * z * (step / math.sqrt(2 * math.pi))
     with torch.no_grad():
         moment = float(((function(z) ** 2 + function(-z) ** 2) * density).sum())

@@ -8,9 +8,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import functional, reference
 from .spec import DEFAULT_EPS, GemSpec, parse
+
+
+def _eps_at(log_ratio: Tensor, init_eps: float) -> Tensor:
+    """`init_eps * exp(log_ratio)`, in float32 for half types."""
+    if has_torch_function_unary(log_ratio):  # one node for torch.fx, which cannot follow a branch on a dtype
+        return handle_torch_function(_eps_at, (log_ratio,), log_ratio, init_eps)
+    if log_ratio.dtype != torch.float64:
+        log_ratio = log_ratio.to(torch.float32)
+    return init_eps * torch.exp(log_ratio)
 
 
 class GemActivation(nn.Module):
@@ -33,10 +43,13 @@ class GemActivation(nn.Module):
     ) -> None:
         super().__init__()
         spec = GemSpec(self.family, n, eps, learnable)
-        if num_parameters != 1 and not learnable:
-            raise ValueError(f"num_parameters={num_parameters} needs learnable=True: a fixed eps has no parameters")
+        for name, value in (("num_parameters", num_parameters), ("channel_dim", channel_dim)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
         if num_parameters < 1:
             raise ValueError(f"num_parameters must be 1 or the number of channels, got {num_parameters}")
+        if num_parameters != 1 and not learnable:
+            raise ValueError(f"num_parameters={num_parameters} needs learnable=True: a fixed eps has no parameters")
         self.n = spec.n
         self.init_eps = spec.eps
         self.num_parameters = num_parameters
@@ -54,21 +67,13 @@ class GemActivation(nn.Module):
 
     @property
     def eps(self) -> float | Tensor:
-        """The current eps: a float, or for a learnable one a float32 tensor of shape (num_parameters,)."""
-        return self.init_eps if self.log_ratio is None else self.init_eps * torch.exp(self.log_ratio.float())
+        """The current eps: a float, or a learnable one as a float32 or float64 tensor of shape (num_parameters,)."""
+        return self.init_eps if self.log_ratio is None else _eps_at(self.log_ratio, self.init_eps)
 
     @property
     def spec(self) -> GemSpec:
         """Family, n, initial eps and learnability."""
         return GemSpec(self.family, self.n, self.init_eps, self.log_ratio is not None)
-
-    def _eps_for(self, log_ratio: Tensor, x: Tensor) -> Tensor:
-        eps = self.init_eps * torch.exp(log_ratio.float())
-        if self.num_parameters == 1:
-            return eps.view([])
-        shape = [1] * x.dim()
-        shape[self.channel_dim] = self.num_parameters
-        return eps.view(shape)
 
     def extra_repr(self) -> str:
         parts = [f"n={self.n}"]
@@ -112,7 +117,9 @@ class EGEM(GemActivation):
         inplace: Accepted for timm and torch signatures; the input is never overwritten.
 
     Raises:
-        TypeError, ValueError: n, eps or num_parameters out of range; a per-channel eps applied to another width.
+        TypeError: n, eps, num_parameters or channel_dim is not a number, or learnable not a bool.
+        ValueError: one of them is out of range; when called, the input has another number of channels.
+        IndexError: when called, the input has no dimension `channel_dim`.
     """
 
     family = "egem"
@@ -130,11 +137,22 @@ class EGEM(GemActivation):
 
     def forward(self, x: Tensor) -> Tensor:
         log_ratio = self.log_ratio
+        if log_ratio is None:
+            return self._fixed(x)
+        eps = _eps_at(log_ratio, self.init_eps)
+        if self.num_parameters == 1:
+            return self._learned(x, eps.view([]))
+        return self._learned(x.movedim(self.channel_dim, -1), eps).movedim(-1, self.channel_dim)
+
+    def _fixed(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            if log_ratio is not None:
-                return reference.egem_tensor(x, self.n, self._eps_for(log_ratio, x))
             return reference.egem(x, self.n, self.init_eps)
-        return functional.egem(x, self.n, self.init_eps if log_ratio is None else self._eps_for(log_ratio, x))
+        return functional.egem(x, self.n, self.init_eps)
+
+    def _learned(self, x: Tensor, eps: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return reference.egem_tensor(x, self.n, eps)
+        return functional.egem(x, self.n, eps)
 
 
 class SEGEM(EGEM):
@@ -142,13 +160,15 @@ class SEGEM(EGEM):
 
     family = "segem"
 
-    def forward(self, x: Tensor) -> Tensor:
-        log_ratio = self.log_ratio
+    def _fixed(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            if log_ratio is not None:
-                return reference.segem_tensor(x, self.n, self._eps_for(log_ratio, x))
             return reference.segem(x, self.n, self.init_eps)
-        return functional.segem(x, self.n, self.init_eps if log_ratio is None else self._eps_for(log_ratio, x))
+        return functional.segem(x, self.n, self.init_eps)
+
+    def _learned(self, x: Tensor, eps: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return reference.segem_tensor(x, self.n, eps)
+        return functional.segem(x, self.n, eps)
 
 
 def module_factory(spec: GemSpec) -> Callable[..., nn.Module]:

@@ -19,9 +19,10 @@ DEFAULT_EPS = 1e-4
 MAX_N = 32
 # The gate's scale eps**(1/2n) stays inside 2**±100, where float32 holds it and its reciprocal.
 MAX_LOG2_SCALE = 100
+LEARNABLE_RANGE = (1e-37, 1e37)  # of a learnable eps, also while it is trained: what float32 holds
 
 _NUMBER = r"\d+(?:\.\d*)?(?:em?[+-]?\d+)?"
-_NAME = re.compile(rf"(gem|egem|segem)(?:_n(\d+))?(?:_eps({_NUMBER}))?(_learnable)?")
+_NAME = re.compile(rf"(gem|egem|segem)(?:_n(\d+))?(?:_eps({_NUMBER}))?(_learnable)?", re.ASCII)
 _CLAIMED = re.compile(r"(?:s?e[\W_]?)?gem(?:n?\d.*|[\W_].*)?", re.DOTALL)
 _GRAMMAR = "gem[_n<N>], egem[_n<N>][_eps<E>][_learnable], segem[_n<N>][_eps<E>][_learnable]"
 
@@ -47,7 +48,9 @@ def check_eps(eps: float, n: int = 1) -> float:
         raise TypeError(f"eps must be a positive number, got {eps!r} of type {type(eps).__name__}; write eps=1e-4")
     try:
         value = float(eps)
-    except (TypeError, ValueError, OverflowError):
+    except OverflowError:
+        raise ValueError("eps must be positive and finite, got an integer beyond all floats; write eps=1e-4") from None
+    except (TypeError, ValueError):
         raise TypeError(
             f"eps must be a positive number, got {eps!r} of type {type(eps).__name__}; write eps=1e-4"
         ) from None
@@ -56,8 +59,8 @@ def check_eps(eps: float, n: int = 1) -> float:
     if abs(math.log2(value)) > 2 * n * MAX_LOG2_SCALE:
         limit = min(2 * n * MAX_LOG2_SCALE * math.log10(2), 307)
         raise ValueError(
-            f"eps must lie between 1e-{limit:.0f} and 1e{limit:.0f} for n={n}, got {value!r}; beyond that the function "
-            "is ReLU or zero in every dtype, so name that instead"
+            f"eps must lie between 1e-{limit:.0f} and 1e{limit:.0f} for n={n}, got {value!r}; beyond that the gate's "
+            "scale is not a float32, and for all common inputs the function is ReLU or zero; name that instead"
         )
     return value
 
@@ -73,7 +76,7 @@ class GemSpec:
         learnable: Whether eps is a Parameter, owned by each layer.
 
     Raises:
-        TypeError: n or eps is not a number.
+        TypeError: n or eps is not a number, or learnable not a bool.
         ValueError: unknown family, n or eps out of range, or `gem` with an eps of its own.
     """
 
@@ -91,6 +94,10 @@ class GemSpec:
             raise ValueError(
                 f"gem has eps = 1, fixed; got eps={eps!r}, learnable={self.learnable}. The family 'egem' has others"
             )
+        if not isinstance(self.learnable, bool):
+            raise TypeError(f"learnable must be True or False, got {self.learnable!r}")
+        if self.learnable and not LEARNABLE_RANGE[0] <= eps <= LEARNABLE_RANGE[1]:
+            raise ValueError(f"a learnable eps must start between 1e-37 and 1e37, which float32 holds; got {eps!r}")
         object.__setattr__(self, "n", n)
         object.__setattr__(self, "eps", eps)
 

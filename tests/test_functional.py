@@ -567,3 +567,18 @@ def test_fx_symbolic_trace(family):
     assert torch.equal(traced(x), model(x))
     called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
     assert called == [{"gem": gem, "egem": egem, "segem": segem}[family]]
+
+
+@pytest.mark.parametrize("function", [egem, segem])
+def test_compile_with_a_symbolic_eps(function):
+    x = torch.randn(64)
+    compiled = torch.compile(lambda x, eps: function(x, 2, eps), fullgraph=True, backend="aot_eager")
+    for eps in (1e-4, 0.5, 10.0):  # from the second one on, torch.compile takes floats for symbols
+        assert torch.equal(compiled(x, eps), function(x, 2, eps))
+    dynamic = torch.compile(lambda x, eps: function(x, 2, eps), fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(dynamic(x, 0.25), function(x, 2, 0.25))
+
+
+def test_sparse_input():
+    with pytest.raises(TypeError, match=r"dense tensor, got layout torch.sparse_coo.*to_dense"):
+        egem(torch.ones(3).to_sparse())

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 from fractions import Fraction
 
 import pytest
@@ -168,7 +169,8 @@ def test_the_first_eps_survives_a_cast(family):
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         cast = copy.deepcopy(module).to(dtype)
         assert cast.log_ratio.dtype == dtype
-        assert cast.eps.item() == torch.tensor(0.3).item()
+        assert cast.eps.item() == torch.tensor(0.3, dtype=cast.eps.dtype).item()
+        assert cast.eps.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert cast(torch.ones(3, dtype=dtype)).dtype == dtype
 
 
@@ -257,3 +259,62 @@ def test_compile_of_a_learnable_module(family):
     # 2n (12n + 11) + 2n + 3 roundings of terms no larger than the value, for autograd of the formula (test_reference).
     torch.testing.assert_close(compiled, module(x), rtol=15 * 2**-24, atol=0)
     torch.testing.assert_close(got, expected, rtol=0, atol=5 * 147 * 2**-24 * math.sqrt(0.3))
+
+
+@learnable_families
+def test_a_learnable_eps_is_exact_in_float64(family):
+    module = LEARNABLE[family](2, 0.3, learnable=True).double()
+    x = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    assert torch.equal(module(x), LEARNABLE[family](2, 0.3)(x)) or torch.allclose(
+        module(x),
+        LEARNABLE[family](2, 0.3)(x),
+        rtol=20 * torch.finfo(torch.float64).eps,
+        atol=0,  # the two split eps alike
+    )
+    log_ratio = torch.tensor([0.4], dtype=torch.float64, requires_grad=True)
+    call = lambda p: torch.func.functional_call(module, {"log_ratio": p}, (x,))  # noqa: E731
+    assert torch.autograd.gradcheck(call, (log_ratio,))
+
+
+@pytest.mark.parametrize("eps", [1e-50, 1e40])
+def test_a_learnable_eps_starts_where_float32_can_follow(eps):
+    EGEM(2, eps)
+    with pytest.raises(ValueError, match="between 1e-37 and 1e37"):
+        EGEM(2, eps, learnable=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"num_parameters": "8", "learnable": True}, TypeError),
+        ({"num_parameters": 2.0, "learnable": True}, TypeError),
+        ({"num_parameters": True, "learnable": True}, TypeError),
+        ({"channel_dim": 1.5, "learnable": True}, TypeError),
+        ({"learnable": "no"}, TypeError),
+    ],
+)
+def test_arguments_of_the_wrong_type(arguments, error):
+    with pytest.raises(error, match="must be"):
+        EGEM(**arguments)
+
+
+def test_an_input_without_the_channel_dimension():
+    module = EGEM(learnable=True, num_parameters=3, channel_dim=5)
+    with pytest.raises(IndexError, match="Dimension out of range"):
+        module(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_per_channel_modules_trace_script_and_keep_the_memory_format(channel_dim):
+    module = SEGEM(learnable=True, num_parameters=4, channel_dim=channel_dim)
+    x = torch.randn(2, 4, 5, 4).to(memory_format=torch.channels_last)
+    expected = module(x)
+    assert expected.stride() == x.stride()
+    assert torch.equal(torch.fx.symbolic_trace(module)(x), expected)
+    assert torch.equal(torch.jit.script(module)(x), expected)
+
+
+def test_tracing_a_learnable_module_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        torch.jit.trace(EGEM(learnable=True), torch.ones(3))

@@ -39,38 +39,46 @@ def refuse_conflicts(registry: dict[str, Any], where: str) -> None:
         if is_name(key):
             raise ValueError(
                 f"{where}[{key!r}] is already {dict.get(registry, key)!r}; hf_gem does not overwrite it. "
-                f"Remove it with `del {where}[{key!r}]`, then call hf_gem.register()"
+                f"Remove it with `del {where}[{key!r}]`, then import hf_gem again"
             )
 
 
 def method_patch(cls_name: str, name: str, wrapper: Callable[..., Any]) -> Installer:
     """The pair that makes a method call `wrapper(original, self, *args, **kwargs)` instead, and undoes it."""
 
+    patches: dict[type, tuple[Callable[..., Any], Callable[..., Any]]] = {}  # class -> original, ours
+    active: set[type] = set()
+
     def install(module: ModuleType) -> None:
         cls = getattr(module, cls_name, None)
         original = getattr(cls, name, None)
-        if original is None:
+        if cls is None or original is None:
             warnings.warn(
                 f"hf_gem knows {module.__name__}.{cls_name}.{name} from transformers 5.17 on and finds none here: "
                 "names of the family work in every activation field, but `hidden_act` is not passed on to the field "
                 "that a config reads, and a learnable eps needs to be in the checkpoint",
                 stacklevel=2,
             )
-        elif not hasattr(original, "_hf_gem_original"):
-            setattr(cls, name, patched(original))
+            return
+        active.add(cls)
+        if cls not in patches:
+            patches[cls] = original, patched(cls, original)
+            setattr(cls, name, patches[cls][1])
 
-    def patched(original: Callable[..., Any]) -> Callable[..., Any]:
+    def patched(cls: type, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return wrapper(original, self, *args, **kwargs)
+            if cls in active:
+                return wrapper(original, self, *args, **kwargs)
+            return original(self, *args, **kwargs)  # uninstalled, but wrapped by somebody else in the meantime
 
-        method._hf_gem_original = original  # type: ignore[attr-defined]
         return method
 
     def uninstall(module: ModuleType) -> None:
         cls = getattr(module, cls_name, None)
-        original = getattr(getattr(cls, name, None), "_hf_gem_original", None)
-        if original is not None:
-            setattr(cls, name, original)
+        if cls in active:
+            active.discard(cls)
+            if getattr(cls, name) is patches[cls][1]:
+                setattr(cls, name, patches.pop(cls)[0])
 
     return install, uninstall
