@@ -32,7 +32,9 @@ $(READY): pyproject.toml
 		+ sys.version.split()[0] + "; name another one with make PYTHON=python3.12")'
 	$(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
 	$(RUN)/python -c 'import torch' 2>/dev/null || $(RUN)/python -m pip install --quiet "$(TORCH)"
-	$(RUN)/python -m pip install --quiet --editable ".[train,dev]"
+	@# timm's torchvision could ask for another torch: hold on to this one.
+	$(RUN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(VENV)/torch.txt
+	$(RUN)/python -m pip install --quiet --constraint $(VENV)/torch.txt --editable ".[train,dev]"
 	touch $@
 
 clean:

@@ -56,6 +56,12 @@ def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
         own = next((field for field in _CONFIG_FIELDS if field in defaults), None)
         if own is not None:
             _set_own_field(config, own, defaults[own], parse(kwargs.pop("hidden_act")).name)
+        else:
+            warnings.warn(
+                f"{type(config).__name__} has no field hidden_act, so hidden_act={name!r} has no effect: set the field "
+                "from which the model takes its activation",
+                stacklevel=2,
+            )
     original(config, **kwargs)
 
 

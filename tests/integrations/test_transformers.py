@@ -1,8 +1,10 @@
 """transformers: every well-formed name, in the registries, in configs, and in checkpoints that come and go."""
 
 import copy
+import functools
 import json
 import sys
+import warnings
 from types import ModuleType
 
 import pytest
@@ -162,6 +164,15 @@ def test_a_key_that_had_no_effect_when_the_model_was_trained_has_none_when_it_is
     assert not hasattr(loaded.config, "hidden_act")
 
 
+def test_a_config_that_reads_no_such_field_says_so():
+    with pytest.warns(UserWarning, match=r"T5Config has no field hidden_act, so hidden_act='gem_n2' has no effect"):
+        T5Config(hidden_act="gem_n2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        T5Config(hidden_act="gelu")
+        BertConfig(hidden_act="gem_n2")
+
+
 def test_a_malformed_hidden_act():
     with pytest.raises(ValueError, match=r"got activation name 'gem_n0'.*Did you mean 'gem'"):
         GPT2Config(hidden_act="gem_n0")
@@ -245,3 +256,29 @@ def test_a_composite_checkpoint(dtype, tmp_path):
     again = EncoderDecoderModel.from_pretrained(tmp_path / "trained", dtype=dtype)
     assert epsilons(again) == epsilons(loaded)
     assert len(set(epsilons(again))) == 5
+
+
+def test_unregistering_leaves_what_others_have_wrapped(monkeypatch):
+    from transformers.configuration_utils import PreTrainedConfig
+
+    ours, calls = PreTrainedConfig.__post_init__, []
+
+    @functools.wraps(ours)
+    def theirs(self, **kwargs):
+        calls.append(kwargs)
+        ours(self, **kwargs)
+
+    monkeypatch.setattr(PreTrainedConfig, "__post_init__", theirs)
+    hf_gem.unregister()
+    try:
+        assert PreTrainedConfig.__post_init__ is theirs
+        assert GPT2Config(hidden_act="gem_n2").activation_function == "gelu_new"  # as transformers alone has it
+        assert calls
+    finally:
+        hf_gem.register()
+    assert GPT2Config(hidden_act="gem_n2").activation_function == "gem_n2"
+    monkeypatch.undo()
+    hf_gem.unregister()
+    assert PreTrainedConfig.__post_init__ is not ours
+    hf_gem.register()
+    assert GPT2Config(hidden_act="gem_n2").activation_function == "gem_n2"
