@@ -152,14 +152,17 @@ def test_good_eps(eps):
     assert checked == eps
 
 
+EPS_TAKERS = (
+    check_eps,
+    lambda e: GemSpec("egem", 1, e),
+    lambda e: EGEM(eps=e),
+    lambda e: egem(torch.ones(1), eps=e),
+)
+
+
 @pytest.mark.parametrize("eps", [True, "0.1", b"1", 1j, [1.0]])
 def test_eps_of_another_type(eps):
-    for call in (
-        check_eps,
-        lambda e: GemSpec("egem", 1, e),
-        lambda e: EGEM(eps=e),
-        lambda e: egem(torch.ones(1), eps=e),
-    ):
+    for call in EPS_TAKERS:
         with pytest.raises(TypeError, match="eps must be a positive number") as error:
             call(eps)
         assert repr(eps) in str(error.value)
@@ -167,12 +170,7 @@ def test_eps_of_another_type(eps):
 
 @pytest.mark.parametrize("eps", [0, 0.0, -1e-4, math.nan, math.inf, -math.inf, 1e-61, 1e61, np.float64("nan")])
 def test_eps_out_of_range(eps):
-    for call in (
-        check_eps,
-        lambda e: GemSpec("egem", 1, e),
-        lambda e: EGEM(eps=e),
-        lambda e: egem(torch.ones(1), eps=e),
-    ):
+    for call in EPS_TAKERS:
         with pytest.raises(ValueError, match="eps must") as error:
             call(eps)
         assert repr(float(eps)) in str(error.value)

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from .config import at_least, option, require
 from .errors import DataError
-from .files import flush
+from .files import flush, save_pretrained
 from .loss import IGNORE
 
 STDLIB = "stdlib"
@@ -45,8 +45,21 @@ class TextConfig:
 
     # What they amount to, the hash of the tokens, is compared instead when a run is resumed.
     runtime: ClassVar[frozenset[str]] = frozenset(
-        ("dataset", "dataset_config", "dataset_revision", "text_column", "train_split", "validation_split")
-    ) | frozenset(("validation_fraction", "streaming", "max_train_tokens", "tokenizer", "vocab_size", "cache_dir"))
+        (
+            "dataset",
+            "dataset_config",
+            "dataset_revision",
+            "text_column",
+            "train_split",
+            "validation_split",
+            "validation_fraction",
+            "streaming",
+            "max_train_tokens",
+            "tokenizer",
+            "vocab_size",
+            "cache_dir",
+        )
+    )
 
     dataset: str = option(
         STDLIB,
@@ -224,10 +237,7 @@ def _build(config: TextConfig, folder: Path) -> None:
         }
         if counts["train"] == 0:
             raise DataError(f"the dataset {config.dataset!r} holds no text in column {config.text_column!r}")
-        try:
-            tokenizer.save_pretrained(work)
-        except Exception as error:  # the tokenizers library raises nothing more precise
-            raise OSError(str(error)) from error
+        save_pretrained(tokenizer, work)
         meta = {
             "hash": digest.hexdigest(),
             "num_tokens": counts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -14,6 +15,18 @@ def write_atomically(path: Path, text: str) -> None:
     flush(partial)
     os.replace(partial, path)
     flush(path.parent)
+
+
+def save_pretrained(thing: Any, folder: Path) -> None:
+    """Calls `thing.save_pretrained`, for tokenizers and processors, whose libraries raise a bare Exception.
+
+    Raises:
+        OSError: it failed, whatever it raised.
+    """
+    try:
+        thing.save_pretrained(folder)
+    except Exception as error:
+        raise OSError(str(error)) from error
 
 
 def flush(path: Path) -> None:

@@ -179,7 +179,7 @@ class _Run:
         self.log = MetricsLog(self.folder / "log.jsonl")
         # One entry for each time the command ran and took steps: nothing that happened elsewhere is claimed for it.
         self.session = {
-            **environment(),
+            **(environment() if self.is_main else {}),
             "num_processes": self.world,
             "micro_batch_size": self.micro_batch_size,
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -192,7 +192,7 @@ class _Run:
             "config": asdict(config),
             "mixed_precision": accelerator.mixed_precision,
             "data": task.data,
-            "init_hash": hash_tensors(task.model),
+            "init_hash": hash_tensors(task.model) if self.is_main else None,
             "num_parameters": sum(p.numel() for p in task.model.parameters()),
             "sessions": [],
         }
@@ -236,9 +236,10 @@ class _Run:
                         self._save(done, "finished" if done == steps else "running")
                     saved = done
                 if done < steps and (number := self._stop_requested(caught, done)):
-                    if saved != done:
+                    if saved == done:
+                        self._write_record(done, "interrupted")
+                    else:
                         self._save(done, "interrupted")
-                    self._write_record(done, "interrupted")
                     raise Interrupted(f"stopped at step {done} of {steps}, saved; the same command goes on", number)
         return self.record
 
@@ -330,7 +331,8 @@ class _Run:
         self._update_record(step, status)
         state = {"log": self.log.entries, "sessions": self.record["sessions"], "run_id": self.record["run_id"]}
         self.checkpoints.save(self.accelerator, step, state)
-        self._write_record(step, status)
+        if self.is_main:
+            write_record(self.folder / "record.json", self.record)
 
     def _update_record(self, step: int, status: str) -> None:
         self.session.update(last_step=step, seconds=round(time.perf_counter() - self.began, 1))

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from ..spec import is_name
 from .errors import CheckpointError
+from .files import save_pretrained
 
 
 def save_results(folder: Path, model: Any, processor: Any, record: dict[str, Any], template: Path, **card: Any) -> None:
@@ -29,10 +30,7 @@ def save_results(folder: Path, model: Any, processor: Any, record: dict[str, Any
     """
     try:
         model.save_pretrained(folder)
-        try:
-            processor.save_pretrained(folder)
-        except Exception as error:  # the tokenizers library raises nothing more precise
-            raise OSError(str(error)) from error
+        save_pretrained(processor, folder)
         plot_loss(record, folder / "loss_curve.png")
         write_card(record, template, folder / "README.md", location=folder, **card)
     except (OSError, SafetensorError) as error:
