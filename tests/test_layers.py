@@ -16,6 +16,8 @@ LAYERS = [
     {"functional"},
     {"modules"},
     {"init"},
+    {"conversion"},
+    {"stock"},
     {"integrations", "convert", "audit"},
     {"training"},
     {"compare"},

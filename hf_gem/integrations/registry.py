@@ -44,19 +44,21 @@ def refuse_conflicts(registry: dict[str, Any], where: str) -> None:
 
 
 def method_patch(cls_name: str, name: str, wrapper: Callable[..., Any]) -> Installer:
-    """The pair that makes a method call `wrapper(original, self, *args, **kwargs)` instead, and undoes it."""
+    """The pair that makes a method call `wrapper(original, self, *args, **kwargs)` instead, and undoes it.
 
-    patches: dict[type, tuple[Callable[..., Any], Callable[..., Any]]] = {}  # class -> original, ours
+    For a class method, `self` is the class.
+    """
+    patches: dict[type, tuple[Any, Any]] = {}  # class -> original, ours
     active: set[type] = set()
 
     def install(module: ModuleType) -> None:
         cls = getattr(module, cls_name, None)
-        original = getattr(cls, name, None)
+        original = vars(cls).get(name) if cls is not None else None
         if cls is None or original is None:
             warnings.warn(
                 f"hf_gem knows {module.__name__}.{cls_name}.{name} from transformers 5.17 on and finds none here: "
                 "names of the family work in every activation field, but `hidden_act` is not passed on to the field "
-                "that a config reads, and a learnable eps needs to be in the checkpoint",
+                "that a config reads, a learnable eps needs to be in the checkpoint, and conversions are not replayed",
                 stacklevel=2,
             )
             return
@@ -65,20 +67,22 @@ def method_patch(cls_name: str, name: str, wrapper: Callable[..., Any]) -> Insta
             patches[cls] = original, patched(cls, original)
             setattr(cls, name, patches[cls][1])
 
-    def patched(cls: type, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
+    def patched(cls: type, original: Any) -> Any:
+        function = original.__func__ if isinstance(original, classmethod) else original
+
+        @functools.wraps(function)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             if cls in active:
-                return wrapper(original, self, *args, **kwargs)
-            return original(self, *args, **kwargs)  # uninstalled, but wrapped by somebody else in the meantime
+                return wrapper(function, self, *args, **kwargs)
+            return function(self, *args, **kwargs)  # uninstalled, but wrapped by somebody else in the meantime
 
-        return method
+        return classmethod(method) if isinstance(original, classmethod) else method
 
     def uninstall(module: ModuleType) -> None:
         cls = getattr(module, cls_name, None)
         if cls in active:
             active.discard(cls)
-            if getattr(cls, name) is patches[cls][1]:
+            if vars(cls)[name] is patches[cls][1]:
                 setattr(cls, name, patches.pop(cls)[0])
 
     return install, uninstall

@@ -1,4 +1,4 @@
-"""transformers: `ACT2FN`, `ACT2CLS`, the config fields, and the initialisation of a learnable eps.
+"""transformers: `ACT2FN`, `ACT2CLS`, configs, the building and saving of models, and a learnable eps.
 
 `ACT2FN` is shared by every importer, so it is given a class that knows our names. `ACT2CLS` is a plain dict, whose
 class cannot be changed: it is replaced by a dict of ours in every module that holds it.
@@ -6,18 +6,21 @@ class cannot be changed: it is replaced by a dict of ours in every module that h
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 import warnings
 from types import ModuleType
 from typing import Any
 
+from torch import nn
+
+from ..conversion import PLAN, apply_plan, plan_of, replace
 from ..modules import GemActivation, module_factory
 from ..spec import is_claimed, parse
+from ..stock import stock_slots
+from .fields import activation_fields, declares, set_activation
 from .registry import Installer, NameLookup, method_patch, refuse_conflicts
-
-# The names under which configs declare the feed-forward activation when it is not `hidden_act`.
-_CONFIG_FIELDS = ("activation_function", "hidden_activation", "activation", "dense_act_fn", "ff_activation")
 
 
 class _Act2Cls(NameLookup):
@@ -48,37 +51,191 @@ def _replace_everywhere(name: str, old: object, new: object) -> None:
             setattr(module, name, new)
 
 
+# ---- configs: `hidden_act` where a config calls its activation otherwise
+
+
 def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
-    """`hidden_act` with one of our names sets the field that the config really reads, instead of being ignored."""
-    name = kwargs.get("hidden_act", "")
-    if is_claimed(name):
-        defaults = {field.name: field.default for field in dataclasses.fields(config)}
-        own = next((field for field in _CONFIG_FIELDS if field in defaults), None)
-        if own is not None:
-            _set_own_field(config, own, defaults[own], parse(kwargs.pop("hidden_act")).name)
-        else:
-            warnings.warn(
-                f"{type(config).__name__} has no field hidden_act, so hidden_act={name!r} has no effect: set the field "
-                "from which the model takes its activation",
-                stacklevel=2,
-            )
+    """`Config(hidden_act=name)` with one of our names sets what the config really reads, instead of being ignored."""
+    name = kwargs.pop("hidden_act", None) if is_claimed(kwargs.get("hidden_act")) else None
     original(config, **kwargs)
-
-
-def _set_own_field(config: Any, own: str, default: Any, name: str) -> None:
-    current = getattr(config, own)
+    if name is None:
+        return
     if config.transformers_version is not None:  # it comes from a file
         warnings.warn(
-            f"ignoring hidden_act={name!r} in a saved {type(config).__name__}: the model was built with "
-            f"{own}={current!r}. Remove the key from config.json, or set {own} to change the activation",
+            f"ignoring hidden_act={name!r} in a saved {type(config).__name__}, which has no such field: the model was "
+            "built without it. Remove the key from config.json, or use hf_gem.set_activation to change the activation",
             stacklevel=2,
         )
-    elif current not in (default, name):
-        raise ValueError(
-            f"{type(config).__name__} got {own}={current!r} and hidden_act={name!r}, which set the same thing; give one"
-        )
+        return
+    name = parse(name).name
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for field in activation_fields(config):
+        if field.owner is config and field.is_body and field.value not in (defaults.get(field.key), name):
+            raise ValueError(
+                f"{type(config).__name__} got {field.key}={field.value!r} and hidden_act={name!r}, which set the same "
+                f"thing; give {field.key} alone"
+            )
+    _redirect(config, name)
+
+
+def _config_from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    """`from_pretrained(..., hidden_act=name)`: the loaded config would drop a keyword it does not know."""
+    name = kwargs.get("hidden_act")
+    result = original(cls, config_dict, **kwargs)
+    config, unused = result if isinstance(result, tuple) else (result, {})
+    if is_claimed(name) and not declares(config, "hidden_act"):
+        unused.pop("hidden_act", None)
+        _redirect(config, parse(name).name)
+    return result
+
+
+def _redirect(config: Any, name: str) -> None:
+    """Sets every activation of the body; where there is none, keeps `hidden_act`, and building the model says so."""
+    try:
+        set_activation(config, name)
+    except ValueError:
+        config.hidden_act = name
     else:
-        setattr(config, own, name)
+        vars(config).pop("hidden_act", None)
+
+
+# ---- models: what their config asks for and their code leaves out
+
+# Packages that hard-code nn.ReLU for activations of the body beside those that they take from the config.
+_COMPLETED = {"resnet", "rt_detr_resnet"}
+
+
+def _model_init(original: Any, model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    """What was assigned to a config after it was made takes effect before any layer is built from it."""
+    if isinstance(config, sys.modules["transformers.configuration_utils"].PreTrainedConfig):
+        name = vars(config).get("hidden_act")
+        if is_claimed(name) and not declares(config, "hidden_act"):
+            _redirect(config, parse(name).name)
+        _unmask(config)
+    original(model, config, *args, **kwargs)
+
+
+def _model_post_init(original: Any, model: Any) -> None:
+    """Conversions are part of building a model: weights are loaded, or initialised, after them."""
+    outermost = _is_outermost(model)
+    if outermost:
+        _complete(model)
+        for part in _parts(model).values():
+            if (plan := vars(part.config).get(PLAN)) is not None:
+                apply_plan(plan, part)
+    original(model)
+    if outermost:
+        _warn_of_unused_names(model)
+
+
+def _is_outermost(model: Any) -> bool:
+    """Whether no other model, and no subclass's constructor of this one, is being built around it.
+
+    Read off the call stack, the one thing that knows: a config is shared by a model and its parts.
+    """
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name != "__init__":
+        frame = frame.f_back  # the constructor that called post_init
+    base = sys.modules["transformers.modeling_utils"].PreTrainedModel
+    while frame is not None and (frame := frame.f_back) is not None:
+        if frame.f_code.co_name == "__init__" and isinstance(frame.f_locals.get("self"), base):
+            return False
+    return True
+
+
+def _parts(model: Any) -> dict[int, Any]:
+    """Identity of a config -> the outermost part of the model that was built from it."""
+    base = sys.modules["transformers.modeling_utils"].PreTrainedModel
+    parts: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, base):
+            parts.setdefault(id(module.config), module)
+    return parts
+
+
+def _complete(model: Any) -> None:
+    for part in _parts(model).values():
+        name = getattr(part.config, "hidden_act", None)
+        if part.config.model_type in _COMPLETED and is_claimed(name):
+            left = [slot for slot in stock_slots(part) if isinstance(slot.occupant, nn.ReLU)]
+            replace({parse(name).name: left}, written_down=False)
+
+
+def _warn_of_unused_names(model: Any) -> None:
+    """A name in the config that no module of the part built from it carries: the part has an activation of its own."""
+    unused = []
+    name = ""
+    for part in _parts(model).values():
+        used = {module.spec for module in part.modules() if isinstance(module, GemActivation)}
+        named = {field.path: field.value for field in activation_fields(part.config) if field.owner is part.config}
+        if not declares(part.config, "hidden_act"):
+            named["hidden_act"] = vars(part.config).get("hidden_act", "")
+        for path, value in named.items():
+            plain = value.removeprefix("gated-")
+            if is_claimed(plain) and parse(plain) not in used:
+                name = plain
+                unused.append(f"{type(part.config).__name__} has {path}={value!r}")
+    if unused:
+        warnings.warn(
+            f"{'; '.join(unused)}, and {type(model).__name__} does not take its activation from there: it runs its own. "
+            f"Replace them with hf_gem.convert(model, {name!r}), and see with hf_gem.audit(model) which they are",
+            stacklevel=2,
+        )
+
+
+# ---- conversions in configs
+#
+# In memory a converted config selects what its model is built from, before the plan is applied. Saved, it selects a
+# name of the plan instead (the first in the alphabet), so that transformers alone stops at a name it does not know,
+# where it would have loaded another function.
+
+
+def write_plan(model: Any) -> None:
+    """Writes the conversion of a transformers model into its config, or takes it out where there is none."""
+    plan = plan_of(model)
+    if plan is None:
+        vars(model.config).pop(PLAN, None)
+        return
+    fields = [field for field in activation_fields(model.config) if field.is_body and not is_claimed(field.value)]
+    model.config.hf_gem = {**plan, "fields": {field.path: field.value for field in fields}}
+
+
+def _config_to_dict(original: Any, config: Any) -> dict[str, Any]:
+    plan = vars(config).get(PLAN)
+    if plan is not None:
+        config = copy.deepcopy(config)
+        for field in activation_fields(config):
+            if field.value == plan["fields"].get(field.path):
+                field.set(min(plan["activations"]))
+    return original(config)
+
+
+def _unmask(config: Any) -> None:
+    plan = vars(config).get(PLAN)
+    if plan is None:
+        return
+    mask = min(plan["activations"])
+    for field in activation_fields(config):
+        stock = plan["fields"].get(field.path, field.value)
+        if field.value.removeprefix("gated-") == mask:
+            field.set(stock)
+        elif field.value != stock:
+            raise ValueError(
+                f"{type(config).__name__} got {field.path}={field.value!r} for a model that was converted to {mask!r}; "
+                f"remove the conversion first with `del config.{PLAN}`, or convert the model after it is built"
+            )
+
+
+def _save_pretrained(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Saved from the model as it is: a part of a converted model has no plan in its config yet."""
+    before = vars(model.config).get(PLAN)
+    write_plan(model)
+    try:
+        return original(model, *args, **kwargs)
+    finally:
+        vars(model.config).pop(PLAN, None)
+        if before is not None:
+            model.config.hf_gem = before
 
 
 def _initialize_weights(original: Any, model: Any, module: Any, *args: Any, **kwargs: Any) -> None:
@@ -88,8 +245,29 @@ def _initialize_weights(original: Any, model: Any, module: Any, *args: Any, **kw
     original(model, module, *args, **kwargs)
 
 
+def _both(*installers: Installer) -> Installer:
+    def install(module: ModuleType) -> None:
+        for do, _ in installers:
+            do(module)
+
+    def uninstall(module: ModuleType) -> None:
+        for _, undo in reversed(installers):
+            undo(module)
+
+    return install, uninstall
+
+
 INSTALLERS: dict[str, Installer] = {
     "transformers.activations": (_install_activations, _uninstall_activations),
-    "transformers.configuration_utils": method_patch("PreTrainedConfig", "__post_init__", _config_post_init),
-    "transformers.modeling_utils": method_patch("PreTrainedModel", "_initialize_weights", _initialize_weights),
+    "transformers.configuration_utils": _both(
+        method_patch("PreTrainedConfig", "__post_init__", _config_post_init),
+        method_patch("PreTrainedConfig", "from_dict", _config_from_dict),
+        method_patch("PreTrainedConfig", "to_dict", _config_to_dict),
+    ),
+    "transformers.modeling_utils": _both(
+        method_patch("PreTrainedModel", "__init__", _model_init),
+        method_patch("PreTrainedModel", "post_init", _model_post_init),
+        method_patch("PreTrainedModel", "_initialize_weights", _initialize_weights),
+        method_patch("PreTrainedModel", "save_pretrained", _save_pretrained),
+    ),
 }

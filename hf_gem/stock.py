@@ -1,0 +1,50 @@
+"""What other activations look like: recognised by the field's names, wherever a module or function was written."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .conversion import Slot
+from .modules import GemActivation
+
+# Ends of names: StarReLU, ReLUSquared, GELUTanh, leaky_relu, NewGELU, XIELU ...
+_ACTIVATION = re.compile(r".*(relu6?|gelu|silu|swish|mish|[a-z]elu|^elu)(squared|tanh|new)?")
+_GATE = re.compile(r"(hard|log)?sigmoid|(hard)?tanh|softsign|softplus|sqrtsoftplus|laplace")
+
+
+def kind(occupant: Any) -> str | None:
+    """The name of an activation as lower-case letters, such as `relu`, `gelutanh`, `hardswish`; None for anything else.
+
+    A module counts when it has no submodules; a class that is kept to be instantiated later does not.
+    """
+    if isinstance(occupant, GemActivation):
+        return occupant.family
+    if isinstance(occupant, nn.Module):
+        name = type(occupant).__name__ if not occupant._modules else ""
+    else:
+        while isinstance(occupant, functools.partial):
+            occupant = occupant.func
+        name = getattr(occupant, "__name__", "") if inspect.isroutine(occupant) and not inspect.ismethod(occupant) else ""
+    name = re.sub(r"(activation|me|jit)$", "", name.lower().replace("_", ""))
+    if name == "swish":
+        return "silu"
+    return name if _ACTIVATION.fullmatch(name) or _GATE.fullmatch(name) else None
+
+
+def is_gate(kind: str) -> bool:
+    """Whether this is a bounded function or a softplus, which networks use as gates, not between layers."""
+    return _GATE.fullmatch(kind) is not None
+
+
+def stock_slots(model: nn.Module) -> Iterator[Slot]:
+    """Every place in a model that holds an activation: submodules, in containers too, and attributes that are functions."""
+    for path, owner in model.named_modules(remove_duplicate=False):
+        for key, occupant in [*owner._modules.items(), *vars(owner).items()]:
+            if not key.startswith("_") and occupant is not None and kind(occupant) is not None:
+                yield Slot(f"{path}.{key}".lstrip("."), owner, key)
