@@ -12,10 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from .modules import GemActivation, get_activation
 from .spec import parse
 
 PLAN = "hf_gem"  # the key of a plan in a config
@@ -71,22 +69,22 @@ def slot_at(model: nn.Module, path: str) -> Slot:
     return slot
 
 
-def replace(slots: dict[str, list[Slot]], written_down: bool = True) -> None:
+def replace(slots: dict[str, list[Slot]], make: Callable[[str], nn.Module], written_down: bool = True) -> None:
     """Puts the named activations into slots; what shares a module goes on sharing one, unless it is learnable.
 
     A learnable one is made beside the weights of its neighbours, on their device and in their dtype.
 
     Args:
         slots: Name of the family -> slots.
+        make: Builds the module for a name.
         written_down: Whether this belongs to the plan of the model and can be undone.
     """
-    made: dict[tuple[int, str], GemActivation] = {}
+    made: dict[tuple[int, str], nn.Module] = {}
     for name, places in slots.items():
         learnable = parse(name).learnable
         for slot in places:
             old = slot.occupant
-            new = made.get((id(old), name)) or get_activation(name)
-            assert isinstance(new, GemActivation)
+            new = made.get((id(old), name)) or make(name)
             if learnable:
                 new.to(**_like_neighbours(slot.owner))
             else:
@@ -109,7 +107,7 @@ def converted(model: nn.Module) -> Iterator[Slot]:
     """The slots whose module stands in for something else."""
     for path, module in model.named_modules(remove_duplicate=False):
         for key, child in module._modules.items():
-            if isinstance(child, GemActivation) and "replaces" in vars(child):
+            if child is not None and "replaces" in vars(child):
                 yield Slot(f"{path}.{key}".lstrip("."), module, key)
 
 
@@ -139,20 +137,29 @@ def plan_of(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
-def apply_plan(plan: dict[str, Any], model: nn.Module) -> None:
+def apply_plan(plan: dict[str, Any], model: nn.Module, make: Callable[[str], nn.Module]) -> None:
     """Replays a conversion on a freshly built model, before its weights are loaded.
 
     A transformers model is also found in another class of its family: the path `resnet.encoder.x` of a model with a
     head is `encoder.x` of the bare one, which has no head, and the other way round.
 
+    Args:
+        plan: As `plan_of` gives it.
+        model: The model, in its original state or converted already.
+        make: Builds the module for a name.
+
     Raises:
         ValueError: the plan is of another version or malformed, or the model lacks what was replaced. Nothing is
             changed then.
     """
-    if not isinstance(plan, dict) or plan.get("version") != _VERSION or not {"model", "base", "activations"} <= set(plan):
+    if (
+        not isinstance(plan, dict)
+        or plan.get("version") != _VERSION
+        or not {"model", "base", "activations"} <= set(plan)
+    ):
         raise ValueError(
-            f"cannot read the conversion in this config, {PLAN}={str(plan)[:200]}: this hf_gem reads version {_VERSION}; "
-            "upgrade hf_gem, or remove the key to load the model unconverted"
+            f"cannot read the conversion in this config, {PLAN}={str(plan)[:200]}: this hf_gem reads version "
+            f"{_VERSION}; upgrade hf_gem, or remove the key to load the model unconverted"
         )
     same_class = plan["model"] == type(model).__name__
     theirs = f"{plan['base']}." if plan["base"] and not same_class else ""
@@ -174,4 +181,4 @@ def apply_plan(plan: dict[str, Any], model: nn.Module) -> None:
                 ) from None
             if getattr(slot.occupant, "spec", None) != parse(name):
                 slots.setdefault(name, []).append(slot)
-    replace(slots)
+    replace(slots, make)

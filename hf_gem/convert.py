@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from . import conversion
 from .audit import ActivationCall, Audit, audit
 from .conversion import Slot
-from .fit import DEFAULT_EPS_RANGE, Fit, Statistics, error, fit
+from .fit import Fit, Histogram, error, fit
 from .integrations.transformers import write_plan
-from .modules import GemActivation
+from .modules import get_activation
 from .spec import GemSpec, parse
 from .stock import is_gate, kind, stock_slots
 
@@ -87,7 +88,9 @@ class Conversion:
         fits = [r for r in self.replaced if r.fit is not None]
         if fits:
             lines.append("  expected squared difference from the old activation, at the given name -> fitted:")
-            lines += [f"    {r.path}: {r.unfitted_error:.3g} -> {r.fit.error:.3g} {_edge(r.fit)}" for r in fits if r.fit]
+            lines += [
+                f"    {r.path}: {r.unfitted_error:.3g} -> {r.fit.error:.3g} {_edge(r.fit)}" for r in fits if r.fit
+            ]
         if self.output_change is not None:
             lines.append(f"  relative change of the output on the first batch: {self.output_change:.3g}")
         left: dict[tuple[str, str], list[str]] = {}
@@ -159,8 +162,7 @@ def convert(
     by_name: dict[str, list[Slot]] = {}
     for slot in chosen:
         by_name.setdefault(names[slot.path], []).append(slot)
-    conversion.replace(by_name)
-    _forget_compiled_code(model)
+    conversion.replace(by_name, get_activation)
     _write_plans(model)
     change = _relative_change(before, _outputs(model, batches[0])) if before is not None else None
     if inputs is None and batches:
@@ -179,6 +181,229 @@ def convert(
 def revert(model: nn.Module) -> list[str]:
     """Puts back every activation that `convert` replaced, the same objects, and returns their paths."""
     paths = conversion.undo(model)
-    _forget_compiled_code(model)
     _write_plans(model)
     return paths
+
+
+# ---- what may be converted
+
+
+def _check(model: nn.Module, name: str, eps: float | str | None, data: Any) -> GemSpec:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}"
+            + (" (a class: build it first)" if isinstance(model, type) else "")
+            + "; a config is changed with hf_gem.set_activation"
+        )
+    spec = parse(name)
+    if isinstance(eps, str) and eps != "fit":
+        raise ValueError(f"eps must be a number or 'fit', got {eps!r}")
+    if eps == "fit" and data is None:
+        raise ValueError("eps='fit' needs data=, batches to run the model on; a few dozen examples will do")
+    if eps is not None and eps != "fit":
+        spec = GemSpec(spec.family, spec.n, eps, spec.learnable)  # type: ignore[arg-type]
+    for path, module in model.named_modules():
+        where = f"{path or 'the model'} is {type(module).__module__}.{type(module).__name__}"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"{where}, whose code is fixed; convert the model before scripting or tracing it")
+        if "ReLU" in type(module).__name__ and ".ao.nn." in type(module).__module__:
+            raise ValueError(f"{where}, a ReLU fused with its layer; convert the model before fusing and quantising it")
+        if spec.learnable and _is_wrapper(module):
+            raise ValueError(f"{where}, which would not know the new parameters; convert the model before wrapping it")
+    return spec
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    names = {cls.__name__ for cls in type(module).__mro__}
+    return bool(names & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"})
+
+
+def _choose(model: nn.Module, only: tuple, skip: tuple) -> tuple[dict[str, Slot], list[tuple[str, str, str]]]:
+    """The slots to replace by path, and (path, kind, reason) of the others."""
+    chosen: dict[str, Slot] = {}
+    left = []
+    unused = {pattern for pattern in (*only, *skip) if isinstance(pattern, str)}
+    found = list(stock_slots(model))
+    for slot in found:
+        what = kind(slot.occupant) or ""
+        by_skip = [s for s in skip if _matches(s, slot)]
+        by_name = [s for s in only if (_plain(s) == what if isinstance(s, str) else _matches(s, slot))]
+        unused.difference_update(s for s in (*by_skip, *by_name) if isinstance(s, str))
+        if by_skip:
+            left.append((slot.path, what, "as asked for by skip="))
+        elif only and not by_name:
+            left.append((slot.path, what, "not among replace="))
+        elif not only and is_gate(what):
+            left.append((slot.path, what, "a gate"))
+        else:
+            chosen[slot.path] = slot
+    if unused and found:
+        kinds = sorted({kind(slot.occupant) or "" for slot in found})
+        raise ValueError(
+            f"{', '.join(map(repr, sorted(unused)))} matches no activation of {type(model).__name__}; replace= takes "
+            f"{', '.join(kinds)} or classes, skip= patterns of paths such as {found[0].path!r}"
+        )
+    return chosen, left
+
+
+def _as_tuple(wanted: Any) -> tuple:
+    if wanted is None:
+        return ()
+    return (wanted,) if isinstance(wanted, (str, type)) else tuple(wanted)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "")
+
+
+def _matches(wanted: str | type, slot: Slot) -> bool:
+    if isinstance(wanted, str):
+        return fnmatchcase(slot.path, wanted) or slot.path.startswith(f"{wanted}.")
+    return isinstance(slot.occupant, wanted)
+
+
+def _nothing_to_replace(model: nn.Module, left: list[tuple[str, str, str]], replace: Any, skip: Any) -> str:
+    name = type(model).__name__
+    if left:
+        found = ", ".join(sorted({f"{what} ({reason})" for _, what, reason in left}))
+        return f"nothing to replace in {name}: it has {found}; got replace={replace!r}, skip={skip!r}"
+    seen, reason = _audit(model, None)
+    if seen is None:
+        return (
+            f"{name} has no activation modules and no attributes that hold one; what it hard-codes is unknown: {reason}"
+        )
+    calls = ", ".join(f"{call.function} at {call.location}" for call in seen.others) or "none that runs"
+    return f"{name} has no activation modules and no attributes that hold one; its own code calls {calls}"
+
+
+# ---- what goes with a conversion
+
+
+def _write_plans(model: nn.Module) -> None:
+    """Into the config of every transformers model in here that is not a part of another."""
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is None:
+        return
+    found = [(path, m) for path, m in model.named_modules() if isinstance(m, transformers.PreTrainedModel)]
+    outer: list[str] = []
+    for path, module in found:  # outer ones come first
+        if not any(path.startswith(f"{o}.") or o == "" for o in outer):
+            outer.append(path)
+            write_plan(module)
+
+
+def _audit(model: nn.Module, batch: Any) -> tuple[Audit | None, str]:
+    args, kwargs = _arguments(batch) if batch is not None else ((), {})
+    try:
+        return audit(model, *args, **kwargs), ""
+    except Exception as error:  # a model is converted whether or not it runs here
+        if batch is not None:
+            raise
+        return None, f"{error}"
+
+
+# ---- running a model on data
+
+
+def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    raise TypeError(f"a batch is a tensor, a tuple of arguments or a dict of keyword ones, got {type(batch).__name__}")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    """The floating-point tensors that a model returns for a batch."""
+    args, kwargs = _arguments(batch)
+    with _evaluating(model):
+        leaves = torch.utils._pytree.tree_leaves(model(*args, **kwargs))
+    return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _relative_change(before: list[Tensor], after: list[Tensor]) -> float:
+    change = sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=True))
+    size = sum(float(b.square().sum()) for b in before)
+    return (change / size) ** 0.5 if size else float(change > 0)
+
+
+class _Recorder(nn.Module):
+    """Stands in for an activation and counts what enters it."""
+
+    def __init__(self, activation: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.recorded = (activation,)  # in a tuple, so that it is put back as it was
+        self.histogram = Histogram()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.histogram.update(x)
+        return self.recorded[0](x, *args, **kwargs)
+
+
+def _fit(
+    model: nn.Module, chosen: dict[str, Slot], spec: GemSpec, fixed_n: bool, batches: list[Any], per_layer: bool
+) -> dict[str, tuple[Fit, float]]:
+    """Path -> the fitted member of spec's family, and the error of spec itself."""
+    recorders: dict[int, _Recorder] = {}
+    occupants = {path: slot.occupant for path, slot in chosen.items()}
+    try:
+        for path, slot in chosen.items():
+            slot.put(recorders.setdefault(id(occupants[path]), _Recorder(occupants[path])))
+        for batch in batches:
+            args, kwargs = _arguments(batch)
+            with _evaluating(model):
+                model(*args, **kwargs)
+    finally:
+        for path, slot in chosen.items():
+            slot.put(occupants[path])
+    samples = {
+        key: (recorder.histogram, _as_function(recorder.recorded[0]))
+        for key, recorder in recorders.items()
+        if recorder.histogram.num_values
+    }
+    if not samples:
+        raise ValueError("none of the activations ran on data=; give batches that reach them")
+    n = spec.n if fixed_n else None
+    common = fit(samples.values(), spec.family, n=n)
+    found: dict[int, tuple[Fit, float]] = {}
+    for key in recorders:
+        if key not in samples:
+            found[key] = dataclasses.replace(common, error=math.nan, relative_error=math.nan), math.nan
+            continue
+        own = [samples[key]]
+        best = fit(own, spec.family, n=n) if per_layer else dataclasses.replace(common, **error(common.spec, own))
+        found[key] = best, error(spec, own)["error"]
+    learnable = {"learnable": True} if spec.learnable else {}
+    return {
+        path: (dataclasses.replace(best, spec=dataclasses.replace(best.spec, **learnable)), unfitted)
+        for path, occupant in occupants.items()
+        for best, unfitted in [found[id(occupant)]]
+    }
+
+
+def _as_function(activation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    if not isinstance(activation, nn.Module):
+        return activation
+    return copy.deepcopy(activation).to("cpu", torch.float64).eval()
+
+
+def _edge(found: Fit) -> str:
+    return f"({found.spec.name}; eps is at the edge of its range)" if found.at_edge else f"({found.spec.name})"
+
+
+def _some(paths: list[str], most: int = 4) -> str:
+    return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")

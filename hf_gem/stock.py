@@ -30,7 +30,9 @@ def kind(occupant: Any) -> str | None:
     else:
         while isinstance(occupant, functools.partial):
             occupant = occupant.func
-        name = getattr(occupant, "__name__", "") if inspect.isroutine(occupant) and not inspect.ismethod(occupant) else ""
+        name = (
+            getattr(occupant, "__name__", "") if inspect.isroutine(occupant) and not inspect.ismethod(occupant) else ""
+        )
     name = re.sub(r"(activation|me|jit)$", "", name.lower().replace("_", ""))
     if name == "swish":
         return "silu"
@@ -43,7 +45,7 @@ def is_gate(kind: str) -> bool:
 
 
 def stock_slots(model: nn.Module) -> Iterator[Slot]:
-    """Every place in a model that holds an activation: submodules, in containers too, and attributes that are functions."""
+    """Every place that holds an activation: submodules, those in containers too, and attributes that are functions."""
     for path, owner in model.named_modules(remove_duplicate=False):
         for key, occupant in [*owner._modules.items(), *vars(owner).items()]:
             if not key.startswith("_") and occupant is not None and kind(occupant) is not None:

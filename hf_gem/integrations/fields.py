@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+from ..conversion import PLAN
 from ..spec import is_claimed, parse
 
 _ACTIVATION_WORDS = {"act", "activation", "afn"}
@@ -100,7 +101,11 @@ def set_activation(config: Any, name: str, *, fields: str | Iterable[str] | None
         others = ", ".join(f"{field.path}={field.value!r}" for field in found)
         raise ValueError(
             f"{type(config).__name__} has no field that selects an activation"
-            + (f" of the network's body; it has {others}, which fields= can ask for" if fields is None and others else "")
+            + (
+                f" of the network's body; it has {others}, which fields= can ask for"
+                if fields is None and others
+                else ""
+            )
             + (f" and matches {fields!r}; it has {others or 'none'}" if fields is not None else "")
             + f". Build the model and replace its activations with hf_gem.convert(model, {name!r})"
         )
@@ -112,8 +117,8 @@ def set_activation(config: Any, name: str, *, fields: str | Iterable[str] | None
             for done, change in zip(chosen, changes, strict=False):
                 done.set(change.old)
             raise ValueError(
-                f"{type(config).__name__} does not accept {name!r} as {field.path}: {error}. Nothing was set; leave the "
-                "field out by naming the others with fields=, or convert the model that is built with hf_gem.convert"
+                f"{type(config).__name__} does not accept {name!r} as {field.path}: {error}. Nothing was set; leave "
+                "the field out by naming the others with fields=, or use hf_gem.convert on the model that is built"
             ) from error
     return changes
 
@@ -140,6 +145,42 @@ def declares(config: Any, name: str) -> bool:
 @functools.cache
 def _parameters(config_class: type) -> frozenset[str]:
     return frozenset(inspect.signature(config_class).parameters)  # a dataclass's fields, or a custom __init__'s
+
+
+# In memory a converted config selects what its model is built from, before the plan is applied. Saved, it selects a
+# name of the plan instead (the first in the alphabet), so that transformers alone stops at a name it does not know,
+# where it would have loaded another function.
+
+
+def mask(config: Any) -> None:
+    """Makes a converted config select its converted name."""
+    plan = vars(config).get(PLAN)
+    if plan is None:
+        return
+    for field in activation_fields(config):
+        if field.value == plan["fields"].get(field.path):
+            field.set(min(plan["activations"]))
+
+
+def unmask(config: Any) -> None:
+    """Makes a converted config select again what its model is built from.
+
+    Raises:
+        ValueError: an activation was set since it was saved, which the conversion would replace.
+    """
+    plan = vars(config).get(PLAN)
+    if plan is None:
+        return
+    name = min(plan["activations"])
+    for field in activation_fields(config):
+        stock = plan["fields"].get(field.path, field.value)
+        if field.value.removeprefix(_GATED) == name:
+            field.set(stock)
+        elif field.value != stock:
+            raise ValueError(
+                f"{type(config).__name__} got {field.path}={field.value!r} for a model that was converted to {name!r}; "
+                f"remove the conversion first with `del config.{PLAN}`, or convert the model after it is built"
+            )
 
 
 def _search(container: Any, prefix: str, inherited: set[str], seen: set[int]) -> Iterator[ActivationField]:

@@ -16,10 +16,10 @@ from typing import Any
 from torch import nn
 
 from ..conversion import PLAN, apply_plan, plan_of, replace
-from ..modules import GemActivation, module_factory
+from ..modules import GemActivation, get_activation, module_factory
 from ..spec import is_claimed, parse
 from ..stock import stock_slots
-from .fields import activation_fields, declares, set_activation
+from .fields import activation_fields, declares, mask, set_activation, unmask
 from .registry import Installer, NameLookup, method_patch, refuse_conflicts
 
 
@@ -63,7 +63,8 @@ def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
     if config.transformers_version is not None:  # it comes from a file
         warnings.warn(
             f"ignoring hidden_act={name!r} in a saved {type(config).__name__}, which has no such field: the model was "
-            "built without it. Remove the key from config.json, or use hf_gem.set_activation to change the activation",
+            f"built with {_selected(config)}. Remove the key from config.json, or change the activation with "
+            "hf_gem.set_activation",
             stacklevel=2,
         )
         return
@@ -73,7 +74,7 @@ def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
         if field.owner is config and field.is_body and field.value not in (defaults.get(field.key), name):
             raise ValueError(
                 f"{type(config).__name__} got {field.key}={field.value!r} and hidden_act={name!r}, which set the same "
-                f"thing; give {field.key} alone"
+                f"thing; give one"
             )
     _redirect(config, name)
 
@@ -87,6 +88,11 @@ def _config_from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kw
         unused.pop("hidden_act", None)
         _redirect(config, parse(name).name)
     return result
+
+
+def _selected(config: Any) -> str:
+    fields = [f"{field.path}={field.value!r}" for field in activation_fields(config) if field.is_body]
+    return ", ".join(fields) or "its own activation"
 
 
 def _redirect(config: Any, name: str) -> None:
@@ -111,7 +117,7 @@ def _model_init(original: Any, model: Any, config: Any, *args: Any, **kwargs: An
         name = vars(config).get("hidden_act")
         if is_claimed(name) and not declares(config, "hidden_act"):
             _redirect(config, parse(name).name)
-        _unmask(config)
+        unmask(config)
     original(model, config, *args, **kwargs)
 
 
@@ -122,7 +128,7 @@ def _model_post_init(original: Any, model: Any) -> None:
         _complete(model)
         for part in _parts(model).values():
             if (plan := vars(part.config).get(PLAN)) is not None:
-                apply_plan(plan, part)
+                apply_plan(plan, part, get_activation)
     original(model)
     if outermost:
         _warn_of_unused_names(model)
@@ -158,7 +164,7 @@ def _complete(model: Any) -> None:
         name = getattr(part.config, "hidden_act", None)
         if part.config.model_type in _COMPLETED and is_claimed(name):
             left = [slot for slot in stock_slots(part) if isinstance(slot.occupant, nn.ReLU)]
-            replace({parse(name).name: left}, written_down=False)
+            replace({parse(name).name: left}, get_activation, written_down=False)
 
 
 def _warn_of_unused_names(model: Any) -> None:
@@ -177,17 +183,13 @@ def _warn_of_unused_names(model: Any) -> None:
                 unused.append(f"{type(part.config).__name__} has {path}={value!r}")
     if unused:
         warnings.warn(
-            f"{'; '.join(unused)}, and {type(model).__name__} does not take its activation from there: it runs its own. "
-            f"Replace them with hf_gem.convert(model, {name!r}), and see with hf_gem.audit(model) which they are",
+            f"{'; '.join(unused)}, and {type(model).__name__} does not take its activation from there: it runs its "
+            f"own. Replace them with hf_gem.convert(model, {name!r}), and see with hf_gem.audit(model) which they are",
             stacklevel=2,
         )
 
 
 # ---- conversions in configs
-#
-# In memory a converted config selects what its model is built from, before the plan is applied. Saved, it selects a
-# name of the plan instead (the first in the alphabet), so that transformers alone stops at a name it does not know,
-# where it would have loaded another function.
 
 
 def write_plan(model: Any) -> None:
@@ -201,29 +203,10 @@ def write_plan(model: Any) -> None:
 
 
 def _config_to_dict(original: Any, config: Any) -> dict[str, Any]:
-    plan = vars(config).get(PLAN)
-    if plan is not None:
+    if PLAN in vars(config):
         config = copy.deepcopy(config)
-        for field in activation_fields(config):
-            if field.value == plan["fields"].get(field.path):
-                field.set(min(plan["activations"]))
+        mask(config)
     return original(config)
-
-
-def _unmask(config: Any) -> None:
-    plan = vars(config).get(PLAN)
-    if plan is None:
-        return
-    mask = min(plan["activations"])
-    for field in activation_fields(config):
-        stock = plan["fields"].get(field.path, field.value)
-        if field.value.removeprefix("gated-") == mask:
-            field.set(stock)
-        elif field.value != stock:
-            raise ValueError(
-                f"{type(config).__name__} got {field.path}={field.value!r} for a model that was converted to {mask!r}; "
-                f"remove the conversion first with `del config.{PLAN}`, or convert the model after it is built"
-            )
 
 
 def _save_pretrained(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,67 @@
+"""What a checkpoint takes along to be loaded where hf_gem is not installed: the formulas as they are, unfused.
+
+`hf_gem.save_for_hub` copies this file and the ones it imports, with `gem_` before their names, into the checkpoint.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..conversion import PLAN, apply_plan
+from ..reference import egem, egem_tensor, segem, segem_tensor
+from ..spec import parse
+from .fields import mask, unmask
+
+
+class Activation(nn.Module):
+    """The activation with a name of the family, its state as in hf_gem.
+
+    Args:
+        name: For example `egem_n2_eps1em6`.
+        inplace: Accepted, and the input never overwritten.
+    """
+
+    def __init__(self, name: str, inplace: bool = False) -> None:
+        super().__init__()
+        self.spec = parse(name)
+        self.log_ratio = nn.Parameter(torch.zeros(1)) if self.spec.learnable else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, eps, signed = self.spec.n, self.spec.eps, self.spec.family == "segem"
+        if self.log_ratio is None:
+            return segem(x, n, eps) if signed else egem(x, n, eps)
+        learned = eps * self.log_ratio.to(torch.promote_types(self.log_ratio.dtype, torch.float32)).exp().view([])
+        return segem_tensor(x, n, learned) if signed else egem_tensor(x, n, learned)
+
+    def extra_repr(self) -> str:
+        return self.spec.name
+
+
+def register(*names: str) -> None:
+    """Makes names known to transformers, where nothing else has."""
+    from transformers.activations import ACT2CLS, ACT2FN
+
+    for name in names:
+        if name not in ACT2FN:
+            ACT2FN[name] = (Activation, {"name": name})
+        if name not in ACT2CLS:
+            ACT2CLS[name] = functools.partial(Activation, name)
+
+
+def base(cls: Any) -> Any:
+    """A class of transformers that replays the conversion in its config, if there is one, when it builds a model."""
+
+    class Converted(cls):
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            unmask(config)
+            super().__init__(config, *args, **kwargs)
+            if (plan := vars(config).get(PLAN)) is not None:
+                apply_plan(plan, self, Activation)
+            mask(config)  # for when it is saved again
+
+    Converted.__name__ = Converted.__qualname__ = cls.__name__
+    return Converted
