@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from .spec import parse
+from .spec import is_claimed, parse
 
 PLAN = "hf_gem"  # the key of a plan in a config
 _VERSION = 1
+_HALF_HARD_CODED = {"resnet", "rt_detr_resnet"}  # model types; see `complete`
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,20 @@ def plan_of(model: nn.Module) -> dict[str, Any] | None:
         "base": prefix if has_head else "",
         "activations": activations,
     }
+
+
+def complete(model: nn.Module, make: Callable[[str], nn.Module]) -> None:
+    """Gives the name in `hidden_act` to the ReLUs that some packages of transformers hard-code beside those they take
+    from there; this follows from the config and is not part of the plan."""
+    for part in model.modules():
+        config = getattr(part, "config", None)
+        name = getattr(config, "hidden_act", None)
+        if getattr(config, "model_type", None) in _HALF_HARD_CODED and is_claimed(name):
+            owners = part.named_modules()
+            left = [
+                Slot(f"{p}.{k}", o, k) for p, o in owners for k, child in o._modules.items() if type(child) is nn.ReLU
+            ]
+            replace({parse(name).name: left}, make, written_down=False)
 
 
 def apply_plan(plan: dict[str, Any], model: nn.Module, make: Callable[[str], nn.Module]) -> None:

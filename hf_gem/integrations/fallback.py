@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion import PLAN, apply_plan
+from ..conversion import PLAN, apply_plan, complete
 from ..reference import egem, egem_tensor, segem, segem_tensor
 from ..spec import parse
 from .fields import mask, unmask
@@ -53,12 +53,13 @@ def register(*names: str) -> None:
 
 
 def base(cls: Any) -> Any:
-    """A class of transformers that replays the conversion in its config, if there is one, when it builds a model."""
+    """A class of transformers that does what hf_gem adds to the building of a model, conversions above all."""
 
     class Converted(cls):
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             unmask(config)
             super().__init__(config, *args, **kwargs)
+            complete(self, Activation)
             if (plan := vars(config).get(PLAN)) is not None:
                 apply_plan(plan, self, Activation)
             mask(config)  # for when it is saved again

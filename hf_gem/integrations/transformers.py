@@ -13,12 +13,9 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-from torch import nn
-
-from ..conversion import PLAN, apply_plan, plan_of, replace
+from ..conversion import PLAN, apply_plan, complete, plan_of
 from ..modules import GemActivation, get_activation, module_factory
 from ..spec import is_claimed, parse
-from ..stock import stock_slots
 from .fields import activation_fields, declares, mask, set_activation, unmask
 from .registry import Installer, NameLookup, method_patch, refuse_conflicts
 
@@ -107,9 +104,6 @@ def _redirect(config: Any, name: str) -> None:
 
 # ---- models: what their config asks for and their code leaves out
 
-# Packages that hard-code nn.ReLU for activations of the body beside those that they take from the config.
-_COMPLETED = {"resnet", "rt_detr_resnet"}
-
 
 def _model_init(original: Any, model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
     """What was assigned to a config after it was made takes effect before any layer is built from it."""
@@ -125,7 +119,7 @@ def _model_post_init(original: Any, model: Any) -> None:
     """Conversions are part of building a model: weights are loaded, or initialised, after them."""
     outermost = _is_outermost(model)
     if outermost:
-        _complete(model)
+        complete(model, get_activation)
         for part in _parts(model).values():
             if (plan := vars(part.config).get(PLAN)) is not None:
                 apply_plan(plan, part, get_activation)
@@ -157,14 +151,6 @@ def _parts(model: Any) -> dict[int, Any]:
         if isinstance(module, base):
             parts.setdefault(id(module.config), module)
     return parts
-
-
-def _complete(model: Any) -> None:
-    for part in _parts(model).values():
-        name = getattr(part.config, "hidden_act", None)
-        if part.config.model_type in _COMPLETED and is_claimed(name):
-            left = [slot for slot in stock_slots(part) if isinstance(slot.occupant, nn.ReLU)]
-            replace({parse(name).name: left}, get_activation, written_down=False)
 
 
 def _warn_of_unused_names(model: Any) -> None:
