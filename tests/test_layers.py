@@ -15,7 +15,7 @@ LAYERS = [
     {"kernels"},
     {"functional"},
     {"modules"},
-    {"init"},
+    {"init", "fit"},
     {"integrations", "convert", "audit"},
     {"training"},
     {"compare"},
