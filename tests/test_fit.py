@@ -191,7 +191,12 @@ def test_segem_replaces_gelu_and_silu_on_x_as_egem_does_on_minus_x(target):
 
 def test_the_target_may_work_in_place():
     counted = histogram(normal(num=100))
-    assert fit(counted, torch.nn.ReLU(inplace=True), "egem") == fit(counted, torch.relu, "egem")
+    assert fit(counted, torch.nn.ReLU(inplace=True), "segem") == fit(counted, torch.relu, "segem")
+
+
+def test_the_target_may_return_another_dtype():
+    counted = histogram(normal(num=100))
+    assert fit(counted, lambda x: x > 0, "egem") == fit(counted, lambda x: (x > 0).double(), "egem")
 
 
 def test_where_eps_makes_no_difference():
@@ -216,6 +221,7 @@ def test_one_value_is_met_by_every_n_and_the_smallest_is_taken(x):
     found = fit(histogram(torch.full((7,), x)), F.gelu, "egem")
     y = float(F.gelu(torch.tensor(x, dtype=torch.float64)))
     assert found.spec == GemSpec("egem", 1, float(f"{x * x * (x / y - 1):.3g}"))
+    assert fit(histogram(torch.full((7,), x)), F.gelu, "egem", ns=(8, 2, 1)) == found
 
 
 def test_huge_and_tiny_values():
@@ -269,6 +275,9 @@ def test_nothing_finite():
 @pytest.mark.gpu
 def test_counting_on_a_gpu():
     x = torch.randn(3, 1000)
-    counted = histogram(x[0], x[1].cuda())
+    counted = histogram(x[0])
+    with torch.inference_mode():
+        counted.update(x[1, :500].cuda())
+    counted.update(x[1, 500:].cuda())
     assert counted.counts.is_cuda
     assert torch.equal((counted + histogram(x[2])).counts.cpu(), histogram(x).counts)
