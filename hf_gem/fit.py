@@ -24,9 +24,7 @@ from .spec import DEFAULT_EPS, GemSpec, check_eps, check_n, parse
 _GRID_STEP = 0.5
 _TOLERANCE = 1e-6  # in log eps
 _TIE = 1e-12  # of E[f^2]: a root mean square of 1e-6, which float32 outputs hardly show
-_CHUNK = (
-    2**20
-)  # elements whose bins exist at a time: bounds the memory, and is ten times faster on a CPU than all at once
+_CHUNK = 2**20  # elements binned at a time: bounds the memory, and is faster on a CPU than all at once
 
 
 class Histogram:
