@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import conversion
 from .audit import ActivationCall, Audit, audit
 from .conversion import Slot
-from .fit import Fit, Histogram, error, fit
+from .fit import Fit, Histogram, error, fit, fit_together
 from .integrations.transformers import write_plan
 from .modules import get_activation
 from .spec import GemSpec, parse
@@ -378,15 +378,16 @@ def _fit(
     if not samples:
         raise ValueError("none of the activations ran on data=; give batches that reach them")
     n = spec.n if fixed_n else None
-    common = fit(samples.values(), spec.family, n=n)
+    common = fit_together(samples.values(), spec.family, n=n)
     found: dict[int, tuple[Fit, float]] = {}
     for key in recorders:
-        if key not in samples:
+        if key not in samples:  # it did not run
             found[key] = dataclasses.replace(common, error=math.nan, relative_error=math.nan), math.nan
-            continue
-        own = [samples[key]]
-        best = fit(own, spec.family, n=n) if per_layer else dataclasses.replace(common, **error(common.spec, own))
-        found[key] = best, error(spec, own)["error"]
+        elif per_layer:
+            found[key] = fit(*samples[key], spec.family, n=n), error(spec, *samples[key])
+        else:
+            own, relative = (error(common.spec, *samples[key], relative=r) for r in (False, True))
+            found[key] = dataclasses.replace(common, error=own, relative_error=relative), error(spec, *samples[key])
     learnable = {"learnable": True} if spec.learnable else {}
     return {
         path: (dataclasses.replace(best, spec=dataclasses.replace(best.spec, **learnable)), unfitted)
