@@ -4,6 +4,7 @@ Importing this package makes every name of the family (`gem_n2`, `egem`, `segem_
 timm, whether they are imported before or after it.
 """
 
+from .audit import Audit, audit
 from .functional import egem, gem, segem
 from .init import gain
 from .integrations import register, unregister
@@ -13,10 +14,12 @@ from .spec import GemSpec, parse
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
     "EGEM",
     "GEM",
     "SEGEM",
     "GemSpec",
+    "audit",
     "egem",
     "gain",
     "gem",
