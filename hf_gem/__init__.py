@@ -14,10 +14,10 @@ from .spec import GemSpec, parse
 __version__ = "0.1.0"
 
 __all__ = [
-    "Audit",
     "EGEM",
     "GEM",
     "SEGEM",
+    "Audit",
     "GemSpec",
     "audit",
     "egem",

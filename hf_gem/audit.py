@@ -13,9 +13,9 @@ import itertools
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -131,10 +131,7 @@ class Audit:
 
     def __str__(self) -> str:
         total = self.num_gem + self.num_other
-        if not total:
-            head = "No activation ran"
-        else:
-            head = f"{self.num_gem} of {total} activation calls are GEM"
+        head = f"{self.num_gem} of {total} activation calls are GEM" if total else "No activation ran"
         lines = [head + _tally(self._of_kind("gem"), ": ")]
         groups: dict[tuple[str, str], list[ActivationCall]] = {}
         for call in self.others:
@@ -161,8 +158,9 @@ def audit(model: nn.Module, *args: Any, **inputs: Any) -> Audit:
 
     It sees the operations, so nothing hides: `F.gelu` in a block, `x.relu_()`, autograd Functions, scripted functions.
     Formulas written by hand are recognised where a sigmoid, tanh, erf, softplus, hardsigmoid or relu6 multiplies its
-    own input, and where a float is clamped at zero from below only. One written with comparisons or `exp`, or fused
-    into a custom kernel, is not seen. Modules that the inputs do not reach do not run; the report lists them.
+    own input (`x * sigmoid(a * x)` is called silu whatever a is), and where a float is clamped at zero from below only.
+    One written with comparisons or `exp`, or fused into a custom kernel, is not seen. Modules that the inputs do not
+    reach do not run; the report lists those that are activations.
 
     The model is left as it was: training flags, buffers, hooks and the random state. A compiled one runs uncompiled.
 
@@ -191,13 +189,14 @@ def audit(model: nn.Module, *args: Any, **inputs: Any) -> Audit:
     if args or inputs:
         return _run(model, _copied_buffers(model), args, inputs)
     made_up = example_inputs(model)
-    try:
-        meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in _state(model)}
-        return _run(model, meta, (), {name: value.to("meta") for name, value in made_up.items()})
-    except Exception as error:  # values decide where the forward pass goes, or a tensor is no parameter and no buffer
-        reason = error
+    reasons: list[Exception] = []
+    for dtype in (None, torch.bfloat16):  # some operations, such as the grouped products of experts, need it on meta
+        try:
+            return _run(model, _on_meta(_state(model), dtype), (), _on_meta(made_up.items(), dtype))
+        except Exception as error:  # values shape the tensors, or a tensor is no parameter and no buffer
+            reasons.append(error)
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise _no_forward(model, made_up, reason, "and its parameters hold no values to run it with") from reason
+        raise _no_forward(model, made_up, reasons[0], "and its parameters hold no values") from reasons[0]
     try:
         return _run(model, _copied_buffers(model), (), made_up)
     except Exception as error:
@@ -210,6 +209,13 @@ def _no_forward(model: nn.Module, inputs: Mapping[str, Tensor], error: Exception
         f"{type(model).__name__} does not run on the made-up inputs {shapes}, {where} "
         f"({type(error).__name__}: {error}); pass real ones: audit(model, ...)"
     )
+
+
+def _on_meta(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    return {
+        name: torch.empty_like(tensor, device="meta", dtype=dtype if tensor.is_floating_point() else None)
+        for name, tensor in tensors
+    }
 
 
 def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -266,8 +272,7 @@ def _is_activation(module: nn.Module) -> bool:
     return isinstance(module, GemActivation) or home in _LIBRARIES or of_torch
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
+class _Source(NamedTuple):
     """What a tensor is made of, elementwise: tensors reached without a gate, and the gates on the way to it."""
 
     tensors: frozenset[int] = frozenset()
@@ -337,9 +342,7 @@ class _Tracer:
         packet = func.overloadpacket.__name__.rstrip("_")
         elementwise = torch.Tag.pointwise in func.tags or packet in _COPIES
         found = _recognise(packet, args, kwargs)
-        result = _Source(
-            frozenset().union(*(s.tensors for s in sources)), frozenset().union(*(s.gates for s in sources))
-        )
+        result = _Source(*(frozenset().union(*sets) for sets in zip(*sources, strict=True))) if sources else _Source()
         if self._composed:
             if elementwise or found:
                 self._operations.append(found)
@@ -411,6 +414,9 @@ class _Operations(TorchDispatchMode):
         self._tracer = tracer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            # Made-up inputs have no values worth computing; true is what checks of masks and of validity ask for.
+            return torch.ones((), dtype=args[0].dtype).item()
         sources = self._tracer.sources(args)  # before an operation in place changes what the tensor is
         output = func(*args, **(kwargs or {}))
         self._tracer.operation(func, args, kwargs or {}, sources, output)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_TOKENS = 16
+_TOKENS, _FRAMES = 16, 96
 
 
 def example_inputs(model: nn.Module) -> dict[str, Tensor]:
@@ -22,14 +22,14 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
         Keyword arguments of `model`, on the device and in the dtype of its first floating-point parameter.
 
     Raises:
-        ValueError: nothing is known of the inputs of such a model.
+        ValueError: nothing is known of the inputs of such a model, or of one that it requires.
     """
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    to = {"device": first.device, "dtype": first.dtype}
     signature = inspect.signature(model.forward).parameters
     timm_config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if timm_config and "input_size" in timm_config:
-        return {next(iter(signature)): torch.zeros(1, *_timm_size(model, timm_config["input_size"]), **to)}
+        size = _timm_size(model, timm_config)
+        return {next(iter(signature)): torch.zeros(1, *size, device=first.device, dtype=first.dtype)}
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     if config is None or main is None:
         raise ValueError(
@@ -37,12 +37,16 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
             "pass them as you would to the model: audit(model, x) or audit(model, input_ids=ids)"
         )
     found = _Config(config)
-    makers = {**_MAKERS, main: _MAKERS.get(main, _ids)}
-    wanted = [name for name, parameter in signature.items() if _is_wanted(name, parameter, main, signature, found)]
-    made = {name: makers[name](found) for name in wanted if name in makers}
-    return {
-        name: value.to(**to) if value.is_floating_point() else value.to(first.device) for name, value in made.items()
-    }
+    makers = {main: _ids, **_MAKERS}
+    wanted = _wanted(main, signature, found)
+    if unknown := [name for name in wanted if name not in makers]:
+        raise ValueError(
+            f"{type(model).__name__} needs {', '.join(unknown)}, which cannot be made up; pass the inputs: "
+            "audit(model, input_ids=ids, ...)"
+        )
+    with first.device:
+        made = {name: makers[name](found) for name in wanted}
+    return {name: value.to(first.dtype) if value.is_floating_point() else value for name, value in made.items()}
 
 
 class _Config:
@@ -66,24 +70,26 @@ def _nested(config: Any) -> Iterator[Any]:
             yield from _nested(inner)
 
 
-def _timm_size(model: nn.Module, default: tuple[int, int, int]) -> tuple[int, ...]:
+def _timm_size(model: nn.Module, timm_config: Any) -> tuple[int, ...]:
     """The size a model was built for, which need not be that of its pretrained weights."""
-    embed = getattr(model, "patch_embed", None)
-    size = getattr(embed, "img_size", None) or default[1:]
-    stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = stem.in_channels * stem.groups // stem.groups if stem is not None else default[0]
-    return channels, *size
+    channels, *size = timm_config["input_size"]
+    stem = timm_config.get("first_conv")
+    if isinstance(stem, str):
+        channels = getattr(model.get_submodule(stem), "in_channels", channels)
+    return channels, *(getattr(getattr(model, "patch_embed", None), "img_size", None) or size)
 
 
-def _is_wanted(name: str, parameter: inspect.Parameter, main: str, signature: Any, config: _Config) -> bool:
-    required = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    if name == main or required or name == "bbox":
-        return True
-    if name == "decoder_input_ids":
-        return bool(config.get("is_encoder_decoder", default=False))
+def _wanted(main: str, signature: Mapping[str, inspect.Parameter], config: _Config) -> list[str]:
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    wanted = {main, *(name for name, p in signature.items() if p.default is p.empty and p.kind is positional)}
     # Two towers, such as CLIP's. Where images take the place of tokens, the number of these is the processor's affair.
-    both = {"input_ids", "pixel_values"} <= signature.keys()
-    return both and name in ("input_ids", "pixel_values") and not config.has("image_token_id", "image_token_index")
+    if main in _TOWERS and not config.has("image_token_id", "image_token_index", "audio_token_id", "audio_token_index"):
+        wanted |= _TOWERS
+    if config.get("is_encoder_decoder"):
+        wanted.add("decoder_input_ids")
+    if "input_ids" in wanted:
+        wanted |= {"attention_mask", "bbox"}
+    return [name for name in signature if name in wanted]
 
 
 def _ids(config: _Config, length: int = _TOKENS) -> Tensor:
@@ -93,36 +99,45 @@ def _ids(config: _Config, length: int = _TOKENS) -> Tensor:
     return ids
 
 
-def _images(config: _Config) -> Tensor:
+def _image(config: _Config) -> tuple[int, ...]:
     size = config.get("image_size", "img_size", "input_size", default=224)
+    if isinstance(size, dict):
+        size = tuple(size.values())
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    channels = config.get("num_channels", "in_channels", "in_chans", default=3)
+    return config.get("num_channels", "in_channels", "in_chans", default=3), height, width
+
+
+def _pixels(config: _Config) -> Tensor:
     frames = config.get("num_frames", "frames_per_clip")
-    return torch.zeros(1, *([frames] if frames else []), channels, height, width)
+    return torch.zeros(1, *_image(config)) if frames is None else torch.zeros(1, frames, *_image(config))
 
 
 def _samples(config: _Config) -> Tensor:
-    """A waveform, or a spectrogram for the models that read one."""
-    if config.has("num_mel_bins", "max_length"):
-        return torch.zeros(1, config.get("max_length"), config.get("num_mel_bins"))
-    return torch.zeros(1, *([config.get("audio_channels")] if config.has("audio_channels") else []), 16000)
+    """A waveform, with a dimension of channels for codecs, or a spectrogram for the models that read one."""
+    bins, length = config.get("num_mel_bins"), config.get("max_length")
+    if bins and length:
+        return torch.zeros(1, length, bins)
+    channels = config.get("audio_channels", default=1 if config.has("codebook_size") else None)
+    return torch.zeros(1, 19200) if channels is None else torch.zeros(1, channels, 19200)
 
 
 def _features(config: _Config) -> Tensor:
-    if config.has("max_source_positions") and config.has("num_mel_bins"):
-        return torch.zeros(1, config.get("num_mel_bins"), 2 * config.get("max_source_positions"))
-    width = config.get(
-        "input_feat_per_channel", "feature_projection_input_dim", "num_mel_bins", "input_dim", default=80
-    )
-    return torch.zeros(1, 100, width)
+    bins, positions = config.get("num_mel_bins"), config.get("max_source_positions")
+    if bins and positions and not config.has("input_feat_per_channel"):  # Whisper's convolutions
+        return torch.zeros(1, bins, 2 * positions)
+    names = ("input_feat_per_channel", "feature_projection_input_dim", "num_mel_bins", "input_dim")
+    return torch.zeros(1, _FRAMES, config.get(*names, default=80))
 
 
 _MAKERS = {
     "input_ids": _ids,
+    "attention_mask": lambda config: torch.ones(1, _TOKENS, dtype=torch.long),
+    "bbox": lambda config: torch.zeros(1, _TOKENS, 4, dtype=torch.long),
     "decoder_input_ids": lambda config: _ids(config, 4),
-    "pixel_values": _images,
-    "pixel_values_videos": _images,
+    "pixel_values": _pixels,
+    "pixel_values_videos": lambda config: torch.zeros(1, config.get("num_frames", default=8), *_image(config)),
     "input_values": _samples,
     "input_features": _features,
-    "bbox": lambda config: torch.zeros(1, _TOKENS, 4, dtype=torch.long),
+    "input_features_mask": lambda config: torch.ones(1, _FRAMES, dtype=torch.long),
 }
+_TOWERS = {"input_ids", "pixel_values", "input_values", "input_features"}

@@ -16,7 +16,7 @@ LAYERS = [
     {"functional"},
     {"modules"},
     {"init"},
-    {"integrations", "convert", "audit"},
+    {"integrations", "convert", "audit", "example_inputs"},
     {"training"},
     {"compare"},
     {"cli"},
