@@ -4,9 +4,13 @@ Importing this package makes every name of the family (`gem_n2`, `egem`, `segem_
 timm, whether they are imported before or after it.
 """
 
+from .audit import Audit, audit
+from .convert import Conversion, convert, revert
 from .functional import egem, gem, segem
 from .init import gain
 from .integrations import register, unregister
+from .integrations.fields import set_activation
+from .integrations.hub import save_for_hub
 from .modules import EGEM, GEM, SEGEM, get_activation
 from .spec import GemSpec, parse
 
@@ -16,14 +20,21 @@ __all__ = [
     "EGEM",
     "GEM",
     "SEGEM",
+    "Audit",
+    "Conversion",
     "GemSpec",
+    "audit",
+    "convert",
     "egem",
     "gain",
     "gem",
     "get_activation",
     "parse",
     "register",
+    "revert",
+    "save_for_hub",
     "segem",
+    "set_activation",
     "unregister",
 ]
 

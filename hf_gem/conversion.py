@@ -52,7 +52,7 @@ class Slot:
             # Its inference path runs a fused kernel for the activation that this number stands for.
             kinds = {nn.functional.relu: 1, nn.functional.gelu: 2, nn.ReLU: 1, nn.GELU: 2}
             kind = type(occupant) if isinstance(occupant, nn.Module) else occupant
-            self.owner.activation_relu_or_gelu = kinds.get(kind, 0)  # type: ignore[assignment]
+            self.owner.activation_relu_or_gelu = kinds.get(kind, 0)
 
 
 def slot_at(model: nn.Module, path: str) -> Slot:

@@ -157,25 +157,20 @@ def convert(
     if eps == "fit":
         before = _outputs(model, batches[0])
         fits = _fit(model, chosen, spec, "_n" in name.lower(), batches, per_layer)
-    kinds = {slot.path: kind(slot.occupant) or "" for slot in chosen}
-    names = {slot.path: fits[slot.path][0].spec.name if fits else spec.name for slot in chosen}
+    replaced = []
     by_name: dict[str, list[Slot]] = {}
-    for slot in chosen:
-        by_name.setdefault(names[slot.path], []).append(slot)
+    for path, slot in chosen.items():
+        fitted, unfitted = fits.get(path, (None, None))
+        new = fitted.spec.name if fitted else spec.name
+        replaced.append(Replacement(path, kind(slot.occupant) or "", new, fitted, unfitted))
+        by_name.setdefault(new, []).append(slot)
     conversion.replace(by_name, get_activation)
     _write_plans(model)
     change = _relative_change(before, _outputs(model, batches[0])) if before is not None else None
     if inputs is None and batches:
         inputs = batches[0]
     seen, reason = _audit(model, inputs)
-    return Conversion(
-        type(model).__name__,
-        tuple(Replacement(s.path, kinds[s.path], names[s.path], *fits.get(s.path, (None, None))) for s in chosen),
-        tuple(left),
-        seen,
-        reason,
-        change,
-    )
+    return Conversion(type(model).__name__, tuple(replaced), tuple(left), seen, reason, change)
 
 
 def revert(model: nn.Module) -> list[str]:
@@ -378,7 +373,14 @@ def _fit(
     if not samples:
         raise ValueError("none of the activations ran on data=; give batches that reach them")
     n = spec.n if fixed_n else None
-    common = fit_together(samples.values(), spec.family, n=n)
+    pooled: dict[str, tuple[Histogram, Callable[..., Tensor]]] = {}
+    for histogram, target in samples.values():
+        # What prints alike computes alike, unless it has parameters.
+        own_state = isinstance(target, nn.Module) and any(True for _ in target.parameters())
+        same = f"{target} {id(target) if own_state else ''}"
+        before = pooled[same][0] if same in pooled else Histogram()
+        pooled[same] = before + histogram, target
+    common = fit_together(pooled.values(), spec.family, n=n)
     found: dict[int, tuple[Fit, float]] = {}
     for key in recorders:
         if key not in samples:  # it did not run
@@ -388,9 +390,8 @@ def _fit(
         else:
             own, relative = (error(common.spec, *samples[key], relative=r) for r in (False, True))
             found[key] = dataclasses.replace(common, error=own, relative_error=relative), error(spec, *samples[key])
-    learnable = {"learnable": True} if spec.learnable else {}
     return {
-        path: (dataclasses.replace(best, spec=dataclasses.replace(best.spec, **learnable)), unfitted)
+        path: (dataclasses.replace(best, spec=dataclasses.replace(best.spec, learnable=spec.learnable)), unfitted)
         for path, occupant in occupants.items()
         for best, unfitted in [found[id(occupant)]]
     }

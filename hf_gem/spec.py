@@ -11,7 +11,7 @@ import math
 import operator
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 # README.md says where else a new family goes.
 FAMILIES = ("gem", "egem", "segem")
@@ -155,7 +155,7 @@ def is_name(name: object) -> bool:
     return True
 
 
-def is_claimed(name: object) -> bool:
+def is_claimed(name: object) -> TypeGuard[str]:
     """Whether `name` can only have been meant as one of ours: `gem_n0`, `egem-n2`, but not `gemma` or `gelu`."""
     return isinstance(name, str) and _CLAIMED.fullmatch(name.lower()) is not None
 

@@ -47,6 +47,8 @@ def is_gate(kind: str) -> bool:
 def stock_slots(model: nn.Module) -> Iterator[Slot]:
     """Every place that holds an activation: submodules, those in containers too, and attributes that are functions."""
     for path, owner in model.named_modules(remove_duplicate=False):
+        if kind(owner) is not None:
+            continue  # what an activation is made of
         for key, occupant in [*owner._modules.items(), *vars(owner).items()]:
             if not key.startswith("_") and occupant is not None and kind(occupant) is not None:
                 yield Slot(f"{path}.{key}".lstrip("."), owner, key)

@@ -143,7 +143,7 @@ def declares(config: Any, name: str) -> bool:
 
 
 @functools.cache
-def _parameters(config_class: type) -> frozenset[str]:
+def _parameters(config_class: Any) -> frozenset[str]:
     return frozenset(inspect.signature(config_class).parameters)  # a dataclass's fields, or a custom __init__'s
 
 

@@ -25,7 +25,7 @@ class NameLookup(dict):
 
     def __missing__(self, key: object) -> Any:
         if is_claimed(key):
-            return type(self).make(parse(key))  # type: ignore[arg-type]  # a malformed name raises, saying the nearest
+            return type(self).make(parse(key))  # a malformed name raises, saying the nearest
         raise KeyError(key)
 
     def __contains__(self, key: object) -> bool:

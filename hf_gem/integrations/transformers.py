@@ -53,10 +53,11 @@ def _replace_everywhere(name: str, old: object, new: object) -> None:
 
 def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
     """`Config(hidden_act=name)` with one of our names sets what the config really reads, instead of being ignored."""
-    name = kwargs.pop("hidden_act", None) if is_claimed(kwargs.get("hidden_act")) else None
+    name = kwargs.get("hidden_act")
+    if not is_claimed(name):
+        return original(config, **kwargs)
+    del kwargs["hidden_act"]
     original(config, **kwargs)
-    if name is None:
-        return
     if config.transformers_version is not None:  # it comes from a file
         warnings.warn(
             f"ignoring hidden_act={name!r} in a saved {type(config).__name__}, which has no such field: the model was "
@@ -64,7 +65,7 @@ def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
             "hf_gem.set_activation",
             stacklevel=2,
         )
-        return
+        return None
     name = parse(name).name
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for field in activation_fields(config):
@@ -73,7 +74,7 @@ def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
                 f"{type(config).__name__} got {field.key}={field.value!r} and hidden_act={name!r}, which set the same "
                 f"thing; give one"
             )
-    _redirect(config, name)
+    return _redirect(config, name)
 
 
 def _config_from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
