@@ -139,7 +139,7 @@ def activation_fields(config: Any) -> Iterator[ActivationField]:
 
 def declares(config: Any, name: str) -> bool:
     """Whether a config's class has a field of this name, under its own name or as an alias."""
-    return name in config.attribute_map or name in _parameters(type(config))
+    return name in config.attribute_map or name in _parameters(type(config))  # type: ignore[arg-type]
 
 
 @functools.cache
