@@ -37,15 +37,14 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
             "pass them as you would to the model: audit(model, x) or audit(model, input_ids=ids)"
         )
     found = _Config(config)
-    makers = {main: _ids, **_MAKERS}
-    wanted = _wanted(main, signature, found)
-    if unknown := [name for name in wanted if name not in makers]:
+    wanted = _wanted({main} if isinstance(main, str) else set(main), signature, found)
+    if unknown := [name for name in wanted if name not in _MAKERS]:
         raise ValueError(
             f"{type(model).__name__} needs {', '.join(unknown)}, which cannot be made up; pass the inputs: "
             "audit(model, input_ids=ids, ...)"
         )
     with first.device:
-        made = {name: makers[name](found) for name in wanted}
+        made = {name: _MAKERS[name](found) for name in wanted}
     return {name: value.to(first.dtype) if value.is_floating_point() else value for name, value in made.items()}
 
 
@@ -79,15 +78,15 @@ def _timm_size(model: nn.Module, timm_config: Any) -> tuple[int, ...]:
     return channels, *(getattr(getattr(model, "patch_embed", None), "img_size", None) or size)
 
 
-def _wanted(main: str, signature: Mapping[str, inspect.Parameter], config: _Config) -> list[str]:
+def _wanted(main: set[str], signature: Mapping[str, inspect.Parameter], config: _Config) -> list[str]:
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    wanted = {main, *(name for name, p in signature.items() if p.default is p.empty and p.kind is positional)}
+    wanted = {*main, *(name for name, p in signature.items() if p.default is p.empty and p.kind is positional)}
     # Two towers, such as CLIP's. Where images take the place of tokens, the number of these is the processor's affair.
-    if main in _TOWERS and not config.has("image_token_id", "image_token_index", "audio_token_id", "audio_token_index"):
+    if main <= _TOWERS and not config.has("image_token_id", "image_token_index", "audio_token_id", "audio_token_index"):
         wanted |= _TOWERS
     if config.get("is_encoder_decoder"):
         wanted.add("decoder_input_ids")
-    if "input_ids" in wanted:
+    if "input_ids" in wanted & signature.keys():
         wanted |= {"attention_mask", "bbox"}
     return [name for name in signature if name in wanted]
 
