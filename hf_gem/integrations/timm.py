@@ -15,14 +15,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional
+from ..conversion import PLAN, apply_plan, plan_of
 from ..init import gain
-from ..modules import GemActivation, module_factory
-from ..spec import GemSpec, is_claimed, parse
+from ..modules import GemActivation, get_activation, module_factory
+from ..spec import FAMILIES, GemSpec, is_claimed, parse
+from ..stock import is_gate, kind, stock_slots
 from .registry import Installer, NameLookup, function_patch, refuse_conflicts
-
-# The key in the `model_args` of config.json, and so the argument of create_model, that holds a conversion. Without
-# hf_gem it reaches the model class, which refuses it by this name.
-PLAN_KEY = "hf_gem"
 
 
 class ActName(str):
@@ -85,8 +83,11 @@ def _lookups(where: str, lookups: dict[str, type[NameLookup]], beside: tuple[str
 
 
 def _build_model(original: Any, model_cls: Any, *args: Any, **kwargs: Any) -> nn.Module:
-    """Builds with names that can be called, and repeats a saved conversion before weights are loaded into it."""
-    plan = kwargs.pop(PLAN_KEY, None)
+    """Builds with names that can be called, and repeats a saved conversion before weights are loaded into it.
+
+    The conversion is an argument of the model, which timm without hf_gem refuses by its key.
+    """
+    plan = kwargs.pop(PLAN, None)
     names = {key: parse(value).name for key, value in kwargs.items() if "act_layer" in key and is_claimed(value)}
     kwargs.update({key: ActName(name) for key, name in names.items()})
     if "act_layer" in names:
@@ -95,13 +96,11 @@ def _build_model(original: Any, model_cls: Any, *args: Any, **kwargs: Any) -> nn
     def build(**kwargs: Any) -> nn.Module:
         model = model_cls(**kwargs)
         if plan is not None:
-            from ..conversion import apply_plan
-
-            apply_plan(plan, model)
+            apply_plan(plan, model, get_activation)
         for module in model.modules():
             if isinstance(module, GemActivation):  # timm gives its device to every layer but activations
                 module.to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
-        _warn_of_unused(names, model)
+        _warn_of_what_is_left(names, model)
         return model
 
     model = original(build, *args, **kwargs)
@@ -121,7 +120,7 @@ def _unfix(kwargs: dict[str, Any]) -> None:
         kwargs["se_layer"] = functools.partial(se_layer, force_act_layer=None)
 
 
-def _warn_of_unused(names: dict[str, str], model: nn.Module) -> None:
+def _warn_of_what_is_left(names: dict[str, str], model: nn.Module) -> None:
     modules = list(model.modules())
     used = {module.spec.name for module in modules if isinstance(module, GemActivation)}
     used |= {value for module in modules for value in vars(module).values() if isinstance(value, ActName)}  # functions
@@ -129,9 +128,17 @@ def _warn_of_unused(names: dict[str, str], model: nn.Module) -> None:
         if name not in used:
             warnings.warn(
                 f"{type(model).__name__} takes {key}={name!r} and uses it nowhere: its activations are part of its "
-                "normalisation layers or hard-coded",
+                "normalisation layers, or not there",
                 stacklevel=2,
             )
+    found = [(str(kind(slot.occupant)), slot.path) for slot in stock_slots(model) if "act_layer" in names]
+    left = [f"{kind} at {path}" for kind, path in found if kind not in FAMILIES and not is_gate(kind)]
+    if left:
+        warnings.warn(
+            f"act_layer={names['act_layer']!r} does not reach {len(left)} activations of {type(model).__name__}, such "
+            f"as {left[0]}, which stay as they are; hf_gem.convert replaces them",
+            stacklevel=2,
+        )
 
 
 def _save_config(
@@ -144,14 +151,12 @@ def _save_config(
     **kwargs: Any,
 ) -> None:
     """Saves the names that a model was built with, and how it has been converted since."""
-    from ..conversion import plan_of
-
     recorded: Any = getattr(model, "_model_args", {})
-    recorded.pop(PLAN_KEY, None)  # the conversion it was loaded with; what counts is the one it has now
+    recorded.pop(PLAN, None)  # the conversion it was loaded with; what counts is the one it has now
     ours = {key: value for key, value in recorded.items() if is_claimed(value)}
     plan = plan_of(model)
     if plan is not None:
-        ours[PLAN_KEY] = plan
+        ours[PLAN] = plan
     given = {**(model_config or {}).get("model_args", {}), **(model_args or {})}
     original(model, config_path, model_config, {**ours, **given}, *args, **kwargs)
 

@@ -4,13 +4,13 @@ import copy
 import json
 import pickle
 import sys
-from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
 import hf_gem
+from hf_gem import conversion
 from hf_gem.integrations.timm import ActName
 from hf_gem.modules import GemActivation
 
@@ -140,7 +140,8 @@ def test_models_that_call_act_layer(model_name, name):
 
 
 def test_an_act_layer_of_another_name():
-    model = on_meta("rexnet_100", act_layer="gem", dw_act_layer="gem_n2")
+    with pytest.warns(UserWarning, match=r"act_layer='gem' does not reach 13 activations of RexNet.* relu at features"):
+        model = on_meta("rexnet_100", act_layer="gem", dw_act_layer="gem_n2")
     assert {"gem", "gem_n2"} <= activations(model)
     assert "ReLU6" not in activations(model)
 
@@ -201,12 +202,13 @@ def test_nfnet():
     assert activations(model) == {"egem_n2"}
     conv = model.stages[0][0].conv1
     assert conv.scale == gamma * conv.weight[0].numel() ** -0.5
-    act = on_meta("dm_nfnet_f0", act_layer="egem_n2").final_act  # applies functions, and gamma to their output
+    with pytest.warns(UserWarning, match="does not reach 12 activations of NormFreeNet, such as relu at .*attn"):
+        act = on_meta("dm_nfnet_f0", act_layer="egem_n2").final_act  # applies functions, and gamma to their output
     x = torch.randn(10)
     for run in (act, torch.compile(act, fullgraph=True, backend="eager"), torch.fx.symbolic_trace(act)):
         assert torch.equal(run(x), hf_gem.egem(x, 2) * gamma)
     with pytest.raises(ValueError, match=r"'egem_learnable' has a parameter.* or 'egem' in a model that takes"):
-        timm.create_model("dm_nfnet_f0", act_layer="egem_learnable").final_act(x)
+        sys.modules["timm.models.nfnet"].GammaAct(ActName("egem_learnable"))(x)
     gammas = sys.modules["timm.models.nfnet"]._nonlin_gamma
     assert gammas["relu"] == pytest.approx(hf_gem.gain(torch.relu, centered=True), rel=1e-3)  # theirs is sampled
     with pytest.raises(AssertionError, match="Please add non-linearity constants"):
@@ -230,20 +232,11 @@ def test_feature_extraction_by_fx(name):
 # ---- saved models
 
 
-def replay(plan, model):
-    for path, name in plan.items():
-        owner, _, key = path.rpartition(".")
-        setattr(model.get_submodule(owner), key, hf_gem.get_activation(name))
-    model.plan = plan
-
-
-@pytest.fixture(autouse=True)
-def _conversion(monkeypatch):
-    """A conversion of the simplest kind."""
-    module = ModuleType("hf_gem.conversion")
-    module.apply_plan = replay
-    module.plan_of = lambda model: getattr(model, "plan", None)
-    monkeypatch.setitem(sys.modules, "hf_gem.conversion", module)
+def convert(model, **activations):
+    conversion.undo(model)
+    slots = {name: [conversion.slot_at(model, path) for path in paths] for name, paths in activations.items()}
+    conversion.replace(slots, hf_gem.get_activation)
+    return conversion.plan_of(model)
 
 
 def disturb(model):
@@ -288,22 +281,19 @@ def test_what_the_caller_of_save_says_wins(tmp_path):
     assert "act_layer" not in save(timm.create_model("resnet10t"), tmp_path)
 
 
-PLAN = {"act1": "egem_learnable", "layer1.0.act2": "gem_n3"}
-
-
 @pytest.fixture
 def converted(tmp_path):
     model = timm.create_model("resnet10t", num_classes=3)
-    replay(PLAN, model)
+    model.plan = convert(model, egem_learnable=["act1"], gem_n3=["layer1.0.act2"])
     disturb(model)
-    assert save(model, tmp_path)["hf_gem"] == PLAN
+    assert save(model, tmp_path)["hf_gem"] == model.plan
     return model
 
 
 def test_a_saved_conversion(converted, tmp_path):
     x = torch.randn(2, 3, 32, 32)
     loaded = load(tmp_path)
-    by_hand = timm.create_model("resnet10t", num_classes=3, hf_gem=PLAN)
+    by_hand = timm.create_model("resnet10t", num_classes=3, hf_gem=converted.plan)
     by_hand.load_state_dict(converted.state_dict())
     with torch.no_grad():
         for model in (loaded, by_hand.eval()):
@@ -318,16 +308,19 @@ def test_a_saved_conversion(converted, tmp_path):
 
 def test_a_conversion_is_saved_as_it_is_now(converted, tmp_path):
     loaded = load(tmp_path)
-    assert save(loaded, tmp_path)["hf_gem"] == PLAN
-    loaded.plan = {"act1": "gem"}
-    assert save(loaded, tmp_path)["hf_gem"] == {"act1": "gem"}
-    loaded.plan = None
+    assert save(loaded, tmp_path)["hf_gem"] == converted.plan
+    plan = convert(loaded, gem=["act1"])
+    assert plan != converted.plan
+    assert save(loaded, tmp_path)["hf_gem"] == plan
+    conversion.undo(loaded)
     assert "hf_gem" not in save(loaded, tmp_path)
 
 
 def test_a_conversion_of_a_checkpoint_path(converted, tmp_path):
     torch.save(converted.state_dict(), tmp_path / "weights.pth")
-    loaded = timm.create_model("resnet10t", num_classes=3, hf_gem=PLAN, checkpoint_path=tmp_path / "weights.pth").eval()
+    loaded = timm.create_model(
+        "resnet10t", num_classes=3, hf_gem=converted.plan, checkpoint_path=tmp_path / "weights.pth"
+    ).eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(loaded(x), converted(x))
