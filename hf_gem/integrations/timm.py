@@ -135,8 +135,8 @@ def _warn_of_what_is_left(names: dict[str, str], model: nn.Module) -> None:
     left = [f"{kind} at {path}" for kind, path in found if kind not in FAMILIES and not is_gate(kind)]
     if left:
         warnings.warn(
-            f"act_layer={names['act_layer']!r} does not reach {len(left)} activations of {type(model).__name__}, such "
-            f"as {left[0]}, which stay as they are; hf_gem.convert replaces them",
+            f"act_layer={names['act_layer']!r} does not reach {len(left)} of the activations of "
+            f"{type(model).__name__}, such as {left[0]}, which stay as they are; hf_gem.convert replaces them",
             stacklevel=2,
         )
 

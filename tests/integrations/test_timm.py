@@ -140,7 +140,9 @@ def test_models_that_call_act_layer(model_name, name):
 
 
 def test_an_act_layer_of_another_name():
-    with pytest.warns(UserWarning, match=r"act_layer='gem' does not reach 13 activations of RexNet.* relu at features"):
+    with pytest.warns(
+        UserWarning, match=r"act_layer='gem' does not reach 13 of the activations of RexNet.* relu at features"
+    ):
         model = on_meta("rexnet_100", act_layer="gem", dw_act_layer="gem_n2")
     assert {"gem", "gem_n2"} <= activations(model)
     assert "ReLU6" not in activations(model)
@@ -202,7 +204,7 @@ def test_nfnet():
     assert activations(model) == {"egem_n2"}
     conv = model.stages[0][0].conv1
     assert conv.scale == gamma * conv.weight[0].numel() ** -0.5
-    with pytest.warns(UserWarning, match="does not reach 12 activations of NormFreeNet, such as relu at .*attn"):
+    with pytest.warns(UserWarning, match="does not reach 12 of the activations of NormFreeNet, such as relu at .*attn"):
         act = on_meta("dm_nfnet_f0", act_layer="egem_n2").final_act  # applies functions, and gamma to their output
     x = torch.randn(10)
     for run in (act, torch.compile(act, fullgraph=True, backend="eager"), torch.fx.symbolic_trace(act)):
