@@ -64,7 +64,11 @@ def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
         name = parse(name).name
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
         for field in activation_fields(config):
-            if field.owner is config and field.is_body and field.value not in (defaults.get(field.key), name):
+            if (
+                field.owner is config
+                and field.is_body
+                and field.value not in (defaults.get(field.key), name, f"gated-{name}")
+            ):
                 raise ValueError(
                     f"{type(config).__name__} got {field.key}={field.value!r} and {key}={name!r}, which set the same "
                     "thing; give one"
@@ -90,7 +94,8 @@ def _redirect(config: Any, name: str) -> None:
     except ValueError:
         config.hidden_act = name
     else:
-        vars(config).pop("hidden_act", None)
+        if not declares(config, "hidden_act"):
+            vars(config).pop("hidden_act", None)
 
 
 # ---- models: what their config asks for and their code leaves out
