@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion import PLAN, apply_plan, complete
+from ..conversion import apply_plans, complete
 from ..reference import egem, egem_tensor, segem, segem_tensor
 from ..spec import parse
 from .fields import mask, unmask
@@ -60,8 +60,7 @@ def base(cls: Any) -> Any:
             unmask(config)
             super().__init__(config, *args, **kwargs)
             complete(self, Activation)
-            if (plan := vars(config).get(PLAN)) is not None:
-                apply_plan(plan, self, Activation)
+            apply_plans(self, Activation)
             mask(config)  # for when it is saved again
 
     Converted.__name__ = Converted.__qualname__ = cls.__name__
