@@ -67,7 +67,7 @@ class ActivationField:
         derived = _DERIVED.get(self.key)
         if derived is not None and hasattr(self.owner, derived):
             # As T5Config has it: its gated "gelu" has always been the tanh approximation.
-            setattr(self.owner, derived, "gelu_new" if new == "gated-gelu" else new.removeprefix(_GATED))
+            setattr(self.owner, derived, "gelu_new" if new == "gated-gelu" else plain_name(new))
         return FieldChange(self.path, old, new)
 
 
@@ -171,7 +171,7 @@ def unmask(config: Any) -> None:
         name = min(plan["activations"])
         for field in activation_fields(part):
             stock = plan["fields"].get(field.path, field.value)
-            if field.value.removeprefix(_GATED) == name:
+            if plain_name(field.value) == name:
                 field.set(stock)
             elif field.value != stock:
                 raise ValueError(
@@ -200,6 +200,11 @@ def configs(config: Any, prefix: str = "") -> dict[str, Any]:
 def is_body(key: str) -> bool:
     """Whether a field with this name is about the body of a network, not a pooler, a head, a projector ..."""
     return not _words(key) & _OTHER_PARTS
+
+
+def plain_name(value: str) -> str:
+    """The name of an activation without T5's prefix for a gated MLP."""
+    return value.removeprefix(_GATED)
 
 
 def _words(key: object) -> set[str]:
@@ -247,7 +252,7 @@ def _is_activation_name(value: object) -> bool:
         return False
     from transformers.activations import ACT2FN  # a config is here, so transformers is
 
-    return value.removeprefix(_GATED).lower() in ACT2FN
+    return plain_name(value).lower() in ACT2FN
 
 
 def _known_name(name: str) -> str:
