@@ -3,7 +3,8 @@
 A conversion lives in the model: every module that stands in for something else keeps it. Its plan, what a config can
 hold, is read off the model:
 
-    {"version": 1, "model": "ResNetModel", "base": "", "activations": {"gem_n2": ["embedder.embedder.activation", ...]}}
+    {"version": 1, "model": "ResNetModel", "base": "", "parts": ["embedder", "encoder", "pooler"],
+     "activations": {"gem_n2": ["embedder.embedder.activation", ...]}, "fields": {"hidden_act": "relu"}}
 """
 
 from __future__ import annotations
@@ -120,12 +121,18 @@ def undo(model: nn.Module) -> list[str]:
     return [slot.path for slot in slots]
 
 
-def plan_of(model: nn.Module) -> dict[str, Any] | None:
-    """The conversion of a model as JSON values, or None where there is none."""
+def plan_of(model: nn.Module, without: tuple[str, ...] = ()) -> dict[str, Any] | None:
+    """The conversion of a model as JSON values, or None where there is none.
+
+    Args:
+        model: The model.
+        without: Paths of parts that keep a plan of their own.
+    """
     activations: dict[str, list[str]] = {}
     for slot in converted(model):
-        module: Any = slot.occupant
-        activations.setdefault(module.spec.name, []).append(slot.path)
+        if not slot.path.startswith(tuple(f"{path}." for path in without)):
+            module: Any = slot.occupant
+            activations.setdefault(module.spec.name, []).append(slot.path)
     if not activations:
         return None
     prefix = getattr(model, "base_model_prefix", "")
@@ -134,7 +141,9 @@ def plan_of(model: nn.Module) -> dict[str, Any] | None:
         "version": _VERSION,
         "model": type(model).__name__,
         "base": prefix if has_head else "",
+        "parts": [name for name, _ in (getattr(model, prefix) if has_head else model).named_children()],
         "activations": activations,
+        "fields": {},  # see integrations/fields.py; timm has none
     }
 
 
@@ -152,13 +161,51 @@ def complete(model: nn.Module, make: Callable[[str], nn.Module]) -> None:
             replace({parse(name).name: left}, make, written_down=False)
 
 
+def parts_of(model: nn.Module) -> dict[str, Any]:
+    """Path -> part: the outermost one that was built from each transformers config in a model; outer ones first."""
+    parts: dict[int, tuple[str, Any]] = {}
+    for path, module in model.named_modules():
+        if hasattr(module, "base_model_prefix") and hasattr(module, "config"):
+            parts.setdefault(id(module.config), (path, module))
+    return dict(parts.values())
+
+
+def apply_plans(model: nn.Module, make: Callable[[str], nn.Module], unfinished: bool = False) -> list[str]:
+    """Replays the conversions in the configs of a transformers model and its parts; see `apply_plan`."""
+    missing = []
+    applied: list[tuple[str, Any]] = []
+    for path, part in parts_of(model).items():
+        plan = vars(part.config).get(PLAN)
+        if plan is None or any(path.startswith(outer) and plan == theirs for outer, theirs in applied):
+            continue  # T5's stacks are built from copies of its config
+        start = f"{path}." if path else ""
+        missing += [start + left for left in apply_plan(plan, part, make, unfinished)]
+        applied.append((start, plan))
+    return missing
+
+
+def check_plan(given: Any) -> None:
+    """Raises ValueError, saying what to do, where this is no plan or one of another version."""
+    plan: dict[str, Any] = given if isinstance(given, dict) else {}
+    shape = {"model": str, "base": str, "parts": list, "activations": dict, "fields": dict}
+    well_formed = all(isinstance(plan.get(key), kind) for key, kind in shape.items()) and plan["activations"]
+    if not well_formed or plan.get("version") != _VERSION:
+        raise ValueError(
+            f"cannot read the conversion in this config, {PLAN}={str(given)[:200]}: this hf_gem reads version "
+            f"{_VERSION}; upgrade hf_gem, or remove the key to load the model unconverted"
+        )
+    for name in plan["activations"]:
+        parse(name)
+
+
 def apply_plan(
     plan: dict[str, Any], model: nn.Module, make: Callable[[str], nn.Module], unfinished: bool = False
-) -> None:
+) -> list[str]:
     """Replays a conversion on a freshly built model, before its weights are loaded.
 
     A transformers model is also found in another class of its family: the path `resnet.encoder.x` of a model with a
-    head is `encoder.x` of the bare one, which has no head, and the other way round.
+    head is `encoder.x` of the bare one, and the other way round; what is in the head of another class is left out where
+    this one has nothing at that path, and so are whole parts that it does not have.
 
     Args:
         plan: As `plan_of` gives it.
@@ -166,39 +213,41 @@ def apply_plan(
         make: Builds the module for a name.
         unfinished: Whether parts of the model may still be to come, so that what is not found is left out.
 
+    Returns:
+        What was left out.
+
     Raises:
         ValueError: the plan is of another version or malformed, or the model lacks what was replaced. Nothing is
             changed then.
     """
-    if (
-        not isinstance(plan, dict)
-        or plan.get("version") != _VERSION
-        or not {"model", "base", "activations"} <= set(plan)
-    ):
-        raise ValueError(
-            f"cannot read the conversion in this config, {PLAN}={str(plan)[:200]}: this hf_gem reads version "
-            f"{_VERSION}; upgrade hf_gem, or remove the key to load the model unconverted"
-        )
+    check_plan(plan)
     same_class = plan["model"] == type(model).__name__
     theirs = f"{plan['base']}." if plan["base"] and not same_class else ""
     prefix = getattr(model, "base_model_prefix", "")
     ours = f"{prefix}." if prefix and hasattr(model, prefix) and not same_class else ""
+    parts = {name for name, _ in model.get_submodule(ours.rstrip(".")).named_children()}
+    is_excerpt = not same_class and parts < set(plan["parts"])  # T5EncoderModel has no decoder
 
     slots: dict[str, list[Slot]] = {}
-    for name, places in plan["activations"].items():
-        for path in places:
-            if not path.startswith(theirs):
-                continue  # in the head of the other class
+    missing = []
+    for name, paths in plan["activations"].items():
+        for path in paths:
+            in_head = not path.startswith(theirs)
+            here = path if in_head else ours + path.removeprefix(theirs)
             try:
-                slot = slot_at(model, ours + path.removeprefix(theirs))
+                slot = slot_at(model, here)
             except KeyError:
-                if unfinished:
-                    continue
-                raise ValueError(
-                    f"{type(model).__name__} has no activation at {path!r}, which {plan['model']} had when it was "
-                    f"converted to {name!r}: it was built by other code. Convert the original model again, or remove "
-                    f"the key {PLAN!r} from its config to load it unconverted"
-                ) from None
+                if not in_head and not (is_excerpt and path.removeprefix(theirs).split(".")[0] not in parts):
+                    missing.append((path, name))
+                continue
             if getattr(slot.occupant, "spec", None) != parse(name):
                 slots.setdefault(name, []).append(slot)
+    if missing and not unfinished:
+        path, name = missing[0]
+        raise ValueError(
+            f"{type(model).__name__} has no activation at {path!r}, which {plan['model']} had when it was converted to "
+            f"{name!r}: it was built by other code. Convert the original model again, or remove the key {PLAN!r} from "
+            "its config to load it unconverted"
+        )
     replace(slots, make)
+    return [path for path, _ in missing]

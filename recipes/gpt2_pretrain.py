@@ -122,6 +122,7 @@ def card_values(config: Config, preset: str) -> dict[str, Any]:
         "title": f"GPT-2 {preset}, {config.hidden_act}",
         "architecture": "GPT-2",
         "pipeline_tag": "text-generation",
+        "auto_class": "AutoModelForCausalLM",
         "on_hub": config.dataset != STDLIB and not Path(config.dataset).exists(),
         "limits": "A base language model: it continues text, follows no instructions, and repeats what its data holds. "
         f"Its context is {config.block_size} tokens.",

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..conversion import PLAN, apply_plan, complete
+from ..conversion import apply_plans, complete
 from ..reference import egem, egem_tensor, segem, segem_tensor
 from ..spec import parse
 from .fields import mask, unmask
@@ -41,10 +42,14 @@ class Activation(nn.Module):
         return self.spec.name
 
 
+_names: set[str] = set()
+
+
 def register(*names: str) -> None:
-    """Makes names known to transformers, where nothing else has."""
+    """Makes names known to transformers, where nothing else has, and to timm once a model of its kind is built."""
     from transformers.activations import ACT2CLS, ACT2FN
 
+    _names.update(names)
     for name in names:
         if name not in ACT2FN:
             ACT2FN[name] = (Activation, {"name": name})
@@ -54,15 +59,25 @@ def register(*names: str) -> None:
 
 def base(cls: Any) -> Any:
     """A class of transformers that does what hf_gem adds to the building of a model, conversions above all."""
+    if (timm := sys.modules.get("timm.layers.create_act")) is not None:  # which the wrappers of timm have imported
+        for name in _names:
+            timm._ACT_LAYER_DEFAULT.setdefault(name, functools.partial(Activation, name))
 
     class Converted(cls):
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             unmask(config)
             super().__init__(config, *args, **kwargs)
             complete(self, Activation)
-            if (plan := vars(config).get(PLAN)) is not None:
-                apply_plan(plan, self, Activation)
+            apply_plans(self, Activation)
             mask(config)  # for when it is saved again
+
+        def initialize_weights(self) -> None:
+            for module in self.modules():
+                eps = getattr(module, "log_ratio", None)  # of this file or, by the same name, of another checkpoint's
+                # What the checkpoint lacks and transformers does not know, it would leave as memory came.
+                if eps is not None and not any(getattr(x, "_is_hf_initialized", False) for x in (module, eps)):
+                    nn.init.zeros_(eps)
+            super().initialize_weights()
 
     Converted.__name__ = Converted.__qualname__ = cls.__name__
     return Converted

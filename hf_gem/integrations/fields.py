@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from ..conversion import PLAN
+from ..conversion import PLAN, check_plan
 from ..spec import is_claimed, parse
 
 _ACTIVATION_WORDS = {"act", "activation", "afn"}
@@ -67,7 +67,7 @@ class ActivationField:
         derived = _DERIVED.get(self.key)
         if derived is not None and hasattr(self.owner, derived):
             # As T5Config has it: its gated "gelu" has always been the tanh approximation.
-            setattr(self.owner, derived, "gelu_new" if new == "gated-gelu" else new.removeprefix(_GATED))
+            setattr(self.owner, derived, "gelu_new" if new == "gated-gelu" else plain_name(new))
         return FieldChange(self.path, old, new)
 
 
@@ -149,43 +149,62 @@ def _parameters(config_class: Any) -> frozenset[str]:
 
 # In memory a converted config selects what its model is built from, before the plan is applied. Saved, it selects a
 # name of the plan instead (the first in the alphabet), so that transformers alone stops at a name it does not know,
-# where it would have loaded another function.
+# where it would have loaded another function. The parts of a composite model keep plans in their own configs, which
+# they may be loaded from alone.
 
 
 def mask(config: Any) -> None:
-    """Makes a converted config select its converted name."""
-    plan = vars(config).get(PLAN)
-    if plan is None:
-        return
-    for field in activation_fields(config):
-        if field.value == plan["fields"].get(field.path):
-            field.set(min(plan["activations"]))
+    """Makes a converted config, or what is converted in it, select its converted name."""
+    for part, plan in _plans(config):
+        for field in activation_fields(part):
+            if field.value == plan["fields"].get(field.path):
+                field.set(min(plan["activations"]))
 
 
 def unmask(config: Any) -> None:
-    """Makes a converted config select again what its model is built from.
+    """Makes a converted config, or what is converted in it, select again what its model is built from.
 
     Raises:
         ValueError: an activation was set since it was saved, which the conversion would replace.
     """
-    plan = vars(config).get(PLAN)
-    if plan is None:
-        return
-    name = min(plan["activations"])
-    for field in activation_fields(config):
-        stock = plan["fields"].get(field.path, field.value)
-        if field.value.removeprefix(_GATED) == name:
-            field.set(stock)
-        elif field.value != stock:
-            raise ValueError(
-                f"{type(config).__name__} got {field.path}={field.value!r} for a model that was converted to {name!r}; "
-                f"remove the conversion first with `del config.{PLAN}`, or convert the model after it is built"
-            )
+    for part, plan in _plans(config):
+        name = min(plan["activations"])
+        for field in activation_fields(part):
+            stock = plan["fields"].get(field.path, field.value)
+            if plain_name(field.value) == name:
+                field.set(stock)
+            elif field.value != stock:
+                raise ValueError(
+                    f"{type(part).__name__} got {field.path}={field.value!r} for a model that was converted to "
+                    f"{name!r}; remove the conversion first with `del config.{PLAN}`, or convert the model after it is "
+                    "built"
+                )
+
+
+def _plans(config: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    for part in configs(config).values():
+        if (plan := vars(part).get(PLAN)) is not None:
+            check_plan(plan)
+            yield part, plan
+
+
+def configs(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Prefix of its fields (`""`, `"text_config."` ...) -> config, for a config and those in it, each once."""
+    found = {prefix: config}
+    for key, value in vars(config).items():
+        if _is_config(value) and not any(value is other for other in found.values()):
+            found |= configs(value, f"{prefix}{key}.")
+    return found
 
 
 def is_body(key: str) -> bool:
     """Whether a field with this name is about the body of a network, not a pooler, a head, a projector ..."""
     return not _words(key) & _OTHER_PARTS
+
+
+def plain_name(value: str) -> str:
+    """The name of an activation without T5's prefix for a gated MLP."""
+    return value.removeprefix(_GATED)
 
 
 def _words(key: object) -> set[str]:
@@ -233,7 +252,7 @@ def _is_activation_name(value: object) -> bool:
         return False
     from transformers.activations import ACT2FN  # a config is here, so transformers is
 
-    return value.removeprefix(_GATED).lower() in ACT2FN
+    return plain_name(value).lower() in ACT2FN
 
 
 def _known_name(name: str) -> str:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..spec import is_claimed
-from .fields import activation_fields
+from ..spec import is_claimed, parse
+from .fields import activation_fields, plain_name
 
 _ROOT = Path(__file__).parent.parent
 _FALLBACK = ("spec.py", "reference.py", "conversion.py", "integrations/fields.py", "integrations/fallback.py")
 _CODE = "modeling_gem"
-_START, _END = "<!-- loading: written by hf_gem.save_for_hub -->", "<!-- /loading -->"
+_START, _END = "<!-- loading: written by hf_gem -->", "<!-- /loading -->"
 
 
 def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
@@ -36,11 +37,11 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: its class is not one of transformers, or it has no activation of the family.
+        ValueError: its class is not one of transformers or not built by an Auto class, or it has no activation of the
+            family.
     """
-    names = _check(model)
+    names, auto_map = _check(model)
     folder = Path(folder)
-    auto_map = _auto_map(model)
     config = model.config
     before = vars(config).get("auto_map")
     config.auto_map = {auto: f"{_CODE}.{cls}" for auto, cls in auto_map.items()}
@@ -52,40 +53,42 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
             config.auto_map = before
     written = {folder / f"{_CODE}.py": _modeling(sorted(set(auto_map.values())), names)}
     for file in _FALLBACK:
-        source = (_ROOT / file).read_text()
+        source = (_ROOT / file).read_text(encoding="utf-8")
         name = f"gem_{Path(file).name}"
         written[folder / name] = re.sub(r"^from \.+(\w+) import", r"from .gem_\1 import", source, flags=re.MULTILINE)
     card = folder / "README.md"
-    written[card] = _with_section(card.read_text() if card.exists() else _new_card(model), loading_notes(model))
+    auto = next(auto for auto, cls in auto_map.items() if cls == type(model).__name__)
+    saved = activation_fields(type(config).from_pretrained(folder))
+    notes = loading_notes(auto, "this folder or repository", stops=any(is_claimed(plain_name(f.value)) for f in saved))
+    written[card] = _with_notes(card.read_text(encoding="utf-8") if card.exists() else _new_card(model), auto, notes)
     for path, text in written.items():
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     return list(written)
 
 
-def loading_notes(model: Any, location: str = "this folder or repository") -> str:
-    """What a card says about the ways to load a model, in Markdown."""
-    auto = next((auto for auto, cls in _auto_map(model).items() if cls == type(model).__name__), "AutoModel")
-    loud = any(field.is_body for field in activation_fields(model.config))
+def loading_notes(auto: str, location: str, stops: bool = True) -> str:
+    """What a card says about the ways to load a checkpoint of `save_for_hub`, in Markdown.
+
+    Args:
+        auto: The Auto class.
+        location: A folder or repository.
+        stops: Whether a field of its config names the activation, which transformers alone does not know.
+    """
     otherwise = (
         "Without either, loading stops with a `KeyError` that names the activation."
-        if loud
-        else "Without either, transformers loads the weights into the model with its original activations, **another "
-        "function**, since its config has no field that could name one."
+        if stops
+        else "Without either, transformers loads the weights into a model with its original activations, **another "
+        "function**: the config has no field that could name one."
     )
-    return f"""```python
-import hf_gem  # pip install hf-gem; registers the activation
-from transformers import {auto}
-
-model = {auto}.from_pretrained("{location}")
-```
-
-Without the import, `{auto}.from_pretrained("{location}", trust_remote_code=True)` runs `{_CODE}.py` of
-this repository, which imports hf_gem where it is installed. Where it is not, the files `gem_*.py` take its place: the
-same function in plain torch, slower. They need transformers 5.17 or newer and nothing else. {otherwise}
-"""
+    text = (
+        f'Without the import, `{auto}.from_pretrained("{location}", trust_remote_code=True)` runs `{_CODE}.py`, which '
+        "imports hf_gem where it is installed. Where it is not, the files `gem_*.py` take its place: the same function "
+        "in plain torch, slower. They come with the checkpoint and need transformers 5.17 or newer. "
+    )
+    return f"{_START}\n{textwrap.fill(text + otherwise, 120, break_long_words=False, break_on_hyphens=False)}\n{_END}"
 
 
-def _check(model: Any) -> list[str]:
+def _check(model: Any) -> tuple[list[str], dict[str, str]]:
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(
@@ -93,17 +96,24 @@ def _check(model: Any) -> list[str]:
             + ("; save a timm model with timm.models.save_for_hf" if isinstance(model, nn.Module) else "")
         )
     home = type(model).__module__
-    if not home.startswith(("transformers.", "transformers_modules.")):
+    if not home.startswith("transformers.") and home.rpartition(".")[2] != _CODE:
         raise ValueError(
             f"{home}.{type(model).__name__} is not a class of transformers, so its own code has to come along: use "
             "register_for_auto_class and save_pretrained, and import hf_gem in that code"
         )
     modules = {module.spec.name for module in model.modules() if hasattr(module, "spec")}
-    fields = {f.value.removeprefix("gated-") for f in activation_fields(model.config) if is_claimed(f.value)}
-    names = sorted(modules | fields)
+    fields = {plain_name(field.value) for field in activation_fields(model.config)}
+    names = sorted(modules | {parse(name).name for name in fields if is_claimed(name)})
     if not names:
         raise ValueError(f"{type(model).__name__} has no activation of the family; save it with save_pretrained")
-    return names
+    auto_map = _auto_map(model)
+    if type(model).__name__ not in auto_map.values():
+        raise ValueError(
+            f"no Auto class builds a {type(model).__name__} from a {type(model.config).__name__}, and "
+            f"trust_remote_code works through them alone; save it with save_pretrained, or as one of "
+            f"{', '.join(sorted(set(auto_map.values()))) or 'another class'}"
+        )
+    return names, auto_map
 
 
 def _auto_map(model: Any) -> dict[str, str]:
@@ -141,12 +151,23 @@ except ImportError:
 {subclasses}'''
 
 
-def _with_section(card: str, notes: str) -> str:
-    section = f"{_START}\n\n## Loading\n\n{notes}\n{_END}\n"
+def _with_notes(card: str, auto: str, notes: str) -> str:
     if _START in card and _END in card:
         head, _, rest = card.partition(_START)
-        return head + section + rest.partition(_END)[2].lstrip("\n")
-    return f"{card.rstrip()}\n\n{section}"
+        return head + notes + rest.partition(_END)[2]
+    return f"""{card.rstrip()}
+
+## Use
+
+```python
+import hf_gem  # registers the activation; pip install hf-gem
+from transformers import {auto}
+
+model = {auto}.from_pretrained("this folder or repository")
+```
+
+{notes}
+"""
 
 
 def _new_card(model: Any) -> str:

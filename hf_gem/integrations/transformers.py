@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import sys
 import warnings
 from types import ModuleType
 from typing import Any
 
-from ..conversion import PLAN, apply_plan, complete, plan_of
+from ..conversion import PLAN, apply_plans, complete, parts_of, plan_of
 from ..modules import GemActivation, get_activation, module_factory
 from ..spec import is_claimed, parse
-from .fields import activation_fields, declares, is_body, mask, set_activation, unmask
+from .fields import activation_fields, configs, declares, is_body, mask, set_activation, unmask
 from .registry import Installer, NameLookup, method_patch, refuse_conflicts, replace_everywhere
 
 
@@ -118,12 +119,26 @@ def _model_post_init(original: Any, model: Any) -> None:
     unfinished = len(constructors) > 1  # a subclass goes on when this constructor returns
     if outermost:
         complete(model, get_activation)
-        for part in _parts(model).values():
-            if (plan := vars(part.config).get(PLAN)) is not None:
-                apply_plan(plan, part, get_activation, unfinished)
+        _expect(model, apply_plans(model, get_activation, unfinished))
     original(model)
     if outermost and not unfinished:
         _warn_of_unused_names(model)
+
+
+def _expect(model: Any, missing: list[str]) -> None:
+    """Stops a model from running while its conversion is incomplete: its class adds parts and never says it is done."""
+    handle = vars(model).pop("_hf_gem_missing", None)
+    if handle is not None:
+        handle.remove()
+    if missing:
+        model._hf_gem_missing = model.register_forward_pre_hook(functools.partial(_refuse, missing[0]))
+
+
+def _refuse(path: str, model: Any, _: Any) -> None:
+    raise ValueError(
+        f"{type(model).__name__} was converted at {path!r} when it was saved, and built again without it: call "
+        f"self.post_init() at the end of {type(model).__name__}.__init__, after the parts it adds, and load it again"
+    )
 
 
 def _constructors() -> list[Any]:
@@ -141,21 +156,11 @@ def _constructors() -> list[Any]:
     return models
 
 
-def _parts(model: Any) -> dict[int, Any]:
-    """Identity of a config -> the outermost part of the model that was built from it."""
-    base = sys.modules["transformers.modeling_utils"].PreTrainedModel
-    parts: dict[int, Any] = {}
-    for module in model.modules():
-        if isinstance(module, base):
-            parts.setdefault(id(module.config), module)
-    return parts
-
-
 def _warn_of_unused_names(model: Any) -> None:
     """A name in the config that no module of the part built from it carries: the part has an activation of its own."""
     unused = []
     name = ""
-    for part in _parts(model).values():
+    for part in parts_of(model).values():
         used = {module.spec for module in part.modules() if isinstance(module, GemActivation)}
         named = {field.path: field.value for field in activation_fields(part.config) if field.owner is part.config}
         if not declares(part.config, "hidden_act"):
@@ -177,13 +182,30 @@ def _warn_of_unused_names(model: Any) -> None:
 
 
 def write_plan(model: Any) -> None:
-    """Writes the conversion of a transformers model into its config, or takes it out where there is none."""
-    plan = plan_of(model)
-    if plan is None:
-        vars(model.config).pop(PLAN, None)
-        return
-    fields = [field for field in activation_fields(model.config) if field.is_body and not is_claimed(field.value)]
-    model.config.hf_gem = {**plan, "fields": {field.path: field.value for field in fields}}
+    """Writes the conversion of a transformers model into its config, or takes it out where there is none.
+
+    A part built from a config inside the config, such as a vision tower, has its own there, for it to be loaded alone.
+    """
+    inner = {id(config): (prefix, config) for prefix, config in configs(model.config).items()}
+    parts = {path: part for path, part in parts_of(model).items() if id(part.config) in inner}
+    for _, config in inner.values():
+        vars(config).pop(PLAN, None)
+    for path, part in parts.items():
+        start = f"{path}." if path else ""
+        others = tuple(other.removeprefix(start) for other in parts if other.startswith(start) and other != path)
+        plan = plan_of(part, others)
+        if plan is None:
+            continue
+        owned = {id(other.config) for other in parts.values() if other is not part}
+        elsewhere = tuple(prefix for prefix, config in configs(part.config).items() if id(config) in owned)
+        part.config.hf_gem = {
+            **plan,
+            "fields": {
+                field.path: field.value
+                for field in activation_fields(part.config)
+                if field.is_body and not is_claimed(field.value) and not field.path.startswith(elsewhere)
+            },
+        }
 
 
 def _config_to_dict(original: Any, config: Any) -> dict[str, Any]:
@@ -195,14 +217,16 @@ def _config_to_dict(original: Any, config: Any) -> dict[str, Any]:
 
 def _save_pretrained(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     """Saved from the model as it is: a part of a converted model has no plan in its config yet."""
-    before = vars(model.config).get(PLAN)
+    inner = configs(model.config).values()
+    before = [vars(config).get(PLAN) for config in inner]
     write_plan(model)
     try:
         return original(model, *args, **kwargs)
     finally:
-        vars(model.config).pop(PLAN, None)
-        if before is not None:
-            model.config.hf_gem = before
+        for config, plan in zip(inner, before, strict=True):
+            vars(config).pop(PLAN, None)
+            if plan is not None:
+                config.hf_gem = plan
 
 
 def _initialize_weights(original: Any, model: Any, module: Any, *args: Any, **kwargs: Any) -> None:

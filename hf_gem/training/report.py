@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 
+from ..integrations.hub import loading_notes, save_for_hub
 from ..spec import is_name
 from .errors import CheckpointError
 from .files import save_pretrained
@@ -19,7 +20,7 @@ def save_results(folder: Path, model: Any, processor: Any, record: dict[str, Any
 
     Args:
         folder: The output folder of the run.
-        model: Anything with `save_pretrained`.
+        model: A transformers model. With an activation of the family it is saved by `save_for_hub`.
         processor: Likewise.
         record: Of the run.
         template: Of the card.
@@ -29,7 +30,10 @@ def save_results(folder: Path, model: Any, processor: Any, record: dict[str, Any
         CheckpointError: the disk is full or the folder cannot be written; the last checkpoint has everything.
     """
     try:
-        model.save_pretrained(folder)
+        if is_name(record["config"]["hidden_act"]):
+            save_for_hub(model, folder)
+        else:
+            model.save_pretrained(folder)
         save_pretrained(processor, folder)
         plot_loss(record, folder / "loss_curve.png")
         write_card(record, template, folder / "README.md", location=folder, **card)
@@ -70,10 +74,11 @@ def write_card(record: dict[str, Any], template: Path, path: Path, **more: Any) 
         record: Of a finished run.
         template: A Jinja template with the names used below.
         path: The card to write.
-        more: Further values for the template.
+        more: Further values for the template; among them `auto_class`, and `location`, which it loads from.
     """
     config, result = record["config"], record["result"]
     ours = is_name(config["hidden_act"])
+    loading = loading_notes(more["auto_class"], str(more["location"])) if ours else ""
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=more["pipeline_tag"],
@@ -89,6 +94,7 @@ def write_card(record: dict[str, Any], template: Path, path: Path, **more: Any) 
         session=record["sessions"][-1],
         perplexity=math.exp(min(result["validation_loss"], 700)),
         ours=ours,
+        loading=loading,
         **more,
     )
     card.save(path)

@@ -50,6 +50,7 @@ MORE = {
     "title": "GPT-2 demo",
     "architecture": "GPT-2",
     "pipeline_tag": "text-generation",
+    "auto_class": "AutoModelForCausalLM",
     "location": "runs/demo",
     "limits": "It is small.",
 }

@@ -1,0 +1,235 @@
+"""save_for_hub: a checkpoint loads with hf_gem imported, with hf_gem installed, without it, or it stops."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import hf_gem
+from hf_gem.integrations.hub import loading_notes
+from tests.integrations.test_round_trips import GPT2, build, disturb, run
+
+transformers = pytest.importorskip("transformers")
+
+from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
+
+# Of test_round_trips: how their activations come about differs, and so do the ways in which configs name them.
+FAMILIES = ["gpt2", "bert", "gated t5", "resnet", "wav2vec2", "clip", "timm"]
+FAMILIES += [f"converted {name}" for name in ("gpt2", "bart", "t5", "bloom", "llama", "convnext", "resnet", "clip")]
+
+LOAD = """
+import json, os, sys, torch
+way, root = sys.argv[1:]
+if way == "without":
+    sys.modules["hf_gem"] = None  # importing it is an ImportError
+import transformers
+
+def tensors(model, inputs):
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+    with torch.no_grad():
+        found = torch.utils._pytree.tree_leaves(dict(model.eval()(**inputs)))
+    return [t for t in found if isinstance(t, torch.Tensor)]
+
+def alone(auto, folder):
+    try:
+        getattr(transformers, auto).from_pretrained(folder)
+    except KeyError as error:
+        return str(error)
+
+names = sorted(os.listdir(root))
+saved = {name: torch.load(f"{root}/{name}/expected.pt") for name in names}
+results = {name: {"alone": alone(saved[name][0], f"{root}/{name}/saved")} for name in names}  # before any code is run
+for name in names:
+    folder = f"{root}/{name}/saved"
+    auto, (_, inputs, expected) = getattr(transformers, saved[name][0]), saved[name]
+    model = auto.from_pretrained(folder, trust_remote_code=True)
+    again = f"{root}/{name}/{way}"
+    model.save_pretrained(again)
+    results[name] |= {
+        "equal": [torch.equal(a, b) for a, b in zip(tensors(model, inputs), expected, strict=True)],
+        "class": type(model).__name__,
+        "ours": sorted({type(m).__module__.split(".")[0] for m in model.modules() if hasattr(m, "spec")}),
+        "again": [
+            torch.equal(a, b)
+            for a, b in zip(
+                tensors(auto.from_pretrained(again, trust_remote_code=True), inputs), expected, strict=True
+            )
+        ],
+    }
+    if way == "without" and name == "bert":  # the head has an eps that the checkpoint of the body lacks
+        transformers.AutoModel.from_pretrained(folder, trust_remote_code=True).save_pretrained(f"{root}/{name}/body")
+        head = auto.from_pretrained(f"{root}/{name}/body", trust_remote_code=True)
+        results[name]["new eps"] = head.cls.predictions.transform.transform_act_fn.log_ratio.tolist()
+print(json.dumps(results))
+"""
+
+
+def auto_class(model, folder):
+    classes = json.loads((folder / "config.json").read_text())["auto_map"]
+    return next(auto for auto, cls in classes.items() if cls == f"modeling_gem.{type(model).__name__}")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Folder with a folder for each family: saved/, and the outputs that it is expected to give."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("hub")
+    for family in FAMILIES:
+        folder = root / family.replace(" ", "_")
+        model, inputs = build(family)
+        if family == "bert":
+            hf_gem.set_activation(model.config, "egem_learnable")
+            model = disturb(type(model)(model.config))
+        hf_gem.save_for_hub(model, folder / "saved")
+        torch.save((auto_class(model, folder / "saved"), inputs, run(model, inputs)), folder / "expected.pt")
+    return root
+
+
+def load_elsewhere(way, root, cache):
+    environment = {**os.environ, "HF_MODULES_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    arguments = [sys.executable, "-c", LOAD, way, str(root)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module", params=["installed", "without"])
+def loaded(request, checkpoints, tmp_path_factory):
+    return request.param, load_elsewhere(request.param, checkpoints, tmp_path_factory.mktemp("modules")), checkpoints
+
+
+def test_trust_remote_code_gives_the_same_function(loaded):
+    way, results, _ = loaded
+    assert len(results) == len(FAMILIES)
+    for name, result in results.items():
+        assert result["equal"], name
+        assert all(result["equal"]), name
+        assert result["ours"] == ["hf_gem" if way == "installed" else "transformers_modules"], name
+
+
+def test_what_is_saved_from_there_loads_everywhere(loaded):
+    way, results, root = loaded
+    for name, result in results.items():
+        assert all(result["again"]), name
+        auto, inputs, expected = torch.load(root / name / "expected.pt")
+        model = getattr(transformers, auto).from_pretrained(root / name / way).eval()  # hf_gem is imported here
+        assert all(map(torch.equal, run(model, inputs), expected)), name
+
+
+def test_neither_import_nor_trust(loaded):
+    _, results, _ = loaded
+    assert {name for name, result in results.items() if "gem" not in (result["alone"] or "")} == {"converted_bloom"}
+
+
+def test_an_eps_that_a_checkpoint_lacks(loaded):
+    way, results, _ = loaded
+    if way == "without":
+        assert results["bert"]["new eps"] == [0.0]
+
+
+def test_with_the_import(checkpoints):
+    for family in FAMILIES:
+        folder = checkpoints / family.replace(" ", "_")
+        auto, inputs, expected = torch.load(folder / "expected.pt")
+        model = getattr(transformers, auto).from_pretrained(folder / "saved").eval()
+        assert all(map(torch.equal, run(model, inputs), expected)), family
+        assert type(model).__module__.startswith("transformers.models.")
+
+
+def gpt2(name="gem_n2"):
+    return GPT2LMHeadModel(GPT2Config(**GPT2, hidden_act=name))
+
+
+def test_the_files(tmp_path):
+    model = gpt2()
+    written = hf_gem.save_for_hub(model, tmp_path / "model", safe_serialization=True)
+    assert {path.name for path in (tmp_path / "model").iterdir()} >= {
+        *("config.json", "model.safetensors", "README.md", "modeling_gem.py"),
+        *(f"gem_{name}.py" for name in ("fallback", "fields", "conversion", "reference", "spec")),
+    }
+    assert set(written) == {*(tmp_path / "model").glob("*.py"), tmp_path / "model" / "README.md"}
+    auto_map = json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForCausalLM"] == "modeling_gem.GPT2LMHeadModel"
+    assert auto_map["AutoModel"] == "modeling_gem.GPT2Model"
+    assert not hasattr(model.config, "auto_map")
+
+
+def test_the_code_stands_alone(tmp_path):
+    """Its imports are in the folder, in torch, in transformers or in Python itself, which may be 3.10."""
+    hf_gem.save_for_hub(gpt2(), tmp_path)
+    files = {path.stem for path in tmp_path.glob("*.py")}
+    for path in tmp_path.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(), feature_version=(3, 10))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1, path
+                assert node.module in files, path
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                own = {"hf_gem"} if path.stem == "modeling_gem" else set()
+                allowed = sys.stdlib_module_names | {"torch", "transformers"} | own
+                assert {name.split(".")[0] for name in names} <= allowed, path
+
+
+def test_cards(tmp_path):
+    model = gpt2()
+    card = tmp_path / "README.md"
+    hf_gem.save_for_hub(model, tmp_path)
+    new = card.read_text()
+    assert new.startswith("---\nlibrary_name: transformers\n")
+    assert "stops with a `KeyError`" in re.sub(r"\s+", " ", new)
+    assert max(map(len, new.splitlines())) <= 120
+    hf_gem.save_for_hub(model, tmp_path)
+    assert card.read_text() == new
+    edited = new.replace("# GPT2LMHeadModel", "# Ours, naïve").replace("slower", "SLOWER") + "\nMore of ours.\n"
+    card.write_text(edited, encoding="utf-8")
+    hf_gem.save_for_hub(model, tmp_path)
+    assert card.read_text(encoding="utf-8") == edited.replace("SLOWER", "slower")
+    card.write_text("# A card of others")
+    hf_gem.save_for_hub(model, tmp_path)
+    assert card.read_text().startswith("# A card of others\n\n## Use\n")
+    assert card.read_text().count("import hf_gem") == 1
+
+
+def test_a_card_says_what_cannot_stop(checkpoints):
+    quiet = {
+        family
+        for family in FAMILIES
+        if "**another function**"
+        in re.sub(r"\s+", " ", (checkpoints / family.replace(" ", "_") / "saved" / "README.md").read_text())
+    }
+    assert quiet == {"converted bloom"}
+
+
+def test_notes_name_the_place():
+    assert 'AutoModel.from_pretrained("me/model", trust_remote_code=True)' in loading_notes("AutoModel", "me/model")
+
+
+class Theirs(GPT2LMHeadModel):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (lambda: nn.Linear(1, 1), TypeError, "got Linear; save a timm model with timm.models.save_for_hf"),
+        (lambda: GPT2LMHeadModel, TypeError, "takes a transformers model, got type"),
+        (lambda: gpt2("gelu"), ValueError, "GPT2LMHeadModel has no activation of the family; save it with save_pretr"),
+        (lambda: Theirs(gpt2().config), ValueError, "Theirs is not a class of transformers, so its own code has to"),
+        (
+            lambda: build("converted t5")[0].encoder,
+            ValueError,
+            "no Auto class builds a T5Stack .* one of .*T5Model",
+        ),
+    ],
+)
+def test_what_cannot_be_saved(model, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        hf_gem.save_for_hub(model(), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
