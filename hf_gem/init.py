@@ -1,4 +1,4 @@
-"""Initialisation: the gain that keeps the second moment of a layer's input."""
+"""Initialisation: the gain that keeps the second moment, or the variance, of a layer's input."""
 
 from __future__ import annotations
 
@@ -13,29 +13,36 @@ from .modules import get_activation
 from .spec import parse
 
 
-def gain(activation: str | Callable[[Tensor], Tensor]) -> float:
+def gain(activation: str | Callable[[Tensor], Tensor], centered: bool = False) -> float:
     r"""`1 / sqrt(E[f(Z)^2])` for a unit normal Z: He-style initialisation draws weights with std `gain / sqrt(fan_in)`.
 
-    ReLU has sqrt(2). The expectation is a trapezoidal sum over `log|z|`, which converges exponentially because the
-    integrand is analytic there and decays on both sides; its error is below 1e-10 unless
-    the moment leaves the range of float64.
+    ReLU has sqrt(2). Centered, it is `1 / std(f(Z))`, the gamma by which normaliser-free networks scale weights that
+    are standardised to mean 0, over which the mean of f(Z) cancels (arXiv 2101.08692); ReLU has sqrt(2 / (1 - 1/pi)).
+
+    The expectation is a trapezoidal sum over `log|z|`, which converges exponentially because the integrand is analytic
+    there and decays on both sides; its error is below 1e-10 unless the moment leaves the range of float64.
 
     Args:
         activation: A name of the family, or any elementwise function of a float64 tensor, such as
             `torch.nn.functional.gelu`, to compare with. A learnable name counts with its initial eps.
+        centered: Whether the mean of f(Z) is taken off first.
 
     Returns:
         The gain, dimensionless.
 
     Raises:
-        ValueError: the name is malformed, or the function is zero or not finite on unit normal input.
+        ValueError: the name is malformed, or the function is zero (centered: constant) or not finite on unit normal
+            input.
     """
     function = activation if callable(activation) else get_activation(replace(parse(activation), learnable=False).name)
     step = 1 / 512  # the nearest pole in log z lies pi/2n away, so that n = 32 needs a step this small
     z = torch.exp(torch.arange(-40, math.log(40), step, dtype=torch.float64, device="cpu"))
     density = torch.exp(-z * z / 2) * z * (step / math.sqrt(2 * math.pi))
     with torch.no_grad():
-        moment = float(((function(z) ** 2 + function(-z) ** 2) * density).sum())
+        values = torch.stack((function(z), function(-z)))
+        mean = (values * density).sum() if centered else 0.0
+        moment = float(((values - mean) ** 2 * density).sum())
     if not (math.isfinite(moment) and moment > 0):
-        raise ValueError(f"{activation!r} has second moment {moment} on unit normal input: no gain keeps it")
+        kind = "variance" if centered else "second moment"
+        raise ValueError(f"{activation!r} has {kind} {moment} on unit normal input: no gain keeps it")
     return 1 / math.sqrt(moment)

@@ -13,32 +13,39 @@ TOLERANCE = 2e-10
 
 
 def panels(function):
-    """E[f(Z)^2] by Gauss-Legendre in z, on panels that shrink towards 0, where a small eps turns sharply."""
+    """E[f(Z)], E[f(Z)^2] by Gauss-Legendre in z, on panels that shrink towards 0, where a small eps turns sharply."""
     edges = np.concatenate([[0.0], np.exp2(np.linspace(-30, math.log2(40), 200))])
     nodes, weights = np.polynomial.legendre.leggauss(20)
     half = np.diff(edges)[:, None] / 2
     z = (edges[:-1, None] + half * (nodes + 1)).ravel()
     density = (half * weights).ravel() * np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
-    x = torch.from_numpy(z)
-    return float(((function(x) ** 2 + function(-x) ** 2).detach().numpy() * density).sum())
+    values = function(torch.from_numpy(np.stack([z, -z]))).detach().numpy()
+    return float((values * density).sum()), float((values**2 * density).sum())
 
 
 @pytest.mark.parametrize(
     "name", ["gem", "gem_n2", "gem_n8", "egem", "egem_n3_eps0.01", "segem", "segem_n2_eps0.1", "segem_n4_eps10"]
 )
-def test_second_moment(name):
-    assert gain(name) == pytest.approx(1 / math.sqrt(panels(get_activation(name))), rel=TOLERANCE)
+def test_moments(name):
+    first, second = panels(get_activation(name))
+    assert gain(name) == pytest.approx(1 / math.sqrt(second), rel=TOLERANCE)
+    # Relative to the variance, errors of the moments grow by as much as E[f^2] exceeds it.
+    assert second < 3 * (second - first**2)
+    assert gain(name, centered=True) == pytest.approx(1 / math.sqrt(second - first**2), rel=3 * TOLERANCE)
 
 
 @pytest.mark.parametrize("function", [torch.relu, torch.nn.functional.gelu, torch.nn.functional.silu, torch.tanh])
 def test_other_activations(function):
-    assert gain(function) == pytest.approx(1 / math.sqrt(panels(function)), rel=TOLERANCE)
+    assert gain(function) == pytest.approx(1 / math.sqrt(panels(function)[1]), rel=TOLERANCE)
 
 
 def test_closed_forms():
     assert gain(torch.relu) == pytest.approx(math.sqrt(2), rel=TOLERANCE)
     assert gain(lambda z: z) == pytest.approx(1, rel=TOLERANCE)
     assert gain(lambda z: 3 * z**2) == pytest.approx(1 / math.sqrt(27), rel=TOLERANCE)
+    assert gain(torch.relu, centered=True) == pytest.approx(math.sqrt(2 / (1 - 1 / math.pi)), rel=TOLERANCE)
+    assert gain(lambda z: 3 * z**2, centered=True) == pytest.approx(1 / math.sqrt(18), rel=TOLERANCE)
+    assert gain(torch.tanh, centered=True) == pytest.approx(gain(torch.tanh), rel=TOLERANCE)
 
 
 def test_gem_in_closed_form():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -86,3 +87,51 @@ def method_patch(cls_name: str, name: str, wrapper: Callable[..., Any]) -> Insta
                 setattr(cls, name, patches.pop(cls)[0])
 
     return install, uninstall
+
+
+def function_patch(name: str, wrapper: Callable[..., Any], lost: str) -> Installer:
+    """The pair that makes a function of a module call `wrapper(original, *args, **kwargs)`, and undoes it.
+
+    This holds wherever the function has been imported to. `lost` is what a version of the library without it lacks.
+    """
+    patches: list[tuple[Callable[..., Any], Callable[..., Any]]] = []  # original, ours: one or none
+    active = False
+
+    def install(module: ModuleType) -> None:
+        nonlocal active
+        original = getattr(module, name, None)
+        if original is None:
+            warnings.warn(f"hf_gem finds no {module.__name__}.{name} in this version: {lost}", stacklevel=2)
+            return
+        active = True
+        if not patches:
+            patches.append((original, patched(original)))
+            setattr(module, name, patches[0][1])
+            replace_everywhere(name, *patches[0])
+
+    def patched(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def ours(*args: Any, **kwargs: Any) -> Any:
+            if active:
+                return wrapper(original, *args, **kwargs)
+            return original(*args, **kwargs)  # uninstalled, but kept by somebody else in the meantime
+
+        return ours
+
+    def uninstall(module: ModuleType) -> None:
+        nonlocal active
+        active = False
+        if patches and getattr(module, name) is patches[0][1]:
+            original, ours = patches.pop()
+            setattr(module, name, original)
+            replace_everywhere(name, ours, original)
+
+    return install, uninstall
+
+
+def replace_everywhere(name: str, old: object, new: object) -> None:
+    """Rebinds `name` in every module that holds `old` by this name, as `from ... import name` leaves it."""
+    for module in list(sys.modules.values()):
+        # vars, not getattr: a lazy module would import half of its package to answer.
+        if isinstance(module, ModuleType) and vars(module).get(name) is old:
+            setattr(module, name, new)

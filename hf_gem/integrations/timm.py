@@ -1,23 +1,41 @@
-"""timm: its activation registries, four private dicts of `timm.layers.create_act`.
+"""timm: its activation registries, the arguments of models, and the configs of saved ones.
 
-Names that the memory-efficient (`_ME`) dicts do not hold are looked up in the `_DEFAULT` ones, and scriptable and
-exportable modes read only these, so these two are all there is to replace.
+Names that the memory-efficient (`_ME`) dicts of `timm.layers.create_act` do not hold are looked up in the `_DEFAULT`
+ones, and scriptable and exportable modes read only these, so these two are all there is to replace there. Every model
+is built by `build_model_with_cfg`, which is where a name becomes an `ActName` and where a conversion is repeated.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import functional
-from ..modules import module_factory
-from ..spec import GemSpec
-from .registry import Installer, NameLookup, refuse_conflicts
+from ..conversion import PLAN, apply_plan, plan_of
+from ..init import gain
+from ..modules import GemActivation, get_activation, module_factory
+from ..spec import FAMILIES, GemSpec, is_claimed, parse
+from ..stock import is_gate, kind, stock_slots
+from .registry import Installer, NameLookup, function_patch, refuse_conflicts
 
-_DICTS = ("_ACT_LAYER_DEFAULT", "_ACT_FN_DEFAULT")
+
+class ActName(str):
+    """A name that is also called like what it stands for: given a tensor it is the function, else it builds the layer.
+
+    Some models look `act_layer` up and others call it; this serves both, and a config can still be saved as JSON.
+    """
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        spec = parse(self)
+        if args and not isinstance(args[0], bool):
+            return _make_function(spec)(*args, **kwargs)
+        return module_factory(spec)(**kwargs)  # without a positional `inplace`, which has no effect
 
 
 def _function(x: Tensor, n: int, eps: float, family: str, inplace: bool = False) -> Tensor:
@@ -27,30 +45,135 @@ def _function(x: Tensor, n: int, eps: float, family: str, inplace: bool = False)
 
 def _make_function(spec: GemSpec) -> Callable[..., Tensor]:
     if spec.learnable:
-        raise ValueError(f"{spec.name!r} has a parameter, which a function cannot own; use get_act_layer instead")
+        fixed = spec.name.removesuffix("_learnable")
+        raise ValueError(
+            f"{spec.name!r} has a parameter, which a function cannot own; use get_act_layer instead, or {fixed!r} in a "
+            "model that takes a function"
+        )
     return functools.partial(_function, n=spec.n, eps=spec.eps, family=spec.family)
 
 
 class _Layers(NameLookup):
-    make = staticmethod(module_factory)
+    make = staticmethod(lambda spec: ActName(spec.name))
 
 
 class _Functions(NameLookup):
     make = staticmethod(_make_function)
 
 
-def _install(module: Any) -> None:
-    if isinstance(module._ACT_LAYER_DEFAULT, _Layers):
-        return
-    for name in (*_DICTS, "_ACT_LAYER_ME", "_ACT_FN_ME"):
-        refuse_conflicts(getattr(module, name), f"timm.layers.create_act.{name}")
-    module._ACT_LAYER_DEFAULT = _Layers(module._ACT_LAYER_DEFAULT)
-    module._ACT_FN_DEFAULT = _Functions(module._ACT_FN_DEFAULT)
+class _Gammas(NameLookup):
+    make = staticmethod(lambda spec: gain(spec.name, centered=True))
 
 
-def _uninstall(module: Any) -> None:
-    for name in _DICTS:
-        setattr(module, name, dict(getattr(module, name)))
+def _lookups(where: str, lookups: dict[str, type[NameLookup]], beside: tuple[str, ...] = ()) -> Installer:
+    """The pair that replaces dicts of the module `where` by lookups, unless they or those `beside` hold our names."""
+
+    def install(module: Any) -> None:
+        for name in (*lookups, *beside):
+            refuse_conflicts(getattr(module, name), f"{where}.{name}")
+        for name, lookup in lookups.items():
+            if not isinstance(getattr(module, name), lookup):
+                setattr(module, name, lookup(getattr(module, name)))
+
+    def uninstall(module: Any) -> None:
+        for name in lookups:
+            setattr(module, name, dict(getattr(module, name)))
+
+    return install, uninstall
 
 
-INSTALLERS: dict[str, Installer] = {"timm.layers.create_act": (_install, _uninstall)}
+def _build_model(original: Any, model_cls: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    """Builds with names that can be called, and repeats a saved conversion before weights are loaded into it.
+
+    The conversion is an argument of the model, which timm without hf_gem refuses by its key.
+    """
+    plan = kwargs.pop(PLAN, None)
+    names = {key: parse(value).name for key, value in kwargs.items() if "act_layer" in key and is_claimed(value)}
+    kwargs.update({key: ActName(name) for key, name in names.items()})
+    if "act_layer" in names:
+        _unfix(kwargs)
+
+    def build(**kwargs: Any) -> nn.Module:
+        model = model_cls(**kwargs)
+        if plan is not None:
+            apply_plan(plan, model, get_activation)
+        for module in model.modules():
+            if isinstance(module, GemActivation):  # timm gives its device to every layer but activations
+                module.to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
+        _warn_of_what_is_left(names, model)
+        return model
+
+    model = original(build, *args, **kwargs)
+    if names:
+        # As create_model of timm 1.0.31 records arguments; this does it for older versions and without create_model.
+        model._model_args = {**getattr(model, "_model_args", {}), **names}
+    return model
+
+
+def _unfix(kwargs: dict[str, Any]) -> None:
+    """Lets `act_layer` reach the blocks of an EfficientNet whose definition names another activation."""
+    stages = kwargs.get("block_args")
+    if isinstance(stages, list):  # elsewhere, a dict of another meaning
+        kwargs["block_args"] = [[{**block, "act_layer": None} for block in stage] for stage in stages]
+    se_layer = kwargs.get("se_layer")
+    if isinstance(se_layer, functools.partial) and "force_act_layer" in se_layer.keywords:
+        kwargs["se_layer"] = functools.partial(se_layer, force_act_layer=None)
+
+
+def _warn_of_what_is_left(names: dict[str, str], model: nn.Module) -> None:
+    modules = list(model.modules())
+    used = {module.spec.name for module in modules if isinstance(module, GemActivation)}
+    used |= {value for module in modules for value in vars(module).values() if isinstance(value, ActName)}  # functions
+    for key, name in names.items():
+        if name not in used:
+            warnings.warn(
+                f"{type(model).__name__} takes {key}={name!r} and uses it nowhere: its activations are part of its "
+                "normalisation layers, or not there",
+                stacklevel=2,
+            )
+    found = [(str(kind(slot.occupant)), slot.path) for slot in stock_slots(model) if "act_layer" in names]
+    left = [f"{kind} at {path}" for kind, path in found if kind not in FAMILIES and not is_gate(kind)]
+    if left:
+        warnings.warn(
+            f"act_layer={names['act_layer']!r} does not reach {len(left)} of the activations of "
+            f"{type(model).__name__}, such as {left[0]}, which stay as they are; hf_gem.convert replaces them",
+            stacklevel=2,
+        )
+
+
+def _save_config(
+    original: Any,
+    model: nn.Module,
+    config_path: Any,
+    model_config: dict[str, Any] | None = None,
+    model_args: dict[str, Any] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Saves the names that a model was built with, and how it has been converted since."""
+    recorded: Any = getattr(model, "_model_args", {})
+    recorded.pop(PLAN, None)  # the conversion it was loaded with; what counts is the one it has now
+    ours = {key: value for key, value in recorded.items() if is_claimed(value)}
+    plan = plan_of(model)
+    if plan is not None:
+        ours[PLAN] = plan
+    given = {**(model_config or {}).get("model_args", {}), **(model_args or {})}
+    original(model, config_path, model_config, {**ours, **given}, *args, **kwargs)
+
+
+INSTALLERS: dict[str, Installer] = {
+    "timm.layers.create_act": _lookups(
+        "timm.layers.create_act",
+        {"_ACT_LAYER_DEFAULT": _Layers, "_ACT_FN_DEFAULT": _Functions},
+        beside=("_ACT_LAYER_ME", "_ACT_FN_ME"),
+    ),
+    "timm.models.nfnet": _lookups("timm.models.nfnet", {"_nonlin_gamma": _Gammas}),
+    "timm.models._builder": function_patch(
+        "build_model_with_cfg",
+        _build_model,
+        "some models take the class of an activation only, none a saved conversion",
+    ),
+    "timm.models._hub": function_patch(
+        "save_config_for_hf", _save_config, "pass the activation of a saved model as model_args"
+    ),
+}

@@ -17,7 +17,7 @@ from ..conversion import PLAN, apply_plan, complete, plan_of
 from ..modules import GemActivation, get_activation, module_factory
 from ..spec import is_claimed, parse
 from .fields import activation_fields, declares, mask, set_activation, unmask
-from .registry import Installer, NameLookup, method_patch, refuse_conflicts
+from .registry import Installer, NameLookup, method_patch, refuse_conflicts, replace_everywhere
 
 
 class _Act2Cls(NameLookup):
@@ -31,21 +31,14 @@ def _install_activations(module: ModuleType) -> None:
     refuse_conflicts(module.ACT2CLS, "transformers.activations.ACT2CLS")
     instantier = type(module.ACT2FN)  # its __getitem__ builds what a lookup returns
     module.ACT2FN.__class__ = type(f"Gem{instantier.__name__}", (NameLookup, instantier), {"make": _Act2Cls.make})
-    _replace_everywhere("ACT2CLS", module.ACT2CLS, _Act2Cls(module.ACT2CLS))
+    replace_everywhere("ACT2CLS", module.ACT2CLS, _Act2Cls(module.ACT2CLS))
 
 
 def _uninstall_activations(module: ModuleType) -> None:
     if not isinstance(module.ACT2CLS, _Act2Cls):
         return
     module.ACT2FN.__class__ = type(module.ACT2FN).__mro__[2]
-    _replace_everywhere("ACT2CLS", module.ACT2CLS, dict(module.ACT2CLS))
-
-
-def _replace_everywhere(name: str, old: object, new: object) -> None:
-    for module in list(sys.modules.values()):
-        # vars, not getattr: a lazy module would import half of its package to answer.
-        if isinstance(module, ModuleType) and vars(module).get(name) is old:
-            setattr(module, name, new)
+    replace_everywhere("ACT2CLS", module.ACT2CLS, dict(module.ACT2CLS))
 
 
 # ---- configs: `hidden_act` where a config calls its activation otherwise

@@ -10,12 +10,16 @@ import pytest
 from torch import nn
 
 import hf_gem
-from hf_gem.integrations.registry import method_patch
+from hf_gem.integrations.registry import function_patch, method_patch
 
 activations = pytest.importorskip("transformers.activations")
 create_act = pytest.importorskip("timm.layers.create_act")
 configuration_utils = pytest.importorskip("transformers.configuration_utils")
 modeling_utils = pytest.importorskip("transformers.modeling_utils")
+
+from timm.models import _builder as builder  # noqa: E402
+from timm.models import _hub as hub  # noqa: E402
+from timm.models import vgg  # noqa: E402
 
 TIMM_DICTS = ("_ACT_LAYER_DEFAULT", "_ACT_FN_DEFAULT", "_ACT_LAYER_ME", "_ACT_FN_ME")
 
@@ -30,7 +34,12 @@ def _registered():
 def state():
     """Everything registration touches: the type and the content of each dict, and the methods themselves."""
     dicts = [activations.ACT2FN, activations.ACT2CLS, *(getattr(create_act, name) for name in TIMM_DICTS)]
-    methods = [configuration_utils.PreTrainedConfig.__post_init__, modeling_utils.PreTrainedModel._initialize_weights]
+    methods = [
+        configuration_utils.PreTrainedConfig.__post_init__,
+        modeling_utils.PreTrainedModel._initialize_weights,
+        *(vars(module)["build_model_with_cfg"] for module in (builder, vgg)),
+        hub.save_config_for_hf,
+    ]
     return [(type(d), list(d.items())) for d in dicts] + methods
 
 
@@ -38,10 +47,13 @@ CHECKS = """
 def check():
     from transformers import GPT2Config
     from transformers.activations import ACT2CLS, ACT2FN
+    import timm
     from timm.layers import create_act_layer, get_act_fn
     names = [type(ACT2FN["gem_n2"]), type(ACT2CLS["egem"]()), type(create_act_layer("segem_eps0.1"))]
     config = GPT2Config(hidden_act="gem")
-    return [t.__name__ for t in names] + [get_act_fn("gem") is not None, config.activation_function]
+    model = timm.create_model("starnet_s050", act_layer="gem_n2")
+    functions = [get_act_fn("gem") is not None, model.stem[1].spec.name]
+    return [t.__name__ for t in names] + functions + [config.activation_function]
 """
 
 BEFORE = """
@@ -73,7 +85,7 @@ hf_gem.register()
 print(json.dumps([later, check()]))
 """
 
-EXPECTED = ["GEM", "EGEM", "SEGEM", True, "gem"]
+EXPECTED = ["GEM", "EGEM", "SEGEM", True, "gem_n2", "gem"]
 
 
 def run(script):
@@ -115,7 +127,7 @@ def test_unregister_takes_everything_back():
     bare = state()
     assert bare != registered
     assert [kind.__module__.split(".")[0] for kind, _ in bare[:6]] == ["transformers", *["builtins"] * 5]
-    assert not [method for method in bare[6:] if hasattr(method, "_hf_gem_original")]
+    assert not [method for method in bare[6:] if method in registered]
     assert "gem" not in activations.ACT2FN
     with pytest.raises(KeyError):
         activations.ACT2FN["gem"]
@@ -193,3 +205,40 @@ def test_a_method_patch_wraps_once_and_unwraps():
     for _ in range(2):
         uninstall(module)
         assert Model.forward is original
+
+
+def test_a_function_patch_reaches_where_it_was_imported_to(monkeypatch):
+    def build(x, scale=1):
+        """Doubles."""
+        return 2 * x * scale
+
+    library, importer = ModuleType("some_library"), ModuleType("some_importer")
+    library.build = importer.build = build
+    monkeypatch.setitem(sys.modules, "some_importer", importer)
+    install, uninstall = function_patch("build", lambda original, *a, **k: original(*a, **k) + 1, "no sums")
+    for _ in range(2):
+        install(library)
+        assert library.build is importer.build
+        assert importer.build(3, scale=2) == 13
+    assert importer.build.__doc__ == "Doubles."
+    kept = importer.build
+    for _ in range(2):
+        uninstall(library)
+        assert library.build is importer.build is build
+    assert kept(3) == 6
+    with pytest.warns(UserWarning, match=r"hf_gem finds no some_library\.sum in this version: no sums"):
+        function_patch("sum", build, "no sums")[0](library)
+
+
+def test_a_function_patch_under_that_of_somebody_else_goes_quiet():
+    library, original = ModuleType("some_library"), abs
+    library.build = original
+    install, uninstall = function_patch("build", lambda original, x: original(x) + 1, "no sums")
+    install(library)
+    ours = library.build
+    library.build = theirs = lambda x: ours(x)
+    uninstall(library)
+    assert library.build is theirs
+    assert theirs(-3) == 3
+    install(library)
+    assert theirs(-3) == 4
