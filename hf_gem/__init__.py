@@ -11,6 +11,7 @@ from .init import gain
 from .integrations import register, unregister
 from .integrations.fields import set_activation
 from .integrations.hub import save_for_hub
+from .integrations.timm import create_timm_model
 from .modules import EGEM, GEM, SEGEM, get_activation
 from .spec import GemSpec, parse
 
@@ -25,6 +26,7 @@ __all__ = [
     "GemSpec",
     "audit",
     "convert",
+    "create_timm_model",
     "egem",
     "gain",
     "gem",

@@ -152,7 +152,9 @@ def complete(model: nn.Module, make: Callable[[str], nn.Module]) -> None:
             replace({parse(name).name: left}, make, written_down=False)
 
 
-def apply_plan(plan: dict[str, Any], model: nn.Module, make: Callable[[str], nn.Module]) -> None:
+def apply_plan(
+    plan: dict[str, Any], model: nn.Module, make: Callable[[str], nn.Module], unfinished: bool = False
+) -> None:
     """Replays a conversion on a freshly built model, before its weights are loaded.
 
     A transformers model is also found in another class of its family: the path `resnet.encoder.x` of a model with a
@@ -162,6 +164,7 @@ def apply_plan(plan: dict[str, Any], model: nn.Module, make: Callable[[str], nn.
         plan: As `plan_of` gives it.
         model: The model, in its original state or converted already.
         make: Builds the module for a name.
+        unfinished: Whether parts of the model may still be to come, so that what is not found is left out.
 
     Raises:
         ValueError: the plan is of another version or malformed, or the model lacks what was replaced. Nothing is
@@ -189,6 +192,8 @@ def apply_plan(plan: dict[str, Any], model: nn.Module, make: Callable[[str], nn.
             try:
                 slot = slot_at(model, ours + path.removeprefix(theirs))
             except KeyError:
+                if unfinished:
+                    continue
                 raise ValueError(
                     f"{type(model).__name__} has no activation at {path!r}, which {plan['model']} had when it was "
                     f"converted to {name!r}: it was built by other code. Convert the original model again, or remove "

@@ -24,6 +24,8 @@ from .modules import get_activation
 from .spec import GemSpec, parse
 from .stock import is_gate, kind, stock_slots
 
+_ALREADY = "there already"
+
 
 @dataclass(frozen=True)
 class Replacement:
@@ -148,8 +150,8 @@ def convert(
             model is one that cannot be converted (scripted, quantised with fused activations, ...). Nothing is changed.
     """
     spec = _check(model, name, eps, data)
-    chosen, left = _choose(model, _as_tuple(replace), _as_tuple(skip))
-    if not chosen:
+    chosen, left = _choose(model, None if eps == "fit" else spec, _as_tuple(replace), _as_tuple(skip))
+    if not chosen and not any(reason == _ALREADY for *_, reason in left):
         raise ValueError(_nothing_to_replace(model, left, replace, skip))
     batches = list(data) if data is not None else []
     fits: dict[str, tuple[Fit, float]] = {}
@@ -162,7 +164,7 @@ def convert(
     for path, slot in chosen.items():
         fitted, unfitted = fits.get(path, (None, None))
         new = fitted.spec.name if fitted else spec.name
-        replaced.append(Replacement(path, kind(slot.occupant) or "", new, fitted, unfitted))
+        replaced.append(Replacement(path, _name(slot), new, fitted, unfitted))
         by_name.setdefault(new, []).append(slot)
     conversion.replace(by_name, get_activation)
     _write_plans(model)
@@ -205,6 +207,11 @@ def _check(model: nn.Module, name: str, eps: float | str | None, data: Any) -> G
             raise ValueError(f"{where}, a ReLU fused with its layer; convert the model before fusing and quantising it")
         if spec.learnable and _is_wrapper(module):
             raise ValueError(f"{where}, which would not know the new parameters; convert the model before wrapping it")
+        if spec.learnable and getattr(getattr(module, "_hf_hook", None), "offload", False):
+            raise ValueError(
+                f"the weights of {path or 'the model'} are offloaded, where new parameters cannot go; "
+                "convert the model before dispatching it"
+            )
     return spec
 
 
@@ -213,8 +220,10 @@ def _is_wrapper(module: nn.Module) -> bool:
     return bool(names & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"})
 
 
-def _choose(model: nn.Module, only: tuple, skip: tuple) -> tuple[dict[str, Slot], list[tuple[str, str, str]]]:
-    """The slots to replace by path, and (path, kind, reason) of the others."""
+def _choose(
+    model: nn.Module, spec: GemSpec | None, only: tuple, skip: tuple
+) -> tuple[dict[str, Slot], list[tuple[str, str, str]]]:
+    """The slots to replace by path, and (path, name, reason) of the others."""
     chosen: dict[str, Slot] = {}
     left = []
     unused = {pattern for pattern in (*only, *skip) if isinstance(pattern, str)}
@@ -225,13 +234,17 @@ def _choose(model: nn.Module, only: tuple, skip: tuple) -> tuple[dict[str, Slot]
         by_name = [s for s in only if (_plain(s) == what if isinstance(s, str) else _matches(s, slot))]
         unused.difference_update(s for s in (*by_skip, *by_name) if isinstance(s, str))
         if by_skip:
-            left.append((slot.path, what, "as asked for by skip="))
+            reason = "as asked for by skip="
         elif only and not by_name:
-            left.append((slot.path, what, "not among replace="))
+            reason = "not among replace="
         elif not only and is_gate(what):
-            left.append((slot.path, what, "a gate"))
+            reason = "a gate"
+        elif spec is not None and getattr(slot.occupant, "spec", None) == spec:
+            reason = _ALREADY
         else:
             chosen[slot.path] = slot
+            continue
+        left.append((slot.path, _name(slot), reason))
     if unused and found:
         kinds = sorted({kind(slot.occupant) or "" for slot in found})
         raise ValueError(
@@ -239,6 +252,11 @@ def _choose(model: nn.Module, only: tuple, skip: tuple) -> tuple[dict[str, Slot]
             f"{', '.join(kinds)} or classes, skip= patterns of paths such as {found[0].path!r}"
         )
     return chosen, left
+
+
+def _name(slot: Slot) -> str:
+    spec = getattr(slot.occupant, "spec", None)
+    return spec.name if isinstance(spec, GemSpec) else kind(slot.occupant) or ""
 
 
 def _as_tuple(wanted: Any) -> tuple:
@@ -291,10 +309,8 @@ def _audit(model: nn.Module, batch: Any) -> tuple[Audit | None, str]:
     args, kwargs = _arguments(batch) if batch is not None else ((), {})
     try:
         return audit(model, *args, **kwargs), ""
-    except Exception as error:  # a model is converted whether or not it runs here
-        if batch is not None:
-            raise
-        return None, f"{error}"
+    except Exception as error:  # the model is converted whether or not it runs here
+        return None, f"{type(error).__name__}: {error}"
 
 
 # ---- running a model on data

@@ -26,6 +26,9 @@ def _eps_at(log_ratio: Tensor, init_eps: float) -> Tensor:
 class GemActivation(nn.Module):
     """What the modules share. n and eps are plain numbers, so that building on the meta device loses nothing.
 
+    Calls take `inplace` as `torch.nn.functional.relu` does, in whose place they stand after a conversion, and never
+    overwrite their input.
+
     A learnable eps is `init_eps * exp(log_ratio)`: positive whatever the optimizer does, and exactly `init_eps` at
     `log_ratio = 0`, also when the module is cast to bfloat16.
     """
@@ -99,7 +102,7 @@ class GEM(GemActivation):
     def __init__(self, n: int = 1, inplace: bool = False) -> None:
         super().__init__(n)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         if torch.jit.is_scripting():
             return reference.egem(x, self.n, 1.0)
         return functional.gem(x, self.n)
@@ -135,7 +138,7 @@ class EGEM(GemActivation):
     ) -> None:
         super().__init__(n, eps, learnable, num_parameters, channel_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         log_ratio = self.log_ratio
         if log_ratio is None:
             return self._fixed(x)

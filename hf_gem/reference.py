@@ -108,7 +108,7 @@ def _scale(eps: float, n: int) -> tuple[float, float]:
 def _scale_tensor(eps: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """`_scale` for a tensor. Only e carries a derivative: the functions do not depend on how eps is split."""
     eps = eps.clamp(1e-37, 1e37)  # spec.LEARNABLE_RANGE: an eps that runs away in training saturates there
-    r = torch.exp2(torch.floor(0.5 - torch.log2(eps.detach()) / (2 * n)))
+    r = torch.pow(2.0, torch.floor(0.5 - torch.log2(eps.detach()) / (2 * n)))  # ONNX from TorchScript has no exp2
     e = eps
     for _ in range(2 * n):  # a factor at a time, since r^(2n) alone may overflow
         e = e * r

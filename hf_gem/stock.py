@@ -16,17 +16,20 @@ from .modules import GemActivation
 # Ends of names: StarReLU, ReLUSquared, GELUTanh, leaky_relu, NewGELU, XIELU ...
 _ACTIVATION = re.compile(r".*(relu6?|gelu|silu|swish|mish|[a-z]elu|^elu)(squared|tanh|new)?")
 _GATE = re.compile(r"(hard|log)?sigmoid|(hard)?tanh|softsign|softplus|sqrtsoftplus|laplace")
+# Subclasses of these apply an activation to what they compute: LinearReLU.
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
 
 
 def kind(occupant: Any) -> str | None:
     """The name of an activation as lower-case letters, such as `relu`, `gelutanh`, `hardswish`; None for anything else.
 
-    A module counts when it has no submodules; a class that is kept to be instantiated later does not.
+    A module counts when it has no submodules and is no layer with weights; a class, kept to be instantiated, does not.
     """
     if isinstance(occupant, GemActivation):
         return occupant.family
     if isinstance(occupant, nn.Module):
-        name = type(occupant).__name__ if not occupant._modules else ""
+        is_layer = bool(occupant._modules) or isinstance(occupant, _LAYERS)
+        name = "" if is_layer else type(occupant).__name__
     else:
         while isinstance(occupant, functools.partial):
             occupant = occupant.func

@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.elastic.utils.distributed import get_free_port
 from transformers import PreTrainedTokenizerFast
@@ -17,6 +19,11 @@ TINY = (
     *("--n_layer=2", "--n_embd=16", "--n_head=2", "--block_size=16", "--vocab_size=300", "--validation_fraction=0.2"),
     *("--steps=6", "--global_batch_size=4", "--micro_batch_size=4", "--warmup_steps=2", "--learning_rate=0.01"),
     *("--log_every=1", "--eval_every=3", "--save_every=2"),
+)
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
+    reason="needs a C++ compiler for Inductor, and finds neither $CXX nor g++ nor clang++",
 )
 
 

@@ -183,6 +183,15 @@ def unmask(config: Any) -> None:
             )
 
 
+def is_body(key: str) -> bool:
+    """Whether a field with this name is about the body of a network, not a pooler, a head, a projector ..."""
+    return not _words(key) & _OTHER_PARTS
+
+
+def _words(key: object) -> set[str]:
+    return set(re.split(r"[_\W]+", str(key).lower()))
+
+
 def _search(container: Any, prefix: str, inherited: set[str], seen: set[int]) -> Iterator[ActivationField]:
     if id(container) in seen:
         return
@@ -192,7 +201,7 @@ def _search(container: Any, prefix: str, inherited: set[str], seen: set[int]) ->
         return
     in_config = _is_config(container)
     for key, value in list((vars(container) if in_config else container).items()):
-        path, words = f"{prefix}{key}", set(re.split(r"[_\W]+", str(key).lower()))
+        path, words = f"{prefix}{key}", _words(key)
         if _is_config(value):
             yield from _search(value, f"{path}.", set(), seen)
         elif in_config and not declares(container, key):
@@ -202,8 +211,7 @@ def _search(container: Any, prefix: str, inherited: set[str], seen: set[int]) ->
         elif _is_activation_name(value) and (
             key in _DERIVED or words & _ACTIVATION_WORDS or (key == "name" and inherited & _ACTIVATION_WORDS)
         ):
-            is_body = not words & _OTHER_PARTS and value.lower() not in _GATES
-            yield ActivationField(path, container, key, is_body)
+            yield ActivationField(path, container, key, is_body(key) and value.lower() not in _GATES)
 
 
 class _TimmField(ActivationField):

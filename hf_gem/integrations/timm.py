@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -21,6 +21,9 @@ from ..modules import GemActivation, get_activation, module_factory
 from ..spec import FAMILIES, GemSpec, is_claimed, parse
 from ..stock import is_gate, kind, stock_slots
 from .registry import Installer, NameLookup, function_patch, refuse_conflicts
+
+if TYPE_CHECKING:
+    from ..convert import Conversion
 
 
 class ActName(str):
@@ -153,12 +156,48 @@ def _save_config(
     """Saves the names that a model was built with, and how it has been converted since."""
     recorded: Any = getattr(model, "_model_args", {})
     recorded.pop(PLAN, None)  # the conversion it was loaded with; what counts is the one it has now
-    ours = {key: value for key, value in recorded.items() if is_claimed(value)}
+    ours: dict[str, Any] = {key: value for key, value in recorded.items() if is_claimed(value)}
     plan = plan_of(model)
     if plan is not None:
         ours[PLAN] = plan
     given = {**(model_config or {}).get("model_args", {}), **(model_args or {})}
     original(model, config_path, model_config, {**ours, **given}, *args, **kwargs)
+
+
+def create_timm_model(name: str, act: str, **kwargs: Any) -> tuple[nn.Module, Conversion]:
+    """`timm.create_model` with every activation of the family, whether or not the model takes an `act_layer`.
+
+    A model with random weights is built with `act_layer=act` where it takes that, and the rest is converted. With
+    `pretrained=True` all of it is converted once the weights are in. Saved with timm, the model is rebuilt the same.
+
+    Args:
+        name: Of a timm model.
+        act: Of the family.
+        kwargs: For `timm.create_model`.
+
+    Returns:
+        The model, and the report of `hf_gem.convert` on what `act_layer` left: print it.
+
+    Raises:
+        ValueError: the name of the activation is malformed, or the model has none to replace.
+    """
+    import timm
+
+    from ..convert import convert  # which builds on the integrations
+
+    parse(act)
+    model = None
+    if not kwargs.get("pretrained"):
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "act_layer=.* does not reach|.* uses it nowhere", module="hf_gem")
+                model = timm.create_model(name, act_layer=act, **kwargs)
+        except TypeError as error:
+            if "act_layer" not in str(error):
+                raise
+    if model is None:
+        model = timm.create_model(name, **kwargs)
+    return model, convert(model, act)
 
 
 INSTALLERS: dict[str, Installer] = {

@@ -16,7 +16,7 @@ from typing import Any
 from ..conversion import PLAN, apply_plan, complete, plan_of
 from ..modules import GemActivation, get_activation, module_factory
 from ..spec import is_claimed, parse
-from .fields import activation_fields, declares, mask, set_activation, unmask
+from .fields import activation_fields, declares, is_body, mask, set_activation, unmask
 from .registry import Installer, NameLookup, method_patch, refuse_conflicts, replace_everywhere
 
 
@@ -45,29 +45,35 @@ def _uninstall_activations(module: ModuleType) -> None:
 
 
 def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
-    """`Config(hidden_act=name)` with one of our names sets what the config really reads, instead of being ignored."""
-    name = kwargs.get("hidden_act")
-    if not is_claimed(name):
-        return original(config, **kwargs)
-    del kwargs["hidden_act"]
+    """One of our names under a keyword that is no field of this config sets what the config really reads."""
+    from_file = config.transformers_version is not None
+    # Of a file's other keys, some are only what a config made of its fields.
+    keys = [key for key, value in kwargs.items() if is_claimed(value) and (key == "hidden_act" or not from_file)]
+    names = {key: kwargs.pop(key) for key in keys}
     original(config, **kwargs)
-    if config.transformers_version is not None:  # it comes from a file
-        warnings.warn(
-            f"ignoring hidden_act={name!r} in a saved {type(config).__name__}, which has no such field: the model was "
-            f"built with {_selected(config)}. Remove the key from config.json, or change the activation with "
-            "hf_gem.set_activation",
-            stacklevel=2,
-        )
-        return None
-    name = parse(name).name
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for field in activation_fields(config):
-        if field.owner is config and field.is_body and field.value not in (defaults.get(field.key), name):
-            raise ValueError(
-                f"{type(config).__name__} got {field.key}={field.value!r} and hidden_act={name!r}, which set the same "
-                f"thing; give one"
+    for key, name in names.items():
+        if from_file or not is_body(key):
+            fields = ", ".join(f"{field.path}={field.value!r}" for field in activation_fields(config))
+            warnings.warn(
+                f"ignoring {key}={name!r}, which is no field of {type(config).__name__}"
+                + (", in a saved config: its model was built without it" if from_file else "")
+                + f". The config has {fields or 'no activation to select'}; set one, or use hf_gem.set_activation",
+                stacklevel=2,
             )
-    return _redirect(config, name)
+            continue
+        name = parse(name).name
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        for field in activation_fields(config):
+            if (
+                field.owner is config
+                and field.is_body
+                and field.value not in (defaults.get(field.key), name, f"gated-{name}")
+            ):
+                raise ValueError(
+                    f"{type(config).__name__} got {field.key}={field.value!r} and {key}={name!r}, which set the same "
+                    "thing; give one"
+                )
+        _redirect(config, name)
 
 
 def _config_from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -81,11 +87,6 @@ def _config_from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kw
     return result
 
 
-def _selected(config: Any) -> str:
-    fields = [f"{field.path}={field.value!r}" for field in activation_fields(config) if field.is_body]
-    return ", ".join(fields) or "its own activation"
-
-
 def _redirect(config: Any, name: str) -> None:
     """Sets every activation of the body; where there is none, keeps `hidden_act`, and building the model says so."""
     try:
@@ -93,7 +94,8 @@ def _redirect(config: Any, name: str) -> None:
     except ValueError:
         config.hidden_act = name
     else:
-        vars(config).pop("hidden_act", None)
+        if not declares(config, "hidden_act"):
+            vars(config).pop("hidden_act", None)
 
 
 # ---- models: what their config asks for and their code leaves out
@@ -111,30 +113,32 @@ def _model_init(original: Any, model: Any, config: Any, *args: Any, **kwargs: An
 
 def _model_post_init(original: Any, model: Any) -> None:
     """Conversions are part of building a model: weights are loaded, or initialised, after them."""
-    outermost = _is_outermost(model)
+    constructors = _constructors()
+    outermost = all(built is model for built in constructors)
+    unfinished = len(constructors) > 1  # a subclass goes on when this constructor returns
     if outermost:
         complete(model, get_activation)
         for part in _parts(model).values():
             if (plan := vars(part.config).get(PLAN)) is not None:
-                apply_plan(plan, part, get_activation)
+                apply_plan(plan, part, get_activation, unfinished)
     original(model)
-    if outermost:
+    if outermost and not unfinished:
         _warn_of_unused_names(model)
 
 
-def _is_outermost(model: Any) -> bool:
-    """Whether no other model, and no subclass's constructor of this one, is being built around it.
+def _constructors() -> list[Any]:
+    """The models whose `__init__` is running, innermost first.
 
-    Read off the call stack, the one thing that knows: a config is shared by a model and its parts.
+    Read off the call stack, the one thing that knows: a model and its parts share a config.
     """
-    frame: Any = sys._getframe(2)
-    while frame is not None and frame.f_code.co_name != "__init__":
-        frame = frame.f_back  # the constructor that called post_init
     base = sys.modules["transformers.modeling_utils"].PreTrainedModel
-    while frame is not None and (frame := frame.f_back) is not None:
-        if frame.f_code.co_name == "__init__" and isinstance(frame.f_locals.get("self"), base):
-            return False
-    return True
+    models = []
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "__init__" and isinstance(model := frame.f_locals.get("self"), base):
+            models.append(model)
+        frame = frame.f_back
+    return models
 
 
 def _parts(model: Any) -> dict[int, Any]:

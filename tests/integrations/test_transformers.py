@@ -15,16 +15,35 @@ import hf_gem
 pytest.importorskip("transformers")
 
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BartConfig,
     BertConfig,
     BertModel,
+    BloomConfig,
+    BloomForCausalLM,
+    CLIPConfig,
+    DbrxConfig,
+    DistilBertConfig,
     EncoderDecoderConfig,
     EncoderDecoderModel,
+    Gemma2Config,
+    GemmaConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssModel,
+    OPTConfig,
+    ResNetConfig,
+    ResNetForImageClassification,
+    RTDetrConfig,
     T5Config,
     T5Model,
+    XLNetConfig,
     activations,
 )
+
+from hf_gem.integrations.fields import activation_fields
 
 NAMES = ["gem", "gem_n3", "GEM_N2", "egem_n2_eps1em6", "egem_eps0.00001", "segem_eps0.01", "segem_n2_learnable"]
 TINY_GPT2 = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 16, "vocab_size": 32}
@@ -164,13 +183,110 @@ def test_a_key_that_had_no_effect_when_the_model_was_trained_has_none_when_it_is
     assert not hasattr(loaded.config, "hidden_act")
 
 
-def test_a_config_that_reads_no_such_field_says_so():
-    with pytest.warns(UserWarning, match=r"T5Config has no field hidden_act, so hidden_act='gem_n2' has no effect"):
-        T5Config(hidden_act="gem_n2")
+def test_nothing_to_warn_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         T5Config(hidden_act="gelu")
         BertConfig(hidden_act="gem_n2")
+        T5Config(hidden_act="gem_n2")
+
+
+def selected(config):
+    return {field.path: field.value for field in activation_fields(config) if field.is_body}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (BartConfig, {"activation_function": "gem_n2"}),
+        (OPTConfig, {"activation_function": "gem_n2"}),
+        (Gemma2Config, {"hidden_activation": "gem_n2"}),
+        (XLNetConfig, {"ff_activation": "gem_n2"}),
+        (DistilBertConfig, {"activation": "gem_n2"}),
+        (T5Config, {"feed_forward_proj": "gem_n2"}),
+        (functools.partial(T5Config, feed_forward_proj="gated-gem_n2"), {"feed_forward_proj": "gated-gem_n2"}),
+        (DbrxConfig, {"ffn_config.ffn_act_fn.name": "gem_n2"}),
+        (CLIPConfig, {"text_config.hidden_act": "gem_n2", "vision_config.hidden_act": "gem_n2"}),
+        (RTDetrConfig, {"encoder_activation_function": "gem_n2", "decoder_activation_function": "gem_n2"}),
+    ],
+    ids=lambda value: getattr(getattr(value, "func", value), "__name__", ""),
+)
+def test_configs_that_call_it_otherwise(config, expected):
+    made = config(hidden_act="GEM_n2")
+    assert expected.items() <= selected(made).items()
+    assert "hidden_act" not in vars(made)
+    again = type(made).from_dict(made.to_dict())
+    assert selected(again) == selected(made)
+
+
+def test_t5_configs_keep_what_they_made_of_the_field(tmp_path):
+    config = T5Config(hidden_act="gem_n2")
+    assert (config.feed_forward_proj, config.dense_act_fn, config.is_gated_act) == ("gem_n2", "gem_n2", False)
+    config.save_pretrained(tmp_path)
+    assert T5Config.from_pretrained(tmp_path).dense_act_fn == "gem_n2"
+    with pytest.raises(ValueError, match="feed_forward_proj='gated-gelu' and hidden_act='gem_n2'"):
+        T5Config(feed_forward_proj="gated-gelu", hidden_act="gem_n2")
+
+
+def test_a_name_under_another_keyword():
+    assert GemmaConfig(hidden_activation="egem").hidden_act == "egem"
+    assert GPT2Config(activation="egem").activation_function == "egem"
+    with pytest.warns(UserWarning, match=r"ignoring projector_hidden_act='gem', which is no field of GPT2Config"):
+        config = GPT2Config(projector_hidden_act="gem")
+    assert config.activation_function == "gelu_new"
+
+
+def test_an_assigned_name_takes_effect_when_a_model_is_built():
+    config = GPT2Config(**TINY_GPT2)
+    config.hidden_act = "gem_n2"
+    model = GPT2LMHeadModel(config)
+    assert [block.mlp.act.spec.name for block in model.transformer.h] == ["gem_n2"] * 2
+    assert config.activation_function == "gem_n2"
+    assert "hidden_act" not in vars(config)
+
+
+def test_a_name_given_while_loading(tmp_path):
+    gpt2().save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path, hidden_act="gem_n2").activation_function == "gem_n2"
+    for cls in (GPT2LMHeadModel, AutoModelForCausalLM):
+        model = cls.from_pretrained(tmp_path, hidden_act="gem_n2")
+        assert [block.mlp.act.spec.name for block in model.transformer.h] == ["gem_n2"] * 2
+    assert AutoConfig.from_pretrained(tmp_path, hidden_act="relu").activation_function == "gelu_new"  # not ours
+
+
+TINY_BLOOM = {"n_layer": 1, "n_head": 2, "hidden_size": 16, "vocab_size": 32}
+
+
+def test_a_model_that_takes_its_activation_from_nowhere(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = BloomConfig(**TINY_BLOOM, hidden_act="gem_n2")
+    with pytest.warns(UserWarning, match=r"BloomConfig has hidden_act='gem_n2', and BloomForCausalLM does not") as seen:
+        model = BloomForCausalLM(config)
+    assert len(seen) == 1  # for the model and its parts
+    assert "hf_gem.convert(model, 'gem_n2')" in str(seen[0].message)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"ignoring hidden_act='gem_n2', which is no field of BloomConfig, in a saved"):
+        BloomForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_declared_field_that_the_model_does_not_read():
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GptOssConfig(**sizes, num_key_value_heads=2, vocab_size=32, num_local_experts=2, hidden_act="gem_n2")
+    with pytest.warns(UserWarning, match="GptOssConfig has hidden_act='gem_n2', and GptOssModel does not"):
+        GptOssModel(config)
+
+
+def test_resnet_gives_all_its_activations():
+    config = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 8]}  # depths of ResNet-50
+    model = ResNetForImageClassification(ResNetConfig(**config, hidden_act="gem_n2"))
+    layers = [module for module in model.modules() if isinstance(module, hf_gem.GEM)]
+    assert [layer.spec.name for layer in layers] == ["gem_n2"] * 49
+    assert not [module for module in model.modules() if isinstance(module, torch.nn.ReLU)]
+    assert hf_gem.audit(model).num_gem == 49
+    assert "hf_gem" not in model.config.to_dict()  # it follows from hidden_act
+    stock = ResNetForImageClassification(ResNetConfig(**config))
+    assert len([module for module in stock.modules() if isinstance(module, torch.nn.ReLU)]) == 49
 
 
 def test_a_malformed_hidden_act():
