@@ -28,6 +28,7 @@ from . import functional
 from .example_inputs import example_inputs
 from .modules import GemActivation
 from .spec import GemSpec
+from .stock import is_gate
 
 # Operations of aten that are activations, by the name under which the field knows them.
 _ACTIVATIONS = {
@@ -463,7 +464,7 @@ def _module_name(module: nn.Module, operations: list[tuple[str, str] | None]) ->
     registry = getattr(sys.modules.get("transformers.activations"), "ACT2CLS", {})
     short = re.sub("(Activation|Me)$", "", cls.__name__).lower()
     name = next((name for name, entry in registry.items() if entry is cls), short)
-    return name, "gate" if name in _GATES else "activation"
+    return name, "gate" if is_gate(name) or name in _GATES else "activation"
 
 
 def _location() -> str:

@@ -19,7 +19,7 @@ from .spec import is_claimed, parse
 
 PLAN = "hf_gem"  # the key of a plan in a config
 _VERSION = 1
-_HALF_HARD_CODED = {"resnet", "rt_detr_resnet"}  # model types; see `complete`
+_HALF_HARD_CODED = {"hgnet_v2", "resnet", "rt_detr_resnet", "uvdoc"}  # model types; see `complete`
 
 
 @dataclass(frozen=True)

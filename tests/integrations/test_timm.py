@@ -176,8 +176,10 @@ def test_names_of_timm_in_models_are_as_before():
     assert activations(on_meta("vgg11", act_layer=nn.SiLU)) == {"SiLU"}
     with pytest.raises(TypeError, match="'str' object is not callable"):
         on_meta("vgg11", act_layer="gelu")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'act_layer'"):
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'act_layer'; use hf_gem\.create_timm_model"):
         on_meta("crossvit_tiny_240", act_layer="gem")
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'act_layer'$"):
+        on_meta("crossvit_tiny_240", act_layer="relu")
 
 
 def test_a_name_that_is_called():
