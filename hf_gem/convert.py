@@ -166,7 +166,7 @@ def convert(
         new = fitted.spec.name if fitted else spec.name
         replaced.append(Replacement(path, _name(slot), new, fitted, unfitted))
         by_name.setdefault(new, []).append(slot)
-    conversion.replace(by_name, get_activation)
+    conversion.replace(model, by_name, get_activation)
     _write_plans(model)
     change = _relative_change(before, _outputs(model, batches[0])) if before is not None else None
     if inputs is None and batches:
