@@ -239,7 +239,7 @@ def test_feature_extraction_by_fx(name):
 def convert(model, **activations):
     conversion.undo(model)
     slots = {name: [conversion.slot_at(model, path) for path in paths] for name, paths in activations.items()}
-    conversion.replace(slots, hf_gem.get_activation)
+    conversion.replace(model, slots, hf_gem.get_activation)
     return conversion.plan_of(model)
 
 
