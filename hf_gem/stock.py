@@ -56,6 +56,11 @@ def _num_required(function: Callable[..., Any]) -> int:
     return sum(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
+def describe(occupant: Any) -> str:
+    """What a report calls an activation: a full name for one of ours, else its kind."""
+    return occupant.spec.name if isinstance(occupant, GemActivation) else kind(occupant) or ""
+
+
 def is_gate(kind: str) -> bool:
     """Whether this is a bounded function or a softplus, which networks use as gates, not between layers."""
     return _GATE.fullmatch(kind) is not None

@@ -237,6 +237,8 @@ def test_a_plan_replayed():
         "model": "Sequential",
         "base": "",
         "activations": {"egem_learnable": ["0.act"], "gem_n2": ["2.act", "3.act"]},
+        "parts": ["0", "1", "2", "3", "4"],
+        "fields": {},
     }
     fresh = model()
     conversion.apply_plan(plan, fresh, hf_gem.get_activation)

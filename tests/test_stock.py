@@ -1,6 +1,7 @@
 """What is recognised as an activation, and where one can be."""
 
 import functools
+import re
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def conv_relu(channels, kernel_size):
         (hf_gem.GEM(2), "gem"),
         (hf_gem.SEGEM(learnable=True, num_parameters=8), "segem"),
     ],
-    ids=repr,
+    ids=lambda value: re.sub(r" at 0x\w+|\s+", "", repr(value)),
 )
 def test_activations(occupant, expected):
     assert kind(occupant) == expected
