@@ -211,7 +211,7 @@ def test_a_report_on_many_layers_is_short():
     assert "100 activations replaced\n  gelu -> gem: 100 at *.act\n" in whole
     assert len(whole.splitlines()) == 3
     revert(model)
-    report = convert(model, "segem_n1", eps="fit", data=data, per_layer=True)
+    report = convert(model, "segem_n1", eps="fit", data=data, per_layer=True, fit_to="activations")
     assert len({r.new for r in report.replaced}) > 20
     lines = str(report).splitlines()
     assert len(lines) < 12
@@ -257,6 +257,7 @@ ERRORS = {
     "class as name": (Everything, [nn.ReLU], {}, TypeError, "name must be a string such as 'gem_n2'"),
     "typo": (Everything, ["gem-n2"], {}, ValueError, "got activation name 'gem-n2'.*Did you mean 'gem_n2'"),
     "stock name": (Everything, ["gelu"], {}, ValueError, "got activation name 'gelu'"),
+    "fit_to": (Everything, ["egem"], {"eps": "fit", "data": [X], "fit_to": "x"}, ValueError, "fit_to must be 'output'"),
     "eps": (Everything, ["egem"], {"eps": "auto"}, ValueError, "eps must be a number or 'fit', got 'auto'"),
     "negative eps": (Everything, ["egem"], {"eps": -1}, ValueError, "eps must be positive"),
     "eps of gem": (Everything, ["gem"], {"eps": 0.1}, ValueError, "gem has eps = 1"),
@@ -510,11 +511,11 @@ def test_one_fit_for_the_whole_model(name, n):
     model = fittable()
     expected = histograms(model, DATA)
     best = fit_together(expected.values(), hf_gem.parse(name).family, n=n)
-    report = convert(model, name, eps="fit", data=iter(DATA))
+    report = convert(model, name, eps="fit", data=iter(DATA), fit_to="activations")
     wanted = dataclasses.replace(best.spec, learnable=name.endswith("learnable"))
     assert {r.new for r in report.replaced} == {wanted.name} == {block.act.spec.name for block in model}
     for r in report.replaced:
-        assert r.fit.spec == wanted
+        assert r.fit.spec == best.spec
         assert r.fit.error == pytest.approx(error(best.spec, *expected[r.path]), rel=1e-12)
         assert r.unfitted_error == pytest.approx(error(name, *expected[r.path]), rel=1e-12)
     assert sum(r.fit.error for r in report.replaced) <= sum(r.unfitted_error for r in report.replaced)
@@ -523,12 +524,12 @@ def test_one_fit_for_the_whole_model(name, n):
 def test_a_fit_for_each_layer():
     model = fittable()
     expected = histograms(model, DATA)
-    report = convert(model, "egem", eps="fit", data=DATA, per_layer=True)
+    report = convert(model, "egem", eps="fit", data=DATA, per_layer=True, fit_to="activations")
     assert len({r.new for r in report.replaced}) > 1
     for r in report.replaced:
         assert r.fit == fit_together([expected[r.path]], "egem")
         assert r.fit.error <= r.unfitted_error
-    together = convert(fittable_like(model), "egem", eps="fit", data=DATA)
+    together = convert(fittable_like(model), "egem", eps="fit", data=DATA, fit_to="activations")
     ours, theirs = (sum(r.fit.error for r in each.replaced) for each in (report, together))
     assert ours <= theirs * (1 + 1e-2)  # eps is rounded to three digits
 
@@ -559,10 +560,8 @@ def test_equal_names_do_not_make_equal_functions():
     ScaledGELU = type("ScaledGELU", (Scaled,), {})
     model = nn.Sequential(Block(ScaledGELU(1.0)), Block(ScaledGELU(3.0)))
     expected = histograms(model, DATA)
-    assert (
-        convert(model, "egem", eps="fit", data=DATA).replaced[0].fit.spec
-        == fit_together(expected.values(), "egem").spec
-    )
+    report = convert(model, "egem", eps="fit", data=DATA, fit_to="activations")
+    assert report.replaced[0].fit.spec == fit_together(expected.values(), "egem").spec
 
 
 def test_the_change_of_the_output():
@@ -573,6 +572,60 @@ def test_the_change_of_the_output():
     assert report.output_change == pytest.approx(change.item(), rel=1e-5)
     plain = convert(fittable_like(model), "segem", data=DATA)
     assert plain.output_change is None
+
+
+def change_by_hand(model, members):
+    """The relative change of the output when the activations of the blocks are replaced."""
+    twin = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        stock = twin(DATA[0])
+        for block, member in zip(twin, members, strict=True):
+            block.act = hf_gem.get_activation(member)
+        return ((twin(DATA[0]) - stock).norm() / stock.norm()).item()
+
+
+@pytest.mark.parametrize(("name", "ns"), [("egem", (1, 2, 3)), ("segem_n2", (2,)), ("gem", (1, 2, 3))])
+def test_a_fit_to_the_output_changes_it_least(name, ns):
+    model = fittable()
+    stock = copy.deepcopy(model)
+    family = hf_gem.parse(name).family
+    report = convert(model, name, eps="fit", data=DATA)
+    (chosen,) = {r.new for r in report.replaced}
+    found = change_by_hand(stock, [chosen] * 5)
+    assert report.output_change == pytest.approx(found, rel=1e-4)
+    assert report.unfitted_output_change == pytest.approx(change_by_hand(stock, [name] * 5), rel=1e-4)
+    assert report.output_change <= report.unfitted_output_change
+    scales = [None] if family == "gem" else [10.0**k for k in range(-6, 2)]
+    rivals = [hf_gem.GemSpec(family, n, eps).name for n in ns for eps in scales]
+    assert found <= min(change_by_hand(stock, [rival] * 5) for rival in rivals) * (1 + 1e-4)
+    for r in report.replaced:
+        assert r.fit.error == pytest.approx(error(chosen, *histograms(stock, DATA)[r.path]), rel=1e-12)
+
+
+def test_layers_of_their_own_change_the_output_less():
+    model = fittable()
+    stock = copy.deepcopy(model)
+    whole = convert(model, "egem", eps="fit", data=DATA)
+    revert(model)
+    own = convert(model, "egem", eps="fit", data=DATA, per_layer=True)
+    assert own.output_change < whole.output_change
+    assert own.output_change == pytest.approx(change_by_hand(stock, [r.new for r in own.replaced]), rel=1e-4)
+    assert len({r.new for r in own.replaced}) > 1
+    text = f"at the given name -> fitted: {own.unfitted_output_change:.3g} -> {own.output_change:.3g}"
+    assert text in str(own)
+
+
+def test_outputs_that_cannot_be_compared():
+    class Selecting(Block):
+        def forward(self, x):
+            y = super().forward(x)
+            return y[y > 0.1]
+
+    model = Selecting(nn.GELU())
+    expected = histograms(model, DATA)
+    report = convert(model, "segem", eps="fit", data=DATA)
+    assert report.output_change is None
+    assert report.replaced[0].fit.spec == fit_together(expected.values(), "segem").spec
 
 
 def test_the_output_of_a_model_that_draws_and_masks():
