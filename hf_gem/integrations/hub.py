@@ -40,6 +40,7 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
         ValueError: its class is not one of transformers or not built by an Auto class, or it has no activation of the
             family.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper saves what it wraps too
     names, auto_map = _check(model)
     folder = Path(folder)
     config = model.config

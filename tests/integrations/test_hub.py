@@ -13,7 +13,7 @@ from torch import nn
 
 import hf_gem
 from hf_gem.integrations.hub import loading_notes
-from tests.integrations.test_round_trips import GPT2, build, disturb, run
+from tests.integrations.test_round_trips import GPT2, TEXT, build, disturb, run
 
 transformers = pytest.importorskip("transformers")
 
@@ -159,6 +159,13 @@ def test_the_files(tmp_path):
     assert auto_map["AutoModelForCausalLM"] == "modeling_gem.GPT2LMHeadModel"
     assert auto_map["AutoModel"] == "modeling_gem.GPT2Model"
     assert not hasattr(model.config, "auto_map")
+
+
+def test_a_compiled_model_and_shards(tmp_path):
+    model = disturb(gpt2())
+    hf_gem.save_for_hub(torch.compile(model, backend="eager"), tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert all(map(torch.equal, run(model, TEXT), run(GPT2LMHeadModel.from_pretrained(tmp_path), TEXT)))
 
 
 def test_the_code_stands_alone(tmp_path):

@@ -68,7 +68,13 @@ def test_a_card_states_what_the_record_holds(tmp_path, act):
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.pipeline_tag == "text-generation"
     assert act in card.data.tags
-    for ours in ("import hf_gem", "trust_remote_code", "KeyError", "2604.21677", "- hf_gem"):  # a card of GELU claims nothing of GEM
+    for ours in (
+        "import hf_gem",
+        "trust_remote_code",
+        "KeyError",
+        "2604.21677",
+        "- hf_gem",
+    ):  # a card of GELU claims nothing of GEM
         assert (ours in text) == (act == "gem_n2"), ours
     assert not any(mark in text for mark in ("{{", "}}", "{%", "None", "TODO", "More Information Needed"))
 
