@@ -240,3 +240,9 @@ def test_what_cannot_be_saved(model, error, message, tmp_path):
     with pytest.raises(error, match=message):
         hf_gem.save_for_hub(model(), tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_nothing_is_pushed_half(tmp_path):
+    with pytest.raises(ValueError, match=r"push the folder with huggingface_hub\.upload_folder"):
+        hf_gem.save_for_hub(gpt2(), tmp_path / "model", push_to_hub=True)
+    assert not (tmp_path / "model").exists()
