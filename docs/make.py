@@ -1,10 +1,12 @@
-"""Makes the picture of the family and the table of gains: python docs/make.py"""
+"""Makes the picture of the family and the tables of functions.md: python docs/make.py"""
 
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import hf_gem
+from hf_gem.fit import Histogram, error, fit
 
 DOCS = Path(__file__).resolve().parent
 GAIN_NAMES = (
@@ -12,7 +14,7 @@ GAIN_NAMES = (
     *("egem_n2_eps0.01", "egem_n2", "egem_n2_eps1em6", "segem_eps0.01", "segem", "segem_eps1em6", "segem_n2_eps0.01"),
     *("segem_n2", "segem_n2_eps1em6"),
 )
-BASELINES = {"relu": torch.nn.functional.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu}
+BASELINES = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 def gain_table() -> str:
@@ -21,11 +23,27 @@ def gain_table() -> str:
     return "| activation | gain |\n|---|---|\n" + "".join(f"| {name} | {value:.6f} |\n" for name, value in rows)
 
 
-def write_gains() -> None:
+def fit_table() -> str:
+    """The closest members to other activations on normal inputs, by the share of `E[f^2]` that changes."""
+    uniform = (torch.arange(2**18, dtype=torch.float64) + 0.5) / 2**18
+    rows = ""
+    for target in (F.gelu, F.silu, F.mish):
+        for mean, deviation in ((0.0, 1.0), (-1.0, 2.0)):
+            values = Histogram()
+            values.update(torch.distributions.Normal(mean, deviation).icdf(uniform))
+            rows += f"| {target.__name__} | N({mean:g}, {deviation**2:g}) |"
+            for family in ("egem", "segem"):
+                found = fit(values, target, family)
+                rows += f" `{found.spec.name}` {found.relative_error:.4f} |"
+            rows += f" {error('egem_eps1em12', values, target, relative=True):.4f} |\n"
+    return "| f | inputs | E-GEM | SE-GEM | ReLU |\n|---|---|---|---|---|\n" + rows
+
+
+def write_table(name: str, table: str) -> None:
     path = DOCS / "functions.md"
-    before, start, rest = path.read_text().partition("<!-- gains -->\n")
-    _, end, after = rest.partition("<!-- end of gains -->")
-    path.write_text(before + start + gain_table() + end + after)
+    before, start, rest = path.read_text().partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- end of {name} -->")
+    path.write_text(before + start + table + end + after)
 
 
 def draw_family() -> None:
@@ -59,4 +77,5 @@ def draw_family() -> None:
 
 if __name__ == "__main__":
     draw_family()
-    write_gains()
+    write_table("gains", gain_table())
+    write_table("fits", fit_table())

@@ -28,6 +28,7 @@ from . import functional
 from .example_inputs import example_inputs
 from .modules import GemActivation
 from .spec import GemSpec
+from .stock import is_gate
 
 # Operations of aten that are activations, by the name under which the field knows them.
 _ACTIVATIONS = {
@@ -137,7 +138,7 @@ class Audit:
         for call in self.others:
             groups.setdefault((call.function, call.location), []).append(call)
         rows = [
-            (str(sum(call.count for call in calls)), *key, _patterns([call.module for call in calls]))
+            (str(sum(call.count for call in calls)), *key, path_patterns([call.module for call in calls]))
             for key, calls in groups.items()
         ]
         if rows:
@@ -149,7 +150,7 @@ class Audit:
         if self.gates:
             lines.append(f"Gates, not counted{_tally(self.gates, ': ')}")
         if self.not_run:
-            lines.append(f"{len(self.not_run)} activation modules did not run: {_patterns(list(self.not_run))}")
+            lines.append(f"{len(self.not_run)} activation modules did not run: {path_patterns(list(self.not_run))}")
         return "\n".join(lines)
 
 
@@ -180,14 +181,13 @@ def audit(model: nn.Module, *args: Any, **inputs: Any) -> Audit:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"audit takes a torch.nn.Module, got {type(model).__name__}; pass the model itself")
-    while isinstance(model, (torch._dynamo.OptimizedModule, nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model.module
+    model = unwrapped(model)
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             place = f"its submodule {path!r}" if path else "it"
             raise TypeError(f"got a model to audit of which {place} is scripted; audit the model before torch.jit does")
     if args or inputs:
-        return _run(model, _copied_buffers(model), args, inputs)
+        return _run(model, copied_buffers(model), args, inputs)
     made_up = example_inputs(model)
     reasons: list[Exception] = []
     for dtype in (None, torch.bfloat16):  # some operations, such as the grouped products of experts, need it on meta
@@ -198,9 +198,16 @@ def audit(model: nn.Module, *args: Any, **inputs: Any) -> Audit:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise _no_forward(model, made_up, reasons[0], "and its parameters hold no values") from reasons[0]
     try:
-        return _run(model, _copied_buffers(model), (), made_up)
+        return _run(model, copied_buffers(model), (), made_up)
     except Exception as error:
         raise _no_forward(model, made_up, error, "on its own device") from error
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in the wrappers of torch.compile and of data parallelism."""
+    while isinstance(model, (torch._dynamo.OptimizedModule, nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model.module
+    return model
 
 
 def _no_forward(model: nn.Module, inputs: Mapping[str, Tensor], error: Exception, where: str) -> RuntimeError:
@@ -222,7 +229,7 @@ def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return itertools.chain(model.named_parameters(), model.named_buffers())
 
 
-def _copied_buffers(model: nn.Module) -> dict[str, Tensor]:
+def copied_buffers(model: nn.Module) -> dict[str, Tensor]:
     """What a forward pass may write to."""
     return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
 
@@ -230,6 +237,25 @@ def _copied_buffers(model: nn.Module) -> dict[str, Tensor]:
 def _run(model: nn.Module, state: dict[str, Tensor], args: tuple[Any, ...], inputs: Mapping[str, Any]) -> Audit:
     """The forward pass with `state` in place of parameters and buffers."""
     tracer = _Tracer()
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        enter(evaluating(model))
+        for path, module in model.named_modules():
+            stack.callback(module.register_forward_pre_hook(tracer.enter(path), prepend=True).remove)
+            stack.callback(module.register_forward_hook(tracer.leave, always_call=True).remove)
+        enter(_Functions(tracer))
+        enter(_Operations(tracer))
+        torch.func.functional_call(model, state, args, dict(inputs))
+    modules = {path: module for path, module in model.named_modules() if _is_activation(module)}
+    return Audit(tracer.calls(), tuple(path for path, module in modules.items() if module not in tracer.entered))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, compilation and fused encoder layers; on leaving, all is as it was.
+
+    But for what is written into buffers: see `copied_buffers`.
+    """
     devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
     kind = next(iter(devices)).type if devices else "cuda"
     with contextlib.ExitStack() as stack:
@@ -238,17 +264,13 @@ def _run(model: nn.Module, state: dict[str, Tensor], args: tuple[Any, ...], inpu
         enter(torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind))
         if "torch._dynamo" in sys.modules:  # slow to import, and needed by compiled modules only
             enter(torch.compiler.set_stance("force_eager"))
-        enter(torch.inference_mode(False))  # it hides operations from the mode
+        enter(torch.inference_mode(False))  # it hides operations from TorchDispatchMode
         enter(torch.no_grad())
-        for path, module in model.named_modules():
-            module.training = False
-            stack.callback(module.register_forward_pre_hook(tracer.enter(path), prepend=True).remove)
-            stack.callback(module.register_forward_hook(tracer.leave, always_call=True).remove)
-        enter(_Functions(tracer))
-        enter(_Operations(tracer))
-        torch.func.functional_call(model, state, args, dict(inputs))
-    modules = {path: module for path, module in model.named_modules() if _is_activation(module)}
-    return Audit(tracer.calls(), tuple(path for path, module in modules.items() if module not in tracer.entered))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module in model.modules():
+            module.training = False  # `model.eval()` may do more, such as merging adapters
+        yield
 
 
 @contextlib.contextmanager
@@ -463,7 +485,7 @@ def _module_name(module: nn.Module, operations: list[tuple[str, str] | None]) ->
     registry = getattr(sys.modules.get("transformers.activations"), "ACT2CLS", {})
     short = re.sub("(Activation|Me)$", "", cls.__name__).lower()
     name = next((name for name, entry in registry.items() if entry is cls), short)
-    return name, "gate" if name in _GATES else "activation"
+    return name, "gate" if is_gate(name) or name in _GATES else "activation"
 
 
 def _location() -> str:
@@ -489,12 +511,16 @@ def _tally(calls: tuple[ActivationCall, ...], prefix: str) -> str:
     counts: Counter[str] = Counter()
     for call in calls:
         counts[call.function] += call.count
-    return prefix + ", ".join(f"{count} x {name}" for name, count in counts.items()) if counts else ""
+    parts = [f"{count} x {name}" for name, count in counts.items()]
+    if len(parts) > 5:
+        parts[4:] = [f"and {len(parts) - 4} other names"]
+    return prefix + ", ".join(parts) if parts else ""
 
 
-def _patterns(paths: list[str]) -> str:
-    """The distinct paths, with `*` for the indices in which several differ."""
-    if len(set(paths)) > 1:
-        paths = [re.sub(r"(?<![^.])\d+(?![^.])", "*", path) for path in paths]
+def path_patterns(paths: list[str]) -> str:
+    """The distinct paths, with `*` for the indices in which several differ, and for numbers in names if still many."""
+    for few, number in ((1, r"(?<![^.])\d+(?![^.])"), (3, r"\d+(?![^.])")):
+        if len(set(paths)) > few:
+            paths = [re.sub(number, "*", path) for path in paths]
     distinct = list(dict.fromkeys(path or "(the model)" for path in paths))
     return ", ".join(distinct[:3]) + (f" and {len(distinct) - 3} more" if len(distinct) > 3 else "")

@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .spec import is_claimed, parse
 
 PLAN = "hf_gem"  # the key of a plan in a config
 _VERSION = 1
-_HALF_HARD_CODED = {"resnet", "rt_detr_resnet"}  # model types; see `complete`
+_PACKED = "used_nested_tensor"  # an attribute; see `match_nested_tensors`
+_HALF_HARD_CODED = {"hgnet_v2", "resnet", "rt_detr_resnet", "uvdoc"}  # model types; see `complete`
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,9 @@ class Slot:
             vars(self.owner)[self.key] = occupant
         if isinstance(self.owner, nn.TransformerEncoderLayer) and self.key == "activation":
             # Its inference path runs a fused kernel for the activation that this number stands for.
-            kinds = {nn.functional.relu: 1, nn.functional.gelu: 2, nn.ReLU: 1, nn.GELU: 2}
-            kind = type(occupant) if isinstance(occupant, nn.Module) else occupant
-            self.owner.activation_relu_or_gelu = kinds.get(kind, 0)
+            relu = occupant is nn.functional.relu or isinstance(occupant, nn.ReLU)
+            gelu = occupant is nn.functional.gelu or isinstance(occupant, nn.GELU)
+            self.owner.activation_relu_or_gelu = 1 if relu else 2 if gelu else 0
 
 
 def slot_at(model: nn.Module, path: str) -> Slot:
@@ -71,43 +73,75 @@ def slot_at(model: nn.Module, path: str) -> Slot:
     return slot
 
 
-def replace(slots: dict[str, list[Slot]], make: Callable[[str], nn.Module], written_down: bool = True) -> None:
+def replace(
+    model: nn.Module, slots: dict[str, list[Slot]], make: Callable[[str], nn.Module], written_down: bool = True
+) -> None:
     """Puts the named activations into slots; what shares a module goes on sharing one, unless it is learnable.
 
     A learnable one is made beside the weights of its neighbours, on their device and in their dtype.
 
     Args:
+        model: The model from which the paths of the slots start.
         slots: Name of the family -> slots.
         make: Builds the module for a name.
         written_down: Whether this belongs to the plan of the model and can be undone.
     """
     made: dict[tuple[int, str], nn.Module] = {}
+    ready = []
     for name, places in slots.items():
         learnable = parse(name).learnable
         for slot in places:
             old = slot.occupant
-            new = made.get((id(old), name)) or make(name)
-            if learnable:
-                new.to(**_like_neighbours(slot.owner))
-            else:
-                made[id(old), name] = new
+            # Functions are shared by everyone who imports them, which says nothing about this model.
+            distinct = learnable or not isinstance(old, nn.Module)
+            new = None if distinct else made.get((id(old), name))
+            if new is None:
+                new = made[id(old), name] = _make(make, name, _neighbour(model, slot.path) if learnable else None)
             if written_down:
                 # In a tuple, which hides it from the model; the first one, where a conversion is converted.
                 vars(new)["replaces"] = getattr(old, "replaces", (old,))
-            new.train(slot.owner.training)
-            slot.put(new)
+            ready.append((slot, new.train(slot.owner.training)))
+    for slot, new in ready:
+        slot.put(new)
+    match_nested_tensors(model)
 
 
-def _like_neighbours(owner: nn.Module) -> dict[str, Any]:
-    for tensor in owner.parameters():
-        if tensor.is_floating_point():
-            return {"device": tensor.device, "dtype": tensor.dtype}
-    return {}
+def _neighbour(model: nn.Module, path: str) -> Tensor | None:
+    """A weight of the innermost module around a path that has any."""
+    while path:
+        path = path.rpartition(".")[0]
+        for tensor in model.get_submodule(path).parameters():
+            if tensor.is_floating_point() and tensor.itemsize > 1:  # not one in float8
+                return tensor
+    return None
+
+
+def _make(make: Callable[[str], nn.Module], name: str, neighbour: Tensor | None) -> nn.Module:
+    with torch.inference_mode(False):  # in which no parameter is made that can be trained
+        if neighbour is None:
+            return make(name)
+        with neighbour.device:
+            return make(name).to(neighbour.dtype)
+
+
+def match_nested_tensors(model: nn.Module) -> None:
+    """Lets torch's encoders pack padded batches only where all their layers run the fused kernel that understands it.
+
+    They decide that when they are built; a layer whose activation has changed since would get the packed tensors.
+    """
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder):
+            fused = all(getattr(layer, "activation_relu_or_gelu", 0) for layer in encoder.layers)
+            if not fused and getattr(encoder, "use_nested_tensor", False):
+                encoder.use_nested_tensor = False
+                vars(encoder)[_PACKED] = True
+            elif fused and vars(encoder).pop(_PACKED, False):
+                encoder.use_nested_tensor = True
 
 
 def converted(model: nn.Module) -> Iterator[Slot]:
-    """The slots whose module stands in for something else."""
-    for path, module in model.named_modules(remove_duplicate=False):
+    """The slots whose module stands in for something else; one in a module that is there twice, once."""
+    for path, module in model.named_modules():
         for key, child in module._modules.items():
             if child is not None and "replaces" in vars(child):
                 yield Slot(f"{path}.{key}".lstrip("."), module, key)
@@ -117,7 +151,10 @@ def undo(model: nn.Module) -> list[str]:
     """Puts back what conversions replaced, and returns the paths."""
     slots = list(converted(model))
     for slot in slots:
-        slot.put(slot.occupant.replaces[0])  # type: ignore[attr-defined]
+        module: Any = slot.occupant
+        old = module.replaces[0]
+        slot.put(old.train(module.training) if isinstance(old, nn.Module) else old)
+    match_nested_tensors(model)
     return [slot.path for slot in slots]
 
 
@@ -156,9 +193,12 @@ def complete(model: nn.Module, make: Callable[[str], nn.Module]) -> None:
         if getattr(config, "model_type", None) in _HALF_HARD_CODED and is_claimed(name):
             owners = part.named_modules()
             left = [
-                Slot(f"{p}.{k}", o, k) for p, o in owners for k, child in o._modules.items() if type(child) is nn.ReLU
+                Slot(f"{p}.{k}".lstrip("."), o, k)
+                for p, o in owners
+                for k, child in o._modules.items()
+                if type(child) is nn.ReLU
             ]
-            replace({parse(name).name: left}, make, written_down=False)
+            replace(part, {parse(name).name: left}, make, written_down=False)
 
 
 def parts_of(model: nn.Module) -> dict[str, Any]:
@@ -249,5 +289,5 @@ def apply_plan(
             f"{name!r}: it was built by other code. Convert the original model again, or remove the key {PLAN!r} from "
             "its config to load it unconverted"
         )
-    replace(slots, make)
+    replace(model, slots, make)
     return [path for path, _ in missing]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,15 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from . import conversion
-from .audit import ActivationCall, Audit, audit
+from .audit import ActivationCall, Audit, audit, path_patterns
+from .calibrate import Calibration, arguments, calibrate, replace_all
 from .conversion import Slot
-from .fit import Fit, Histogram, error, fit, fit_together
+from .fit import Fit
 from .integrations.transformers import write_plan
-from .modules import get_activation
-from .spec import GemSpec, parse
-from .stock import is_gate, kind, stock_slots
+from .spec import GemSpec, is_name, parse
+from .stock import describe, is_gate, kind, stock_slots
 
 _ALREADY = "there already"
+_MOST = 5  # lines of a kind in a report
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
+_QUANTISED = ("torch.ao.nn.quantized.modules", "torch.ao.nn.intrinsic.quantized.modules")
+_NOT_QUANTISED = ("FloatFunctional", "PackedParams", "Embedding", "EmbeddingBag")  # the last two are so in storage only
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Replacement:
         path: Dotted path of the module or attribute.
         old: What it was, such as `relu`.
         new: The name that is there now.
-        fit: With `eps="fit"`, how well the new one matches the old one on the data.
+        fit: With `eps="fit"`, how well the new one matches the old one on the data; None where these did not reach it.
         unfitted_error: With `eps="fit"`, the expected squared difference at the n and eps of the given name.
     """
 
@@ -55,7 +58,9 @@ class Conversion:
         left: (path, kind, reason) of the activations that were found and not replaced.
         audit: One forward pass of the converted model, or None where none could be run.
         not_audited: The reason for None.
-        output_change: With `eps="fit"`: relative root-mean-square change of the model's output on the first batch.
+        output_change: With `eps="fit"`: relative root-mean-square change of the model's output on the first batch;
+            None where the two outputs cannot be compared.
+        unfitted_output_change: The same with the given name everywhere.
     """
 
     model: str
@@ -64,6 +69,7 @@ class Conversion:
     audit: Audit | None
     not_audited: str = ""
     output_change: float | None = None
+    unfitted_output_change: float | None = None
 
     @property
     def unreached(self) -> tuple[ActivationCall, ...]:
@@ -71,8 +77,8 @@ class Conversion:
         return self.audit.others if self.audit is not None else ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values."""
-        return {
+        """The report as JSON values; NaN and infinity, which JSON lacks, as None."""
+        report = {
             **dataclasses.asdict(dataclasses.replace(self, audit=None)),
             "replaced": [
                 {**dataclasses.asdict(r), "fit": r.fit and {**dataclasses.asdict(r.fit), "spec": r.fit.spec.name}}
@@ -80,25 +86,35 @@ class Conversion:
             ],
             "audit": self.audit and self.audit.to_dict(),
         }
+        return torch.utils._pytree.tree_map(
+            lambda value: None if isinstance(value, float) and not math.isfinite(value) else value, report
+        )
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.replaced)} activations replaced"]
         groups: dict[tuple[str, str], list[str]] = {}
-        for r in self.replaced:
-            groups.setdefault((r.old, r.new), []).append(r.path)
-        lines += [f"  {old} -> {new}: {_some(paths)}" for (old, new), paths in groups.items()]
-        fits = [r for r in self.replaced if r.fit is not None]
+        columns = zip(_families([r.old for r in self.replaced]), _families([r.new for r in self.replaced]), strict=True)
+        for r, key in zip(self.replaced, columns, strict=True):
+            groups.setdefault(key, []).append(r.path)
+        lines += [f"  {old} -> {new}: {_places(paths)}" for (old, new), paths in groups.items()]
+        fits = [(r.path, r.unfitted_error, r.fit) for r in self.replaced if r.fit is not None]
+        fits.sort(key=lambda row: -row[2].error)
         if fits:
             lines.append("  expected squared difference from the old activation, at the given name -> fitted:")
-            lines += [
-                f"    {r.path}: {r.unfitted_error:.3g} -> {r.fit.error:.3g} {_edge(r.fit)}" for r in fits if r.fit
-            ]
+            lines += [f"    {path}: {old:.3g} -> {fit.error:.3g} {_edge(fit)}" for path, old, fit in fits[:_MOST]]
+            if len(fits) > _MOST:
+                lines.append(f"    and {len(fits) - _MOST} more, none larger; to_dict() has all")
+            unseen = [r.path for r in self.replaced if r.fit is None]
+            lines += [f"  not reached by data=, so given the eps of all: {_places(unseen)}"] if unseen else []
         if self.output_change is not None:
-            lines.append(f"  relative change of the output on the first batch: {self.output_change:.3g}")
+            lines.append(
+                "  relative change of the output on the first batch, at the given name -> fitted: "
+                f"{self.unfitted_output_change:.3g} -> {self.output_change:.3g}"
+            )
         left: dict[tuple[str, str], list[str]] = {}
         for path, what, reason in self.left:
             left.setdefault((what, reason), []).append(path)
-        lines += [f"  left alone, {reason}: {what} at {_some(paths)}" for (what, reason), paths in left.items()]
+        lines += [f"  left alone, {reason}: {what}, {_places(paths)}" for (what, reason), paths in left.items()]
         if self.audit is None:
             lines.append(f"  what else runs is unknown, no forward pass was possible: {self.not_audited}")
         else:
@@ -115,6 +131,7 @@ def convert(
     eps: float | str | None = None,
     data: Iterable[Any] | None = None,
     per_layer: bool = False,
+    fit_to: str = "output",
     inputs: Any = None,
 ) -> Conversion:
     """Replaces the activations of a model, in place, and reports which, and what it could not reach.
@@ -122,6 +139,8 @@ def convert(
     Found are submodules, in containers too, and attributes that hold a function, such as `self.act = F.gelu`. A call
     that is written into a forward method cannot be replaced; the audit at the end lists it. Layers that share a module
     go on sharing one, except that a learnable eps belongs to one place. `hf_gem.revert` undoes all of it.
+    Hooks of a module that is replaced stay with it. What stands in its place never overwrites its input: a model that
+    ignores the output of `ReLU(inplace=True)` and goes on with the input computes something else.
 
     A transformers model takes the conversion along in its config: saved with `save_pretrained`, it is converted again
     when it is loaded, before its weights are. So does a timm model through `save_for_hf`.
@@ -134,10 +153,14 @@ def convert(
             except gates (sigmoid, tanh, softplus and their like).
         skip: Which to leave: patterns of paths such as `"*.pooler.*"`, or module classes, one or several.
         eps: A number in place of the one in the name; or `"fit"`, to choose it, and n unless the name gives one, such
-            that the expected squared difference from the replaced activation is smallest on `data`.
-        data: Batches for `eps="fit"`: tensors, tuples of positional or dicts of keyword arguments of the model. They
-            are run without gradients, in the mode the model is in.
-        per_layer: Fit each activation by itself; otherwise one eps for the whole model.
+            that the model changes least on `data`.
+        data: Batches for `eps="fit"`: tensors, tuples of positional or dicts of keyword arguments of the model, on its
+            device; any iterable, which is read once. They are run in evaluation mode, without gradients.
+        per_layer: With `eps="fit"`, a member for each activation; otherwise one for the whole model.
+        fit_to: What `eps="fit"` makes smallest. `"output"`: the change of the model's output on the first batch, over
+            some 50 runs of it and about 4 for each layer. `"activations"`: the expected squared difference from what is
+            replaced, over the values that reach it in all batches, which takes two runs of the first, and in networks
+            that are smooth can do worse than the given name: the report has both.
         inputs: A batch for the forward pass of the audit; by default the first one of `data`, or one made up on the
             meta device where the model allows it.
 
@@ -145,38 +168,45 @@ def convert(
         The report. Print it.
 
     Raises:
-        TypeError: `model` is not a module, or `name` not a string.
-        ValueError: the name is malformed, nothing was found to replace, `replace` names an unknown activation, or the
-            model is one that cannot be converted (scripted, quantised with fused activations, ...). Nothing is changed.
+        TypeError: an argument is of the wrong kind.
+        ValueError: the name is malformed, nothing was found to replace, `replace` or `skip` matches nothing, the model
+            does not run on `data`, an activation cannot be fitted, or the model is one that cannot be converted
+            (scripted, computing with quantised tensors, ...). Nothing is changed then.
     """
-    spec = _check(model, name, eps, data)
+    spec = _check(model, name, eps, data, per_layer, fit_to)
+    if inputs is not None:
+        arguments(inputs)  # or an error
     chosen, left = _choose(model, None if eps == "fit" else spec, _as_tuple(replace), _as_tuple(skip))
     if not chosen and not any(reason == _ALREADY for *_, reason in left):
-        raise ValueError(_nothing_to_replace(model, left, replace, skip))
-    batches = list(data) if data is not None else []
-    fits: dict[str, tuple[Fit, float]] = {}
-    before = None
+        raise ValueError(_nothing_to_replace(model, left, replace, skip, inputs))
+    _check_wrappers(model, spec, chosen)
+    batches = iter(()) if data is None else iter(data)
+    first = next(batches, None)
+    if first is None and data is not None:
+        raise ValueError("data= holds no batch; a generator can be read only once")
+    fitted = Calibration({}, {}, dict.fromkeys(chosen, spec), None, None)
     if eps == "fit":
-        before = _outputs(model, batches[0])
-        fits = _fit(model, chosen, spec, "_n" in name.lower(), batches, per_layer)
-    replaced = []
-    by_name: dict[str, list[Slot]] = {}
-    for path, slot in chosen.items():
-        fitted, unfitted = fits.get(path, (None, None))
-        new = fitted.spec.name if fitted else spec.name
-        replaced.append(Replacement(path, _name(slot), new, fitted, unfitted))
-        by_name.setdefault(new, []).append(slot)
-    conversion.replace(by_name, get_activation)
+        ns = (spec.n,) if "_n" in name.lower() else (1, 2, 3)
+        fitted = calibrate(model, chosen, spec, ns, itertools.chain([first], batches), per_layer, fit_to)
+    members = {path: dataclasses.replace(m, learnable=spec.learnable) for path, m in fitted.members.items()}
+    replaced = [
+        Replacement(
+            path, describe(slot.occupant), members[path].name, fitted.fits.get(path), fitted.unfitted_errors.get(path)
+        )
+        for path, slot in chosen.items()
+    ]
+    replace_all(model, chosen, members)
     _write_plans(model)
-    change = _relative_change(before, _outputs(model, batches[0])) if before is not None else None
-    if inputs is None and batches:
-        inputs = batches[0]
-    seen, reason = _audit(model, inputs)
-    return Conversion(type(model).__name__, tuple(replaced), tuple(left), seen, reason, change)
+    seen, reason = _audit(model, first if inputs is None else inputs)
+    changes = fitted.output_change, fitted.unfitted_output_change
+    return Conversion(type(model).__name__, tuple(replaced), tuple(left), seen, reason, *changes)
 
 
 def revert(model: nn.Module) -> list[str]:
-    """Puts back every activation that `convert` replaced, the same objects, and returns their paths."""
+    """Puts back every activation that `convert` replaced, the same objects, and returns their paths.
+
+    One with weights of its own, such as PReLU, comes back on the device and in the dtype that it was replaced on.
+    """
     paths = conversion.undo(model)
     _write_plans(model)
     return paths
@@ -185,7 +215,7 @@ def revert(model: nn.Module) -> list[str]:
 # ---- what may be converted
 
 
-def _check(model: nn.Module, name: str, eps: float | str | None, data: Any) -> GemSpec:
+def _check(model: nn.Module, name: str, eps: float | str | None, data: Any, per_layer: bool, fit_to: str) -> GemSpec:
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module, got {type(model).__name__}"
@@ -193,20 +223,27 @@ def _check(model: nn.Module, name: str, eps: float | str | None, data: Any) -> G
             + "; a config is changed with hf_gem.set_activation"
         )
     spec = parse(name)
+    if fit_to not in ("output", "activations"):
+        raise ValueError(f"fit_to must be 'output' or 'activations', got {fit_to!r}")
     if isinstance(eps, str) and eps != "fit":
         raise ValueError(f"eps must be a number or 'fit', got {eps!r}")
     if eps == "fit" and data is None:
         raise ValueError("eps='fit' needs data=, batches to run the model on; a few dozen examples will do")
+    if per_layer and eps != "fit":
+        raise ValueError(f"per_layer=True is about fitting: it needs eps='fit' and data=, got eps={eps!r}")
+    if isinstance(data, (Tensor, Mapping, str)) or (data is not None and not isinstance(data, Iterable)):
+        raise TypeError(f"data must be an iterable of batches, got {type(data).__name__}; write data=[batch] for one")
     if eps is not None and eps != "fit":
         spec = GemSpec(spec.family, spec.n, eps, spec.learnable)  # type: ignore[arg-type]
     for path, module in model.named_modules():
-        where = f"{path or 'the model'} is {type(module).__module__}.{type(module).__name__}"
+        home = type(module).__module__
+        where = f"{path or 'the model'} is {home}.{type(module).__name__}"
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"{where}, whose code is fixed; convert the model before scripting or tracing it")
-        if "ReLU" in type(module).__name__ and ".ao.nn." in type(module).__module__:
+        if "ReLU" in type(module).__name__ and ".ao.nn." in home:
             raise ValueError(f"{where}, a ReLU fused with its layer; convert the model before fusing and quantising it")
-        if spec.learnable and _is_wrapper(module):
-            raise ValueError(f"{where}, which would not know the new parameters; convert the model before wrapping it")
+        if home.startswith(_QUANTISED) and not type(module).__name__.endswith(_NOT_QUANTISED):
+            raise ValueError(f"{where}, which makes quantised tensors; convert the model before quantising it")
         if spec.learnable and getattr(getattr(module, "_hf_hook", None), "offload", False):
             raise ValueError(
                 f"the weights of {path or 'the model'} are offloaded, where new parameters cannot go; "
@@ -215,9 +252,22 @@ def _check(model: nn.Module, name: str, eps: float | str | None, data: Any) -> G
     return spec
 
 
-def _is_wrapper(module: nn.Module) -> bool:
-    names = {cls.__name__ for cls in type(module).__mro__}
-    return bool(names & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"})
+def _check_wrappers(model: nn.Module, spec: GemSpec, chosen: dict[str, Slot]) -> None:
+    """Wrappers that keep account of the parameters: none may come, as a learnable eps, or go, with a PReLU."""
+    going = [path for path, slot in chosen.items() if isinstance(slot.occupant, nn.Module) and _has_weights(slot)]
+    if not spec.learnable and not going:
+        return
+    for path, module in model.named_modules():
+        if {cls.__name__ for cls in type(module).__mro__} & _WRAPPERS:
+            what = "the new parameters" if spec.learnable else f"that the parameters of {going[0]} are gone"
+            raise ValueError(
+                f"{path or 'the model'} is {type(module).__module__}.{type(module).__name__}, which would not know "
+                f"{what}; convert the model before wrapping it"
+            )
+
+
+def _has_weights(slot: Slot) -> bool:
+    return isinstance(slot.occupant, nn.Module) and any(True for _ in slot.occupant.parameters())
 
 
 def _choose(
@@ -226,13 +276,13 @@ def _choose(
     """The slots to replace by path, and (path, name, reason) of the others."""
     chosen: dict[str, Slot] = {}
     left = []
-    unused = {pattern for pattern in (*only, *skip) if isinstance(pattern, str)}
+    unused = {*only, *skip}
     found = list(stock_slots(model))
     for slot in found:
         what = kind(slot.occupant) or ""
         by_skip = [s for s in skip if _matches(s, slot)]
         by_name = [s for s in only if (_plain(s) == what if isinstance(s, str) else _matches(s, slot))]
-        unused.difference_update(s for s in (*by_skip, *by_name) if isinstance(s, str))
+        unused.difference_update(by_skip, by_name)
         if by_skip:
             reason = "as asked for by skip="
         elif only and not by_name:
@@ -244,25 +294,24 @@ def _choose(
         else:
             chosen[slot.path] = slot
             continue
-        left.append((slot.path, _name(slot), reason))
+        left.append((slot.path, describe(slot.occupant), reason))
     if unused and found:
         kinds = sorted({kind(slot.occupant) or "" for slot in found})
         raise ValueError(
-            f"{', '.join(map(repr, sorted(unused)))} matches no activation of {type(model).__name__}; replace= takes "
+            f"{', '.join(sorted(map(repr, unused)))} matches no activation of {type(model).__name__}; replace= takes "
             f"{', '.join(kinds)} or classes, skip= patterns of paths such as {found[0].path!r}"
         )
     return chosen, left
 
 
-def _name(slot: Slot) -> str:
-    spec = getattr(slot.occupant, "spec", None)
-    return spec.name if isinstance(spec, GemSpec) else kind(slot.occupant) or ""
-
-
 def _as_tuple(wanted: Any) -> tuple:
     if wanted is None:
         return ()
-    return (wanted,) if isinstance(wanted, (str, type)) else tuple(wanted)
+    several = tuple(wanted) if isinstance(wanted, (list, tuple, set, frozenset)) else (wanted,)
+    for one in several:
+        if not isinstance(one, (str, type)):
+            raise TypeError(f"replace= and skip= take strings and classes, one or several, got {one!r}")
+    return several
 
 
 def _plain(name: str) -> str:
@@ -275,12 +324,16 @@ def _matches(wanted: str | type, slot: Slot) -> bool:
     return isinstance(slot.occupant, wanted)
 
 
-def _nothing_to_replace(model: nn.Module, left: list[tuple[str, str, str]], replace: Any, skip: Any) -> str:
+def _nothing_to_replace(
+    model: nn.Module, left: list[tuple[str, str, str]], replace: Any, skip: Any, inputs: Any
+) -> str:
     name = type(model).__name__
+    if kind(model) is not None:
+        return f"{name} is an activation itself, with nothing around it; build the other with hf_gem.get_activation"
     if left:
         found = ", ".join(sorted({f"{what} ({reason})" for _, what, reason in left}))
         return f"nothing to replace in {name}: it has {found}; got replace={replace!r}, skip={skip!r}"
-    seen, reason = _audit(model, None)
+    seen, reason = _audit(model, inputs)
     if seen is None:
         return (
             f"{name} has no activation modules and no attributes that hold one; what it hard-codes is unknown: {reason}"
@@ -306,122 +359,22 @@ def _write_plans(model: nn.Module) -> None:
 
 
 def _audit(model: nn.Module, batch: Any) -> tuple[Audit | None, str]:
-    args, kwargs = _arguments(batch) if batch is not None else ((), {})
+    args, kwargs = arguments(batch) if batch is not None else ((), {})
     try:
         return audit(model, *args, **kwargs), ""
     except Exception as error:  # the model is converted whether or not it runs here
         return None, f"{type(error).__name__}: {error}"
 
 
-# ---- running a model on data
-
-
-def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
-    if isinstance(batch, Tensor):
-        return (batch,), {}
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, (tuple, list)):
-        return tuple(batch), {}
-    raise TypeError(f"a batch is a tensor, a tuple of arguments or a dict of keyword ones, got {type(batch).__name__}")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, flag in training:
-            module.training = flag
-
-
-def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    """The floating-point tensors that a model returns for a batch."""
-    args, kwargs = _arguments(batch)
-    with _evaluating(model):
-        leaves = torch.utils._pytree.tree_leaves(model(*args, **kwargs))
-    return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _relative_change(before: list[Tensor], after: list[Tensor]) -> float:
-    change = sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=True))
-    size = sum(float(b.square().sum()) for b in before)
-    return (change / size) ** 0.5 if size else float(change > 0)
-
-
-class _Recorder(nn.Module):
-    """Stands in for an activation and counts what enters it."""
-
-    def __init__(self, activation: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.recorded = (activation,)  # in a tuple, so that it is put back as it was
-        self.histogram = Histogram()
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.histogram.update(x)
-        return self.recorded[0](x, *args, **kwargs)
-
-
-def _fit(
-    model: nn.Module, chosen: dict[str, Slot], spec: GemSpec, fixed_n: bool, batches: list[Any], per_layer: bool
-) -> dict[str, tuple[Fit, float]]:
-    """Path -> the fitted member of spec's family, and the error of spec itself."""
-    recorders: dict[int, _Recorder] = {}
-    occupants = {path: slot.occupant for path, slot in chosen.items()}
-    try:
-        for path, slot in chosen.items():
-            slot.put(recorders.setdefault(id(occupants[path]), _Recorder(occupants[path])))
-        for batch in batches:
-            args, kwargs = _arguments(batch)
-            with _evaluating(model):
-                model(*args, **kwargs)
-    finally:
-        for path, slot in chosen.items():
-            slot.put(occupants[path])
-    samples = {
-        key: (recorder.histogram, _as_function(recorder.recorded[0]))
-        for key, recorder in recorders.items()
-        if recorder.histogram.num_values
-    }
-    if not samples:
-        raise ValueError("none of the activations ran on data=; give batches that reach them")
-    n = spec.n if fixed_n else None
-    pooled: dict[str, tuple[Histogram, Callable[..., Tensor]]] = {}
-    for histogram, target in samples.values():
-        # What prints alike computes alike, unless it has parameters.
-        own_state = isinstance(target, nn.Module) and any(True for _ in target.parameters())
-        same = f"{target} {id(target) if own_state else ''}"
-        before = pooled[same][0] if same in pooled else Histogram()
-        pooled[same] = before + histogram, target
-    common = fit_together(pooled.values(), spec.family, n=n)
-    found: dict[int, tuple[Fit, float]] = {}
-    for key in recorders:
-        if key not in samples:  # it did not run
-            found[key] = dataclasses.replace(common, error=math.nan, relative_error=math.nan), math.nan
-        elif per_layer:
-            found[key] = fit(*samples[key], spec.family, n=n), error(spec, *samples[key])
-        else:
-            own, relative = (error(common.spec, *samples[key], relative=r) for r in (False, True))
-            found[key] = dataclasses.replace(common, error=own, relative_error=relative), error(spec, *samples[key])
-    return {
-        path: (dataclasses.replace(best, spec=dataclasses.replace(best.spec, learnable=spec.learnable)), unfitted)
-        for path, occupant in occupants.items()
-        for best, unfitted in [found[id(occupant)]]
-    }
-
-
-def _as_function(activation: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    if not isinstance(activation, nn.Module):
-        return activation
-    return copy.deepcopy(activation).to("cpu", torch.float64).eval()
-
-
 def _edge(found: Fit) -> str:
     return f"({found.spec.name}; eps is at the edge of its range)" if found.at_edge else f"({found.spec.name})"
 
 
-def _some(paths: list[str], most: int = 4) -> str:
-    return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")
+def _families(names: list[str]) -> list[str]:
+    """The names, those of the family as `egem_*` where there are many, as after a fit for each layer."""
+    many = len(set(names)) > _MOST
+    return [f"{parse(name).family}_*" if many and is_name(name) else name for name in names]
+
+
+def _places(paths: list[str]) -> str:
+    return f"{len(paths)} at {path_patterns(paths)}"

@@ -23,6 +23,7 @@ from .spec import DEFAULT_EPS, GemSpec, check_eps, check_n, parse
 # poles pi away whatever x and n are: a ripple with a period of two steps has less than 1e-8 of the error's size.
 _GRID_STEP = 0.5
 _TOLERANCE = 1e-6  # in log eps
+EPS_RANGE = (1e-6, 10.0)  # of what is chosen, unless asked otherwise
 _TIE = 1e-12  # of E[f^2]: a root mean square of 1e-6, which float32 outputs hardly show
 _CHUNK = 2**20  # elements binned at a time: bounds the memory, and is faster on a CPU than all at once
 
@@ -115,7 +116,7 @@ def fit(
     family: str,
     *,
     n: int | None = None,
-    eps_range: tuple[float, float] = (1e-6, 10.0),
+    eps_range: tuple[float, float] = EPS_RANGE,
     ns: Iterable[int] = (1, 2, 3),
 ) -> Fit:
     """The n and eps of `family` with the smallest `E[(g(x) - f(x))^2]` over the values of `histogram`.
@@ -149,7 +150,7 @@ def fit_together(
     family: str,
     *,
     n: int | None = None,
-    eps_range: tuple[float, float] = (1e-6, 10.0),
+    eps_range: tuple[float, float] = EPS_RANGE,
     ns: Iterable[int] = (1, 2, 3),
 ) -> Fit:
     """`fit` for one member in place of several activations: every value counts the same, whichever it enters.

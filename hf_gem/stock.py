@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -15,31 +15,50 @@ from .modules import GemActivation
 
 # Ends of names: StarReLU, ReLUSquared, GELUTanh, leaky_relu, NewGELU, XIELU ...
 _ACTIVATION = re.compile(r".*(relu6?|gelu|silu|swish|mish|[a-z]elu|^elu)(squared|tanh|new)?")
-_GATE = re.compile(r"(hard|log)?sigmoid|(hard)?tanh|softsign|softplus|sqrtsoftplus|laplace")
-# Subclasses of these apply an activation to what they compute: LinearReLU.
-_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
+_GATE = re.compile(r"(h|hard|log)?sigmoid|(hard)?tanh|softsign|softplus|sqrtsoftplus|laplace")
 
 
 def kind(occupant: Any) -> str | None:
     """The name of an activation as lower-case letters, such as `relu`, `gelutanh`, `hardswish`; None for anything else.
 
-    A module counts when it has no submodules and is no layer with weights; a class, kept to be instantiated, does not.
+    A module counts unless it has submodules that are none, or is a layer with weights. A class, kept to be
+    instantiated, does not, nor does what needs more than one argument.
     """
     if isinstance(occupant, GemActivation):
         return occupant.family
     if isinstance(occupant, nn.Module):
-        is_layer = bool(occupant._modules) or isinstance(occupant, _LAYERS)
-        name = "" if is_layer else type(occupant).__name__
+        name, call = "" if _is_layer(occupant) else type(occupant).__name__, occupant.forward
     else:
-        while isinstance(occupant, functools.partial):
-            occupant = occupant.func
-        name = (
-            getattr(occupant, "__name__", "") if inspect.isroutine(occupant) and not inspect.ismethod(occupant) else ""
-        )
+        inner = call = occupant
+        while isinstance(inner, functools.partial):
+            inner = inner.func
+        name = getattr(inner, "__name__", "") if inspect.isroutine(inner) and not inspect.ismethod(inner) else ""
     name = re.sub(r"(activation|me|jit)$", "", name.lower().replace("_", ""))
-    if name == "swish":
-        return "silu"
-    return name if _ACTIVATION.fullmatch(name) or _GATE.fullmatch(name) else None
+    if not (_ACTIVATION.fullmatch(name) or _GATE.fullmatch(name)) or _num_required(call) > 1:
+        return None
+    return "silu" if name == "swish" else name
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module does more than apply a function: its name may end in ReLU for what it applies at the end."""
+    homes = {cls.__module__.rpartition(".")[2] for cls in type(module).__mro__ if "torch.nn.modules." in cls.__module__}
+    if homes - {"module", "activation"} or any(kind(child) is None for child in module.children()):
+        return True
+    return any(parameter.numel() != 1 for parameter in module.parameters()) and not isinstance(module, nn.PReLU)
+
+
+def _num_required(function: Callable[..., Any]) -> int:
+    """How many arguments a call needs: two where a bias is added before the activation, say; 0 if that is unknown."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of C
+        return 0
+    return sum(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+def describe(occupant: Any) -> str:
+    """What a report calls an activation: a full name for one of ours, else its kind."""
+    return occupant.spec.name if isinstance(occupant, GemActivation) else kind(occupant) or ""
 
 
 def is_gate(kind: str) -> bool:
@@ -48,10 +67,14 @@ def is_gate(kind: str) -> bool:
 
 
 def stock_slots(model: nn.Module) -> Iterator[Slot]:
-    """Every place that holds an activation: submodules, those in containers too, and attributes that are functions."""
-    for path, owner in model.named_modules(remove_duplicate=False):
+    """Every place that holds an activation: submodules, those in containers too, and attributes that are functions.
+
+    A place in a module that is there twice counts once, under its first path.
+    """
+    for path, owner in model.named_modules():
         if kind(owner) is not None:
             continue  # what an activation is made of
         for key, occupant in [*owner._modules.items(), *vars(owner).items()]:
-            if not key.startswith("_") and occupant is not None and kind(occupant) is not None:
+            # torch.compile keeps what it compiled apart from what it calls.
+            if key != "_orig_mod" and occupant is not None and kind(occupant) is not None:
                 yield Slot(f"{path}.{key}".lstrip("."), owner, key)

@@ -37,6 +37,12 @@ def resnet(**fields):
     return transformers.ResNetForImageClassification(config)
 
 
+def swin(**fields):
+    """Takes its activation from the config in its blocks, and has ReLU in its position biases."""
+    small = {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "image_size": 32, "window_size": 4}
+    return transformers.Swinv2Model(transformers.Swinv2Config(**small, **fields))
+
+
 def function(f, size=(2, 8)):
     """The audit of one function, as part of a model."""
 
@@ -95,17 +101,18 @@ def test_a_stock_model_of_transformers(build, fields, name, calls):
 
 
 def test_activations_that_a_model_hard_codes_are_located():
-    report = audit(resnet(hidden_act="gem_n2"))
-    assert report.num_gem == 4  # the embedder, and the end of each of three layers
+    report = audit(swin(hidden_act="gem_n2"))
+    assert report.num_gem == 3
     assert {call.function for call in report.others} == {"relu"}
-    assert sum(call.count for call in report.others) == 6
+    assert sum(call.count for call in report.others) == 3
     (location,) = {call.location for call in report.others}
     file, line = location.split(":")
-    assert file == "transformers/models/resnet/modeling_resnet.py"
-    source = importlib.import_module("transformers.models.resnet.modeling_resnet").__file__
+    assert file == "transformers/models/swinv2/modeling_swinv2.py"
+    source = importlib.import_module("transformers.models.swinv2.modeling_swinv2").__file__
     with open(source) as lines:
-        assert "self.activation(" in list(lines)[int(line) - 1]
-    assert report.others[0].module == "resnet.encoder.stages.0.layers.0.layer.0.activation"
+        assert "self.continuous_position_bias_mlp(" in list(lines)[int(line) - 1]
+    path = "encoder.layers.0.blocks.0.attention.self.continuous_position_bias_mlp.1"
+    assert report.others[0].module == path
 
 
 @pytest.mark.parametrize(
@@ -114,7 +121,7 @@ def test_activations_that_a_model_hard_codes_are_located():
         ("resnet18", {"act_layer": "egem"}, {"egem": 17}, {}, {}),
         ("swin_tiny_patch4_window7_224", {}, {}, {"gelu": 12}, {}),
         ("vit_tiny_patch16_224", {"img_size": 64, "in_chans": 1, "depth": 2}, {}, {"gelu": 2}, {}),
-        ("mobilenetv3_small_100", {"act_layer": "gem"}, {"gem": 19}, {"relu": 14}, {"hardsigmoid": 9}),
+        ("mobilenetv3_small_100", {"act_layer": "gem"}, {"gem": 33}, {}, {"hardsigmoid": 9}),
         ("mobilenetv3_small_100", {}, {}, {"hardswish": 19, "relu": 14}, {"hardsigmoid": 9}),
         ("dm_nfnet_f0", {}, {}, {"gelu": 52, "relu": 12}, {"sigmoid": 12}),
     ],
@@ -215,6 +222,11 @@ def test_gates_are_no_activations(f):
 def test_modules_of_torch(module, found):
     for training in (True, False):
         assert counts(audit(module.train(training), torch.randn(2, 3, 8))) == found
+
+
+def test_scores_of_a_router_are_gates():
+    report = audit(nn.Sequential(transformers.activations.ACT2FN["sqrtsoftplus"]), torch.randn(2, 3))
+    assert [(call.function, call.kind) for call in report.calls] == [("sqrtsoftplus", "gate")]
 
 
 def test_a_shared_module_counts_each_time_under_its_first_path():
@@ -352,12 +364,13 @@ def test_wrong_models():
 
 
 def test_the_table():
-    report = audit(resnet(hidden_act="gem_n2"))
-    assert re.sub(r":\d+", ":LINE", str(report)) == (
-        "4 of 10 activation calls are GEM: 4 x gem_n2\n"
-        "  calls  other  where                                             modules\n"
-        "      6  relu   transformers/models/resnet/modeling_resnet.py:LINE  "
-        "resnet.encoder.stages.*.layers.*.layer.*.activation"
+    report = audit(swin(hidden_act="gem_n2"))
+    assert re.sub(r":\d+ +", ":LINE ", re.sub(r"where +", "where ", str(report))) == (
+        "3 of 6 activation calls are GEM: 3 x gem_n2\n"
+        "  calls  other  where modules\n"
+        "      3  relu   transformers/models/swinv2/modeling_swinv2.py:LINE "
+        "encoder.layers.*.blocks.*.attention.self.continuous_position_bias_mlp.*\n"
+        "Gates, not counted: 3 x sigmoid"
     )
     assert str(audit(bert(hidden_act="egem"))) == (
         "2 of 2 activation calls are GEM: 2 x egem\nGates, not counted: 1 x tanh"

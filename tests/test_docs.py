@@ -2,6 +2,7 @@
 
 import math
 import re
+import runpy
 
 import hf_gem
 from tests.helpers import ROOT
@@ -9,9 +10,19 @@ from tests.helpers import ROOT
 FUNCTIONS = (ROOT / "docs" / "functions.md").read_text()
 
 
-def test_the_table_of_gains_is_what_gain_returns():
-    import runpy
+def test_the_table_of_fits_is_what_fit_returns():
+    made = runpy.run_path(str(ROOT / "docs" / "make.py"))["fit_table"]()
+    assert made.count("\n") == 8
+    # eps is the last of three digits wide, errors have four decimals: the same but for those
+    rows, now = (re.findall(r"(`\w+?)_eps([\d.em]+)` ([\d.]+)", text) for text in (FUNCTIONS, made))
+    assert len(rows) == len(now) == 12
+    for (name, eps, error), (new_name, new_eps, new_error) in zip(rows, now, strict=True):
+        assert name == new_name
+        assert math.isclose(float(eps.replace("em", "e-")), float(new_eps.replace("em", "e-")), rel_tol=0.02)
+        assert math.isclose(float(error), float(new_error), abs_tol=1e-4)
 
+
+def test_the_table_of_gains_is_what_gain_returns():
     made = runpy.run_path(str(ROOT / "docs" / "make.py"))["gain_table"]()
     table = FUNCTIONS.split("<!-- gains -->\n")[1].split("<!-- end")[0]
     rows = re.findall(r"\| `?([\w.]+)`? \| ([\d.]+) \|", table)

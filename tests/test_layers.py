@@ -18,6 +18,7 @@ LAYERS = [
     {"init", "fit", "conversion"},
     {"stock", "example_inputs"},
     {"audit"},
+    {"calibrate"},
     {"integrations", "convert"},
     {"training"},
     {"compare"},

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+import hf_gem
 from recipes.gpt2_pretrain import PRESETS, Config, parse_config
 from tests.helpers import ON_CPU, ROOT, TINY, save_bytes_tokenizer, write_corpus
 
@@ -111,7 +112,9 @@ def test_python_code():
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(block, names)
-    assert type(names["model"].act1).__name__ == "EGEM"
+    assert type(names["cnn"].act1).__name__ == "EGEM"
+    assert hf_gem.audit(names["swin"]).complete
+    assert hf_gem.audit(names["mobilenet"]).num_gem == 0
     assert names["y"].shape == (8, 64)
     assert isinstance(names["layer"], torch.nn.Module)
 

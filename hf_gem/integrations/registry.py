@@ -44,6 +44,23 @@ def refuse_conflicts(registry: dict[str, Any], where: str) -> None:
             )
 
 
+def lookups(where: str, dicts: dict[str, type[NameLookup]], beside: tuple[str, ...] = ()) -> Installer:
+    """The pair that replaces dicts of the module `where` by lookups, unless they or those `beside` hold our names."""
+
+    def install(module: Any) -> None:
+        for name in (*dicts, *beside):
+            refuse_conflicts(getattr(module, name), f"{where}.{name}")
+        for name, lookup in dicts.items():
+            if not isinstance(getattr(module, name), lookup):
+                setattr(module, name, lookup(getattr(module, name)))
+
+    def uninstall(module: Any) -> None:
+        for name in dicts:
+            setattr(module, name, dict(getattr(module, name)))
+
+    return install, uninstall
+
+
 def method_patch(cls_name: str, name: str, wrapper: Callable[..., Any]) -> Installer:
     """The pair that makes a method call `wrapper(original, self, *args, **kwargs)` instead, and undoes it.
 

@@ -20,7 +20,7 @@ from ..init import gain
 from ..modules import GemActivation, get_activation, module_factory
 from ..spec import FAMILIES, GemSpec, is_claimed, parse
 from ..stock import is_gate, kind, stock_slots
-from .registry import Installer, NameLookup, function_patch, refuse_conflicts
+from .registry import Installer, NameLookup, function_patch, lookups
 
 if TYPE_CHECKING:
     from ..convert import Conversion
@@ -68,23 +68,6 @@ class _Gammas(NameLookup):
     make = staticmethod(lambda spec: gain(spec.name, centered=True))
 
 
-def _lookups(where: str, lookups: dict[str, type[NameLookup]], beside: tuple[str, ...] = ()) -> Installer:
-    """The pair that replaces dicts of the module `where` by lookups, unless they or those `beside` hold our names."""
-
-    def install(module: Any) -> None:
-        for name in (*lookups, *beside):
-            refuse_conflicts(getattr(module, name), f"{where}.{name}")
-        for name, lookup in lookups.items():
-            if not isinstance(getattr(module, name), lookup):
-                setattr(module, name, lookup(getattr(module, name)))
-
-    def uninstall(module: Any) -> None:
-        for name in lookups:
-            setattr(module, name, dict(getattr(module, name)))
-
-    return install, uninstall
-
-
 def _build_model(original: Any, model_cls: Any, *args: Any, **kwargs: Any) -> nn.Module:
     """Builds with names that can be called, and repeats a saved conversion before weights are loaded into it.
 
@@ -97,7 +80,12 @@ def _build_model(original: Any, model_cls: Any, *args: Any, **kwargs: Any) -> nn
         _unfix(kwargs)
 
     def build(**kwargs: Any) -> nn.Module:
-        model = model_cls(**kwargs)
+        try:
+            model = model_cls(**kwargs)
+        except TypeError as error:
+            if "act_layer" in names and "act_layer" in str(error):
+                raise TypeError(f"{error}; use hf_gem.create_timm_model, or convert the stock model") from error
+            raise
         if plan is not None:
             apply_plan(plan, model, get_activation)
         for module in model.modules():
@@ -201,12 +189,12 @@ def create_timm_model(name: str, act: str, **kwargs: Any) -> tuple[nn.Module, Co
 
 
 INSTALLERS: dict[str, Installer] = {
-    "timm.layers.create_act": _lookups(
+    "timm.layers.create_act": lookups(
         "timm.layers.create_act",
         {"_ACT_LAYER_DEFAULT": _Layers, "_ACT_FN_DEFAULT": _Functions},
         beside=("_ACT_LAYER_ME", "_ACT_FN_ME"),
     ),
-    "timm.models.nfnet": _lookups("timm.models.nfnet", {"_nonlin_gamma": _Gammas}),
+    "timm.models.nfnet": lookups("timm.models.nfnet", {"_nonlin_gamma": _Gammas}),
     "timm.models._builder": function_patch(
         "build_model_with_cfg",
         _build_model,

@@ -18,11 +18,15 @@ from ..conversion import PLAN, apply_plans, complete, parts_of, plan_of
 from ..modules import GemActivation, get_activation, module_factory
 from ..spec import is_claimed, parse
 from .fields import activation_fields, configs, declares, is_body, mask, set_activation, unmask
-from .registry import Installer, NameLookup, method_patch, refuse_conflicts, replace_everywhere
+from .registry import Installer, NameLookup, lookups, method_patch, refuse_conflicts, replace_everywhere
 
 
 class _Act2Cls(NameLookup):
     make = staticmethod(module_factory)
+
+
+class _Instances(NameLookup):
+    make = staticmethod(lambda spec: module_factory(spec)())
 
 
 def _install_activations(module: ModuleType) -> None:
@@ -44,6 +48,9 @@ def _uninstall_activations(module: ModuleType) -> None:
 
 # ---- configs: `hidden_act` where a config calls its activation otherwise
 
+# Types whose configs put "silu" in place of any `hidden_act`, when they are made and when they are loaded.
+_OVERWRITTEN = {"minimax_m3_vl_text", "step3p5"}
+
 
 def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
     """One of our names under a keyword that is no field of this config sets what the config really reads."""
@@ -52,6 +59,12 @@ def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
     keys = [key for key, value in kwargs.items() if is_claimed(value) and (key == "hidden_act" or not from_file)]
     names = {key: kwargs.pop(key) for key in keys}
     original(config, **kwargs)
+    if config.model_type in _OVERWRITTEN and is_claimed(config.hidden_act):
+        warnings.warn(
+            f"{type(config).__name__} replaces hidden_act={config.hidden_act!r} by 'silu' whenever it is made or "
+            "loaded; set it afterwards with hf_gem.set_activation(config, name), or convert the model",
+            stacklevel=2,
+        )
     for key, name in names.items():
         if from_file or not is_body(key):
             fields = ", ".join(f"{field.path}={field.value!r}" for field in activation_fields(config))
@@ -68,7 +81,7 @@ def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
             if (
                 field.owner is config
                 and field.is_body
-                and field.value not in (defaults.get(field.key), name, f"gated-{name}")
+                and field.value not in (defaults.get(field.key, ""), name, f"gated-{name}")
             ):
                 raise ValueError(
                     f"{type(config).__name__} got {field.key}={field.value!r} and {key}={name!r}, which set the same "
@@ -250,6 +263,10 @@ def _both(*installers: Installer) -> Installer:
 
 INSTALLERS: dict[str, Installer] = {
     "transformers.activations": (_install_activations, _uninstall_activations),
+    # Has a dict of its own, from which its `afn` is looked up.
+    "transformers.models.openai.modeling_openai": lookups(
+        "transformers.models.openai.modeling_openai", {"ACT_FNS": _Instances}
+    ),
     "transformers.configuration_utils": _both(
         method_patch("PreTrainedConfig", "__post_init__", _config_post_init),
         method_patch("PreTrainedConfig", "from_dict", _config_from_dict),

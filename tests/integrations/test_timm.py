@@ -176,8 +176,10 @@ def test_names_of_timm_in_models_are_as_before():
     assert activations(on_meta("vgg11", act_layer=nn.SiLU)) == {"SiLU"}
     with pytest.raises(TypeError, match="'str' object is not callable"):
         on_meta("vgg11", act_layer="gelu")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'act_layer'"):
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'act_layer'; use hf_gem\.create_timm_model"):
         on_meta("crossvit_tiny_240", act_layer="gem")
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'act_layer'$"):
+        on_meta("crossvit_tiny_240", act_layer="relu")
 
 
 def test_a_name_that_is_called():
@@ -237,7 +239,7 @@ def test_feature_extraction_by_fx(name):
 def convert(model, **activations):
     conversion.undo(model)
     slots = {name: [conversion.slot_at(model, path) for path in paths] for name, paths in activations.items()}
-    conversion.replace(slots, hf_gem.get_activation)
+    conversion.replace(model, slots, hf_gem.get_activation)
     return conversion.plan_of(model)
 
 

@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     BartConfig,
     BertConfig,
@@ -33,12 +34,16 @@ from transformers import (
     GPT2LMHeadModel,
     GptOssConfig,
     GptOssModel,
+    OpenAIGPTConfig,
+    OpenAIGPTModel,
     OPTConfig,
     ResNetConfig,
     ResNetForImageClassification,
     RTDetrConfig,
     T5Config,
     T5Model,
+    TimmWrapperConfig,
+    TimmWrapperModel,
     XLNetConfig,
     activations,
 )
@@ -252,6 +257,44 @@ def test_a_name_given_while_loading(tmp_path):
         model = cls.from_pretrained(tmp_path, hidden_act="gem_n2")
         assert [block.mlp.act.spec.name for block in model.transformer.h] == ["gem_n2"] * 2
     assert AutoConfig.from_pretrained(tmp_path, hidden_act="relu").activation_function == "gelu_new"  # not ours
+
+
+def test_a_model_with_a_registry_of_its_own():
+    model = OpenAIGPTModel(OpenAIGPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=32, hidden_act="gem_n2"))
+    assert [block.mlp.act.spec.name for block in model.h] == ["gem_n2"] * 2
+    assert model.h[0].mlp.act is not model.h[1].mlp.act  # a learnable eps belongs to one layer
+    hf_gem.unregister()
+    try:
+        with pytest.raises(KeyError, match="gem_n2"):
+            OpenAIGPTModel(OpenAIGPTConfig(afn="gem_n2"))
+    finally:
+        hf_gem.register()
+
+
+@pytest.mark.parametrize("model_args", [None, {"depth": 1}])
+def test_a_model_of_timm_in_transformers(model_args):
+    config = TimmWrapperConfig(architecture="test_vit", model_args=model_args, hidden_act="gem_n2")
+    assert config.model_args == {**(model_args or {}), "act_layer": "gem_n2"}
+    assert hf_gem.audit(TimmWrapperModel(config)).complete
+    with pytest.raises(ValueError, match="act_layer='relu' and hidden_act='gem_n2', which set the same"):
+        TimmWrapperConfig(architecture="test_vit", model_args={"act_layer": "relu"}, hidden_act="gem_n2")
+
+
+def test_configs_that_replace_the_name():
+    config = AutoConfig.for_model("step3p5")
+    hf_gem.set_activation(config, "gem_n2")
+    with pytest.warns(UserWarning, match="replaces hidden_act='gem_n2' by 'silu' whenever it is made or loaded"):
+        again = type(config).from_dict(config.to_dict())
+    assert (config.hidden_act, again.hidden_act) == ("gem_n2", "silu")
+
+
+@pytest.mark.parametrize("model_type", ["hgnet_v2", "resnet", "uvdoc"])
+def test_what_is_hard_coded_beside_the_name_follows_it(model_type):
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(model_type, hidden_act="gem_n2"))
+        assert not [module for module in model.modules() if type(module) is torch.nn.ReLU]
+        stock = AutoModel.from_config(AutoConfig.for_model(model_type))
+    assert [module for module in stock.modules() if type(module) is torch.nn.ReLU]
 
 
 TINY_BLOOM = {"n_layer": 1, "n_head": 2, "hidden_size": 16, "vocab_size": 32}
