@@ -154,11 +154,16 @@ def _parameters(config_class: Any) -> frozenset[str]:
 
 
 def mask(config: Any) -> None:
-    """Makes a converted config, or what is converted in it, select its converted name."""
+    """Makes a converted config, or what is converted in it, select its converted name where its class allows that."""
     for part, plan in _plans(config):
         for field in activation_fields(part):
-            if field.value == plan["fields"].get(field.path):
-                field.set(min(plan["activations"]))
+            old = field.value
+            if old == plan["fields"].get(field.path):
+                try:
+                    field.set(min(plan["activations"]))
+                    getattr(part, "validate", lambda: None)()
+                except Exception:  # huggingface_hub's validation: this field is for some values only
+                    field.set(old)
 
 
 def unmask(config: Any) -> None:
@@ -169,16 +174,16 @@ def unmask(config: Any) -> None:
     """
     for part, plan in _plans(config):
         name = min(plan["activations"])
-        for field in activation_fields(part):
-            stock = plan["fields"].get(field.path, field.value)
-            if plain_name(field.value) == name:
-                field.set(stock)
-            elif field.value != stock:
+        stock = [(field, plan["fields"].get(field.path, field.value)) for field in activation_fields(part)]
+        for field, value in stock:
+            if plain_name(field.value) != name and field.value != value:
                 raise ValueError(
                     f"{type(part).__name__} got {field.path}={field.value!r} for a model that was converted to "
                     f"{name!r}; remove the conversion first with `del config.{PLAN}`, or convert the model after it is "
                     "built"
                 )
+        for field, value in stock:  # one may set another, which comes after it
+            field.set(value)
 
 
 def _plans(config: Any) -> Iterator[tuple[Any, dict[str, Any]]]:

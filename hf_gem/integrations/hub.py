@@ -37,9 +37,15 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: its class is not one of transformers or not built by an Auto class, or it has no activation of the
-            family.
+        ValueError: its class is not one of transformers or not built by an Auto class, it has no activation of the
+            family, or `push_to_hub` is asked for.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper saves what it wraps too
+    if kwargs.get("push_to_hub"):
+        raise ValueError(
+            "save_for_hub got push_to_hub=True, which would push the weights before the files that it writes; push the "
+            "folder with huggingface_hub.upload_folder"
+        )
     names, auto_map = _check(model)
     folder = Path(folder)
     config = model.config

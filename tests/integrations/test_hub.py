@@ -13,7 +13,7 @@ from torch import nn
 
 import hf_gem
 from hf_gem.integrations.hub import loading_notes
-from tests.integrations.test_round_trips import GPT2, build, disturb, run
+from tests.integrations.test_round_trips import GPT2, TEXT, build, disturb, run
 
 transformers = pytest.importorskip("transformers")
 
@@ -161,6 +161,13 @@ def test_the_files(tmp_path):
     assert not hasattr(model.config, "auto_map")
 
 
+def test_a_compiled_model_and_shards(tmp_path):
+    model = disturb(gpt2())
+    hf_gem.save_for_hub(torch.compile(model, backend="eager"), tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert all(map(torch.equal, run(model, TEXT), run(GPT2LMHeadModel.from_pretrained(tmp_path), TEXT)))
+
+
 def test_the_code_stands_alone(tmp_path):
     """Its imports are in the folder, in torch, in transformers or in Python itself, which may be 3.10."""
     hf_gem.save_for_hub(gpt2(), tmp_path)
@@ -232,4 +239,10 @@ class Theirs(GPT2LMHeadModel):
 def test_what_cannot_be_saved(model, error, message, tmp_path):
     with pytest.raises(error, match=message):
         hf_gem.save_for_hub(model(), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_nothing_is_pushed_half(tmp_path):
+    with pytest.raises(ValueError, match=r"push the folder with huggingface_hub\.upload_folder"):
+        hf_gem.save_for_hub(gpt2(), tmp_path / "model", push_to_hub=True)
     assert not (tmp_path / "model").exists()

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib
 import json
 import re
 import threading
@@ -511,6 +512,38 @@ def test_a_subclass_with_parts_of_its_own(cls, tmp_path):
             loaded(IDS)
     assert same(model.base_model, GPT2Model.from_pretrained(tmp_path), TEXT)
     assert len(activations(GPT2LMHeadModel.from_pretrained(tmp_path))) == 2
+
+
+THEIR_CODE = """
+import hf_gem
+from torch import nn
+from transformers import GPT2LMHeadModel
+
+class Theirs(GPT2LMHeadModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.extra = nn.Sequential(nn.Linear(32, 32), nn.ReLU())
+        self.post_init()
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = self.extra(out.logits)
+        return out
+"""
+
+
+def test_remote_code(tmp_path, monkeypatch):
+    (tmp_path / "their_code.py").write_text(THEIR_CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    cls = importlib.import_module("their_code").Theirs
+    cls.register_for_auto_class("AutoModelForCausalLM")
+    model = cls(GPT2Config(**GPT2))
+    hf_gem.convert(model, "egem_learnable", inputs=IDS)
+    folder = saved(disturb(model), tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert type(loaded) is not cls
+    assert same(model, loaded, TEXT)
 
 
 def test_a_convolutional_backbone_of_timm_in_a_detector(tmp_path):

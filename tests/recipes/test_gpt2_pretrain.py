@@ -63,6 +63,7 @@ def test_a_run_leaves_everything_and_says_where(reference):
     assert {p.name for p in folder.iterdir()} >= {
         *("config.json", "model.safetensors", "tokenizer.json", "README.md"),
         *("loss_curve.png", "record.json", "log.jsonl", "checkpoints"),
+        *("modeling_gem.py", "gem_fallback.py", "gem_reference.py"),
     }
     first, last = map(float, re.search(r"Validation loss ([\d.]+) -> ([\d.]+)", printed).groups())
     assert last < first
@@ -179,6 +180,7 @@ def test_any_activation_trains_and_loads(flags, tmp_path, act):
     run(tmp_path, flags, f"--hidden_act={act}", "--steps=2")
     config = AutoModelForCausalLM.from_pretrained(tmp_path).config
     assert config.activation_function == act
+    assert (tmp_path / "modeling_gem.py").exists() == ("gem" in act)
     assert ("hf_gem" in (tmp_path / "README.md").read_text().split("## Use")[1].split("## Data")[0]) == ("gem" in act)
 
 

@@ -68,7 +68,13 @@ def test_a_card_states_what_the_record_holds(tmp_path, act):
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.pipeline_tag == "text-generation"
     assert act in card.data.tags
-    for ours in ("import hf_gem", "2604.21677", "- hf_gem"):  # a card of GELU claims nothing of GEM
+    for ours in (
+        "import hf_gem",
+        "trust_remote_code",
+        "KeyError",
+        "2604.21677",
+        "- hf_gem",
+    ):  # a card of GELU claims nothing of GEM
         assert (ours in text) == (act == "gem_n2"), ours
     assert not any(mark in text for mark in ("{{", "}}", "{%", "None", "TODO", "More Information Needed"))
 
@@ -102,9 +108,10 @@ def test_a_full_disk_at_the_end_is_explained(tmp_path):
         def save_pretrained(self, folder):
             raise Exception("No space left on device (os error 28)")  # as the tokenizers library does
 
+    record = {**RECORD, "config": {**RECORD["config"], "hidden_act": "gelu"}}
     for broken in ((Model(), None), (MagicMock(), Processor())):
         with pytest.raises(CheckpointError, match=r"No space left.*last checkpoint is complete.*same command again"):
-            save_results(tmp_path, *broken, RECORD, TEMPLATE)
+            save_results(tmp_path, *broken, record, TEMPLATE)
 
 
 def test_the_plot_is_a_picture_with_two_curves(tmp_path):
