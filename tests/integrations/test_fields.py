@@ -169,7 +169,7 @@ def pop2piano():
         pop2piano,  # two fields, of which one sets the other
         lambda: _neomme(),  # whose field takes one value
     ],
-    ids=str,
+    ids=lambda make: getattr(make, "__name__", "gated T5"),
 )
 def test_a_converted_config_comes_back_from_a_file(make):
     def body(config):

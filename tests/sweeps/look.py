@@ -1,8 +1,10 @@
-"""What a built model runs, as far as it can be made to run: the parts that made-up inputs reach are audited, in the
-others the modules are counted."""
+"""What a built model runs, as far as it can be made to run: the parts that made-up inputs reach are audited; of the
+others the modules are counted and the source is read."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +22,11 @@ ALL, PARTLY, SAYS_SO, SILENT = "all", "partly", "none, and says so", "IGNORED SI
 RAISES, NOTHING = "raises", "has no activation"
 NO_MODEL, NO_BUILD = "part of another model", "cannot be built"
 
+_CALL = re.compile(
+    r"\b(?:F|nn\.functional|torch)\.(relu6?|gelu|silu|[cs]?elu|mish|leaky_relu|hardswish)\("
+    r"|(\w+) \*=? torch\.sigmoid\(\2\)"
+)
+
 
 @dataclass
 class Look:
@@ -30,12 +37,14 @@ class Look:
         others: (function, place) of the other activations, gates not among them.
         unused: Paths of GEM modules that a forward pass of their part did not reach.
         not_run: Why the model, or a part of it, could not be run.
+        said: The warnings about the name while the model was made.
     """
 
     gem: int = 0
     others: set[tuple[str, str]] = field(default_factory=set)
     unused: list[str] = field(default_factory=list)
     not_run: str = ""
+    said: list[str] = field(default_factory=list)
 
 
 def look(model: nn.Module, is_part: Callable[[nn.Module], bool] = lambda module: False) -> Look:
@@ -66,6 +75,8 @@ def look(model: nn.Module, is_part: Callable[[nn.Module], bool] = lambda module:
                 found.unused.append(path)
             else:
                 found.gem += 1
+        elif module not in ran and parts[_innermost(path, parts)] not in ran:
+            found.others |= _written_in(type(module))
     for slot in stock_slots(model):
         what = kind(slot.occupant) or ""
         runner: Any = slot.occupant if isinstance(slot.occupant, nn.Module) else slot.owner
@@ -76,6 +87,23 @@ def look(model: nn.Module, is_part: Callable[[nn.Module], bool] = lambda module:
             owner = type(modules[path])
             found.others.add((what, f"{short(owner.__module__.replace('.', '/'))}.py {owner.__name__}"))
     return found
+
+
+@functools.cache
+def _written_in(cls: type) -> frozenset[tuple[str, str]]:
+    """The activations that the methods of a class call by name."""
+    found = set()
+    for base in cls.__mro__:
+        if not base.__module__.startswith(("transformers.models.", "timm.models.")):
+            continue
+        for name, method in vars(base).items():
+            if name != "__init__" and inspect.isfunction(method):
+                lines, first = inspect.getsourcelines(inspect.unwrap(method))
+                for number, line in enumerate(lines, first):
+                    if match := _CALL.search(line.partition("#")[0]):
+                        place = f"{short(base.__module__.replace('.', '/'))}.py:{number}"
+                        found.add((match[1] or "silu", place))
+    return frozenset(found)
 
 
 def _innermost(path: str, parts: dict[str, nn.Module]) -> str:
@@ -94,4 +122,4 @@ def short(location: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:250]

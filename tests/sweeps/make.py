@@ -1,4 +1,8 @@
-"""Runs the sweeps: python -m tests.sweeps.make [--only PATTERN ...] [--jobs N] [--limit SECONDS]"""
+"""Runs the sweeps and writes docs/supported_models.md: python -m tests.sweeps.make --jobs 2
+
+Every model type and module is a row of JSON. They are made in processes that are killed when one takes too long; what
+crashes gets a row that says so. All of them take about a quarter of an hour on two cores.
+"""
 
 from __future__ import annotations
 
@@ -6,86 +10,46 @@ import argparse
 import fnmatch
 import importlib
 import json
-import multiprocessing
-import queue
-import threading
 from pathlib import Path
 from typing import Any
 
 from tests.helpers import ROOT
-
-
-def work(module: str, connection: Any) -> None:
-    """A worker: key in, row out, until it is killed."""
-    import torch
-
-    torch.set_num_threads(1)
-    sweep = importlib.import_module(module).sweep
-    while True:
-        key = connection.recv()
-        try:
-            row = sweep(key)
-        except Exception as error:
-            row = {"error": f"{type(error).__name__}: {error}"}
-        connection.send(row)
-
-
-def run(module: str, keys: list[str], jobs: int, limit: float, done: Any) -> None:
-    """Calls `done(key, row)` for every key; one that crashes its worker or takes too long gets a row that says so."""
-    waiting: queue.Queue[str] = queue.Queue()
-    for key in keys:
-        waiting.put(key)
-    context = multiprocessing.get_context("spawn")
-
-    def drive() -> None:
-        process: Any = None
-        while True:
-            try:
-                key = waiting.get_nowait()
-            except queue.Empty:
-                break
-            if process is None:
-                ours, theirs = context.Pipe()
-                process = context.Process(target=work, args=(module, theirs), daemon=True)
-                process.start()
-                theirs.close()
-            ours.send(key)
-            try:
-                row = ours.recv() if ours.poll(limit) else {"error": f"took longer than {limit:g} s"}
-            except EOFError:
-                row = {"error": "the process died"}
-            if "error" in row:
-                process.kill()
-                process = None
-            done(key, row)
-        if process is not None:
-            process.kill()
-
-    threads = [threading.Thread(target=drive) for _ in range(jobs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+from tests.sweeps.pool import run
+from tests.sweeps.table import TABLE, render
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--library", choices=("transformers", "timm"), required=True)
-    parser.add_argument("--only", nargs="*", default=["*"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("libraries", nargs="*", default=["timm", "transformers"], metavar="timm|transformers")
+    parser.add_argument("--only", nargs="+", help="patterns of model types or modules; the other rows stay as they are")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=180)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--limit", type=float, default=300, help="seconds for one of them")
+    parser.add_argument("--rows", type=Path, default=ROOT / "build" / "sweeps", help="folder of the JSON lines")
+    parser.add_argument("--table", action="store_true", help="only write the table from the rows there are")
     args = parser.parse_args()
-    module = f"tests.sweeps.{args.library}_models"
-    listed = importlib.import_module(module)
-    keys = listed.model_types() if args.library == "transformers" else listed.modules()
-    keys = [key for key in keys if any(fnmatch.fnmatch(key, pattern) for pattern in args.only)]
-    with open(args.out or ROOT / f"{args.library}.jsonl", "w") as out:
+    args.rows.mkdir(parents=True, exist_ok=True)
+    for library in () if args.table else args.libraries:
+        make_rows(library, args.rows / f"{library}.jsonl", args.only, args.jobs, args.limit)
+    TABLE.write_text(render(*(read_rows(args.rows / f"{library}.jsonl") for library in ("transformers", "timm"))))
 
-        def done(key: str, row: dict[str, Any]) -> None:
-            print(json.dumps({"key": key, **row}), file=out, flush=True)
 
-        run(module, keys, args.jobs, args.limit, done)
+def make_rows(library: str, path: Path, only: list[str] | None, jobs: int, limit: float) -> None:
+    module = f"tests.sweeps.{library}_models"
+    keys = importlib.import_module(module).names()
+    rows = read_rows(path) if only else {}
+    chosen = [key for key in keys if not only or any(fnmatch.fnmatch(key, pattern) for pattern in only)]
+
+    def done(key: str, row: dict[str, Any]) -> None:
+        rows[key] = row
+        print(f"{len(rows)}/{len(keys)} {key}: {row.get('outcome') or row['error']}", flush=True)
+        path.write_text("".join(json.dumps({"key": key, **rows[key]}) + "\n" for key in sorted(rows)))
+
+    run(module, chosen, jobs, limit, done)
+
+
+def read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {row.pop("key"): row for row in map(json.loads, lines)}
 
 
 if __name__ == "__main__":
