@@ -16,7 +16,8 @@ from typing import Any
 
 from ..conversion import PLAN, apply_plans, complete, parts_of, plan_of
 from ..modules import GemActivation, get_activation, module_factory
-from ..spec import is_claimed, parse
+from ..spec import FAMILIES, is_claimed, parse
+from ..stock import is_gate, kind, stock_slots
 from .fields import activation_fields, configs, declares, is_body, mask, set_activation, unmask
 from .registry import Installer, NameLookup, lookups, method_patch, refuse_conflicts, replace_everywhere
 
@@ -135,7 +136,7 @@ def _model_post_init(original: Any, model: Any) -> None:
         _expect(model, apply_plans(model, get_activation, unfinished))
     original(model)
     if outermost and not unfinished:
-        _warn_of_unused_names(model)
+        _say_what_is_left(model)
 
 
 def _expect(model: Any, missing: list[str]) -> None:
@@ -169,24 +170,46 @@ def _constructors() -> list[Any]:
     return models
 
 
-def _warn_of_unused_names(model: Any) -> None:
-    """A name in the config that no module of the part built from it carries: the part has an activation of its own."""
-    unused = []
+def _say_what_is_left(model: Any) -> None:
+    """Warns of names in the configs that their part of the model does not use, or not for all of its activations."""
+    from transformers.activations import ACT2FN
+
+    parts = parts_of(model)
+    unused, left = [], []
     name = ""
-    for part in parts_of(model).values():
-        used = {module.spec for module in part.modules() if isinstance(module, GemActivation)}
-        named = {field.path: field.value for field in activation_fields(part.config) if field.owner is part.config}
+    for path, part in parts.items():
+        fields = [field for field in activation_fields(part.config) if field.owner is part.config]
+        named = {field.path: field.value.removeprefix("gated-") for field in fields}
         if not declares(part.config, "hidden_act"):
             named["hidden_act"] = vars(part.config).get("hidden_act", "")
-        for path, value in named.items():
-            plain = value.removeprefix("gated-")
-            if is_claimed(plain) and parse(plain) not in used:
-                name = plain
-                unused.append(f"{type(part.config).__name__} has {path}={value!r}")
+        named = {key: value for key, value in named.items() if is_claimed(value)}
+        used = {module.spec for module in part.modules() if isinstance(module, GemActivation)}
+        for key, value in named.items():
+            if parse(value) not in used:
+                name = value
+                unused.append(f"{type(part.config).__name__} has {key}={value!r}")
+            elif is_body(key):
+                name = value
+                # A part inside this one answers for itself, and what another field selects was left to that.
+                start = f"{path}." if path else ""
+                inner = tuple(other.removeprefix(start) + "." for other in parts if other.startswith(start) and other)
+                spared = {kind(ACT2FN[field.value]) for field in fields if field.path not in named}
+                slots = {slot.path: kind(slot.occupant) for slot in stock_slots(part)}
+                left += [
+                    f"{what} at {start}{slot}"
+                    for slot, what in slots.items()
+                    if what and not is_gate(what) and what not in {*FAMILIES, *spared} and not slot.startswith(inner)
+                ]
     if unused:
         warnings.warn(
             f"{'; '.join(unused)}, and {type(model).__name__} does not take its activation from there: it runs its "
             f"own. Replace them with hf_gem.convert(model, {name!r}), and see with hf_gem.audit(model) which they are",
+            stacklevel=2,
+        )
+    elif left:
+        warnings.warn(
+            f"{name!r} in the config does not reach {len(set(left))} of the activations of {type(model).__name__}, "
+            f"such as {left[0]}, which stay as they are; hf_gem.convert(model, {name!r}) replaces them",
             stacklevel=2,
         )
 

@@ -25,6 +25,8 @@ from transformers import (
     BloomForCausalLM,
     CLIPConfig,
     DbrxConfig,
+    DebertaConfig,
+    DebertaModel,
     DistilBertConfig,
     EncoderDecoderConfig,
     EncoderDecoderModel,
@@ -40,6 +42,8 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
     RTDetrConfig,
+    Swinv2Config,
+    Swinv2Model,
     T5Config,
     T5Model,
     TimmWrapperConfig,
@@ -318,6 +322,20 @@ def test_a_declared_field_that_the_model_does_not_read():
     config = GptOssConfig(**sizes, num_key_value_heads=2, vocab_size=32, num_local_experts=2, hidden_act="gem_n2")
     with pytest.warns(UserWarning, match="GptOssConfig has hidden_act='gem_n2', and GptOssModel does not"):
         GptOssModel(config)
+
+
+def test_a_model_that_the_name_does_not_reach_everywhere():
+    sizes = {"image_size": 16, "patch_size": 4, "window_size": 2, "embed_dim": 8, "depths": [1], "num_heads": [2]}
+    with pytest.warns(UserWarning, match=r"'gem_n2' in the config does not reach 1 of the activations of Swinv2Model"):
+        model = Swinv2Model(Swinv2Config(**sizes, hidden_act="gem_n2"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Swinv2Model(Swinv2Config(**sizes))
+        hf_gem.convert(model, "gem_n2")
+        Swinv2Model(model.config)  # all of it now
+        # What another field selects is left to that field, and a projector to its own config.
+        DebertaModel(DebertaConfig(**TINY_BERT, hidden_act="gem_n2", pooler_hidden_act="gelu"))
+        BertModel(BertConfig(**TINY_BERT, hidden_act="gem_n2"))
 
 
 def test_resnet_gives_all_its_activations():
