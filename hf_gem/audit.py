@@ -27,8 +27,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import functional
 from .example_inputs import example_inputs
 from .modules import GemActivation
-from .spec import GemSpec
-from .stock import is_gate
+from .spec import FAMILIES, GemSpec
+from .stock import is_gate, kind
 
 # Operations of aten that are activations, by the name under which the field knows them.
 _ACTIVATIONS = {
@@ -92,10 +92,12 @@ class Audit:
     Attributes:
         calls: All calls, in the order of the first ones.
         not_run: Paths of the activation modules that the forward pass did not reach.
+        stock_not_run: Those among them that are not of the family, and no gates.
     """
 
     calls: tuple[ActivationCall, ...]
     not_run: tuple[str, ...] = ()
+    stock_not_run: tuple[str, ...] = ()
 
     @property
     def others(self) -> tuple[ActivationCall, ...]:
@@ -119,8 +121,8 @@ class Audit:
 
     @property
     def complete(self) -> bool:
-        """Whether every activation that ran was GEM, and one did."""
-        return self.num_gem > 0 and self.num_other == 0
+        """Whether every activation that ran was GEM, one did, and none of another kind might run on other inputs."""
+        return self.num_gem > 0 and self.num_other == 0 and not self.stock_not_run
 
     def to_dict(self) -> dict[str, Any]:
         """The counts and calls, ready for json."""
@@ -150,7 +152,9 @@ class Audit:
         if self.gates:
             lines.append(f"Gates, not counted{_tally(self.gates, ': ')}")
         if self.not_run:
-            lines.append(f"{len(self.not_run)} activation modules did not run: {path_patterns(list(self.not_run))}")
+            stock = f", {len(self.stock_not_run)} of them not GEM" if self.stock_not_run else ""
+            places = path_patterns(list(self.not_run))
+            lines.append(f"{len(self.not_run)} activation modules did not run{stock}: {places}")
         return "\n".join(lines)
 
 
@@ -247,7 +251,9 @@ def _run(model: nn.Module, state: dict[str, Tensor], args: tuple[Any, ...], inpu
         enter(_Operations(tracer))
         torch.func.functional_call(model, state, args, dict(inputs))
     modules = {path: module for path, module in model.named_modules() if _is_activation(module)}
-    return Audit(tracer.calls(), tuple(path for path, module in modules.items() if module not in tracer.entered))
+    not_run = {path: kind(module) for path, module in modules.items() if module not in tracer.entered}
+    stock = tuple(path for path, what in not_run.items() if what and what not in FAMILIES and not is_gate(what))
+    return Audit(tracer.calls(), tuple(not_run), stock)
 
 
 @contextlib.contextmanager

@@ -232,7 +232,8 @@ def run(model: nn.Module, batch: Any) -> Any:
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} does not run on a batch of data= ({type(error).__name__}: {error}); a batch is a "
-            "tensor, a tuple of the positional or a dict of the keyword arguments of the model, on its device"
+            "tensor, a tuple of the positional or a dict of the keyword arguments of the model, on its device, without "
+            "what the model does not take, such as labels"
         ) from error
 
 
@@ -247,10 +248,12 @@ def relative_change(before: list[Tensor], after: list[Tensor]) -> float | None:
         return None
     change = size = 0.0
     for b, a in zip(before, after, strict=True):
-        kept = b.isfinite()  # without masked scores
+        kept = b.isfinite()
+        if not kept.all():  # masked scores
+            a, b = a[kept], b[kept]
         wide = torch.promote_types(b.dtype, torch.float32)
-        change += float((a[kept].to(wide) - b[kept].to(wide)).square().sum(dtype=torch.float64))
-        size += float(b[kept].to(wide).square().sum(dtype=torch.float64))
+        change += float((a.to(wide) - b.to(wide)).square().sum(dtype=torch.float64))
+        size += float(b.to(wide).square().sum(dtype=torch.float64))
     return (change / size) ** 0.5 if size else float(change > 0)
 
 

@@ -19,7 +19,7 @@ from .audit import ActivationCall, Audit, audit, path_patterns
 from .calibrate import Calibration, arguments, calibrate, replace_all
 from .conversion import Slot
 from .fit import Fit
-from .integrations.transformers import write_plan
+from .integrations.transformers import own_config, write_plan
 from .spec import GemSpec, is_name, parse
 from .stock import describe, is_gate, kind, stock_slots
 
@@ -149,18 +149,19 @@ def convert(
         model: Any model, of transformers and timm too; before it is scripted, and for a learnable eps before it is
             wrapped by DDP or FSDP and before its optimizer is made.
         name: Of the family.
-        replace: Which activations to replace: names such as `"relu"` or module classes, one or several. By default all
-            except gates (sigmoid, tanh, softplus and their like).
+        replace: Which activations to replace: names such as `"relu"` or module classes, any of your own too, one or
+            several. By default all with a usual name, except gates (sigmoid, tanh, softplus and their like).
         skip: Which to leave: patterns of paths such as `"*.pooler.*"`, or module classes, one or several.
         eps: A number in place of the one in the name; or `"fit"`, to choose it, and n unless the name gives one, such
             that the model changes least on `data`.
         data: Batches for `eps="fit"`: tensors, tuples of positional or dicts of keyword arguments of the model, on its
             device; any iterable, which is read once. They are run in evaluation mode, without gradients.
         per_layer: With `eps="fit"`, a member for each activation; otherwise one for the whole model.
-        fit_to: What `eps="fit"` makes smallest. `"output"`: the change of the model's output on the first batch, over
-            some 50 runs of it and about 4 for each layer. `"activations"`: the expected squared difference from what is
-            replaced, over the values that reach it in all batches, which takes two runs of the first, and in networks
-            that are smooth can do worse than the given name: the report has both.
+        fit_to: What `eps="fit"` makes smallest. `"output"`: the change of the model's output, all the floating-point
+            tensors in it, on the first batch, over some 50 runs of it; with `per_layer` and 4 more for each layer,
+            starting from one member for all. `"activations"`: the expected squared difference from what is replaced,
+            over the values that reach it in all batches, which takes 5 runs of the first one and can change the output
+            more than the given name would; the report has both changes.
         inputs: A batch for the forward pass of the audit; by default the first one of `data`, or one made up on the
             meta device where the model allows it.
 
@@ -207,6 +208,10 @@ def revert(model: nn.Module) -> list[str]:
 
     One with weights of its own, such as PReLU, comes back on the device and in the dtype that it was replaced on.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model that was converted"
+        )
     paths = conversion.undo(model)
     _write_plans(model)
     return paths
@@ -277,7 +282,7 @@ def _choose(
     chosen: dict[str, Slot] = {}
     left = []
     unused = {*only, *skip}
-    found = list(stock_slots(model))
+    found = list(stock_slots(model, tuple(one for one in only if isinstance(one, type))))
     for slot in found:
         what = kind(slot.occupant) or ""
         by_skip = [s for s in skip if _matches(s, slot)]
@@ -355,6 +360,7 @@ def _write_plans(model: nn.Module) -> None:
     for path, module in found:  # outer ones come first
         if not any(path.startswith(f"{o}.") or o == "" for o in outer):
             outer.append(path)
+            own_config(module)
             write_plan(module)
 
 

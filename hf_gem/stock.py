@@ -58,7 +58,7 @@ def _num_required(function: Callable[..., Any]) -> int:
 
 def describe(occupant: Any) -> str:
     """What a report calls an activation: a full name for one of ours, else its kind."""
-    return occupant.spec.name if isinstance(occupant, GemActivation) else kind(occupant) or ""
+    return occupant.spec.name if isinstance(occupant, GemActivation) else kind(occupant) or type(occupant).__name__
 
 
 def is_gate(kind: str) -> bool:
@@ -66,15 +66,21 @@ def is_gate(kind: str) -> bool:
     return _GATE.fullmatch(kind) is not None
 
 
-def stock_slots(model: nn.Module) -> Iterator[Slot]:
+def stock_slots(model: nn.Module, also: tuple[type, ...] = ()) -> Iterator[Slot]:
     """Every place that holds an activation: submodules, those in containers too, and attributes that are functions.
 
     A place in a module that is there twice counts once, under its first path.
+
+    Args:
+        model: Any model.
+        also: Classes of modules that count whatever they are called.
     """
     for path, owner in model.named_modules():
         if kind(owner) is not None:
             continue  # what an activation is made of
         for key, occupant in [*owner._modules.items(), *vars(owner).items()]:
             # torch.compile keeps what it compiled apart from what it calls.
-            if key != "_orig_mod" and occupant is not None and kind(occupant) is not None:
+            if key != "_orig_mod" and (
+                isinstance(occupant, also) or (occupant is not None and kind(occupant) is not None)
+            ):
                 yield Slot(f"{path}.{key}".lstrip("."), owner, key)

@@ -100,6 +100,7 @@ def test_a_stock_model_of_transformers(build, fields, name, calls):
     assert (report.num_gem, report.num_other, report.complete) == (0, calls, False)
 
 
+@pytest.mark.filterwarnings("ignore:.* in the config does not reach")
 def test_activations_that_a_model_hard_codes_are_located():
     report = audit(swin(hidden_act="gem_n2"))
     assert report.num_gem == 3
@@ -246,7 +247,13 @@ def test_modules_that_did_not_run_are_listed():
 
     report = audit(Model(), torch.randn(2))
     assert report.not_run == ("unused.0", "unused.1")
-    assert "2 activation modules did not run: unused.*" in str(report)
+    assert report.stock_not_run == ("unused.1",)
+    assert "2 activation modules did not run, 1 of them not GEM: unused.*" in str(report)
+    model = Model()
+    model.used = hf_gem.EGEM()
+    assert not audit(model, torch.randn(2)).complete
+    model.unused[1] = nn.Sigmoid()
+    assert audit(model, torch.randn(2)).complete
 
 
 @pytest.mark.parametrize("build", [gpt2, llama, bert, resnet])
@@ -363,6 +370,7 @@ def test_wrong_models():
         audit(nn.Linear(2, 2))
 
 
+@pytest.mark.filterwarnings("ignore:.* in the config does not reach")
 def test_the_table():
     report = audit(swin(hidden_act="gem_n2"))
     assert re.sub(r":\d+ +", ":LINE ", re.sub(r"where +", "where ", str(report))) == (

@@ -114,7 +114,7 @@ def test_python_code():
         exec(block, names)
     assert type(names["cnn"].act1).__name__ == "EGEM"
     assert hf_gem.audit(names["swin"]).complete
-    assert hf_gem.audit(names["mobilenet"]).num_gem == 0
+    assert hf_gem.audit(names["vit"]).num_gem == 0
     assert names["y"].shape == (8, 64)
     assert isinstance(names["layer"], torch.nn.Module)
 

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -46,27 +48,41 @@ _names: set[str] = set()
 
 
 def register(*names: str) -> None:
-    """Makes names known to transformers, where nothing else has, and to timm once a model of its kind is built."""
+    """Makes names known while the classes that `base` returns build a model, and no longer.
+
+    Elsewhere transformers has to stop at them: a converted checkpoint holds one where it would load another function.
+    """
+    _names.update(names)
+
+
+@contextlib.contextmanager
+def _registered() -> Iterator[None]:
     from transformers.activations import ACT2CLS, ACT2FN
 
-    _names.update(names)
-    for name in names:
-        if name not in ACT2FN:
-            ACT2FN[name] = (Activation, {"name": name})
-        if name not in ACT2CLS:
-            ACT2CLS[name] = functools.partial(Activation, name)
+    registries: list[tuple[dict, Callable[[str], Any]]] = [
+        (ACT2FN, lambda name: (Activation, {"name": name})),
+        (ACT2CLS, lambda name: functools.partial(Activation, name)),
+    ]
+    if (timm := sys.modules.get("timm.layers.create_act")) is not None:  # which the wrappers of timm have imported
+        registries.append((timm._ACT_LAYER_DEFAULT, lambda name: functools.partial(Activation, name)))
+    added = [(registry, name, make) for registry, make in registries for name in _names if name not in registry]
+    for registry, name, make in added:
+        registry[name] = make(name)
+    try:
+        yield
+    finally:
+        for registry, name, _ in added:
+            del registry[name]
 
 
 def base(cls: Any) -> Any:
     """A class of transformers that does what hf_gem adds to the building of a model, conversions above all."""
-    if (timm := sys.modules.get("timm.layers.create_act")) is not None:  # which the wrappers of timm have imported
-        for name in _names:
-            timm._ACT_LAYER_DEFAULT.setdefault(name, functools.partial(Activation, name))
 
     class Converted(cls):
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             unmask(config)
-            super().__init__(config, *args, **kwargs)
+            with _registered():
+                super().__init__(config, *args, **kwargs)
             complete(self, Activation)
             apply_plans(self, Activation)
             mask(config)  # for when it is saved again

@@ -95,6 +95,8 @@ def set_activation(config: Any, name: str, *, fields: str | Iterable[str] | None
     if fields is None:
         chosen = [field for field in found if field.is_body]
     else:
+        if not isinstance(fields, (str, list, tuple, set)):
+            raise TypeError(f"fields must be patterns of paths such as '*projector*', got {fields!r}")
         patterns = [fields] if isinstance(fields, str) else list(fields)
         chosen = [field for field in found if any(fnmatchcase(field.path, pattern) for pattern in patterns)]
     if not chosen:
@@ -257,7 +259,8 @@ def _is_activation_name(value: object) -> bool:
         return False
     from transformers.activations import ACT2FN  # a config is here, so transformers is
 
-    return plain_name(value).lower() in ACT2FN
+    name = plain_name(value).lower()
+    return is_claimed(name) or name in ACT2FN  # ours also where nothing has registered it
 
 
 def _known_name(name: str) -> str:

@@ -166,7 +166,7 @@ def _with_notes(card: str, auto: str, notes: str) -> str:
 ## Use
 
 ```python
-import hf_gem  # registers the activation; pip install hf-gem
+import hf_gem  # registers the activation
 from transformers import {auto}
 
 model = {auto}.from_pretrained("this folder or repository")

@@ -174,6 +174,8 @@ def create_timm_model(name: str, act: str, **kwargs: Any) -> tuple[nn.Module, Co
     from ..convert import convert  # which builds on the integrations
 
     parse(act)
+    if "act_layer" in kwargs:
+        raise ValueError(f"got act={act!r} and act_layer={kwargs['act_layer']!r}, which set the same thing; give act")
     model = None
     if not kwargs.get("pretrained"):
         try:

@@ -56,6 +56,10 @@ _OVERWRITTEN = {"minimax_m3_vl_text", "step3p5"}
 def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
     """One of our names under a keyword that is no field of this config sets what the config really reads."""
     from_file = config.transformers_version is not None
+    if (
+        type(config) is sys.modules["transformers.configuration_utils"].PreTrainedConfig
+    ):  # the bare base class, as which any file can be read
+        return original(config, **kwargs)
     # Of a file's other keys, some are only what a config made of its fields.
     keys = [key for key, value in kwargs.items() if is_claimed(value) and (key == "hidden_act" or not from_file)]
     names = {key: kwargs.pop(key) for key in keys}
@@ -164,8 +168,10 @@ def _constructors() -> list[Any]:
     models = []
     frame: Any = sys._getframe(2)
     while frame is not None:
-        if frame.f_code.co_name == "__init__" and isinstance(model := frame.f_locals.get("self"), base):
-            models.append(model)
+        if frame.f_code.co_name == "__init__" and frame.f_code.co_argcount:
+            model = frame.f_locals.get(frame.f_code.co_varnames[0])  # self
+            if isinstance(model, base):
+                models.append(model)
         frame = frame.f_back
     return models
 
@@ -217,6 +223,16 @@ def _say_what_is_left(model: Any) -> None:
 # ---- conversions in configs
 
 
+def own_config(model: Any) -> None:
+    """Gives a model a config of its own, for its plan not to reach the next model built from the same object."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        config = vars(module).get("config")
+        if id(config) in copies:
+            module.config = copies[id(config)]
+
+
 def write_plan(model: Any) -> None:
     """Writes the conversion of a transformers model into its config, or takes it out where there is none.
 
@@ -226,6 +242,8 @@ def write_plan(model: Any) -> None:
     parts = {path: part for path, part in parts_of(model).items() if id(part.config) in inner}
     for _, config in inner.values():
         vars(config).pop(PLAN, None)
+        if is_claimed(vars(config).get("hidden_act")) and not declares(config, "hidden_act"):
+            del config.hidden_act  # it had no effect, and what was asked with it may be done now
     for path, part in parts.items():
         start = f"{path}." if path else ""
         others = tuple(other.removeprefix(start) for other in parts if other.startswith(start) and other != path)
@@ -272,6 +290,13 @@ def _initialize_weights(original: Any, model: Any, module: Any, *args: Any, **kw
     original(model, module, *args, **kwargs)
 
 
+def _decay_parameter_names(original: Any, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> list[str]:
+    """A learnable eps is not decayed, as biases are not: weight decay would pull it to where its name puts it."""
+    names = original(trainer, model, *args, **kwargs)
+    activations = {f"{path}.log_ratio" for path, module in model.named_modules() if isinstance(module, GemActivation)}
+    return [name for name in names if name not in activations]
+
+
 def _both(*installers: Installer) -> Installer:
     def install(module: ModuleType) -> None:
         for do, _ in installers:
@@ -295,6 +320,7 @@ INSTALLERS: dict[str, Installer] = {
         method_patch("PreTrainedConfig", "from_dict", _config_from_dict),
         method_patch("PreTrainedConfig", "to_dict", _config_to_dict),
     ),
+    "transformers.trainer": method_patch("Trainer", "get_decay_parameter_names", _decay_parameter_names),
     "transformers.modeling_utils": _both(
         method_patch("PreTrainedModel", "__init__", _model_init),
         method_patch("PreTrainedModel", "post_init", _model_post_init),

@@ -313,8 +313,50 @@ def test_a_model_that_takes_its_activation_from_nowhere(tmp_path):
     assert len(seen) == 1  # for the model and its parts
     assert "hf_gem.convert(model, 'gem_n2')" in str(seen[0].message)
     model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    stored = json.loads(file.read_text())
+    assert "hidden_act" not in stored  # it had no effect
+    hf_gem.convert(model, "gem_n2").audit.complete  # noqa: B018
+    model.save_pretrained(tmp_path / "converted")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert hf_gem.audit(BloomForCausalLM.from_pretrained(tmp_path)).num_gem == 0
+        assert hf_gem.audit(BloomForCausalLM.from_pretrained(tmp_path / "converted")).complete
+    file.write_text(json.dumps({**stored, "hidden_act": "gem_n2"}))  # as transformers alone would have saved it
     with pytest.warns(UserWarning, match=r"ignoring hidden_act='gem_n2', which is no field of BloomConfig, in a saved"):
         BloomForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_model_built_from_the_config_of_a_converted_one_is_not_converted():
+    config = BertConfig(**TINY_BERT)
+    model = BertModel(config)
+    hf_gem.convert(model, "egem")
+    assert hf_gem.audit(BertModel(config)).num_gem == 0
+    assert hf_gem.audit(BertModel(model.config)).complete
+    assert model.encoder.layer[0].attention.self.config is model.config is not config
+
+
+def test_the_trainer_does_not_decay_a_learnable_eps(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = BertModel(BertConfig(**TINY_BERT, hidden_act=LEARNABLE))
+    trainer = Trainer(model, TrainingArguments(tmp_path, report_to="none", use_cpu=True))
+    decayed = trainer.get_decay_parameter_names(model)
+    assert "encoder.layer.0.intermediate.dense.weight" in decayed
+    assert not [name for name in decayed if name.endswith("log_ratio")]
+
+
+def test_a_constructor_without_self(tmp_path):
+    class Unusual(BertModel):
+        def __init__(this, config):
+            super().__init__(config)
+            this.extra = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU())
+            this.post_init()
+
+    model = Unusual(BertConfig(**TINY_BERT))
+    hf_gem.convert(model, "egem")
+    model.save_pretrained(tmp_path)
+    assert Unusual.from_pretrained(tmp_path).extra[1].spec.name == "egem"
 
 
 def test_a_declared_field_that_the_model_does_not_read():
