@@ -266,9 +266,7 @@ def apply_plan(
     prefix = getattr(model, "base_model_prefix", "")
     ours = f"{prefix}." if prefix and hasattr(model, prefix) and not same_class else ""
     parts = {name for name, _ in model.get_submodule(ours.rstrip(".")).named_children()}
-    # T5EncoderModel has no decoder; timm's feature extractors have no head, and parts of their own.
-    from_timm = not hasattr(model, "base_model_prefix") and parts & set(plan["parts"])
-    is_excerpt = not same_class and bool(parts < set(plan["parts"]) or from_timm)
+    is_excerpt = not same_class and parts < set(plan["parts"])  # T5EncoderModel has no decoder
 
     slots: dict[str, list[Slot]] = {}
     missing = []

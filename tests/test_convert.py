@@ -903,3 +903,25 @@ def test_models_of_timm(name):
     revert(model)
     assert [(slot.path, slot.occupant) for slot in stock_slots(model)] == before
     assert list(model.state_dict()) == keys
+
+
+class Squareplus(nn.Module):
+    def forward(self, x):
+        return (x + (x * x + 4).sqrt()) / 2
+
+
+def test_a_class_of_the_users_own():
+    model = nn.Sequential(nn.Linear(4, 4), Squareplus(), nn.ReLU())
+    assert [r.old for r in convert(model, "egem", inputs=X).replaced] == ["relu"]
+    revert(model)
+    report = convert(model, "egem", replace=Squareplus, inputs=X)
+    assert [(r.path, r.old) for r in report.replaced] == [("1", "Squareplus")]
+    assert isinstance(model[2], nn.ReLU)
+    revert(model)
+    assert isinstance(model[1], Squareplus)
+
+
+@pytest.mark.parametrize("wrong", [None, transformers.BertConfig(), nn.ReLU])
+def test_reverting_what_is_no_model(wrong):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got"):
+        revert(wrong)

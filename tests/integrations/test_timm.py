@@ -374,3 +374,33 @@ def test_the_wrapper_of_transformers(tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(x).logits, model(x).logits)
     assert activations(loaded) == {"egem_learnable"}
+
+
+def test_every_activation_of_a_model():
+    model, report = hf_gem.create_timm_model("test_resnet", "gem_n2", num_classes=3)  # takes act_layer
+    assert hf_gem.audit(model).complete
+    assert report.replaced == ()
+    model, report = hf_gem.create_timm_model("swin_tiny_patch4_window7_224", "gem_n2", num_classes=3)  # takes none
+    assert hf_gem.audit(model).complete
+    assert len(report.replaced) == 12
+    model, report = hf_gem.create_timm_model("test_efficientnet_gn", "egem_learnable", num_classes=3)
+    assert hf_gem.audit(model).complete
+    with pytest.raises(ValueError, match=r"got act='gem' and act_layer='relu'"):
+        hf_gem.create_timm_model("resnet18", "gem", act_layer="relu")
+    with pytest.raises(ValueError, match=r"got activation name 'gem_nn2'"):
+        hf_gem.create_timm_model("resnet18", "gem_nn2")
+    with pytest.raises(TypeError, match="no_such_argument"):
+        hf_gem.create_timm_model("resnet18", "gem", no_such_argument=1)
+
+
+def test_features_of_a_converted_model(tmp_path):
+    for name in ("test_efficientnet", "mobilenetv3_small_050"):
+        model = timm.create_model(name, num_classes=3).eval()
+        hf_gem.convert(model, "egem_eps0.1")
+        timm.models.save_for_hf(model, tmp_path / name, safe_serialization=True)
+    saved = f"local-dir:{tmp_path / 'test_efficientnet'}"
+    features = timm.create_model(saved, pretrained=True, features_only=True).eval()
+    assert hf_gem.audit(features).complete
+    # Its feature extractor keeps an activation elsewhere than the model does.
+    with pytest.raises(ValueError, match="MobileNetV3Features has no activation at .*Convert the original model"):
+        timm.create_model(f"local-dir:{tmp_path / 'mobilenetv3_small_050'}", features_only=True)
