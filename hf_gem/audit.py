@@ -27,8 +27,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import functional
 from .example_inputs import example_inputs
 from .modules import GemActivation
-from .spec import FAMILIES, GemSpec
-from .stock import is_gate, kind
+from .spec import GemSpec
+from .stock import is_gate, is_stock
 
 # Operations of aten that are activations, by the name under which the field knows them.
 _ACTIVATIONS = {
@@ -251,9 +251,8 @@ def _run(model: nn.Module, state: dict[str, Tensor], args: tuple[Any, ...], inpu
         enter(_Operations(tracer))
         torch.func.functional_call(model, state, args, dict(inputs))
     modules = {path: module for path, module in model.named_modules() if _is_activation(module)}
-    not_run = {path: kind(module) for path, module in modules.items() if module not in tracer.entered}
-    stock = tuple(path for path, what in not_run.items() if what and what not in FAMILIES and not is_gate(what))
-    return Audit(tracer.calls(), tuple(not_run), stock)
+    not_run = tuple(path for path, module in modules.items() if module not in tracer.entered)
+    return Audit(tracer.calls(), not_run, tuple(path for path in not_run if is_stock(modules[path])))
 
 
 @contextlib.contextmanager

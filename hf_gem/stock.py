@@ -12,6 +12,7 @@ from torch import nn
 
 from .conversion import Slot
 from .modules import GemActivation
+from .spec import FAMILIES
 
 # Ends of names: StarReLU, ReLUSquared, GELUTanh, leaky_relu, NewGELU, XIELU ...
 _ACTIVATION = re.compile(r".*(relu6?|gelu|silu|swish|mish|[a-z]elu|^elu)(squared|tanh|new)?")
@@ -64,6 +65,12 @@ def describe(occupant: Any) -> str:
 def is_gate(kind: str) -> bool:
     """Whether this is a bounded function or a softplus, which networks use as gates, not between layers."""
     return _GATE.fullmatch(kind) is not None
+
+
+def is_stock(occupant: Any) -> bool:
+    """Whether this is an activation of another family than ours, and no gate."""
+    what = kind(occupant)
+    return what is not None and what not in FAMILIES and not is_gate(what)
 
 
 def stock_slots(model: nn.Module, also: tuple[type, ...] = ()) -> Iterator[Slot]:

@@ -18,8 +18,8 @@ from .. import functional
 from ..conversion import PLAN, apply_plan, plan_of
 from ..init import gain
 from ..modules import GemActivation, get_activation, module_factory
-from ..spec import FAMILIES, GemSpec, is_claimed, parse
-from ..stock import is_gate, kind, stock_slots
+from ..spec import GemSpec, is_claimed, parse
+from ..stock import is_stock, kind, stock_slots
 from .registry import Installer, NameLookup, function_patch, lookups
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ def _unfix(kwargs: dict[str, Any]) -> None:
 
 
 def _warn_of_what_is_left(names: dict[str, str], model: nn.Module) -> None:
+    if not names:
+        return  # a model without our names, to be built no slower than timm builds it
     modules = list(model.modules())
     used = {module.spec.name for module in modules if isinstance(module, GemActivation)}
     used |= {value for module in modules for value in vars(module).values() if isinstance(value, ActName)}  # functions
@@ -122,8 +124,9 @@ def _warn_of_what_is_left(names: dict[str, str], model: nn.Module) -> None:
                 "normalisation layers, or not there",
                 stacklevel=2,
             )
-    found = [(str(kind(slot.occupant)), slot.path) for slot in stock_slots(model) if "act_layer" in names]
-    left = [f"{kind} at {path}" for kind, path in found if kind not in FAMILIES and not is_gate(kind)]
+    if "act_layer" not in names:
+        return
+    left = [f"{kind(slot.occupant)} at {slot.path}" for slot in stock_slots(model) if is_stock(slot.occupant)]
     if left:
         warnings.warn(
             f"act_layer={names['act_layer']!r} does not reach {len(left)} of the activations of "

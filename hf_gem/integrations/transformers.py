@@ -16,8 +16,8 @@ from typing import Any
 
 from ..conversion import PLAN, apply_plans, complete, parts_of, plan_of
 from ..modules import GemActivation, get_activation, module_factory
-from ..spec import FAMILIES, is_claimed, parse
-from ..stock import is_gate, kind, stock_slots
+from ..spec import is_claimed, parse
+from ..stock import is_stock, kind, stock_slots
 from .fields import activation_fields, configs, declares, is_body, mask, set_activation, unmask
 from .registry import Installer, NameLookup, lookups, method_patch, refuse_conflicts, replace_everywhere
 
@@ -200,11 +200,11 @@ def _say_what_is_left(model: Any) -> None:
                 start = f"{path}." if path else ""
                 inner = tuple(other.removeprefix(start) + "." for other in parts if other.startswith(start) and other)
                 spared = {kind(ACT2FN[field.value]) for field in fields if field.path not in named}
-                slots = {slot.path: kind(slot.occupant) for slot in stock_slots(part)}
+                slots = {slot.path: kind(slot.occupant) for slot in stock_slots(part) if is_stock(slot.occupant)}
                 left += [
                     f"{what} at {start}{slot}"
                     for slot, what in slots.items()
-                    if what and not is_gate(what) and what not in {*FAMILIES, *spared} and not slot.startswith(inner)
+                    if what not in spared and not slot.startswith(inner)
                 ]
     if unused:
         warnings.warn(

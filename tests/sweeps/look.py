@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_gem import audit
 from hf_gem.modules import GemActivation
-from hf_gem.stock import is_gate, kind, stock_slots
+from hf_gem.stock import is_stock, kind, stock_slots
 
 NAME = "gem_n2"
 # What can come of it.
@@ -78,14 +78,15 @@ def look(model: nn.Module, is_part: Callable[[nn.Module], bool] = lambda module:
         elif module not in ran and parts[_innermost(path, parts)] not in ran:
             found.others |= _written_in(type(module))
     for slot in stock_slots(model):
-        what = kind(slot.occupant) or ""
         runner: Any = slot.occupant if isinstance(slot.occupant, nn.Module) else slot.owner
-        if runner not in ran and not is_gate(what) and not isinstance(slot.occupant, GemActivation):
+        if runner not in ran and is_stock(slot.occupant):
             path = slot.path.rpartition(".")[0]
             while path and type(modules[path]).__module__.startswith("torch."):
                 path = path.rpartition(".")[0]
             owner = type(modules[path])
-            found.others.add((what, f"{short(owner.__module__.replace('.', '/'))}.py {owner.__name__}"))
+            found.others.add(
+                (str(kind(slot.occupant)), f"{short(owner.__module__.replace('.', '/'))}.py {owner.__name__}")
+            )
     return found
 
 
