@@ -58,6 +58,11 @@ class Slot:
             self.owner.activation_relu_or_gelu = 1 if relu else 2 if gelu else 0
 
 
+def join(path: str, key: str) -> str:
+    """The dotted path of `key` in the module at `path`; with `""`, what all paths in it start with."""
+    return f"{path}.{key}" if path else key
+
+
 def slot_at(model: nn.Module, path: str) -> Slot:
     """The slot with a dotted path.
 
@@ -144,7 +149,7 @@ def converted(model: nn.Module) -> Iterator[Slot]:
     for path, module in model.named_modules():
         for key, child in module._modules.items():
             if child is not None and "replaces" in vars(child):
-                yield Slot(f"{path}.{key}".lstrip("."), module, key)
+                yield Slot(join(path, key), module, key)
 
 
 def undo(model: nn.Module) -> list[str]:
@@ -163,11 +168,11 @@ def plan_of(model: nn.Module, without: tuple[str, ...] = ()) -> dict[str, Any] |
 
     Args:
         model: The model.
-        without: Paths of parts that keep a plan of their own.
+        without: What the paths in parts start with that keep a plan of their own, as `parts_inside` gives it.
     """
     activations: dict[str, list[str]] = {}
     for slot in converted(model):
-        if not slot.path.startswith(tuple(f"{path}." for path in without)):
+        if not slot.path.startswith(without):
             module: Any = slot.occupant
             activations.setdefault(module.spec.name, []).append(slot.path)
     if not activations:
@@ -193,10 +198,7 @@ def complete(model: nn.Module, make: Callable[[str], nn.Module]) -> None:
         if getattr(config, "model_type", None) in _HALF_HARD_CODED and is_claimed(name):
             owners = part.named_modules()
             left = [
-                Slot(f"{p}.{k}".lstrip("."), o, k)
-                for p, o in owners
-                for k, child in o._modules.items()
-                if type(child) is nn.ReLU
+                Slot(join(p, k), o, k) for p, o in owners for k, child in o._modules.items() if type(child) is nn.ReLU
             ]
             replace(part, {parse(name).name: left}, make, written_down=False)
 
@@ -210,6 +212,12 @@ def parts_of(model: nn.Module) -> dict[str, Any]:
     return dict(parts.values())
 
 
+def parts_inside(parts: dict[str, Any], path: str) -> tuple[str, ...]:
+    """What paths in the other parts inside the one at `path` start with, seen from there."""
+    start = join(path, "")
+    return tuple(join(other.removeprefix(start), "") for other in parts if other.startswith(start) and other != path)
+
+
 def apply_plans(model: nn.Module, make: Callable[[str], nn.Module], unfinished: bool = False) -> list[str]:
     """Replays the conversions in the configs of a transformers model and its parts; see `apply_plan`."""
     missing = []
@@ -218,7 +226,7 @@ def apply_plans(model: nn.Module, make: Callable[[str], nn.Module], unfinished: 
         plan = vars(part.config).get(PLAN)
         if plan is None or any(path.startswith(outer) and plan == theirs for outer, theirs in applied):
             continue  # T5's stacks are built from copies of its config
-        start = f"{path}." if path else ""
+        start = join(path, "")
         missing += [start + left for left in apply_plan(plan, part, make, unfinished)]
         applied.append((start, plan))
     return missing

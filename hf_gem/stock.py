@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .conversion import Slot
+from .conversion import Slot, join
 from .modules import GemActivation
 from .spec import FAMILIES
 
@@ -90,4 +90,4 @@ def stock_slots(model: nn.Module, also: tuple[type, ...] = ()) -> Iterator[Slot]
             if key != "_orig_mod" and (
                 isinstance(occupant, also) or (occupant is not None and kind(occupant) is not None)
             ):
-                yield Slot(f"{path}.{key}".lstrip("."), owner, key)
+                yield Slot(join(path, key), owner, key)

@@ -14,7 +14,7 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-from ..conversion import PLAN, apply_plans, complete, parts_of, plan_of
+from ..conversion import PLAN, apply_plans, complete, join, parts_inside, parts_of, plan_of
 from ..modules import GemActivation, get_activation, module_factory
 from ..spec import is_claimed, parse
 from ..stock import is_stock, kind, stock_slots
@@ -197,12 +197,11 @@ def _say_what_is_left(model: Any) -> None:
             elif is_body(key):
                 name = value
                 # A part inside this one answers for itself, and what another field selects was left to that.
-                start = f"{path}." if path else ""
-                inner = tuple(other.removeprefix(start) + "." for other in parts if other.startswith(start) and other)
+                inner = parts_inside(parts, path)
                 spared = {kind(ACT2FN[field.value]) for field in fields if field.path not in named}
                 slots = {slot.path: kind(slot.occupant) for slot in stock_slots(part) if is_stock(slot.occupant)}
                 left += [
-                    f"{what} at {start}{slot}"
+                    f"{what} at {join(path, slot)}"
                     for slot, what in slots.items()
                     if what not in spared and not slot.startswith(inner)
                 ]
@@ -245,9 +244,7 @@ def write_plan(model: Any) -> None:
         if is_claimed(vars(config).get("hidden_act")) and not declares(config, "hidden_act"):
             del config.hidden_act  # it had no effect, and what was asked with it may be done now
     for path, part in parts.items():
-        start = f"{path}." if path else ""
-        others = tuple(other.removeprefix(start) for other in parts if other.startswith(start) and other != path)
-        plan = plan_of(part, others)
+        plan = plan_of(part, parts_inside(parts, path))
         if plan is None:
             continue
         owned = {id(other.config) for other in parts.values() if other is not part}
