@@ -131,7 +131,7 @@ def activation_fields(config: Any) -> Iterator[ActivationField]:
     Raises:
         TypeError: `config` is not a transformers config.
     """
-    if not _is_config(config):
+    if not is_config(config):
         raise TypeError(
             f"expected a transformers config, got {type(config).__name__}; a model that is already built is changed "
             "with hf_gem.convert(model, name)"
@@ -199,7 +199,7 @@ def configs(config: Any, prefix: str = "") -> dict[str, Any]:
     """Prefix of its fields (`""`, `"text_config."` ...) -> config, for a config and those in it, each once."""
     found = {prefix: config}
     for key, value in vars(config).items():
-        if _is_config(value) and not any(value is other for other in found.values()):
+        if is_config(value) and not any(value is other for other in found.values()):
             found |= configs(value, f"{prefix}{key}.")
     return found
 
@@ -225,10 +225,10 @@ def _search(container: Any, prefix: str, inherited: set[str], seen: set[int]) ->
     if getattr(container, "model_type", None) == "timm_wrapper":
         yield _TimmField(f"{prefix}model_args.act_layer", container, "act_layer", True)
         return
-    in_config = _is_config(container)
+    in_config = is_config(container)
     for key, value in list((vars(container) if in_config else container).items()):
         path, words = f"{prefix}{key}", _words(key)
-        if _is_config(value):
+        if is_config(value):
             yield from _search(value, f"{path}.", set(), seen)
         elif in_config and not declares(container, key):
             continue
@@ -275,6 +275,7 @@ def _known_name(name: str) -> str:
     return name
 
 
-def _is_config(value: object) -> bool:
+def is_config(value: object) -> bool:
+    """Whether this is a config of transformers; no such thing exists before that is imported."""
     module = sys.modules.get("transformers.configuration_utils")
     return module is not None and isinstance(value, module.PreTrainedConfig)

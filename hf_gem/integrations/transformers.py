@@ -18,7 +18,7 @@ from ..conversion import PLAN, apply_plans, complete, join, parts_inside, parts_
 from ..modules import GemActivation, get_activation, module_factory
 from ..spec import is_claimed, parse
 from ..stock import is_stock, kind, stock_slots
-from .fields import activation_fields, configs, declares, is_body, mask, set_activation, unmask
+from .fields import activation_fields, configs, declares, is_body, is_config, mask, plain_name, set_activation, unmask
 from .registry import Installer, NameLookup, lookups, method_patch, refuse_conflicts, replace_everywhere
 
 
@@ -56,10 +56,8 @@ _OVERWRITTEN = {"minimax_m3_vl_text", "step3p5"}
 def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
     """One of our names under a keyword that is no field of this config sets what the config really reads."""
     from_file = config.transformers_version is not None
-    if (
-        type(config) is sys.modules["transformers.configuration_utils"].PreTrainedConfig
-    ):  # the bare base class, as which any file can be read
-        return original(config, **kwargs)
+    if type(config) is sys.modules["transformers.configuration_utils"].PreTrainedConfig:
+        return original(config, **kwargs)  # the bare base class, as which any file can be read
     # Of a file's other keys, some are only what a config made of its fields.
     keys = [key for key, value in kwargs.items() if is_claimed(value) and (key == "hidden_act" or not from_file)]
     names = {key: kwargs.pop(key) for key in keys}
@@ -83,11 +81,8 @@ def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
         name = parse(name).name
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
         for field in activation_fields(config):
-            if (
-                field.owner is config
-                and field.is_body
-                and field.value not in (defaults.get(field.key, ""), name, f"gated-{name}")
-            ):
+            own = field.owner is config and field.is_body
+            if own and plain_name(field.value) != name and field.value != defaults.get(field.key, ""):
                 raise ValueError(
                     f"{type(config).__name__} got {field.key}={field.value!r} and {key}={name!r}, which set the same "
                     "thing; give one"
@@ -122,7 +117,7 @@ def _redirect(config: Any, name: str) -> None:
 
 def _model_init(original: Any, model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
     """What was assigned to a config after it was made takes effect before any layer is built from it."""
-    if isinstance(config, sys.modules["transformers.configuration_utils"].PreTrainedConfig):
+    if is_config(config):
         name = vars(config).get("hidden_act")
         if is_claimed(name) and not declares(config, "hidden_act"):
             _redirect(config, parse(name).name)
@@ -185,10 +180,12 @@ def _say_what_is_left(model: Any) -> None:
     name = ""
     for path, part in parts.items():
         fields = [field for field in activation_fields(part.config) if field.owner is part.config]
-        named = {field.path: field.value.removeprefix("gated-") for field in fields}
+        named = {field.path: plain_name(field.value) for field in fields}
         if not declares(part.config, "hidden_act"):
             named["hidden_act"] = vars(part.config).get("hidden_act", "")
         named = {key: value for key, value in named.items() if is_claimed(value)}
+        if not named:
+            continue
         used = {module.spec for module in part.modules() if isinstance(module, GemActivation)}
         for key, value in named.items():
             if parse(value) not in used:
