@@ -74,6 +74,7 @@ def calibrate(
     Raises:
         ValueError: the model does not run on a batch, or an activation is not one function of a number.
     """
+    given = dataclasses.replace(given, learnable=False)  # what it starts as
     batches = iter(batches)
     first = next(batches)
     before = outputs(model, first)
@@ -83,12 +84,17 @@ def calibrate(
     own = {path: fit(*sample, given.family, ns=ns).spec if per_layer else common for path, sample in samples.items()}
     members = {path: own.get(path, common) for path in slots}
 
-    def change(members: dict[str, GemSpec]) -> float | None:
-        with put_back(model, slots.values()):
-            replace_all(model, slots, members)
-            return relative_change(before, outputs(model, first))
+    changes: dict[tuple[GemSpec, ...], float | None] = {}
 
-    unfitted_change = change(dict.fromkeys(slots, dataclasses.replace(given, learnable=False)))
+    def change(members: dict[str, GemSpec]) -> float | None:
+        key = tuple(members[path] for path in slots)
+        if key not in changes:
+            with put_back(model, slots.values()):
+                replace_all(model, slots, members)
+                changes[key] = relative_change(before, outputs(model, first))
+        return changes[key]
+
+    unfitted_change = change(dict.fromkeys(slots, given))
     if fit_to == "output" and unfitted_change is not None:
         together: dict[int, list[str]] = {}
         for path, recorder in recorders.items():
@@ -112,27 +118,25 @@ def _settle(
         found = change(members)
         return math.inf if found is None or math.isnan(found) else found
 
-    given = dataclasses.replace(given, learnable=False)
     num_steps = round(math.log(EPS_RANGE[1] / EPS_RANGE[0], _STEP))
     grid = [EPS_RANGE[0] * _STEP**k for k in range(num_steps + 1)]
-    whole = [given, common, *(member for n in ns for eps in grid for member in _members(given.family, n, eps))]
-    costs = {member: cost(dict.fromkeys(own, member)) for member in dict.fromkeys(whole)}
-    best = min(costs, key=lambda member: costs[member])
-    members, least = dict.fromkeys(own, best), costs[best]
+    whole = [given, common, *(_member(given.family, n, eps) for n in ns for eps in grid)]
+    members = min((dict.fromkeys(own, member) for member in whole), key=cost)
+    least = cost(members)
     for paths in groups:
         now = members[paths[0]]
-        near = [m for step in (1 / _STEP, _STEP) for m in _members(now.family, now.n, now.eps * step)]
-        for member in dict.fromkeys([own[paths[0]], given, *near]):
+        near = [_member(now.family, now.n, now.eps * step) for step in (1 / _STEP, _STEP)]
+        for member in (own[paths[0]], given, *near):
             trial = {**members, **dict.fromkeys(paths, member)}
             if (found := cost(trial)) < least:
                 members, least = trial, found
     return members
 
 
-def _members(family: str, n: int, eps: float) -> list[GemSpec]:
-    if family == "gem":
-        return [GemSpec(family, n)]
-    return [GemSpec(family, n, float(f"{min(max(eps, EPS_RANGE[0]), EPS_RANGE[1]):.3g}"))]
+def _member(family: str, n: int, eps: float) -> GemSpec:
+    """The member with an eps near this one: of three digits and in the range, or 1 for GEM."""
+    low, high = EPS_RANGE
+    return GemSpec(family, n) if family == "gem" else GemSpec(family, n, float(f"{min(max(eps, low), high):.3g}"))
 
 
 def _as_fit(member: GemSpec, sample: _Sample) -> Fit:
@@ -188,13 +192,11 @@ def _record(model: nn.Module, chosen: dict[str, Slot], batches: Iterable[Any]) -
     return recorders
 
 
-def _pooled(
-    recorders: dict[str, _Recorder], samples: dict[str, tuple[Histogram, Callable[..., Tensor]]]
-) -> Iterable[tuple[Histogram, Callable[..., Tensor]]]:
+def _pooled(recorders: dict[str, _Recorder], samples: dict[str, _Sample]) -> Iterable[_Sample]:
     """The samples, those of equal functions as one: it takes less time, and nothing else changes."""
     probe = torch.arange(-(2**15), 2**15, dtype=torch.int16, device="cpu").view(torch.bfloat16).double()
     distinct = {id(recorders[path]): sample for path, sample in samples.items()}  # one for a shared module
-    pooled: dict[bytes, tuple[Histogram, Callable[..., Tensor]]] = {}
+    pooled: dict[bytes, _Sample] = {}
     for histogram, target in distinct.values():
         with torch.no_grad():
             values = target(probe.clone()).to(probe).numpy().tobytes()
@@ -213,6 +215,7 @@ def _as_function(activation: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
+    """The positional and keyword arguments that a batch stands for, or TypeError."""
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, Mapping):
@@ -244,6 +247,7 @@ def outputs(model: nn.Module, batch: Any) -> list[Tensor]:
 
 
 def relative_change(before: list[Tensor], after: list[Tensor]) -> float | None:
+    """Root mean square of the change over that of `before`, where that is finite; None if the shapes differ."""
     if [b.shape for b in before] != [a.shape for a in after]:
         return None
     change = size = 0.0

@@ -259,7 +259,7 @@ def _check(model: nn.Module, name: str, eps: float | str | None, data: Any, per_
 
 def _check_wrappers(model: nn.Module, spec: GemSpec, chosen: dict[str, Slot]) -> None:
     """Wrappers that keep account of the parameters: none may come, as a learnable eps, or go, with a PReLU."""
-    going = [path for path, slot in chosen.items() if isinstance(slot.occupant, nn.Module) and _has_weights(slot)]
+    going = [path for path, slot in chosen.items() if _has_weights(slot)]
     if not spec.learnable and not going:
         return
     for path, module in model.named_modules():
