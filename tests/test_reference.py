@@ -9,11 +9,12 @@ float64 and for a tensor, at most 1 u for a Python number cast to float32); x ti
     q = bound * (1 / v)             1
     egem    x s                     (2n + 2) + 1
     segem   (x q) c q^(2n-1)        (1 + 1) + 4 + 1 + (4n - 3) + 1 + 1/4
-    slopes                          c q^2n errs by 4n + 4 at most, s by 2n + 2, then one or two more for each operation
+    slopes                          c q^2n errs by 4n + 4 at most, s by 2n (1 - s) + 2, then one for each operation
 
 Every rounding may instead lose half a subnormal, which is u times the smallest normal number.
 """
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -33,6 +34,16 @@ EXACT = {"egem": oracle.egem, "segem": oracle.segem}
 EXACT_SLOPES = {"egem": oracle.egem_slope, "segem": oracle.segem_slope}
 EXACT_EPS_SLOPES = {"egem": oracle.egem_eps_slope, "segem": oracle.segem_eps_slope}
 VALUE_BOUNDS = {"egem": lambda n: 2 * n + 3, "segem": lambda n: 4 * n + 7}
+
+
+def egem_slope_bound(n):
+    return max(4 * n + 4, 8 * n - 1)
+
+
+def slope_at_bound(n):
+    """Of `egem_slope_at` and `egem_inverse`, see the test of these."""
+    return (2 * n - 1) * (4 * n + 8) + 2 * n + 4
+
 
 everywhere = pytest.mark.parametrize("eps", EPSILONS)
 orders = pytest.mark.parametrize("n", ORDERS)
@@ -96,9 +107,10 @@ def test_values(family, n, eps, dtype, sign):
 @everywhere
 @working_dtypes
 def test_slopes(family, n, eps, dtype):
-    # egem: s (1 + 2n c), 2n + 8. segem: c (1 - 2n s), (4n + 4) + (2n + 2) + 3 on the scale of c (1 + 2n s), since
-    # the difference vanishes at the bottom of the dip. The second factor, at most 1 + 2n, multiplies a subnormal lost
-    # in the first.
+    # egem: s ((1 + 2n) - 2n s) changes by |1 - 2n + 4n c| / (1 + 2n c) of a change of s, c = 1 - s; with the error of s
+    # that is 2n + 2 at s = 0, at most 3 (2n - 1) towards s = 1. The products and the difference add 2n + 2.
+    # segem: c (1 - 2n s), (4n + 4) + (2n + 2) + 3 on the scale of c (1 + 2n s), since the difference vanishes at the
+    # bottom of the dip. The second factor, at most 1 + 2n, multiplies a subnormal lost in the first.
     x = samples(dtype, n, eps, -1 if family == "segem" else 1)
     true_eps = Fraction(eps)
 
@@ -109,8 +121,82 @@ def test_slopes(family, n, eps, dtype):
         s = oracle.gate(v, n, true_eps)
         return (1 - s) * (1 + 2 * n * s) if family == "segem" else exact(v)
 
-    bound = 6 * n + 9 if family == "segem" else 2 * n + 8
+    bound = 6 * n + 9 if family == "segem" else egem_slope_bound(n)
     assert_within(SLOPES[family](x, n, eps), x, exact, scale, bound, dtype, 2 * n * oracle.min_normal(dtype))
+
+
+@orders
+@everywhere
+@working_dtypes
+def test_slope_from_the_output(n, eps, dtype):
+    # v solves the equation to 4n + 8: the two sides of f err by 2n + 1 each, on the scale of v f'; e, the last product
+    # and sum, w / v, and what the iteration leaves, 3e-9. A slope changes by at most 2n - 1 times as much, and its own
+    # operations add 2n + 4. y is the exact value rounded, which is one more in v, and n more in the slope. What lies
+    # below 2^-40 of the gate's scale counts as 0.15 (1 + 2n) s too small.
+    x = samples(dtype, n, eps, 1)
+    true_eps = Fraction(eps)
+    y = torch.tensor(
+        [oracle.round_exact(EXACT["egem"](Fraction(v), n, true_eps), dtype) for v in x.tolist()], dtype=dtype
+    )
+
+    def exact(v):
+        return EXACT_SLOPES["egem"](v, n, true_eps)
+
+    tiny = 2.0**-200 if dtype == torch.float64 else 2.0**-40
+    floor = 0.15 * (1 + 2 * n) * tiny / (2.0**-n * tiny) ** (1 / (2 * n + 1))
+    bound = slope_at_bound(n) + n
+    floor = floor / (bound * oracle.unit_roundoff(dtype))
+    assert_within(reference.egem_slope_at(y, n, eps), x, exact, exact, bound, dtype, floor)
+    eps_tensor = torch.tensor(eps, dtype=dtype)
+    assert_within(reference.egem_slope_at(y, n, eps_tensor), x, exact, exact, bound + 1, dtype, floor)
+    # Where y is normal it tells x. Far below the gate's scale x is a power of y, and a rounding of the exponent counts
+    # as often as |log y|.
+    x, y = x[y >= oracle.min_normal(dtype)], y[y >= oracle.min_normal(dtype)]
+    bound = 4 * n + 9 + abs(math.log(oracle.min_normal(dtype)))
+    assert_within(reference.egem_inverse(y, n, eps), x, Fraction, Fraction, bound, dtype)
+
+
+@orders
+@pytest.mark.parametrize("eps", [1e-6, 1e-4, 0.01, 1.0, 10.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_slope_from_every_half_precision_output(n, eps, dtype):
+    if not reference.invertible(n, eps, dtype):
+        assert (n, eps, dtype) == (1, 1e-6, torch.float16)
+        return
+    y = torch.arange(1, 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    y = y[torch.isfinite(y)]
+    exact = reference.egem_slope(reference.egem_inverse(y.double(), n, eps), n, eps)
+    # Fewer steps than in float32 leave less than a quarter of a rounding.
+    bound = oracle.unit_roundoff(dtype) / 4 + slope_at_bound(n) * 2.0**-24
+    torch.testing.assert_close(reference.egem_slope_at(y, n, eps).double(), exact, rtol=bound, atol=2.0**-27)
+
+
+@orders
+@pytest.mark.parametrize("dtype", list(oracle.FORMATS))
+@pytest.mark.parametrize("tensor_eps", [False, True])
+def test_inverse_of_special_values(n, dtype, tensor_eps):
+    inf, nan = torch.inf, torch.nan
+    y = torch.tensor([inf, nan, 0.0, -0.0, -1.0, torch.finfo(dtype).max], dtype=dtype)
+    eps = torch.tensor(1.0) if tensor_eps else 1.0
+    largest = y[-1:].double().tolist()
+    for got, expected in (
+        (reference.egem_slope_at(y, n, eps), [1.0, nan, 0.0, 0.0, 0.0, 1.0]),
+        (reference.egem_inverse(y, n, eps), [inf, nan, 0.0, 0.0, 0.0, *largest]),
+    ):
+        torch.testing.assert_close(got.double(), torch.tensor(expected, dtype=torch.float64), equal_nan=True)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("eps", [1e-6, 7e-5, 1e-4, 1.0])
+def test_where_outputs_underflow(n, eps):
+    # The slope at the input against the slope from the rounded output, over all inputs of float16.
+    x = torch.arange(1, 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    x = x[torch.isfinite(x)].double()
+    y = reference.egem(x, n, eps).to(torch.float16)
+    lost = (reference.egem_slope_at(y, n, eps).double() - reference.egem_slope(x, n, eps)).abs().max().item()
+    steepest = (1 + 2 * n) ** 2 / (8 * n)
+    # A rounding of y, n times at most in the slope, and half a step more of the iteration; or more where y underflows.
+    assert (lost <= (n + 1) * 2.0**-11 * steepest) == reference.invertible(n, eps, torch.float16)
 
 
 @families
