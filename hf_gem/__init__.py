@@ -4,6 +4,7 @@ Importing this package makes every name of the family (`gem_n2`, `egem`, `segem_
 timm, whether they are imported before or after it.
 """
 
+from ._kernels import kernels
 from .audit import Audit, audit
 from .convert import Conversion, convert, revert
 from .functional import egem, gem, segem
@@ -31,6 +32,7 @@ __all__ = [
     "gain",
     "gem",
     "get_activation",
+    "kernels",
     "parse",
     "register",
     "revert",

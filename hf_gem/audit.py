@@ -353,7 +353,7 @@ class _Tracer:
         finally:
             self._composed -= 1
 
-    def gem_name(self, family: str, n: int = 1, eps: Any = None) -> str:
+    def gem_name(self, family: str, n: int = 1, eps: Any = None, **_: Any) -> str:
         module = self._stack[-1][1] if self._stack else None
         if isinstance(module, GemActivation):
             return module.spec.name

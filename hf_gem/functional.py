@@ -1,26 +1,26 @@
-"""The activation functions with their derivatives: `gem`, `egem`, `segem`.
+"""The activation functions with their derivatives: `gem`, `egem`, `segem`, and `gem_glu` for gated MLPs.
 
-In eager mode they run as a `torch.autograd.Function` with closed-form derivatives, which saves only x and supports
-double backward and forward-mode AD. When the graph itself is wanted (torch.compile, torch.export, ONNX,
-torch.jit.trace), and under the transforms of torch.func, they run as the plain formulas, which all of these understand.
-To script, use the modules.
+In eager mode they run as a `torch.autograd.Function` with closed-form derivatives, computed by kernels where there are
+any, which saves one tensor and supports double backward. When the graph itself is wanted (torch.compile, torch.export,
+ONNX, torch.jit.trace), in forward-mode AD and under the transforms of torch.func, they run as the plain formulas, which
+all of these understand. To script, use the modules.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
+from . import _kernels as kernels
 from . import reference
-from .spec import DEFAULT_EPS, check_eps, check_n
-
-_FORWARD = {"egem": (reference.egem, reference.egem_tensor), "segem": (reference.segem, reference.segem_tensor)}
-_SLOPE = {"egem": reference.egem_slope, "segem": reference.segem_slope}
-_EPS_SLOPE = {"egem": reference.egem_eps_slope, "segem": reference.segem_eps_slope}
+from ._kernels import formulas
+from .spec import DEFAULT_EPS, GemSpec, check_eps, check_n
 
 
-def gem(x: Tensor, n: int = 1) -> Tensor:
+def gem(x: Tensor, n: int = 1, save: str = "auto") -> Tensor:
     r"""GEM, `x^(2n+1) / (1 + x^(2n))` for x > 0, else 0.
 
     C^(2n) everywhere; strictly increasing for x > 0; largest slope `(1 + 2n)^2 / 8n`. Source: arXiv 2604.21677.
@@ -28,20 +28,21 @@ def gem(x: Tensor, n: int = 1) -> Tensor:
     Args:
         x: Floating-point tensor of any shape.
         n: The paper's N, 1 to 32.
+        save: What the backward pass keeps; see `egem`.
 
     Returns:
         A tensor of the shape, dtype and memory format of x. float16 and bfloat16 are computed in float32.
 
     Raises:
         TypeError: x is not a dense floating-point tensor, or n is not an integer.
-        ValueError: n is outside 1..32.
+        ValueError: n is outside 1..32, or `save` is not possible.
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(gem, (x,), x, n=n)
-    return _activate("egem", x, n, 1.0)
+        return handle_torch_function(gem, (x,), x, n=n, save=save)
+    return _activate("egem", x, n, 1.0, save)
 
 
-def egem(x: Tensor, n: int = 1, eps: float | Tensor = DEFAULT_EPS) -> Tensor:
+def egem(x: Tensor, n: int = 1, eps: float | Tensor = DEFAULT_EPS, save: str = "auto") -> Tensor:
     r"""E-GEM, `x t / (t + eps)` with `t = x^(2n)` for x > 0, else 0; towards ReLU as eps goes to 0.
 
     At most `eps^(1/2n) (2n-1)^((2n-1)/2n) / 2n` from ReLU, `sqrt(eps) / 2` for n = 1. The eps of arXiv 2604.21677 is
@@ -52,38 +53,97 @@ def egem(x: Tensor, n: int = 1, eps: float | Tensor = DEFAULT_EPS) -> Tensor:
         n: The paper's N, 1 to 32.
         eps: Positive number, or a positive floating-point tensor that broadcasts against x and takes part in
             differentiation. The values of a tensor are not checked, since that would wait for the device.
+        save: What the backward pass keeps. `"input"`: x. `"output"`: the result, which a linear layer or a convolution
+            that follows keeps anyway, and from which the slope is recovered; then the result must not be overwritten
+            in place. `"auto"`: the output on GPUs for n up to 4, except in float16 at n = 1 with eps below 7e-5, where
+            outputs underflow, and except for a tensor eps; the input on CPUs, where recovering costs more time than
+            it saves, and elsewhere.
 
     Returns:
         A tensor of the shape, dtype and memory format of x. float16 and bfloat16 are computed in float32.
 
     Raises:
         TypeError: x is not a dense floating-point tensor, n is not an integer, or eps is not a number.
-        ValueError: n is outside 1..32, eps is not positive and finite, or its shape does not broadcast against x.
+        ValueError: n is outside 1..32, eps is not positive and finite, its shape does not broadcast against x, or
+            `save` is not possible.
     """
     if has_torch_function_variadic(x, eps):
-        return handle_torch_function(egem, (x, eps), x, n=n, eps=eps)
-    return _activate("egem", x, n, eps)
+        return handle_torch_function(egem, (x, eps), x, n=n, eps=eps, save=save)
+    return _activate("egem", x, n, eps, save)
 
 
-def segem(x: Tensor, n: int = 1, eps: float | Tensor = DEFAULT_EPS) -> Tensor:
+def segem(x: Tensor, n: int = 1, eps: float | Tensor = DEFAULT_EPS, save: str = "auto") -> Tensor:
     r"""SE-GEM, `x` for x >= 0 and `x eps / (x^(2n) + eps)` for x < 0; towards ReLU as eps goes to 0.
 
     Equals `x + egem(-x)`. The dip below zero is as deep as E-GEM is far from ReLU. The public record of
     arXiv 2604.21677 gives the properties of SE-GEM, not its formula; this is the simplest function that has them.
 
-    Args, returns and raises as for `egem`.
+    Args, returns and raises as for `egem`, except that the output does not tell the input: "auto" keeps the input.
     """
     if has_torch_function_variadic(x, eps):
-        return handle_torch_function(segem, (x, eps), x, n=n, eps=eps)
-    return _activate("segem", x, n, eps)
+        return handle_torch_function(segem, (x, eps), x, n=n, eps=eps, save=save)
+    return _activate("segem", x, n, eps, save)
 
 
-def _activate(formula: str, x: Tensor, n: int, eps: float | Tensor) -> Tensor:
+def gem_glu(gate: Tensor, up: Tensor, family: str = "egem", n: int = 1, eps: float | Tensor | None = None) -> Tensor:
+    """The inside of a gated MLP, `f(gate) up`, in one pass: f is gem, egem or segem.
+
+    Rounded once, where `egem(gate) * up` is rounded twice. The backward pass keeps gate and up.
+
+    Args:
+        gate: Floating-point tensor of any shape.
+        up: One of the same shape, dtype and device.
+        family: `gem`, `egem` or `segem`.
+        n: The paper's N, 1 to 32.
+        eps: As for `egem`; by default 1e-4, and 1 for gem.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of gate.
+
+    Raises:
+        TypeError: gate or up is not a dense floating-point tensor, n is not an integer, or eps is not a number.
+        ValueError: gate and up differ in shape, dtype or device, the family is unknown, or as for `egem`.
+    """
+    if has_torch_function_variadic(gate, up, eps):
+        return handle_torch_function(gem_glu, (gate, up, eps), gate, up, family=family, n=n, eps=eps)
+    spec_eps = None if isinstance(eps, Tensor) else eps
+    spec = GemSpec(family, n, spec_eps, learnable=isinstance(eps, Tensor))  # type: ignore[arg-type]
+    form = "segem" if family == "segem" else "egem"
+    n, eps = _check(gate, spec.n, eps if isinstance(eps, Tensor) else spec.eps, "gate")
+    _check(up, n, eps, "up")
+    if (gate.shape, gate.dtype, gate.device) != (up.shape, up.dtype, up.device):
+        raise ValueError(
+            "gate and up must have one shape, dtype and device, got "
+            + " and ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (gate, up))
+        )
+    if _wants_formula():
+        return formulas.run("glu", form, n, eps, gate, up)
+    if isinstance(eps, Tensor):
+        return (_activate(form, reference.working(gate), n, eps, "input") * up).to(gate.dtype)
+    if not torch.is_grad_enabled() or not (gate.requires_grad or up.requires_grad):
+        return kernels.run("glu", form, n, eps, gate, up)
+    return _Glu.apply(gate, up, form, n, eps)
+
+
+def _activate(form: str, x: Tensor, n: int, eps: float | Tensor, save: str) -> Tensor:
+    n, eps = _check(x, n, eps, "x")
+    output = kernels.keeps_output(form, n, eps, x, save)
+    if _wants_formula():
+        return formulas.run("forward", form, n, eps, x)
+    if not torch.is_grad_enabled() or not (x.requires_grad or (isinstance(eps, Tensor) and eps.requires_grad)):
+        return kernels.run("forward", form, n, eps, x)
+    return _Activation.apply(x, eps, form, n, output)
+
+
+def _check(x: Tensor, n: int, eps: float | Tensor, name: str) -> tuple[int, float | Tensor]:
+    """n and eps as they are computed with, or an error that says what is wrong with them or with x."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"{type(x).__name__}"
-        raise TypeError(f"x must be a floating-point tensor, got {got}; convert it first, for example with x.float()")
+        raise TypeError(
+            f"{name} must be a floating-point tensor, got {got}; convert it first, for example with {name}.float()"
+        )
     if x.layout != torch.strided:
-        raise TypeError(f"x must be a dense tensor, got layout {x.layout}; convert it first with x.to_dense()")
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; convert it with {name}.to_dense()")
     n = check_n(n)
     if isinstance(eps, Tensor):
         _check_eps_tensor(eps, x)
@@ -93,15 +153,17 @@ def _activate(formula: str, x: Tensor, n: int, eps: float | Tensor) -> Tensor:
             numerator, denominator = eps.as_integer_ratio()
             eps = numerator / denominator
         eps = check_eps(eps, n)
-    if _wants_formula():
-        number, tensor = _FORWARD[formula]
-        return tensor(x, n, eps) if isinstance(eps, Tensor) else number(x, n, eps)
-    return _Activation.apply(x, eps, formula, n)
+    return n, eps
 
 
 def _wants_formula() -> bool:
-    """Whether the graph is being captured, or torch.func transforms it: they nest jvp of a Function wrongly."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    """Whether the graph is being captured, or derivatives are taken that nest a Function wrongly: torch.func's."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def _check_eps_tensor(eps: Tensor, x: Tensor) -> None:
@@ -117,39 +179,80 @@ def _check_eps_tensor(eps: Tensor, x: Tensor) -> None:
 
 
 class _Activation(torch.autograd.Function):
-    """Closed-form first derivatives; the backward is itself plain torch, so autograd gives the higher ones."""
+    """Closed-form first derivatives; for higher ones the backward pass is plain torch, which autograd differentiates.
+
+    Without `setup_context`, which costs as much as a small activation: what needs it gets the formulas.
+    """
 
     @staticmethod
-    def forward(x, eps, formula, n):
-        number, tensor = _FORWARD[formula]
-        return tensor(x, n, eps) if isinstance(eps, Tensor) else number(x, n, eps)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, eps, ctx.formula, ctx.n = inputs
-        saved = (x, eps) if isinstance(eps, Tensor) else (x,)
+    def forward(ctx, x, eps, form, n, output):
+        y = kernels.run("forward", form, n, eps, x)
+        ctx.form, ctx.n, ctx.output = form, n, output
         ctx.eps = None if isinstance(eps, Tensor) else eps
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        ctx.save_for_backward(y if output else x, *((eps,) if isinstance(eps, Tensor) else ()))
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        saved, *rest = _saved(ctx)
+        form, n, eps = ctx.form, ctx.n, rest[0] if rest else ctx.eps
+        if torch.is_grad_enabled() or ctx.needs_input_grad[1]:
+            x = _Inverse.apply(saved, eps, n) if ctx.output else saved
+            grad_x = grad_eps = None
+            if ctx.needs_input_grad[0]:
+                grad_x = formulas.run("backward", form, n, eps, grad, x)
+            if ctx.needs_input_grad[1]:
+                grad_eps = (grad * formulas.eps_slope(form, x, n, eps)).sum_to_size(eps.shape).to(eps.dtype)
+            return grad_x, grad_eps, None, None, None
+        operation = "backward_at" if ctx.output else "backward"
+        return kernels.run(operation, form, n, eps, grad, saved), None, None, None, None
+
+
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if ctx.output and "inplace operation" in str(error):
+            raise RuntimeError(
+                "the output of a GEM activation was overwritten in place, as Dropout(inplace=True) does, and its "
+                'backward pass keeps that output: take save="input", `module.save = "input"`. ' + str(error)
+            ) from None
+        raise
+
+
+class _Inverse(torch.autograd.Function):
+    """x from y = egem(x), for derivatives of the backward pass. y and eps are where they come from in the graph."""
+
+    @staticmethod
+    def forward(ctx, y, eps, n):
+        x = reference.egem_inverse(y, n, eps)
+        ctx.n, ctx.eps = n, None if isinstance(eps, Tensor) else eps
+        ctx.save_for_backward(x, *((eps,) if isinstance(eps, Tensor) else ()))
+        ctx.dtype = y.dtype
+        return x
 
     @staticmethod
     def backward(ctx, grad):
         x, *rest = ctx.saved_tensors
         eps = rest[0] if rest else ctx.eps
-        grad_x = grad_eps = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad * _SLOPE[ctx.formula](x, ctx.n, eps)).to(x.dtype)
+        slope = reference.egem_slope(x, ctx.n, eps)
+        grad_y = torch.where(slope > 0, grad / slope, 0.0)
+        grad_eps = None
         if ctx.needs_input_grad[1]:
-            grad_eps = (grad * _EPS_SLOPE[ctx.formula](x, ctx.n, eps)).sum_to_size(eps.shape).to(eps.dtype)
-        return grad_x, grad_eps, None, None
+            grad_eps = (-grad_y * formulas.eps_slope("egem", x, ctx.n, eps)).sum_to_size(eps.shape).to(eps.dtype)
+        return grad_y.to(ctx.dtype), grad_eps, None
+
+
+class _Glu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, form, n, eps):
+        ctx.form, ctx.n, ctx.eps = form, n, eps
+        ctx.save_for_backward(gate, up)
+        return kernels.run("glu", form, n, eps, gate, up)
 
     @staticmethod
-    def jvp(ctx, x_tangent, eps_tangent, *_):
-        x, *rest = ctx.saved_tensors
-        eps = rest[0] if rest else ctx.eps
-        terms = []
-        if x_tangent is not None:
-            terms.append(x_tangent * _SLOPE[ctx.formula](x, ctx.n, eps))
-        if eps_tangent is not None:
-            terms.append(eps_tangent * _EPS_SLOPE[ctx.formula](x, ctx.n, eps))
-        return sum(terms).to(x.dtype)
+    def backward(ctx, grad):
+        run = formulas.run if torch.is_grad_enabled() else kernels.run
+        grads = run("glu_backward", ctx.form, ctx.n, ctx.eps, grad, *ctx.saved_tensors)
+        wanted = (gradient if needed else None for gradient, needed in zip(grads, ctx.needs_input_grad, strict=False))
+        return *wanted, None, None, None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import functional, reference
+from ._kernels import check_save
 from .spec import DEFAULT_EPS, GemSpec, parse
 
 
@@ -27,7 +28,7 @@ class GemActivation(nn.Module):
     """What the modules share. n and eps are plain numbers, so that building on the meta device loses nothing.
 
     Calls take `inplace` as `torch.nn.functional.relu` does, in whose place they stand after a conversion, and never
-    overwrite their input.
+    overwrite their input. `save` may be changed at any time, `module.save = "input"`.
 
     A learnable eps is `init_eps * exp(log_ratio)`: positive whatever the optimizer does, and exactly `init_eps` at
     `log_ratio = 0`, also when the module is cast to bfloat16.
@@ -43,8 +44,10 @@ class GemActivation(nn.Module):
         learnable: bool = False,
         num_parameters: int = 1,
         channel_dim: int = 1,
+        save: str = "auto",
     ) -> None:
         super().__init__()
+        check_save(save)
         spec = GemSpec(self.family, n, eps, learnable)
         for name, value in (("num_parameters", num_parameters), ("channel_dim", channel_dim)):
             if not isinstance(value, int) or isinstance(value, bool):
@@ -57,6 +60,7 @@ class GemActivation(nn.Module):
         self.init_eps = spec.eps
         self.num_parameters = num_parameters
         self.channel_dim = channel_dim
+        self.save = save
         self.log_ratio: nn.Parameter | None
         if learnable:
             self.log_ratio = nn.Parameter(torch.zeros(num_parameters))  # never 0-dim, which FSDP2 cannot shard
@@ -86,6 +90,8 @@ class GemActivation(nn.Module):
             parts.append("learnable=True")
         if self.num_parameters > 1:
             parts.append(f"num_parameters={self.num_parameters}, channel_dim={self.channel_dim}")
+        if self.save != "auto":
+            parts.append(f"save={self.save!r}")
         return ", ".join(parts)
 
 
@@ -95,17 +101,18 @@ class GEM(GemActivation):
     Args:
         n: The paper's N, 1 to 32.
         inplace: Accepted for timm and torch signatures; the input is never overwritten.
+        save: What the backward pass keeps, "auto", "input" or "output"; see `hf_gem.functional.egem`.
     """
 
     family = "gem"
 
-    def __init__(self, n: int = 1, inplace: bool = False) -> None:
-        super().__init__(n)
+    def __init__(self, n: int = 1, inplace: bool = False, save: str = "auto") -> None:
+        super().__init__(n, save=save)
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         if torch.jit.is_scripting():
             return reference.egem(x, self.n, 1.0)
-        return functional.gem(x, self.n)
+        return functional.gem(x, self.n, self.save)
 
 
 class EGEM(GemActivation):
@@ -118,6 +125,7 @@ class EGEM(GemActivation):
         num_parameters: 1, or C for an eps of its own for each channel.
         channel_dim: The dimension of the channels: 1 for images (N, C, ...), -1 for sequences (..., C).
         inplace: Accepted for timm and torch signatures; the input is never overwritten.
+        save: What the backward pass keeps, "auto", "input" or "output"; see `hf_gem.functional.egem`.
 
     Raises:
         TypeError: n, eps, num_parameters or channel_dim is not a number, or learnable not a bool.
@@ -135,8 +143,9 @@ class EGEM(GemActivation):
         num_parameters: int = 1,
         channel_dim: int = 1,
         inplace: bool = False,
+        save: str = "auto",
     ) -> None:
-        super().__init__(n, eps, learnable, num_parameters, channel_dim)
+        super().__init__(n, eps, learnable, num_parameters, channel_dim, save)
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         log_ratio = self.log_ratio
@@ -150,12 +159,12 @@ class EGEM(GemActivation):
     def _fixed(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return reference.egem(x, self.n, self.init_eps)
-        return functional.egem(x, self.n, self.init_eps)
+        return functional.egem(x, self.n, self.init_eps, self.save)
 
     def _learned(self, x: Tensor, eps: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return reference.egem_tensor(x, self.n, eps)
-        return functional.egem(x, self.n, eps)
+        return functional.egem(x, self.n, eps, self.save)
 
 
 class SEGEM(EGEM):
@@ -166,12 +175,12 @@ class SEGEM(EGEM):
     def _fixed(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return reference.segem(x, self.n, self.init_eps)
-        return functional.segem(x, self.n, self.init_eps)
+        return functional.segem(x, self.n, self.init_eps, self.save)
 
     def _learned(self, x: Tensor, eps: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return reference.segem_tensor(x, self.n, eps)
-        return functional.segem(x, self.n, eps)
+        return functional.segem(x, self.n, eps, self.save)
 
 
 def module_factory(spec: GemSpec) -> Callable[..., nn.Module]:

@@ -1,13 +1,20 @@
 """What every test relies on: no network, a fixed seed, and a reason beside every skipped GPU test."""
 
 import os
+from pathlib import Path
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Kernels that are built here stay here.
+os.environ.setdefault("HF_GEM_CACHE", str(Path(__file__).parent.parent / ".cache" / "hf_gem"))
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported: they run on the CPU then
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ TINY = (
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
-    reason="needs a C++ compiler for Inductor, and finds neither $CXX nor g++ nor clang++",
+    reason="needs a C++ compiler, and finds neither $CXX nor g++ nor clang++",
 )
 
 

@@ -8,8 +8,11 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
+import hf_gem
 from hf_gem import egem, gem, reference, segem
+from hf_gem.functional import gem_glu
 from tests import oracle
+from tests.helpers import needs_compiler
 
 ORDERS = [1, 2, 3, 4]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -433,13 +436,128 @@ def test_double_backward_through_a_model():
     torch.testing.assert_close(ours, penalty(Formula()), rtol=1e-12, atol=1e-12)
 
 
+# ---- what the backward pass keeps
+
+
+def saved_by(function, *arguments):
+    """Where the tensors are that autograd keeps for a call, and what the call returned."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = function(*arguments)
+    return [t.untyped_storage().data_ptr() for t in saved], y
+
+
 @families
 def test_only_the_input_is_saved(family):
     x = torch.randn(64, requires_grad=True)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        FUNCTIONS[family](x, 3)
-    assert [t.data_ptr() for t in saved] == [x.data_ptr()]
+    saved, _ = saved_by(FUNCTIONS[family], x, 3)
+    assert saved == [x.data_ptr()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_memory_where_a_linear_follows(dtype):
+    first, second = torch.nn.Linear(8, 16, dtype=dtype), torch.nn.Linear(16, 8, dtype=dtype)
+    x = torch.randn(4, 8, dtype=dtype)
+
+    def mlp(save):
+        return second(gem(first(x), 2, save=save))
+
+    with_input, _ = saved_by(mlp, "input")
+    with_output, _ = saved_by(mlp, "output")
+    # x, the weights, and the input of the second layer; the activation adds its own input, or nothing.
+    assert len(set(with_input)) == len(set(with_output)) + 1
+
+
+@pytest.mark.parametrize("eps", [0.3, 1e-4])
+@orders
+def test_gradients_from_the_output(n, eps):
+    scale = eps ** (1 / (2 * n))  # finite differences at the scale of the gate
+
+    def function(v):
+        return egem(v * scale, n, eps, save="output") / scale
+
+    x = both_sides(12).requires_grad_()
+    assert gradcheck(function, x)
+    assert gradgradcheck(function, x, check_rev_over_rev=True)
+    # A third derivative, through the way back from the output.
+    derivatives = []
+    for save in ("input", "output"):
+        d = egem(x, n, 0.3, save=save)
+        for _ in range(3):
+            (d,) = torch.autograd.grad(d.sum(), x, create_graph=True)
+        derivatives.append(d)
+    torch.testing.assert_close(*derivatives, rtol=1e-9, atol=1e-9)
+
+
+@orders
+def test_gradients_in_eps_from_the_output(n):
+    x = both_sides(2, 3).requires_grad_()
+    eps = torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
+
+    def function(v, e):
+        return egem(v, n, e, save="output")
+
+    assert gradcheck(function, (x, eps))
+    assert gradgradcheck(function, (x, eps))
+
+
+@orders
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("eps", [1e-4, 1.0])
+def test_slopes_from_the_output_are_those_from_the_input(n, dtype, eps):
+    x = torch.cat([torch.randn(2000) * eps ** (0.5 / n), torch.tensor([0.0, -torch.inf, torch.inf, 1e4])]).to(dtype)
+    slopes = []
+    for save in ("input", "output"):
+        leaf = x.clone().requires_grad_()
+        egem(leaf, n, eps, save=save).sum().backward()
+        slopes.append(leaf.grad.double())
+    # Roundings of y count n times at most in the slope; test_reference has the two formulas.
+    unit = oracle.unit_roundoff(dtype)
+    working = (12 * n * n + 30 * n) * 2.0**-24
+    torch.testing.assert_close(
+        *slopes, rtol=(n + 2) * unit + working, atol=2.0**-25 if dtype != torch.float16 else unit
+    )
+
+
+@pytest.mark.parametrize("save", ["input", "output"])
+def test_saving_with_checkpoints_and_compilers(save):
+    linear = torch.nn.Linear(8, 8)
+    x = torch.randn(20, 8, requires_grad=True)
+
+    def function(v):
+        return linear(egem(linear(v), 2, 0.1, save=save))
+
+    (expected,) = torch.autograd.grad(function(x).sum(), x)
+    (got,) = torch.autograd.grad(checkpoint(function, x, use_reentrant=False).sum(), x)
+    assert torch.equal(got, expected)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), x)[0], expected)
+
+
+def test_an_output_overwritten_in_place():
+    x = torch.randn(20, requires_grad=True)
+    y = torch.nn.functional.dropout(egem(x, save="output"), 0.5, inplace=True)
+    with pytest.raises(RuntimeError, match=r'save="input".*inplace operation'):
+        y.sum().backward()
+    y = torch.nn.functional.dropout(egem(x, save="input"), 0.5, inplace=True)
+    y.sum().backward()
+    assert x.grad.any()
+
+
+def test_what_cannot_be_saved():
+    x = torch.randn(4, requires_grad=True)
+    for call in (
+        lambda: egem(x, 5, save="output"),
+        lambda: segem(x, save="output"),
+        lambda: egem(x.half(), 1, 1e-6, save="output"),
+        lambda: egem(x.half(), 1, torch.tensor(1.0), save="output"),
+    ):
+        with pytest.raises(ValueError, match=r"save='output' needs .*; got .*. Use save='auto' or 'input'"):
+            call()
+    for function in (gem, egem, segem):
+        with pytest.raises(ValueError, match="save must be 'auto', 'input' or 'output', got 'both'"):
+            function(x, save="both")
+    assert egem(x, 5, save="auto").grad_fn is not None
 
 
 @families
@@ -452,6 +570,126 @@ def test_gradient_checkpointing(family):
     (expected,) = torch.autograd.grad(function(x).sum(), x)
     (got,) = torch.autograd.grad(checkpoint(function, x, use_reentrant=False).sum(), x)
     assert torch.equal(got, expected)
+
+
+# ---- gated
+
+
+@families
+@pytest.mark.parametrize("n", [1, 3])
+@dtypes
+def test_glu(family, n, dtype):
+    gate, up, grad = (torch.randn(3, 200, dtype=torch.float64)).to(dtype)
+    pair = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
+    eps = EPS[family]
+    y = gem_glu(*pair, family, n, eps)
+    y.backward(grad)
+    wide = [gate.double().requires_grad_(), up.double().requires_grad_()]
+    exact = FUNCTIONS[family](wide[0], n) * wide[1]
+    exact.backward(grad.double())
+    working = oracle.unit_roundoff(torch.promote_types(dtype, torch.float32))
+    own = oracle.unit_roundoff(dtype) if dtype not in (torch.float32, torch.float64) else 0.0
+    floor = oracle.min_normal(dtype)
+    # The bounds of test_reference, a product or two, and one rounding to the dtype.
+    bounds = {"rtol": (8 * n + 15) * working + own, "atol": floor}
+    torch.testing.assert_close(y.double(), exact, **bounds)
+    torch.testing.assert_close(pair[1].grad.double(), wide[1].grad, **bounds)
+    # A slope may be a small difference of terms up to 1 + 2n.
+    limit = (1 + 2 * n) * (up * grad).abs().double() * bounds["rtol"] + floor
+    assert ((pair[0].grad.double() - wide[0].grad).abs() <= limit).all()
+    assert y.dtype == pair[0].grad.dtype == pair[1].grad.dtype == dtype
+
+
+def test_glu_defaults_and_forms():
+    gate, up = torch.randn(2, 50)
+    assert torch.equal(gem_glu(gate, up), egem(gate) * up)
+    assert torch.equal(gem_glu(gate, up, "gem", 2), gem(gate, 2) * up)
+    assert torch.equal(gem_glu(gate, up, "segem", eps=0.1), segem(gate, 1, 0.1) * up)
+
+
+@families
+def test_gradients_of_glu(family):
+    gate, up = both_sides(2, 6)
+    eps = EPS[family]
+
+    def function(g, u):
+        return gem_glu(g, u, family, 2, eps)
+
+    for wanted in ((True, True), (True, False), (False, True)):
+        pair = [t.clone().requires_grad_(w) for t, w in zip((gate, up), wanted, strict=True)]
+        assert gradcheck(function, pair, check_forward_ad=True, check_batched_grad=True)
+        assert gradgradcheck(function, pair)
+
+
+@with_eps
+def test_glu_with_a_tensor_eps(family):
+    gate, up = both_sides(2, 5, 3)
+    eps = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64, requires_grad=True)
+
+    def function(g, u, e):
+        return gem_glu(g, u, family, 2, e)
+
+    arguments = (gate.clone().requires_grad_(), up.clone().requires_grad_(), eps)
+    assert gradcheck(function, arguments)
+    assert gradgradcheck(function, arguments)
+
+
+@families
+def test_glu_saves_its_inputs_and_nothing_else(family):
+    gate, up = torch.randn(2, 30, requires_grad=True).unbind()
+    saved, _ = saved_by(gem_glu, gate, up, family)
+    assert set(saved) == {gate.untyped_storage().data_ptr()}
+
+
+@families
+def test_glu_in_compilers_and_transforms(family):
+    gate, up = both_sides(2, 4, 5).requires_grad_()
+
+    def function(g, u):
+        return gem_glu(g, u, family, 2, EPS[family])
+
+    expected = torch.autograd.grad(function(gate, up).sum(), (gate, up))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(torch.autograd.grad(compiled(gate, up).sum(), (gate, up)), expected, **close)
+    grads = torch.func.vmap(torch.func.grad(lambda g, u: function(g, u).sum(), argnums=(0, 1)))(gate, up)
+    torch.testing.assert_close(grads, expected, **close)
+
+
+def test_wrong_arguments_of_glu():
+    x = torch.ones(2, 3)
+    with pytest.raises(TypeError, match=r"gate must be a floating-point tensor, got a tensor of torch.int64"):
+        gem_glu(torch.ones(2, 3, dtype=torch.int64), x)
+    with pytest.raises(TypeError, match="up must be a floating-point tensor, got float"):
+        gem_glu(x, 1.0)
+    for up, got in ((x[0], r"\(3,\)"), (x.double(), "torch.float64"), (x.to("meta"), "meta")):
+        with pytest.raises(ValueError, match=f"one shape, dtype and device, got .* and .*{got}"):
+            gem_glu(x, up)
+    with pytest.raises(ValueError, match="got 'silu'"):
+        gem_glu(x, x, "silu")
+    with pytest.raises(ValueError, match="eps"):
+        gem_glu(x, x, "egem", 1, -1.0)
+
+
+@needs_compiler
+@families
+def test_training_is_the_same_with_kernels(family):
+    # Every path through autograd, with the kernels that a user has after a while.
+    def steps(backend):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        x = torch.randn(32, 8)
+        with hf_gem.kernels(backend):
+            for _ in range(3):
+                hidden = model[0](x)
+                y = model[1](FUNCTIONS[family](hidden, 2) + gem_glu(hidden, hidden, family, 2))
+                optimizer.zero_grad()
+                y.square().mean().backward()
+                optimizer.step()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    assert torch.equal(steps("eager"), steps("compiled"))
 
 
 # ---- compilers and exporters

@@ -316,3 +316,28 @@ def test_tracing_a_learnable_module_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         torch.jit.trace(EGEM(learnable=True), torch.ones(3))
+
+
+@pytest.mark.parametrize("cls", [GEM, EGEM, SEGEM])
+def test_save(cls):
+    assert cls().save == "auto"
+    assert "save" not in repr(cls())
+    assert "save='input'" in repr(cls(save="input"))
+    with pytest.raises(ValueError, match="save must be 'auto', 'input' or 'output', got 'x'"):
+        cls(save="x")
+
+
+@pytest.mark.parametrize("module", [GEM(2), EGEM(2), EGEM(2, learnable=True)], ids=repr)
+def test_save_may_change(module):
+    x = torch.randn(30, requires_grad=True)
+    grads = []
+    for save in ("input", "output"):
+        module.save = save
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t.data_ptr()) or t, lambda t: t
+        ):
+            y = module(x)
+        assert ((y if save == "output" else x).data_ptr()) in saved
+        grads.append(torch.autograd.grad(y.sum(), x)[0])
+    torch.testing.assert_close(*grads)

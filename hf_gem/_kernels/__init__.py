@@ -1,0 +1,8 @@
+"""What computes the family: one forward and one backward for all of it, by backend.
+
+`dispatch` chooses, `formulas` is plain torch, `cpu` (with `cpu.cpp` and `build`) C++, `gpu` Triton.
+"""
+
+from .dispatch import BACKENDS, check_save, keeps_output, kernels, run
+
+__all__ = ["BACKENDS", "check_save", "keeps_output", "kernels", "run"]

@@ -1,0 +1,167 @@
+"""The C++ kernels for CPUs: found, built where that pays, loaded, launched.
+
+A library holds all kernels for one n. It is built once for a machine, by a process of its own, into a cache of the
+user; programs load it from there with ctypes. Its results are those of the formulas to the bit, so it does not matter
+when a program changes over from one to the other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import build
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Elements through the formulas before a build is started for an n: a second or so of their time, against some ten
+# seconds of one core, once. A few inferences or a unit test never start it.
+WORTH_BUILDING = 2**26
+_PARALLEL = 2**15  # elements from which on several threads pay, as for the operations of torch
+_NUM_TENSORS = {"forward": 2, "backward": 3, "backward_at": 3, "glu": 3, "glu_backward": 5}
+
+
+def cache_folder() -> Path:
+    """Where the libraries are: `$HF_GEM_CACHE`, or the user's cache folder."""
+    if own := os.environ.get("HF_GEM_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hf_gem"
+
+
+class Library:
+    """The kernels for one n, whether they are there, being built, or not to be had."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self._functions: dict[tuple[str, str, torch.dtype], Callable[..., None]] | None = None
+        self._work = 0
+        self._process: subprocess.Popen | None = None
+        self._looked = False
+        self._failed = False
+
+    def ready(self, numel: int, wait: bool) -> bool:
+        """Whether the kernels can run now. If not, counts `numel` more elements, or with `wait` builds them first."""
+        if self._functions is not None:
+            return True
+        if self._failed:
+            return False
+        if not self._looked:
+            self._looked = True
+            if self.path.exists():
+                return self._load()
+        self._work += numel
+        if self._process is None and (wait or self._work >= WORTH_BUILDING):
+            self._start()
+        if self._process is None or (not wait and self._process.poll() is None):
+            return False
+        if self._process.wait() != 0:
+            return self._fail(f"building them failed: {self._last_words()}")
+        return self._load()
+
+    def function(self, operation: str, form: str, dtype: torch.dtype) -> Callable[..., None]:
+        """The kernel, once `ready`."""
+        assert self._functions is not None
+        return self._functions[operation, form, dtype]
+
+    @property
+    def path(self) -> Path:
+        return cache_folder() / f"cpu-n{self.n}-{_fingerprint(self.n)}.so"
+
+    def _start(self) -> None:
+        if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
+            self._fail("this machine has no C++ compiler: neither $CXX nor g++ nor clang++ is found")
+            return
+        log = self.path.with_suffix(".log")
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("wb") as output:
+                self._process = subprocess.Popen(
+                    [sys.executable, build.__file__, str(self.n), str(self.path)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C is meant for the program; the build is done in seconds
+                )
+        except OSError as error:
+            self._fail(f"the cache cannot be written: {error}; set HF_GEM_CACHE to a folder that can")
+
+    def _last_words(self) -> str:
+        text = self.path.with_suffix(".log").read_text(encoding="utf-8", errors="replace").strip()
+        return text.splitlines()[-1] if text else f"exit status {self._process and self._process.returncode}"
+
+    def _load(self) -> bool:
+        try:
+            library = ctypes.CDLL(str(self.path))
+        except OSError as error:
+            return self._fail(f"{self.path} cannot be loaded: {error}; delete it to have it built again")
+        self.path.with_suffix(".log").unlink(missing_ok=True)
+        self._functions = {
+            (operation, form, dtype): _function(library, operation, form, dtype)
+            for operation in _NUM_TENSORS
+            for form in ("egem", "segem")
+            for dtype in DTYPES
+            if (operation, form) != ("backward_at", "segem")
+        }
+        return True
+
+    def _fail(self, reason: str) -> bool:
+        self._failed = True
+        warnings.warn(
+            f"hf_gem computes with its plain formulas on the CPU, several times slower than with its compiled kernels: "
+            f'{reason}. HF_GEM_KERNELS=eager, or `with hf_gem.kernels("eager"):`, asks for that without this warning.',
+            stacklevel=2,
+        )
+        return False
+
+
+def _function(library: ctypes.CDLL, operation: str, form: str, dtype: torch.dtype) -> Callable[..., None]:
+    name = f"{form}_{str(dtype).removeprefix('torch.')}"
+    function = getattr(library, name if operation == "forward" else f"{name}_{operation}")
+    numbers = [ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_float, ctypes.c_float]
+    function.argtypes = [*numbers, *[ctypes.c_void_p] * _NUM_TENSORS[operation]]
+    function.restype = None
+    return function
+
+
+@functools.cache
+def _fingerprint(n: int) -> str:
+    """Of all that a library depends on: the source, torch, the compiler and the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        processor = platform.processor()
+    parts = (
+        build.source(n),
+        torch.__version__,
+        torch.backends.cpu.get_cpu_capability(),
+        platform.machine(),
+        processor,
+        os.environ.get("CXX", ""),
+    )
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+library = functools.cache(Library)
+
+
+def launch(operation: str, form: str, n: int, eps: float, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    """Runs one kernel; the tensors are dense, of one shape, layout and dtype, and on the CPU."""
+    numel = inputs[0].numel()
+    threads = torch.get_num_threads() if numel >= _PARALLEL else 1
+    function = library(n).function(operation, form, inputs[0].dtype)
+    pointers = [tensor.data_ptr() for tensor in (*outputs, *inputs)]
+    function(numel, threads, *reference.scale_and_bound(n, eps), *pointers)

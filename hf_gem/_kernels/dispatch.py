@@ -1,0 +1,162 @@
+"""The one choice of what computes: the formulas, the C++ kernels or the Triton kernels.
+
+Kernels take plain, real tensors on a device that they know. All else goes to the formulas, whose operations other tools
+can see and take over: subclasses such as DTensor, dispatch modes (fake tensors, counters, `hf_gem.audit`), the
+transforms of torch.func, float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .. import reference
+from . import cpu, formulas
+
+BACKENDS = ("auto", "eager", "compiled", "triton")
+_GPUS = ("cuda", "xpu")
+_OUTPUTS_LIKE = {"forward": (0,), "backward": (1,), "backward_at": (1,), "glu": (0,), "glu_backward": (1, 2)}
+
+
+def _check(backend: str, where: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"{where} must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    return backend
+
+
+def _from_environment() -> str:
+    return _check(os.environ.get("HF_GEM_KERNELS", "").lower() or "auto", "HF_GEM_KERNELS")
+
+
+_selected = _from_environment()
+
+
+@contextlib.contextmanager
+def kernels(backend: str) -> Iterator[None]:
+    """Chooses what computes the activations inside a `with` block, for the whole process.
+
+    The environment variable `HF_GEM_KERNELS` sets it from the start.
+
+    Args:
+        backend: `"auto"`: Triton kernels on CUDA, ROCm and XPU; on a CPU the C++ kernels where they have been built,
+            and until then the formulas, which give the same bits. Building starts in the background once a process has
+            put 2^26 elements through the formulas, takes some ten seconds of one core, and is done once for a machine.
+            `"eager"`: the formulas, in plain operations of torch. `"compiled"`: the C++ kernels on a CPU, waiting for
+            them to be built; on other devices as auto. `"triton"`: the Triton kernels, also for CPU tensors where
+            Triton interprets (TRITON_INTERPRET=1).
+
+    Raises:
+        ValueError: another backend.
+    """
+    global _selected
+    _check(backend, "backend")
+    before, _selected = _selected, backend
+    try:
+        yield
+    finally:
+        _selected = before
+
+
+def run(operation: str, form: str, n: int, eps: float | Tensor, *inputs: Tensor) -> Any:
+    """Computes one operation of the family, for `form` "egem" or "segem".
+
+    Args:
+        operation: `forward` (x), `backward` (grad, x), `backward_at` (grad, y) for egem alone, `glu` (gate, up) or
+            `glu_backward` (grad, gate, up).
+        inputs: Tensors of one shape.
+
+    Returns:
+        One tensor; of `glu_backward`, the gradients of gate and up. Strides are those that torch gives to elementwise
+        results.
+    """
+    backend = _kernels_for(n, eps, inputs)
+    if backend is None:
+        return formulas.run(operation, form, n, eps, *inputs)
+    outputs = [torch.empty_like(inputs[k]) for k in _OUTPUTS_LIKE[operation]]
+    # A dense tensor is one run of memory. Others are copied into one first: the buffer of a result has such strides.
+    strides = outputs[0].stride()
+    dense = [x if x.stride() == strides else torch.empty_like(outputs[0]).copy_(x) for x in inputs]
+    if len(outputs) == 2 and outputs[1].stride() != strides:
+        outputs[1] = torch.empty_like(outputs[0])
+    backend.launch(operation, form, n, eps, outputs, dense)
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def keeps_output(form: str, n: int, eps: float | Tensor, x: Tensor, save: str) -> bool:
+    """Whether the backward pass is to keep the output of `forward`, by the rule of `hf_gem.functional.egem`.
+
+    Raises:
+        ValueError: `save` is not known, or not possible here.
+    """
+    check_save(save)
+    if save == "input":
+        return False
+    possible = form == "egem" and reference.invertible(n, eps, x.dtype)
+    if save == "output" and not possible:
+        raise ValueError(
+            f"save='output' needs E-GEM, which is monotone where SE-GEM is not, n up to {reference.MAX_INVERTIBLE_N}, "
+            f"and outputs that do not underflow: in float16, an eps that is a number, at n = 1 of 7e-5 or more; got "
+            f"{form}, n={n}, eps={eps!r}, {x.dtype}. Use save='auto' or 'input'"
+        )
+    if save == "output":
+        return True
+    # On a CPU, the arithmetic costs more than the pass over memory that it saves.
+    return possible and x.device.type in _GPUS and _kernels_for(n, eps, (x,)) is not None
+
+
+def check_save(save: str) -> None:
+    if save not in ("auto", "input", "output"):
+        raise ValueError(f"save must be 'auto', 'input' or 'output', got {save!r}")
+
+
+def _kernels_for(n: int, eps: float | Tensor, inputs: tuple[Tensor, ...]) -> ModuleType | None:
+    if _selected == "eager" or isinstance(eps, Tensor) or torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    x = inputs[0]
+    numel, dtype, device = x.numel(), x.dtype, x.device
+    if numel == 0 or dtype not in cpu.DTYPES or torch._C._are_functorch_transforms_active():
+        return None
+    for other in inputs:
+        if type(other) not in (Tensor, Parameter) or other.dtype != dtype or other.is_neg() or other.device != device:
+            return None
+    if device.type == "cpu":
+        if _selected == "triton":
+            return _interpreter()
+        return cpu if cpu.library(n).ready(numel, wait=_selected == "compiled") else None
+    return _triton() if device.type in _GPUS else None
+
+
+@functools.cache
+def _triton() -> Any:
+    try:
+        from . import gpu
+    except ImportError as error:
+        warnings.warn(
+            f"hf_gem computes with its plain formulas on GPUs, in several passes over memory: Triton is not there "
+            f"({error}). `pip install triton` brings it",
+            stacklevel=2,
+        )
+        return None
+    return gpu
+
+
+@functools.cache
+def _interpreter() -> Any:
+    gpu = _triton()
+    if gpu is None or gpu.interpreted:
+        return gpu
+    warnings.warn(
+        "hf_gem computes tensors on the CPU with its plain formulas: Triton kernels were asked for, and Triton runs "
+        "on a CPU only where TRITON_INTERPRET=1 is set from the start",
+        stacklevel=2,
+    )
+    return None

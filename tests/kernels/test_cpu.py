@@ -1,0 +1,184 @@
+"""The C++ kernels: the bits of the formulas, and all that can happen on the way to a library."""
+
+import os
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+import torch
+
+import hf_gem
+from hf_gem import egem
+from hf_gem._kernels import build, cpu, formulas, run
+from tests.helpers import needs_compiler
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OPERATIONS = [(op, form) for op in ("forward", "backward", "glu", "glu_backward") for form in ("egem", "segem")]
+OPERATIONS.append(("backward_at", "egem"))
+NUM_INPUTS = {"forward": 1, "backward": 2, "backward_at": 2, "glu": 2, "glu_backward": 3}
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def numbers(dtype, count=2**16):
+    """Any bit patterns; of a half type, in their random order, all of them."""
+    if dtype == torch.float32:
+        near = torch.randn(count) * torch.exp2(torch.randint(-20, 5, (count,)).float())
+        return torch.cat([torch.randint(-(2**31), 2**31, (count,)).to(torch.int32).view(dtype), near])
+    return torch.randperm(2**16).to(torch.int16).view(dtype)
+
+
+def same_bits(a, b):
+    integer = torch.int32 if a.dtype == torch.float32 else torch.int16
+    return ((a.view(integer) == b.view(integer)) | (a.isnan() & b.isnan())).all()
+
+
+def assert_same(operation, form, n, eps, *inputs):
+    with hf_gem.kernels("compiled"):
+        got = run(operation, form, n, eps, *inputs)
+    expected = formulas.run(operation, form, n, eps, *inputs)
+    for a, b in zip(*((y,) if isinstance(y, torch.Tensor) else y for y in (got, expected)), strict=True):
+        assert a.dtype == b.dtype
+        assert a.stride() == b.stride()
+        assert same_bits(a, b)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """As on a machine where nothing was ever built."""
+    monkeypatch.setenv("HF_GEM_CACHE", str(tmp_path / "cache"))
+    cpu.library.cache_clear()
+    yield tmp_path / "cache"
+    cpu.library.cache_clear()
+
+
+# ---- what they compute; test_reference says how right the formulas are
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("operation", "form", "n"),
+    [(*pair, n) for pair in OPERATIONS for n in (1, 2, 3, 4, 7) if n <= 4 or pair[0] != "backward_at"],
+)
+@dtypes
+def test_every_bit_is_that_of_the_formulas(operation, form, n, dtype):
+    x = numbers(dtype)
+    others = [numbers(dtype) for _ in range(NUM_INPUTS[operation] - 1)]
+    inputs = [*others, x] if operation.startswith("backward") else [x, *others]
+    for eps in (1e-4, 1.0, 10.0):
+        assert_same(operation, form, n, eps, *inputs)
+
+
+@needs_compiler
+@dtypes
+def test_every_length(dtype):
+    # Registers, rests of them, and shares of threads.
+    for count in (*range(1, 70), cpu._PARALLEL - 1, cpu._PARALLEL, 3 * cpu._PARALLEL + 5):
+        assert_same("forward", "egem", 1, 0.1, torch.randn(count).to(dtype))
+        assert_same("glu_backward", "segem", 1, 0.1, *torch.randn(3, count).to(dtype))
+
+
+@needs_compiler
+def test_several_threads():
+    x, grad = torch.randn(2, 5 * cpu._PARALLEL + 3)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            assert_same("backward", "egem", 1, 0.1, grad, x)
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- how they come to be
+
+
+@needs_compiler
+def test_built_in_the_background_once_it_pays(fresh, monkeypatch):
+    monkeypatch.setattr(cpu, "WORTH_BUILDING", 1000)
+    x = torch.randn(400)
+    expected = formulas.run("forward", "egem", 2, 0.1, x)
+    with warnings.catch_warnings(), hf_gem.kernels("auto"):
+        warnings.simplefilter("error")
+        for _ in range(2):
+            assert torch.equal(egem(x, 2, 0.1), expected)
+        assert not fresh.exists()
+        deadline = time.monotonic() + 240
+        while cpu.library(2)._functions is None:
+            assert time.monotonic() < deadline
+            assert torch.equal(egem(x, 2, 0.1), expected)
+            time.sleep(0.1)
+        assert torch.equal(egem(x, 2, 0.1), expected)
+    assert {path.suffix for path in fresh.iterdir()} <= {".so", ".lock"}
+    # The next process finds them.
+    cpu.library.cache_clear()
+    with hf_gem.kernels("auto"):
+        egem(x, 2, 0.1)
+    assert cpu.library(2)._functions is not None
+    assert cpu.library(2)._process is None
+
+
+@needs_compiler
+def test_processes_that_start_at_once(fresh):
+    target = fresh / "cpu.so"
+    processes = [subprocess.Popen([sys.executable, build.__file__, "1", str(target)]) for _ in range(3)]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0, 0]
+    assert {path.name for path in fresh.iterdir()} <= {"cpu.so", "cpu.so.lock"}
+    assert target.exists()
+
+
+def fails(match):
+    """A call that cannot have kernels computes the same, and says so once."""
+    x = torch.randn(50)
+    with hf_gem.kernels("compiled"):
+        with pytest.warns(UserWarning, match=match) as caught:
+            first = egem(x, 3, 0.1)
+        assert len(caught) == 1
+        assert "HF_GEM_KERNELS=eager" in str(caught[0].message)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            second = egem(x, 3, 0.1)
+    assert torch.equal(first, formulas.run("forward", "egem", 3, 0.1, x))
+    assert torch.equal(second, first)
+
+
+def test_no_compiler(fresh, monkeypatch):
+    monkeypatch.setenv("PATH", str(fresh))
+    monkeypatch.delenv("CXX", raising=False)
+    fails("no C\\+\\+ compiler")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell script for a compiler")
+def test_a_compiler_that_fails(fresh, monkeypatch, tmp_path):
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho no licence today >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    fails("building them failed")
+
+
+def test_a_cache_that_cannot_be_written(fresh, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HF_GEM_CACHE", str(tmp_path / "file" / "folder"))
+    monkeypatch.setenv("CXX", sys.executable)  # anything that is there
+    fails("set HF_GEM_CACHE")
+
+
+def test_a_library_that_cannot_be_loaded(fresh):
+    path = cpu.library(3).path
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"not a library")
+    fails("cannot be loaded")
+
+
+def test_another_compiler_or_torch_gets_another_library(fresh, monkeypatch):
+    first = cpu.library(1).path
+    cpu._fingerprint.cache_clear()
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    second = cpu.library(1).path
+    cpu._fingerprint.cache_clear()
+    assert first != second
+    assert first != cpu.library(2).path

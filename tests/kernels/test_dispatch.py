@@ -1,0 +1,196 @@
+"""Which kernels run, what goes to the formulas, and that neither can be told from the result."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hf_gem
+from hf_gem import egem, segem
+from hf_gem._kernels import BACKENDS, cpu, dispatch, formulas
+from tests.helpers import needs_compiler
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The operations that the C++ kernels compute."""
+    calls = []
+    launch = cpu.launch
+    monkeypatch.setattr(cpu, "launch", lambda operation, *rest: (calls.append(operation), launch(operation, *rest)))
+    return calls
+
+
+# ---- the choice
+
+
+def test_the_backends_of_the_context_manager():
+    assert dispatch._selected == "auto"
+    with hf_gem.kernels("eager"):
+        assert dispatch._selected == "eager"
+        with pytest.raises(RuntimeError, match="inside"), hf_gem.kernels("compiled"):
+            raise RuntimeError("inside")
+        assert dispatch._selected == "eager"
+    assert dispatch._selected == "auto"
+
+
+@pytest.mark.parametrize("backend", ["cuda", "", None, 1])
+def test_another_backend(backend):
+    with pytest.raises(ValueError, match="must be one of 'auto', 'eager', 'compiled', 'triton', got"):
+        hf_gem.kernels(backend).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("value", "selected"), [*[(name, name) for name in BACKENDS], ("EAGER", "eager"), ("", "auto")]
+)
+def test_the_environment_variable(monkeypatch, value, selected):
+    monkeypatch.setenv("HF_GEM_KERNELS", value)
+    assert dispatch._from_environment() == selected
+
+
+def test_a_wrong_environment_variable():
+    done = subprocess.run(
+        [sys.executable, "-c", "import hf_gem"], env={"HF_GEM_KERNELS": "fast"}, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "HF_GEM_KERNELS must be one of 'auto', 'eager', 'compiled', 'triton', got 'fast'" in done.stderr
+
+
+@needs_compiler
+def test_what_computes(launched):
+    x = torch.randn(50, requires_grad=True)
+    for backend, expected in (("eager", []), ("compiled", ["forward", "backward"])):
+        with hf_gem.kernels(backend):
+            segem(x, 1, 0.1).sum().backward()
+        assert launched == expected
+        launched.clear()
+    with hf_gem.kernels("compiled"):
+        gate, up = torch.randn(2, 30, requires_grad=True)
+        hf_gem.functional.gem_glu(gate, up).sum().backward()
+    assert launched == ["glu", "glu_backward"]
+
+
+# ---- inputs of all kinds
+
+
+LAYOUTS = {
+    "0-dim": torch.tensor(0.7),
+    "empty": torch.empty(3, 0, 2),
+    "transposed": torch.randn(6, 4).t(),
+    "strided": torch.randn(10)[::3],
+    "expanded": torch.randn(3, 1).expand(3, 5),
+    "offset": torch.randn(7, 9)[1:, 2:],
+    "unaligned": torch.randn(101)[1:],
+    "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "channels_last_3d": torch.randn(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d),
+    "permuted": torch.randn(2, 3, 4).permute(2, 0, 1),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("backend", ["compiled", "triton"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend, layout):
+    x = LAYOUTS[layout]
+    grad = torch.randn(x.shape)
+    up = torch.randn(*x.shape, 2)[..., 0]
+    cases = [("forward", "egem", x), ("backward", "egem", grad, x), ("glu_backward", "segem", grad, x, up)]
+    if x.dim():
+        cases.append(("backward", "egem", grad[..., :1].expand_as(x), x))
+    close = {"rtol": 2.0**-20, "atol": 2.0**-40} if backend == "triton" else {"rtol": 0, "atol": 0}
+    for operation, form, *inputs in cases:
+        with hf_gem.kernels(backend):
+            got = dispatch.run(operation, form, 1, 0.1, *inputs)
+        expected = formulas.run(operation, form, 1, 0.1, *inputs)
+        for y, right in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, expected)), strict=True):
+            torch.testing.assert_close(y, right, **close)
+        if operation != "glu_backward":
+            assert got.stride() == torch.relu(x).stride()
+
+
+class _Tagged(torch.Tensor):
+    pass
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@needs_compiler
+def test_what_others_have_to_see_goes_to_the_formulas(launched):
+    x = torch.randn(20)
+    with hf_gem.kernels("compiled"):
+        with _Count() as mode:
+            egem(x)
+        assert mode.count > 3
+        tagged = egem(x.as_subclass(_Tagged))
+        assert type(tagged) is _Tagged
+        egem(x.double())
+        torch.func.vmap(egem)(x)
+        torch.func.grad(lambda v: egem(v).sum())(x)
+        egem(torch.imag(torch.conj(torch.randn(4, dtype=torch.complex64))))  # of which the sign is still to be changed
+        egem(x.to("meta"))
+        egem(x, 1, torch.tensor(0.1))
+        assert not launched
+        egem(torch.nn.Parameter(x))
+    assert launched == ["forward"]
+
+
+def test_negated_views():
+    x = torch.imag(torch.conj(torch.randn(9, dtype=torch.complex64)))
+    assert x.is_neg()
+    assert torch.equal(egem(x), egem(x.clone().resolve_neg()))
+
+
+@needs_compiler
+def test_mixed_dtypes_of_gradients():
+    # A hook may hand over a gradient of another dtype than autograd asks for.
+    x, grad = torch.randn(8), torch.randn(8, dtype=torch.float64)
+    with hf_gem.kernels("compiled"):
+        assert dispatch.run("backward", "egem", 1, 0.1, grad, x).dtype == torch.float32
+
+
+# ---- where they cannot be had
+
+
+def one_warning(backend, match):
+    x = torch.randn(20)
+    with hf_gem.kernels(backend):
+        with pytest.warns(UserWarning, match=match) as caught:
+            y = egem(x)
+        assert len(caught) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(egem(x), y)
+    assert torch.equal(y, formulas.run("forward", "egem", 1, 1e-4, x))
+
+
+@pytest.fixture
+def _no_memory():
+    for cached in (dispatch._triton, dispatch._interpreter):
+        cached.cache_clear()
+    yield
+    for cached in (dispatch._triton, dispatch._interpreter):
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("_no_memory")
+def test_no_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hf_gem._kernels.gpu", None)
+    monkeypatch.delattr(hf_gem._kernels, "gpu", raising=False)
+    one_warning("triton", "Triton is not there")
+
+
+@pytest.mark.usefixtures("_no_memory")
+def test_triton_on_a_cpu(monkeypatch):
+    gpu = pytest.importorskip("hf_gem._kernels.gpu")
+    monkeypatch.setattr(gpu, "interpreted", False)
+    one_warning("triton", "TRITON_INTERPRET=1")

@@ -1,0 +1,145 @@
+"""The Triton kernels: on the CPU through Triton's interpreter, on a GPU where there is one.
+
+Bounds as in test_reference, with two more roundings for each division, which GPUs do only nearly right.
+"""
+
+import pytest
+import torch
+
+import hf_gem
+from hf_gem import egem, reference
+from hf_gem._kernels import formulas, run
+from tests import oracle
+from tests.kernels.test_cpu import NUM_INPUTS, OPERATIONS, numbers
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+# NumPy, which interprets, warns of infinities in lanes that are not selected.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def value_bound(form, n):
+    return 4 * n + 9 if form == "segem" else 2 * n + 5
+
+
+def slope_bound(form, n):
+    return 6 * n + 15 if form == "segem" else max(4 * n + 4, 8 * n - 1) + 4 * n
+
+
+def bound_at(n):
+    """From the output; see test_reference.test_slope_from_the_output."""
+    return (2 * n - 1) * (4 * n + 10) + 2 * n + 4
+
+
+def assert_right(operation, form, n, eps, *inputs):
+    """Against the formulas in float64, whose own errors do not count beside these."""
+    with hf_gem.kernels("triton"):
+        got = run(operation, form, n, eps, *inputs)
+    wide = [x.double() for x in inputs]
+    expected = formulas.run(operation, form, n, eps, *wide)
+    x = wide[-1] if operation.startswith("backward") else wide[operation == "glu_backward"]
+    slopes = (bound_at(n) if operation == "backward_at" else slope_bound(form, n), None)
+    if form == "segem":  # the slope is a difference, c - 2n c s, so measured on the scale of the sum
+        c = (formulas.run("forward", "segem", n, eps, x) / x).nan_to_num(1.0)
+        factor = wide[0] * wide[2] if operation == "glu_backward" else wide[0]
+        slopes = (slopes[0], (factor * c * (1 + 2 * n * (1 - c))).abs())
+    values = (value_bound(form, n), None)
+    kinds = {"forward": [values], "glu": [values], "glu_backward": [slopes, values]}.get(operation, [slopes])
+    dtype = inputs[0].dtype
+    # The interpreter cuts float32 off to bfloat16 where hardware rounds.
+    last = (2 if DEVICE == "cpu" else 1) * oracle.unit_roundoff(dtype) if dtype != torch.float32 else 0.0
+    if not isinstance(got, tuple):
+        got, expected = (got,), (expected,)
+    for y, exact, (bound, scale) in zip(got, expected, kinds, strict=True):
+        assert y.dtype == dtype
+        assert y.stride() == inputs[0].stride()
+        scale = exact.abs() if scale is None else scale
+        other = torch.stack([part.abs() for part in wide]).nan_to_num(0).amax(0)
+        absolute = oracle.min_normal(dtype) + other * (2.0**-27 if operation == "backward_at" else 2.0**-120)
+        # Two more for the factors, and for the last rounding in float32.
+        allowed = scale * (bound + 2) * 2.0**-24 + exact.abs() * last + absolute
+        narrow = exact.to(dtype)
+        wrong = ~((y.double() - exact).abs() <= allowed) & (y != narrow) & ~(y.isnan() & narrow.isnan())
+        wrong &= ~(exact.abs() + allowed >= torch.finfo(dtype).max)  # either side of an overflow
+        assert not wrong.any(), [t[wrong][:3].tolist() for t in (*inputs, y, exact, allowed)]
+
+
+@pytest.mark.parametrize(("operation", "form"), OPERATIONS)
+@pytest.mark.parametrize("n", [1, 2, 4])
+@dtypes
+def test_against_the_formulas(operation, form, n, dtype):
+    for eps in (1e-3, 1.0):
+        x = numbers(dtype, 4000)[:6000]
+        x = torch.cat([x, (torch.randn(2000) * eps ** (0.5 / n)).to(dtype)]).to(DEVICE)
+        others = [torch.randn(len(x)).to(dtype).to(DEVICE) for _ in range(NUM_INPUTS[operation] - 1)]
+        if operation == "glu_backward":
+            assert_right(operation, form, n, eps, others[0], x, others[1])
+        else:
+            assert_right(operation, form, n, eps, *([*others, x] if operation.startswith("backward") else [x, *others]))
+
+
+@pytest.mark.parametrize("form", ["egem", "segem"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_precision_number(form, dtype):
+    x = numbers(dtype).to(DEVICE)
+    assert_right("forward", form, 1, 1e-4, x)
+    assert_right("backward", form, 1, 1e-4, torch.ones_like(x), x)
+    if form == "egem":
+        assert_right("backward_at", form, 1, 1e-4, torch.ones_like(x), x)
+
+
+@dtypes
+def test_every_length(dtype):
+    block = 4096 // torch.empty((), dtype=dtype).element_size()
+    for count in (1, 2, 127, block - 1, block, block + 1, 3 * block + 5):
+        assert_right("forward", "egem", 1, 0.1, torch.randn(count).to(dtype).to(DEVICE))
+        assert_right("glu_backward", "segem", 1, 0.1, *torch.randn(3, count).to(dtype).to(DEVICE))
+
+
+@pytest.mark.parametrize("save", ["input", "output"])
+def test_autograd(save):
+    x = torch.randn(300, device=DEVICE, requires_grad=True)
+    with hf_gem.kernels("triton"):
+        y = egem(x, 2, 0.1, save=save)
+        (slope,) = torch.autograd.grad(y.sum(), x)  # an expanded gradient
+    exact = reference.egem_slope(x.detach().double(), 2, 0.1)
+    # From the output, its rounding counts too: (2n + 5) units in it are at most 2n times as many in the slope.
+    bound = slope_bound("egem", 2) if save == "input" else bound_at(2) + 4 * value_bound("egem", 2)
+    torch.testing.assert_close(slope.double(), exact, rtol=bound * 2.0**-24, atol=2.0**-27)
+
+
+# ---- what only a GPU shows
+
+
+@pytest.mark.gpu
+def test_auto_keeps_the_output():
+    linear = torch.nn.Linear(64, 64, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(32, 64, device="cuda", dtype=torch.bfloat16)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        y = egem(linear(x))
+    assert saved[-1] == y.data_ptr()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one():
+    x = torch.randn(1000, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(egem(x).cpu(), egem(x.cpu()), rtol=2.0**-21, atol=0)
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements():
+    count = 2**31 + 4097
+    if torch.cuda.mem_get_info()[0] < 6 * count:
+        pytest.skip("needs 13 GB of free GPU memory")
+    x = torch.zeros(count, device="cuda", dtype=torch.bfloat16)
+    x[-4097:] = 1.0
+    y = egem(x, 1, 1.0)
+    assert not y[:-4097].any()
+    assert (y[-4097:] == 0.5).all()
