@@ -8,16 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
-from transformers.activations import ACT2FN
 
-import hf_gem
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
 from hf_gem.training.data_text import STDLIB, TextConfig, prepare_text
 from hf_gem.training.errors import run_recipe
 from hf_gem.training.loop import Task, make_accelerator, train
 from hf_gem.training.loss import CausalLMLoss
-from hf_gem.training.metrics import decoder_flops_per_token
-from hf_gem.training.report import save_results
+from hf_gem.training.metrics import flops_per_token
+from hf_gem.training.report import print_summary, save_results
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
 
@@ -46,7 +44,6 @@ class Config(TextConfig, TrainConfig):
 
     runtime: ClassVar[frozenset[str]] = frozenset({"prompt"})
 
-    hidden_act: str = option("gem_n2", "Activation: a name of the family or one that transformers knows, e.g. gelu.")
     n_layer: int = option(12, "Transformer blocks.")
     n_embd: int = option(768, "Width.")
     n_head: int = option(12, "Attention heads.")
@@ -63,13 +60,6 @@ class Config(TextConfig, TrainConfig):
         at_least(self, 0, "loss_chunk_size")
         require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(
-                f"--hidden_act {self.hidden_act!r} is not known; it can be a name of the family such as gem_n2, egem "
-                f"or segem_eps0.01, or one of {', '.join(ACT2FN)}"
-            )
-        if hf_gem.spec.is_claimed(self.hidden_act):
-            self.hidden_act = hf_gem.parse(self.hidden_act).name  # or ValueError, with the nearest valid name
 
 
 def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> GPT2LMHeadModel:
@@ -123,6 +113,8 @@ def card_values(config: Config, preset: str) -> dict[str, Any]:
         "architecture": "GPT-2",
         "pipeline_tag": "text-generation",
         "auto_class": "AutoModelForCausalLM",
+        "processor_class": "AutoTokenizer",
+        "loss_unit": "nats per token",
         "on_hub": config.dataset != STDLIB and not Path(config.dataset).exists(),
         "limits": "A base language model: it continues text, follows no instructions, and repeats what its data holds. "
         f"Its context is {config.block_size} tokens.",
@@ -144,7 +136,8 @@ def main(argv: list[str] | None = None) -> None:
         train=data.train,
         validation=data.validation,
         data=data.facts,
-        flops_per_token=decoder_flops_per_token(model, config.block_size),
+        units_per_sample=config.block_size,
+        flops_per_unit=flops_per_token(model, config.block_size),
     )
     record = train(task, config, accelerator)
     if not accelerator.is_main_process:
@@ -153,12 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(config.output_dir)
     save_results(folder, model, data.tokenizer, record, TEMPLATE, **card_values(config, preset))
     print(f"\nSample:\n{sample(model, data.tokenizer, config.prompt, min(100, config.block_size // 2))}\n")
-    result = record["result"]
-    print(
-        f"Validation loss {result['initial_validation_loss']:.4f} -> {result['validation_loss']:.4f} "
-        f"({result['initial_validation_loss'] - result['validation_loss']:.2f} nats lower)\n"
-        f"Checkpoint: {folder}\nPlot:       {folder / 'loss_curve.png'}\nModel card: {folder / 'README.md'}"
-    )
+    print_summary(record, folder)
 
 
 if __name__ == "__main__":

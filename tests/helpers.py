@@ -1,5 +1,7 @@
-"""Runs of the GPT-2 recipe small enough for a test: a corpus written on the spot, a model of a few thousand weights."""
+"""Runs of the recipes small enough for a test: a corpus written on the spot, a model of a few thousand weights."""
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -7,14 +9,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.elastic.utils.distributed import get_free_port
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 GPT2 = ROOT / "recipes" / "gpt2_pretrain.py"
+BERT = ROOT / "recipes" / "bert_pretrain.py"
 TINY = (
     *("--n_layer=2", "--n_embd=16", "--n_head=2", "--block_size=16", "--vocab_size=300", "--validation_fraction=0.2"),
     *("--steps=6", "--global_batch_size=4", "--micro_batch_size=4", "--warmup_steps=2", "--learning_rate=0.01"),
@@ -51,10 +56,25 @@ def losses(folder: Path, key: str = "loss") -> dict[int, float]:
     return {entry["step"]: entry[key] for entry in entries if key in entry}
 
 
-def start(*arguments: object, launcher: tuple[str, ...] = (), **env: str) -> subprocess.Popen:
-    """Starts the recipe in a process of its own, with some more environment variables."""
+def run_here(recipe: ModuleType, folder: Path, *flags: str) -> str:
+    """Runs a recipe in this process and returns what it printed."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        recipe.main([*flags, f"--output_dir={folder}"])
+    return printed.getvalue()
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str]:
+    """Exit status and output of a process, once it has ended."""
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
+
+
+def start(*arguments: object, recipe: Path = GPT2, launcher: tuple[str, ...] = (), **env: str) -> subprocess.Popen:
+    """Starts a recipe in a process of its own, with some more environment variables."""
     return subprocess.Popen(
-        [sys.executable, *launcher, str(GPT2), *map(str, arguments)],
+        [sys.executable, *launcher, str(recipe), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -13,6 +13,9 @@ from typing import Any, ClassVar, Literal, NoReturn, TypeVar, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.activations import ACT2FN
+
+from ..spec import is_claimed, parse
 
 Config = TypeVar("Config", bound="TrainConfig")
 
@@ -42,6 +45,7 @@ class TrainConfig:
         )
     )
 
+    hidden_act: str = option("gem_n2", "Activation: a name of the family or one that transformers knows, e.g. gelu.")
     output_dir: str = option("", "Folder of the run; by default runs/ and a name made of recipe, preset and seed.")
     seed: int = option(0, "Seed of initial weights and dropout.")
     data_seed: int = option(0, "Seed of the sample order.")
@@ -52,8 +56,9 @@ class TrainConfig:
         16, "Samples in one forward pass of one process, at most; the batch is split evenly."
     )
     learning_rate: float = option(6e-4, "Peak learning rate.")
+    lr_schedule: Literal["cosine", "linear"] = option("cosine", "Decay of the learning rate after the warm-up.")
     min_lr_ratio: float = option(0.1, "Final learning rate, as a fraction of the peak.")
-    warmup_steps: int = option(100, "Steps of linear warm-up; cosine decay follows.")
+    warmup_steps: int = option(100, "Steps of linear warm-up.")
     weight_decay: float = option(0.1, "AdamW weight decay of matrices; nothing else is decayed.")
     adam_beta1: float = option(0.9, "AdamW beta 1.")
     adam_beta2: float = option(0.95, "AdamW beta 2.")
@@ -77,6 +82,13 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, when a value makes no sense."""
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"--hidden_act {self.hidden_act!r} is not known; it can be a name of the family such as gem_n2, egem "
+                f"or segem_eps0.01, or one of {', '.join(ACT2FN)}"
+            )
+        if is_claimed(self.hidden_act):
+            self.hidden_act = parse(self.hidden_act).name  # or ValueError, with the nearest valid name
         at_least(self, 1, "steps", "global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints")
         at_least(self, 0, "seed", "data_seed", "warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every")
         for name in ("adam_beta1", "adam_beta2"):

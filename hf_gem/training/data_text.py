@@ -32,7 +32,7 @@ from .loss import IGNORE
 
 STDLIB = "stdlib"
 END_OF_TEXT = "<|endoftext|>"
-_CACHE_FORMAT = 2  # raise it when the files' content changes
+_CACHE_FORMAT = 3  # raise it when the files' content changes
 _PIECE = 1 << 20  # characters handed to the tokenizer at once: its memory grows with the length of a text
 _FEW = 100  # documents
 _TOKENIZER_CHARACTERS = 1 << 27  # that a tokenizer is trained on, at most
@@ -60,6 +60,9 @@ class TextConfig:
             "cache_dir",
         )
     )
+
+    # Of a tokenizer that is trained here, by their roles.
+    special_tokens: ClassVar[dict[str, str]] = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
 
     dataset: str = option(
         STDLIB,
@@ -111,8 +114,8 @@ class TokenBlocks:
         targets = max(0, len(self.tokens) - 1)
         return -(-targets // self.block_size) if self.partial else targets // self.block_size
 
-    def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
-        """`input_ids` and `labels` of some blocks, int64 of shape (len(indices), block_size)."""
+    def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+        """`input_ids` and `labels` of some blocks, int64 of shape (len(indices), block_size). Nothing is random."""
         size = self.block_size
         ids = np.zeros((len(indices), size + 1), dtype=np.int64)
         labels = np.full((len(indices), size), IGNORE, dtype=np.int64)
@@ -185,7 +188,9 @@ def _cache_key(config: TextConfig) -> str:
         source: Any = [sys.version, *(_state(path) for _, path in _stdlib_files())]
     else:
         source = _fingerprint(config.dataset) or [config.dataset, config.dataset_config, config.dataset_revision]
-    tokenizer = (_fingerprint(config.tokenizer) or config.tokenizer) if config.tokenizer else config.vocab_size
+    tokenizer: Any = [config.vocab_size, config.special_tokens]
+    if config.tokenizer:
+        tokenizer = _fingerprint(config.tokenizer) or config.tokenizer
     how = [config.text_column, config.train_split, config.validation_split, config.validation_fraction]
     how += [config.streaming, config.max_train_tokens]
     return hashlib.sha256(json.dumps([_CACHE_FORMAT, source, tokenizer, how]).encode()).hexdigest()[:24]
@@ -264,7 +269,7 @@ def _write_tokens(
 ) -> int:
     """Writes all ids to `path`, feeds them to `digest`, and returns how many there are."""
     count = 0
-    end: np.ndarray = np.array([tokenizer.eos_token_id], dtype=dtype)
+    end: np.ndarray = np.array([_separator(tokenizer)], dtype=dtype)
     with path.open("wb") as file, tqdm(desc=f"Tokenising {path.stem}", unit=" tokens", unit_scale=True) as bar:
         for texts in _batches(documents):
             pieces = [(piece, last) for text in texts for piece, last in _pieces(text)]
@@ -459,12 +464,12 @@ def _train_tokenizer(documents: Iterable[str], config: TextConfig) -> PreTrained
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=list(dict.fromkeys(config.special_tokens.values())),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(_first_characters(documents, limit), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **config.special_tokens)
 
 
 def _first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
@@ -483,6 +488,11 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"the tokenizer {name!r} cannot be loaded: {type(error).__name__}: {error}. --tokenizer takes the name or "
             "folder of one that transformers opens; without it, one is trained on the corpus"
         ) from error
-    if tokenizer.eos_token_id is None:
-        raise DataError(f"the tokenizer {name!r} has no end-of-text token, which separates documents")
+    if _separator(tokenizer) is None:
+        raise DataError(f"the tokenizer {name!r} has no end-of-text or [SEP] token, which separates documents")
     return tokenizer
+
+
+def _separator(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """What follows each document: the end of text, or the [SEP] of BERT."""
+    return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,7 +29,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import CheckpointStore
 from .config import TrainConfig, trajectory
-from .errors import ConfigError, Interrupted, TrainingError
+from .errors import ConfigError, DataError, Interrupted, TrainingError
 from .loss import IGNORE
 from .metrics import FLOP_COUNT, peak_flops
 from .optim import adamw, learning_rate
@@ -41,8 +42,14 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
-        """The keyword arguments of the objective for some samples, `labels` among them."""
+    def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+        """The keyword arguments of the objective for some samples, `labels` among them.
+
+        Args:
+            indices: Which samples.
+            draws: In training, the number of each in the order of the whole run: what is random about a sample, masks
+                or augmentation, is a function of it and of a seed. None in evaluation, which is always the same.
+        """
         ...
 
 
@@ -58,7 +65,9 @@ class Task:
         train: Training samples.
         validation: Validation samples, all of which are evaluated.
         data: What the record says of the data; its `hash` identifies it.
-        flops_per_token: Training FLOPs per input token, for the share of peak reported as MFU.
+        units_per_sample: How much of what throughput counts is in a sample: tokens, or 1 image.
+        unit: What that is called.
+        flops_per_unit: Training FLOPs for one, for the share of peak reported as MFU.
     """
 
     name: str
@@ -68,7 +77,9 @@ class Task:
     train: Samples
     validation: Samples
     data: dict[str, Any]
-    flops_per_token: float | None = None
+    units_per_sample: int
+    unit: str = "tokens"
+    flops_per_unit: float | None = None
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -130,6 +141,7 @@ def train(task: Task, config: TrainConfig, accelerator: Accelerator) -> dict[str
     Raises:
         ConfigError: the global batch does not divide among the processes, or the output folder is not a run's.
         CheckpointError: a checkpoint cannot be read or written.
+        DataError: samples cannot be read.
         TrainingError: the loss or the gradient is not finite, or a file cannot be written.
         Interrupted: Ctrl-C or SIGTERM arrived; the state was saved.
     """
@@ -219,11 +231,14 @@ class _Run:
         self._write_record(start, "running" if start < steps else "finished")
         saved = start
         self.finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
+        self._loader = ThreadPoolExecutor(1, "loader")
+        if start < steps:
+            self._next = self._loader.submit(self._batches, start)
         clock = _Clock(self.accelerator.device)
-        with self._progress(start) as bar, _catch_signals() as caught:
+        with self._progress(start) as bar, _catch_signals() as caught, self._loader:
             for step in range(start, steps):
-                loss, tokens = self._step(step)
-                clock.add(tokens)
+                loss = self._step(step)
+                clock.add(config.global_batch_size * self.task.units_per_sample)
                 done = step + 1
                 if done % config.log_every == 0 or done in (1, steps):
                     self._log_step(done, loss, clock, bar)
@@ -243,15 +258,27 @@ class _Run:
                     raise Interrupted(f"stopped at step {done} of {steps}, saved; the same command goes on", number)
         return self.record
 
-    def _step(self, step: int) -> tuple[torch.Tensor, int]:
-        """One optimizer step; returns the mean loss over the global batch and the input tokens or samples in it."""
+    def _batches(self, step: int) -> list[dict[str, torch.Tensor]]:
+        """The micro-batches of this process. Number k of rank r is slice k * world + r of the global batch."""
+        size = self.config.global_batch_size
+        drawn = np.stack([self.order.batch(step, size), np.arange(step * size, (step + 1) * size)])
+        mine = drawn.reshape(2, -1, self.world, self.micro_batch_size)[:, :, self.rank]
+        return [self.task.train.batch(indices, draws) for indices, draws in mine.swapaxes(0, 1)]
+
+    def _step(self, step: int) -> torch.Tensor:
+        """One optimizer step; returns the mean loss over the global batch."""
         config, accelerator = self.config, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        # Micro-batch k of rank r is the (k * world + r)-th slice of the global batch, however many ranks there are.
-        indices = self.order.batch(step, config.global_batch_size)
-        mine = indices.reshape(-1, self.world, self.micro_batch_size)[:, self.rank]
-        batches = [self.task.train.batch(part) for part in mine]
+        try:
+            batches = self._next.result()
+        except Exception as error:  # whatever the data are made of
+            raise DataError(
+                f"the samples of step {step + 1} cannot be read: {type(error).__name__}: {error}. Complete checkpoints "
+                f"in {self.checkpoints.folder} are good; mend the data, and the same command goes on"
+            ) from error
+        if step + 1 < config.steps:
+            self._next = self._loader.submit(self._batches, step + 1)  # while the device computes this one
         mine_targets = float(sum((b["labels"] != IGNORE).sum() for b in batches))
         # It stays on the device, like the loss: nothing in a step waits for the device to catch up.
         num_targets = accelerator.reduce(torch.full((), mine_targets, device=accelerator.device), "sum")
@@ -271,7 +298,7 @@ class _Run:
         self.finite &= mean.isfinite()
         if accelerator.scaler is None:  # which skips the step when a gradient overflows
             self.finite &= norm.isfinite()
-        return mean, sum(batch["labels"].numel() for batch in batches) * self.world
+        return mean
 
     @torch.no_grad()
     def _evaluate(self, step: int) -> None:
@@ -308,16 +335,16 @@ class _Run:
         entry = {
             "loss": value,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "tokens_per_second": rate,
+            f"{self.task.unit}_per_second": rate,
         }
         device = self.accelerator.device
-        if self.task.flops_per_token and (peak := peak_flops(device)):
-            entry["mfu"] = rate * self.task.flops_per_token / (peak * self.world)
+        if self.task.flops_per_unit and (peak := peak_flops(device)):
+            entry["mfu"] = rate * self.task.flops_per_unit / (peak * self.world)
         if device.type == "cuda":
             entry["max_memory_bytes"] = torch.cuda.max_memory_allocated(device)
         if self.is_main:
             self.log.add(step=step, **entry)
-            shown = {"loss": f"{value:.4f}", "tokens/s": f"{rate:,.0f}"}
+            shown = {"loss": f"{value:.4f}", f"{self.task.unit}/s": f"{rate:,.0f}"}
             if "mfu" in entry:
                 shown["MFU"] = f"{entry['mfu']:.1%}"
             bar.set_postfix(shown, refresh=False)
@@ -349,9 +376,10 @@ class _Run:
                 "initial_validation_loss": validation[0][1] if validation else None,
                 "validation_loss": validation[-1][1] if validation else None,
                 "best_validation_loss": min((loss for _, loss in validation), default=None),
-                "tokens_per_second": median("tokens_per_second"),
+                "unit": self.task.unit,
+                "units_per_second": median(f"{self.task.unit}_per_second"),
                 "mfu": median("mfu"),
-                "flop_count": FLOP_COUNT if self.task.flops_per_token else None,
+                "flop_count": FLOP_COUNT if self.task.flops_per_unit else None,
             },
             curves={key: self.log.curve(key) for key in ("loss", "validation_loss")},
         )
@@ -402,20 +430,20 @@ class _Run:
 
 
 class _Clock:
-    """Tokens per second of training, without the time spent on evaluation and saving."""
+    """Tokens or images per second of training, without the time spent on evaluation and saving."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.start = time.perf_counter()
-        self.tokens = 0
+        self.units = 0
 
-    def add(self, tokens: int) -> None:
-        self.tokens += tokens
+    def add(self, units: int) -> None:
+        self.units += units
 
     def lap(self) -> float:
         now = time.perf_counter()
-        rate = self.tokens / (now - self.start)
-        self.start, self.tokens = now, 0
+        rate = self.units / (now - self.start)
+        self.start, self.units = now, 0
         return rate
 
     @contextlib.contextmanager

@@ -56,3 +56,23 @@ class CausalLMLoss(nn.Module):
         hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False)[0]
         head = self.model.get_output_embeddings()
         return chunked_cross_entropy(hidden.flatten(0, 1), head, labels.flatten(), self.chunk_size)
+
+
+class MaskedLMLoss(nn.Module):
+    """Loss of a masked language model at the positions that were chosen, the only ones whose logits are computed.
+
+    Args:
+        encoder: A transformers encoder.
+        head: Maps hidden states, (tokens, width), to logits.
+    """
+
+    def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+
+    def forward(self, input_ids: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
+        """Summed loss; `labels[b, k]` is what belongs at `input_ids[b, positions[b, k]]`."""
+        hidden = self.encoder(input_ids=input_ids)[0]
+        chosen = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+        return chunked_cross_entropy(chosen.flatten(0, 1), self.head, labels.flatten(), 0)

@@ -12,7 +12,7 @@ from .config import TrainConfig
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up over `warmup_steps`, then cosine decay to `min_lr_ratio` of the peak at the last step.
+    """Linear warm-up over `warmup_steps`, then decay to `min_lr_ratio` of the peak at the last step, by `lr_schedule`.
 
     Args:
         step: Number of optimizer steps already taken, 0 for the first.
@@ -20,9 +20,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+    progress = min(1.0, (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps))
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if config.lr_schedule == "cosine" else 1 - progress
+    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

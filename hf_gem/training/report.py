@@ -44,6 +44,16 @@ def save_results(folder: Path, model: Any, processor: Any, record: dict[str, Any
         ) from error
 
 
+def print_summary(record: dict[str, Any], folder: Path) -> None:
+    """The last lines of a recipe: how the loss fell, and where everything is."""
+    result = record["result"]
+    print(
+        f"Validation loss {result['initial_validation_loss']:.4f} -> {result['validation_loss']:.4f} "
+        f"({result['initial_validation_loss'] - result['validation_loss']:.2f} nats lower)\n"
+        f"Checkpoint: {folder}\nPlot:       {folder / 'loss_curve.png'}\nModel card: {folder / 'README.md'}"
+    )
+
+
 def plot_loss(record: dict[str, Any], path: Path) -> None:
     """Draws training and validation loss over steps as a PNG."""
     import matplotlib

@@ -1,7 +1,5 @@
 """The GPT-2 recipe as a person meets it: from the command line to a model that loads again."""
 
-import contextlib
-import io
 import json
 import re
 import signal
@@ -9,12 +7,11 @@ import time
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from recipes import gpt2_pretrain
 from recipes.gpt2_pretrain import PRESETS, Config, build_model, parse_config
-from tests.helpers import ON_CPU, TINY, launch, losses, start, write_corpus
+from tests.helpers import ON_CPU, TINY, finish, launch, losses, run_here, start, write_corpus
 
 # Rounding of float32 sums taken in another order, carried through six steps of a model this small.
 REORDERED = 2000 * torch.finfo(torch.float32).eps
@@ -31,17 +28,7 @@ def flags(corpus):
 
 
 def run(folder, flags, *more):
-    """Runs the recipe in this process and returns what it printed."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        gpt2_pretrain.main([*flags, f"--output_dir={folder}", *more])
-    return printed.getvalue()
-
-
-def finish(process, timeout=240):
-    output, _ = process.communicate(timeout=timeout)
-    return process.returncode, output
+    return run_here(gpt2_pretrain, folder, *flags, *more)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from torch import nn
 
 from hf_gem.training import loop
 from hf_gem.training.config import TrainConfig
-from hf_gem.training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from hf_gem.training.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
 from hf_gem.training.loop import Task, make_accelerator, train
 from hf_gem.training.loss import IGNORE
 from hf_gem.training.optim import learning_rate
@@ -40,12 +40,14 @@ class Sequences:
         for i in range(count):
             self.labels[i, : i % LENGTH] = IGNORE
         self.asked = []
+        self.draws = []
 
     def __len__(self):
         return len(self.x)
 
-    def batch(self, indices):
+    def batch(self, indices, draws=None):
         self.asked.extend(indices.tolist())
+        self.draws.extend([] if draws is None else draws.tolist())
         return {"x": self.x[indices], "labels": self.labels[indices]}
 
 
@@ -54,8 +56,10 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.dropout = nn.Dropout(0.2)
+        self.steps = 0
 
     def forward(self, x, labels):
+        self.steps += self.training
         logits = self.model(self.dropout(x))
         return nn.functional.cross_entropy(logits.mT, labels, ignore_index=IGNORE, reduction="sum")
 
@@ -63,7 +67,7 @@ class Objective(nn.Module):
 def make_task(cls=Objective):
     torch.manual_seed(0)
     model = nn.Linear(WIDTH, CLASSES)
-    return Task("test", "tiny", model, cls(model), Sequences(20), Sequences(7, seed=1), {"hash": "d"})
+    return Task("test", "tiny", model, cls(model), Sequences(20), Sequences(7, seed=1), {"hash": "d"}, LENGTH)
 
 
 def config(folder, **fields):
@@ -160,7 +164,7 @@ def test_evaluation_weighs_every_target_once(tmp_path):
     assert [step for step, _ in record["curves"]["validation_loss"]] == [0, 3, 6]
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for a kill: nothing after it runs."""
 
 
@@ -169,10 +173,10 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, at):
     whole, reference = run(tmp_path / "a")
 
     class Dying(Sequences):
-        def batch(self, indices):
+        def batch(self, indices, draws=None):
             if len(self.asked) == at * 8:
                 raise Killed
-            return super().batch(indices)
+            return super().batch(indices, draws)
 
     task = make_task()
     task.train = Dying(20)
@@ -183,6 +187,27 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, at):
     assert len(resumed.train.asked) == (6 - at // 2 * 2) * 8  # from the newest checkpoint, not from the start
     for a, b in zip(reference.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_every_draw_has_its_number(tmp_path):
+    _, task = run(tmp_path, micro_batch_size=2)
+    assert task.train.draws == list(range(6 * 8))
+    assert task.validation.draws == []
+
+
+def test_data_that_cannot_be_read_stop_the_run_where_they_are_needed(tmp_path):
+    class Broken(Sequences):
+        def batch(self, indices, draws=None):
+            if 4 * 8 in draws:
+                raise OSError("the disk is gone")
+            return super().batch(indices, draws)
+
+    task = make_task()
+    task.train = Broken(20)
+    with pytest.raises(DataError, match=r"samples of step 5 cannot be read: OSError: the disk is gone.*same command"):
+        run(tmp_path, task)
+    record, _ = run(tmp_path)  # and the checkpoint of step 4 is there
+    assert [s["first_step"] for s in record["sessions"]] == [1, 5]
 
 
 def test_a_finished_run_started_again_only_reports(tmp_path, monkeypatch):
@@ -197,10 +222,10 @@ def test_a_finished_run_started_again_only_reports(tmp_path, monkeypatch):
 
 def test_every_session_that_took_steps_is_on_record(tmp_path):
     class Dying(Sequences):
-        def batch(self, indices):
+        def batch(self, indices, draws=None):
             if len(self.asked) == 5 * 8:
                 raise Killed
-            return super().batch(indices)
+            return super().batch(indices, draws)
 
     task = make_task()
     task.train = Dying(20)
@@ -222,15 +247,14 @@ def test_a_run_can_go_on_in_another_folder(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_stops(tmp_path, number):
     whole, _ = run(tmp_path / "a")
-    task = make_task()
-    batch = task.train.batch
 
-    def interrupt_in_step_3(indices):
-        if len(task.train.asked) == 16:
-            os.kill(os.getpid(), number)
-        return batch(indices)
+    class Interrupting(Objective):
+        def forward(self, x, labels):
+            if self.training and self.steps == 2:
+                os.kill(os.getpid(), number)
+            return super().forward(x, labels)
 
-    task.train.batch = interrupt_in_step_3
+    task = make_task(Interrupting)
     before = signal.getsignal(number)
     with pytest.raises(Interrupted, match="step 3 of 6") as stopped:
         run(tmp_path / "b", task)
@@ -245,7 +269,7 @@ def test_what_is_not_finite_is_never_saved(tmp_path, kind):
     class Breaking(Objective):
         def forward(self, x, labels):
             loss = super().forward(x, labels)
-            if self.training and len(task.train.asked) > 2 * 8:
+            if self.training and self.steps > 2:
                 # a NaN loss, or a finite one whose gradient is NaN
                 loss = (
                     loss * math.nan if kind == "loss" else loss + 0 * self.model.weight.sum().abs().sub(1e38).pow(0.5)

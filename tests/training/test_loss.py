@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from hf_gem.training.loss import IGNORE, CausalLMLoss, chunked_cross_entropy
+from hf_gem.training.loss import IGNORE, CausalLMLoss, MaskedLMLoss, chunked_cross_entropy
 
 TOKENS, WIDTH, VOCAB = 50, 8, 37
 
@@ -56,3 +56,16 @@ def test_it_is_the_loss_that_transformers_computes():
     ours = CausalLMLoss(model)(ids[:, :11], ids[:, 1:12]) / (3 * 11)
     torch.testing.assert_close(ours, theirs, rtol=64 * torch.finfo(torch.float32).eps, atol=0)
     assert total > 0
+
+
+def test_masked_loss_is_that_of_transformers():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertForMaskedLM(BertConfig(vocab_size=VOCAB, max_position_embeddings=16, **sizes)).eval()
+    ids = torch.randint(VOCAB, (3, 10))
+    positions = torch.tensor([[1, 4], [2, 3], [7, 9]])
+    labels = torch.tensor([[5, 6], [7, IGNORE], [IGNORE, IGNORE]])
+    whole = torch.full_like(ids, IGNORE).scatter(1, positions, labels)
+    expected = model(input_ids=ids, labels=whole).loss * 3
+    got = MaskedLMLoss(model.bert, model.cls)(ids, positions, labels)
+    torch.testing.assert_close(got, expected)

@@ -20,6 +20,11 @@ def test_learning_rate_warms_up_and_decays_to_its_floor():
     assert (rates[54] + rates[55]) / 2 == pytest.approx(0.55)  # half-way, the cosine's middle
 
 
+def test_linear_decay():
+    config = TrainConfig(steps=101, warmup_steps=0, learning_rate=1.0, min_lr_ratio=0.2, lr_schedule="linear")
+    assert [learning_rate(step, config) for step in (0, 25, 50, 100)] == pytest.approx([1.0, 0.8, 0.6, 0.2])
+
+
 @pytest.mark.parametrize("config", [TrainConfig(steps=1, warmup_steps=1), TrainConfig(steps=1, warmup_steps=0)])
 def test_a_single_step_has_a_learning_rate(config):
     assert learning_rate(0, config) == config.learning_rate

@@ -41,9 +41,15 @@ RECORD = {
         "validation_fraction": 0.05,
         **{"seed": 7, "data_seed": 8, "global_batch_size": 32, "block_size": 128, "learning_rate": 3e-3},
         **{"warmup_steps": 5, "min_lr_ratio": 0.1, "weight_decay": 0.1, "grad_clip": 1.0},
-        **{"adam_beta1": 0.9, "adam_beta2": 0.95},
+        **{"adam_beta1": 0.9, "adam_beta2": 0.95, "lr_schedule": "cosine"},
     },
-    "result": {"initial_validation_loss": 8.3, "validation_loss": 4.25, "tokens_per_second": 5612.0, "mfu": None},
+    "result": {
+        "initial_validation_loss": 8.3,
+        "validation_loss": 4.25,
+        "unit": "tokens",
+        "units_per_second": 5612.0,
+        "mfu": None,
+    },
     "curves": {"loss": [[1, 8.2], [20, 4.1]], "validation_loss": [[0, 8.3], [20, 4.25]]},
 }
 MORE = {
@@ -51,6 +57,8 @@ MORE = {
     "architecture": "GPT-2",
     "pipeline_tag": "text-generation",
     "auto_class": "AutoModelForCausalLM",
+    "processor_class": "AutoTokenizer",
+    "loss_unit": "nats per token",
     "location": "runs/demo",
     "limits": "It is small.",
 }
