@@ -1,4 +1,5 @@
 # make demo: a fresh clone to a trained GPT-2.   make test: the whole test suite that needs no GPU.
+# make bench: the benchmarks of the CPU and the table of their goals, in less than ten minutes.
 PYTHON ?= python3
 VENV ?= .venv
 # What to install as torch, e.g. `make demo TORCH=torch==2.11.0`; one that PYTHON already has is used as it is.
@@ -10,7 +11,7 @@ DEMO_ARGS ?=
 RUN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint bench setup clean
 
 # Without OMP_NUM_THREADS, accelerate's launcher gives a process one thread.
 demo: $(READY)
@@ -24,6 +25,13 @@ lint: $(READY)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+
+bench: $(READY)
+	$(RUN)/python -m benchmarks.activation --device cpu
+	$(RUN)/python -m benchmarks.memory --device cpu
+	$(RUN)/python -m benchmarks.sweep --device cpu --largest 20 --step 2 --rounds 5
+	$(RUN)/python -m benchmarks.train_step --device cpu --models gpt2
+	$(RUN)/python -m benchmarks.report
 
 setup: $(READY)
 

@@ -8,6 +8,7 @@ from ._kernels import kernels
 from .audit import Audit, audit
 from .convert import Conversion, convert, revert
 from .functional import egem, gem, segem
+from .glu import GluPatch, patch_glu, unpatch_glu
 from .init import gain
 from .integrations import register, unregister
 from .integrations.fields import set_activation
@@ -25,6 +26,7 @@ __all__ = [
     "Audit",
     "Conversion",
     "GemSpec",
+    "GluPatch",
     "audit",
     "convert",
     "create_timm_model",
@@ -34,11 +36,13 @@ __all__ = [
     "get_activation",
     "kernels",
     "parse",
+    "patch_glu",
     "register",
     "revert",
     "save_for_hub",
     "segem",
     "set_activation",
+    "unpatch_glu",
     "unregister",
 ]
 

@@ -54,7 +54,8 @@ _HAND_WRITTEN = {
 }
 # Functions of torch made of several operations, none of which is the activation.
 _COMPOSED = {F.softsign: "softsign", F.tanhshrink: "tanhshrink"}
-_OURS = {functional.gem: "gem", functional.egem: "egem", functional.segem: "segem"}
+# Function -> its family, unless that is an argument.
+_OURS = {functional.gem: "gem", functional.egem: "egem", functional.segem: "segem", functional.gem_glu: "egem"}
 # Modules of these files are one activation each, whatever operations they are made of.
 _LIBRARIES = ("transformers.activations", "timm.layers.activations", "timm.layers.activations_me")
 _LIBRARY_FILES = tuple(name.replace(".", "/") + ".py" for name in _LIBRARIES)
@@ -427,7 +428,8 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         run = functools.partial(func, *args, **(kwargs or {}))
         if func in _OURS:
-            return self._tracer.function(self._tracer.gem_name(_OURS[func], **(kwargs or {})), "gem", run)
+            name = self._tracer.gem_name(**{"family": _OURS[func], **(kwargs or {})})
+            return self._tracer.function(name, "gem", run)
         if func in _COMPOSED:
             return self._tracer.function(_COMPOSED[func], "activation", run)
         return run()

@@ -18,7 +18,7 @@ LAYERS = [
     {"init", "fit", "conversion"},
     {"stock", "example_inputs"},
     {"audit"},
-    {"calibrate"},
+    {"calibrate", "glu"},
     {"integrations", "convert"},
     {"training"},
     {"compare"},

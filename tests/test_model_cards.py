@@ -5,10 +5,10 @@ import json
 import pytest
 
 from hf_gem.training.report import write_card
-from recipes import gpt2_pretrain
+from recipes import bert_pretrain, gpt2_pretrain
 from tests.helpers import ROOT
 
-RECIPES = {"gpt2_pretrain": gpt2_pretrain}
+RECIPES = {"bert_pretrain": bert_pretrain, "gpt2_pretrain": gpt2_pretrain}
 CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/README.md"))
 
 

@@ -1,0 +1,426 @@
+"""What the benchmarks share: timing side by side, goals, and the JSON that a run leaves.
+
+Every figure is a ratio of times that were taken in turns in one process, so that a machine that slows down or speeds up
+does so for all. Every contestant is compared with float64 first, and nothing is timed beside one that is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import itertools
+import json
+import os
+import random
+import re
+import shlex
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import hf_gem
+from hf_gem._kernels import cpu
+from hf_gem.training.files import write_atomically
+from hf_gem.training.record import environment
+
+RESULTS = Path(__file__).resolve().parent / "results"
+QUICK_RESULTS = RESULTS.parent.parent / "build" / "benchmarks"
+LAUNCH_BOUND = 2**20  # elements below which a GPU waits for Python to launch
+_LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # what else runs here, before this does
+_CHUNK = 2**22  # elements that are compared in float64 at a time
+_SLEEP = 400_000  # GPU cycles a call, some 200 us: longer than Python takes to launch one
+
+
+class WrongResult(RuntimeError):
+    """A contestant does not compute what it should."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An elementwise function to time.
+
+    Attributes:
+        function: Of one tensor or several of one shape.
+        exact: The same in plain torch, for float64.
+        num_roundings: How many of its steps round to the dtype of the inputs, for half types.
+    """
+
+    function: Callable[..., Tensor]
+    exact: Callable[..., Tensor]
+    num_roundings: int = 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one shape, and the gradient of the output."""
+
+    inputs: tuple[Tensor, ...]
+    grad: Tensor
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The median of the ratios of all rounds, and their quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure that has to stay below, or with `at_least` above, a limit.
+
+    Attributes:
+        name: What is measured, of what, against what.
+        value: The figure.
+        limit: The goal.
+        at_least: Whether it is a lower limit.
+        low: Lower quartile of the figure over the rounds, where there are rounds.
+        high: Upper quartile.
+    """
+
+    name: str
+    value: float
+    limit: float
+    at_least: bool = False
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, name: str, ratio: Mapping[str, float], limit: float) -> Goal:
+        """For a ratio as `Timings.ratios` gives it."""
+        return cls(name, ratio["median"], limit, low=ratio["low"], high=ratio["high"])
+
+    @property
+    def missed_by(self) -> float:
+        """How far beyond the limit, as a share of it, or as it is for a limit of 0; 0 where the goal is met."""
+        beyond = self.limit - self.value if self.at_least else self.value - self.limit
+        return max(0.0, beyond / (abs(self.limit) or 1.0))
+
+    @property
+    def verdict(self) -> str:
+        """`pass`, or `fail by` how much."""
+        if self.value != self.value:
+            return "fail: not a number"
+        if self.missed_by == 0:
+            return "pass"
+        return f"fail by {self.missed_by:.1%}" if self.limit else f"fail by {self.missed_by:g}"
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of one call of each contestant, one figure a round."""
+
+    seconds: dict[str, list[float]]
+
+    def medians(self) -> dict[str, float]:
+        return {name: statistics.median(seconds) for name, seconds in self.seconds.items()}
+
+    def ratio(self, name: str, to: str) -> Ratio:
+        """`name` by `to`, round by round."""
+        ratios = [a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+        return Ratio(middle, low, high)
+
+    def ratios(self, to: str) -> dict[str, dict[str, float]]:
+        """All to one, as JSON."""
+        return {name: asdict(self.ratio(name, to)) for name in self.seconds}
+
+    def summary(self, baselines: Sequence[str]) -> dict[str, Any]:
+        """The medians, and the ratios of all to each of the baselines that took part, as JSON."""
+        return {
+            "median_seconds": self.medians(),
+            "ratios": {to: self.ratios(to) for to in baselines if to in self.seconds},
+        }
+
+
+def time_together(
+    calls: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    rounds: int = 25,
+    seconds: float = 0.02,
+    ahead: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Timings:
+    """Times calls in turns, in an order drawn anew for each round, so that nobody always follows the same one.
+
+    Args:
+        calls: Name -> what to call.
+        device: Where they run; a GPU is waited for, and timed by its own events.
+        rounds: How often each has its turn.
+        seconds: How long a turn lasts, at least one call.
+        ahead: Lets a GPU begin only when all calls of a turn are queued, as they are in the training of a large model:
+            the time is that of the device. Otherwise small calls count with what Python takes to launch them.
+        clock: Tells the time on a CPU.
+    """
+    counts = {}
+    for name, call in calls.items():
+        _timed(call, 3, device, clock)  # warm-up: caches, compilers
+        once = min(_timed(call, 1, device, clock) for _ in range(3))
+        counts[name] = max(1, min(50 if ahead else 10_000, round(seconds / max(once, 1e-9))))
+    names = list(calls)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    draw = random.Random(0)
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name in draw.sample(names, len(names)):
+                taken[name].append(_timed(calls[name], counts[name], device, clock, ahead) / counts[name])
+    finally:
+        if collects:
+            gc.enable()
+    return Timings(taken)
+
+
+def _timed(
+    call: Callable[[], Any], count: int, device: torch.device, clock: Callable[[], float], ahead: bool = False
+) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        if ahead:
+            torch.cuda._sleep(_SLEEP * count)
+        start.record()
+        for _ in range(count):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    synchronize(device)
+    began = clock()
+    for _ in range(count):
+        call()
+    synchronize(device)
+    return clock() - began
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+
+
+def random_batches(shape: Sequence[int], dtype: torch.dtype, device: torch.device, num_inputs: int = 1) -> list[Batch]:
+    """Normal inputs: one batch on a CPU, on CUDA so many that taking turns pushes each out of the L2 cache."""
+    count = 1
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        batch_bytes = (num_inputs + 1) * dtype.itemsize * torch.Size(shape).numel()
+        # Tensors of which that takes more than 16 are in the cache in a real model too.
+        count = max(1, min(16, -(-4 * cache // batch_bytes)))
+    draw = lambda: torch.randn(*shape, device=device).to(dtype)  # noqa: E731
+    return [Batch(tuple(draw() for _ in range(num_inputs)), draw()) for _ in range(count)]
+
+
+def passes(
+    function: Callable[..., Tensor], batches: Sequence[Batch], what: Literal["forward", "backward", "both"] = "both"
+) -> Callable[[], Any]:
+    """A call that runs a function as training does: forward under autograd, backward from a given gradient."""
+    # Copies, since Liger's backward passes write into the inputs.
+    leaves = [[x.clone().requires_grad_() for x in batch.inputs] for batch in batches]
+    turns = itertools.cycle(zip(leaves, (batch.grad for batch in batches), strict=True))
+
+    def forward() -> Any:
+        return function(*next(turns)[0])
+
+    def both() -> Any:
+        inputs, grad = next(turns)
+        return torch.autograd.grad(function(*inputs), inputs, grad)
+
+    if what == "forward":
+        return forward
+    if what == "both":
+        return both
+    done = itertools.cycle([(function(*x), x, batch.grad) for x, batch in zip(leaves, batches, strict=True)])
+
+    def backward() -> Any:
+        y, inputs, grad = next(done)
+        return torch.autograd.grad(y, inputs, grad, retain_graph=True)
+
+    return backward
+
+
+def race(
+    contestants: Mapping[str, Contestant],
+    batches: Sequence[Batch],
+    device: torch.device,
+    rounds: int = 25,
+    what: Literal["forward", "backward", "both"] = "both",
+    beside: Mapping[str, Callable[[], Any]] | None = None,
+    ahead: bool | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Timings:
+    """Checks all contestants, then times them, and whatever else runs beside them.
+
+    Args:
+        contestants: Name -> what to check and time.
+        batches: Inputs that each takes in turn.
+        device: Where they are.
+        rounds: How often each contestant has its turn.
+        what: Which passes are timed.
+        beside: Further calls, which are not checked.
+        ahead: As for `time_together`; by default from `LAUNCH_BOUND` elements on.
+        clock: Tells the time on a CPU.
+
+    Raises:
+        WrongResult: one of them is wrong; nothing has been timed then.
+    """
+    for name, contestant in contestants.items():
+        require_right(name, contestant, batches[0])
+    calls = {name: passes(contestant.function, batches, what) for name, contestant in contestants.items()}
+    if ahead is None:
+        ahead = batches[0].grad.numel() >= LAUNCH_BOUND
+    return time_together({**calls, **(beside or {})}, device, rounds, ahead=ahead, clock=clock)
+
+
+def require_right(name: str, contestant: Contestant, batch: Batch) -> None:
+    """Compares the value and the gradients with those in float64, element by element.
+
+    Allowed are 64 roundings of float32, relative to the greater of 1 and the exact result, and in a half type its
+    spacing, relative to the exact result: a rounding of what is computed with and one of the result. A contestant that
+    rounds between its steps may be off by that many spacings of the greater of 1 and the exact result.
+
+    Raises:
+        WrongResult: they differ by more, or in shape or dtype.
+    """
+    dtype = batch.grad.dtype
+    several = contestant.num_roundings > 1
+    half = contestant.num_roundings * torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0
+    leaves = [x.clone().requires_grad_() for x in batch.inputs]
+    y = contestant.function(*leaves)
+    if (y.shape, y.dtype) != (batch.grad.shape, dtype):
+        raise WrongResult(f"{name} returns {tuple(y.shape)} {y.dtype} for {tuple(batch.grad.shape)} {dtype}")
+    results = [t.detach().reshape(-1) for t in (y, *torch.autograd.grad(y, leaves, batch.grad))]
+    for start in range(0, batch.grad.numel(), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        exact_leaves = [x.detach().reshape(-1)[part].double().requires_grad_() for x in batch.inputs]
+        exact_y = contestant.exact(*exact_leaves)
+        exact_grads = torch.autograd.grad(exact_y, exact_leaves, batch.grad.reshape(-1)[part].double())
+        for kind, got, exact in zip(
+            ("value", *["gradient"] * len(leaves)), results, (exact_y.detach(), *exact_grads), strict=True
+        ):
+            size = exact.abs()
+            allowed = 64 * torch.finfo(torch.float32).eps * size.clamp(min=1.0)
+            allowed += half * (size.clamp(min=1.0) if several else size)
+            error = (got[part].double() - exact).abs()
+            worst = int((error / allowed).argmax())  # argmax takes NaN for the greatest
+            if not error[worst] <= allowed[worst]:
+                raise WrongResult(
+                    f"{name} is wrong and not timed: its {kind} is off by {error[worst]:.3g} where {exact[worst]:.3g} "
+                    f"is right, allowed is {allowed[worst]:.3g}"
+                )
+
+
+@contextlib.contextmanager
+def built_kernels(device: torch.device, ns: Sequence[int] = (1, 2)) -> Iterator[None]:
+    """The kernels users get, on a CPU built for some n before anything is timed.
+
+    Raises:
+        RuntimeError: they cannot be built, and only the formulas could be timed.
+    """
+    with hf_gem.kernels("compiled"):
+        if device.type == "cpu" and not all(cpu.library(n).ready(0, wait=True) for n in ns):
+            raise RuntimeError("the C++ kernels cannot be built here (the warning says why): there is nothing to time")
+        yield
+
+
+def machine(device: torch.device) -> str:
+    """A short name for what a benchmark ran on, fit for a folder."""
+    hardware = environment()["hardware"]
+    if device.type == "cpu":
+        name = f"{hardware['cpu']} {hardware['torch_threads']} threads"
+    else:
+        name = torch.get_device_module(device).get_device_name(device)
+    return slug(name)
+
+
+def slug(name: str) -> str:
+    """`Intel(R) Xeon(R) CPU @ 2.20GHz 2 threads` -> `intel-xeon-2-threads`."""
+    name = re.sub(r"\((r|tm)\)|@\s*[\d.]+\s*ghz|\bcpu\b|\bprocessor\b", " ", name.lower())
+    return re.sub(r"[^a-z0-9.]+", "-", name).strip("-.")
+
+
+def make_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The flags that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", help="cpu, cuda ...; by default a GPU where there is one")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each contestant (default: {rounds})")
+    parser.add_argument("--quick", action="store_true", help="as little as shows that it runs; its figures say nothing")
+    parser.add_argument("--results", type=Path, help="folder of the records (benchmarks/results; build/ for --quick)")
+    return parser
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device that was asked for, or a GPU where there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device=cuda needs a CUDA GPU, and torch finds none here; use --device=cpu")
+    return device
+
+
+def _dirty() -> bool:
+    """Whether the code differs from the commit; records that a run before this one left do not count."""
+    made = [f":(exclude){path}" for path in ("benchmarks/results", "benchmarks/README.md")]
+    command = ["git", "status", "--porcelain", "--", ".", *made]
+    return bool(subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent.parent).stdout.strip())
+
+
+def write(
+    benchmark: str,
+    arguments: argparse.Namespace,
+    argv: Sequence[str],
+    results: Any,
+    goals: Sequence[Goal],
+    skipped: Sequence[str] = (),
+    part: str = "",
+) -> Path:
+    """Writes `RESULTS/MACHINE/BENCHMARK.json`, and prints how the goals came out and what was skipped.
+
+    Args:
+        benchmark: Name of the script.
+        arguments: Its flags, read.
+        argv: Its flags as they were given.
+        results: What it measured, as JSON.
+        goals: Those of the project that it can judge.
+        skipped: What could not be measured here, and why.
+        part: Of the file's name, for a script that leaves several records.
+    """
+    device = pick_device(arguments.device)
+    folder = arguments.results or (QUICK_RESULTS if arguments.quick else RESULTS)
+    path = folder / machine(device) / f"{benchmark}{part}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stamp = environment()
+    stamp["command"] = shlex.join(["python", "-m", f"benchmarks.{benchmark}", *argv])
+    stamp["hardware"]["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    stamp["dirty"] = _dirty() if stamp["commit"] else None
+    stamp["hardware"]["load_average_at_start"] = _LOAD
+    record = {
+        "benchmark": benchmark,
+        "device": device.type,
+        "quick": arguments.quick,
+        "environment": stamp,
+        "goals": [{**asdict(goal), "verdict": goal.verdict} for goal in goals],
+        "skipped": list(skipped),
+        "results": results,
+    }
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
+    for goal in goals:
+        sign = ">=" if goal.at_least else "<="
+        print(f"  {goal.name:72} {goal.value:7.3f}  {sign} {goal.limit:4.2f}  {goal.verdict}")
+    for reason in skipped:
+        print(f"  skipped: {reason}")
+    print(f"-> {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}", flush=True)
+    return path

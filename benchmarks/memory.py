@@ -1,0 +1,167 @@
+"""What activations hold in memory for the backward pass: python -m benchmarks.memory
+
+Bytes held are counted by hooks on the tensors that autograd saves: each storage once, parameters and inputs left out.
+They are the same on every machine, and of a whole model are counted on fake tensors, which have shapes and no memory.
+On a GPU the peak of a real training step is measured too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.common import Goal, built_kernels, make_parser, pick_device, write
+from hf_gem import EGEM, GEM, SEGEM
+
+HEIGHT, WIDTH = 512, 768
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    'egem, save="output"': partial(EGEM, save="output"),
+    'gem_n2, save="output"': partial(GEM, 2, save="output"),
+    'egem, save="input"': partial(EGEM, save="input"),
+    "segem": SEGEM,
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_pytorch_tanh": partial(nn.GELU, approximate="tanh"),
+    "silu": nn.SiLU,
+}
+GPT2_GOALS = {"gelu_new": 0.88, "gelu_pytorch_tanh": 0.92}
+GPT2_ACTIVATIONS = ("gem_n2", "egem", "relu", "gelu_pytorch_tanh", "gelu_new")
+
+
+def held_bytes(function: Callable[[], Any], besides: Iterable[Tensor] = ()) -> int:
+    """Bytes that the graph built by `function` keeps for the backward pass, without the storages of `besides`."""
+    outside = {tensor.untyped_storage()._cdata for tensor in besides}
+    held: dict[int, Any] = {}  # with the storages themselves, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in outside:
+            held[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()  # the graph lives until its bytes are counted
+        total = sum(storage.nbytes() for storage in held.values())
+        del result
+    return total
+
+
+def extra_bytes_per_element(make: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> float:
+    """What an activation between two linear layers adds to what these hold, in bytes an element of its output."""
+    first, second = (nn.Linear(WIDTH, WIDTH, device=device, dtype=dtype) for _ in range(2))
+    x = torch.randn(HEIGHT, WIDTH, device=device, dtype=dtype)
+    besides = [x, *first.parameters(), *second.parameters()]
+    with_it, without = (
+        held_bytes(lambda act=act: second(act(first(x))), besides)  # type: ignore[misc]
+        for act in (make(), nn.Identity())
+    )
+    return (with_it - without) / (HEIGHT * WIDTH)
+
+
+def gpt2(activation: str, tiny: bool) -> Any:
+    """GPT-2 124M as it is trained from scratch, without dropout; or one of a few thousand parameters."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    size: dict[str, Any] = (
+        {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 512, "n_positions": 64} if tiny else {}
+    )
+    dropout: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    model = GPT2LMHeadModel(GPT2Config(activation_function=activation, use_cache=False, **size, **dropout))
+    if activation in ("gem_n2", "egem"):
+        # On a CPU "auto" keeps the input, for the sake of time. What a GPU would keep is counted.
+        for module in model.modules():
+            if isinstance(module, (GEM, EGEM)):
+                module.save = "output"
+    return model.train()
+
+
+def gpt2_loss(model: Any, ids: Tensor) -> Tensor:
+    with torch.autocast(ids.device.type, torch.bfloat16):
+        return model(ids, labels=ids).loss
+
+
+def gpt2_held_bytes(activation: str, batch: int, tiny: bool = False, fake: bool = True) -> int:
+    """Bytes held for the backward pass of GPT-2, in bf16 autocast, parameters excluded."""
+    with contextlib.ExitStack() as stack:
+        if fake:
+            # Fake position ids do not tell that the sequences are whole, and a mask would be kept for each layer.
+            stack.enter_context(
+                mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
+            )
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        model = gpt2(activation, tiny)
+        ids = torch.zeros(batch, model.config.n_positions, dtype=torch.long)
+        return held_bytes(lambda: gpt2_loss(model, ids), [*model.parameters(), *model.buffers(), ids])
+
+
+def gpt2_peak_bytes(activation: str, batch: int, device: torch.device, tiny: bool = False) -> int:
+    """Peak of the memory that tensors take during a training step with AdamW on a GPU."""
+    model = gpt2(activation, tiny).to(device)
+    for module in model.modules():
+        if isinstance(module, (GEM, EGEM)):
+            module.save = "auto"  # what users get
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(model.config.vocab_size, (batch, model.config.n_positions), device=device)
+    for step in range(3):
+        if step == 2:
+            torch.cuda.reset_peak_memory_stats(device)
+        gpt2_loss(model, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    peak = torch.cuda.max_memory_allocated(device)
+    del model, optimizer, ids
+    torch.cuda.empty_cache()
+    return peak
+
+
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list[str]]:
+    device = pick_device(arguments.device)
+    tiny, batch = arguments.quick, 2 if arguments.quick else arguments.batch
+    with built_kernels(device):
+        layers = {
+            str(dtype).removeprefix("torch."): {
+                name: extra_bytes_per_element(make, dtype, device) for name, make in LAYERS.items()
+            }
+            for dtype in (torch.float32, torch.bfloat16)
+        }
+        peaks = {}
+        if device.type == "cuda":
+            peaks = {name: gpt2_peak_bytes(name, batch, device, tiny) for name in GPT2_ACTIVATIONS}
+    held = {name: gpt2_held_bytes(name, batch, tiny) for name in GPT2_ACTIVATIONS}
+    goals = [
+        Goal(f"bytes an element that {name} adds before a linear layer, {dtype}", values[name], 0.0)
+        for dtype, values in layers.items()
+        for name in LAYERS
+        if name.endswith('"output"')
+    ]
+    model = f"GPT-2 124M, {batch} x 1024 tokens" if not tiny else "tiny GPT-2"
+    for what, values in (("bytes held", held), ("peak memory", peaks)):
+        if values:
+            goals += [
+                Goal(f"{what} of {model}: gem_n2 / {to}", values["gem_n2"] / values[to], limit)
+                for to, limit in GPT2_GOALS.items()
+            ]
+    skipped = [] if peaks else ["the peak memory of a training step needs a GPU"]
+    results = {"extra_bytes_per_element": layers, "batch": batch, "gpt2_held_bytes": held, "gpt2_peak_bytes": peaks}
+    return results, goals, skipped
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser(__doc__, rounds=1)
+    parser.add_argument("--batch", type=int, default=8, help="sequences of 1024 tokens in GPT-2 (default: 8)")
+    arguments = parser.parse_args(argv)
+    write("memory", arguments, argv, *run(arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""Makes the tables and plots of benchmarks/README.md from the records: python -m benchmarks.report
+
+Prints the table of goals. With --check, ends with status 1 where a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS
+from hf_gem.training.files import write_atomically
+
+README = Path(__file__).resolve().parent / "README.md"
+START, END = "<!-- results -->\n", "<!-- end of results -->"
+BENCHMARKS = ("activation", "memory", "train_step", "sweep", "exhaustive")
+PASSES = {"both": "both", "forward": "forward", "backward": "backward", "launched": "both, with launching"}
+MIB = 2**20
+
+
+def load(results: Path) -> dict[str, dict[str, Any]]:
+    """Machine -> name of the file -> record, in the order of the benchmarks."""
+    machines: dict[str, dict[str, Any]] = {}
+    for benchmark in BENCHMARKS:
+        for path in sorted(results.glob(f"*/{benchmark}*.json")):
+            machines.setdefault(path.parent.name, {})[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+    return dict(sorted(machines.items()))
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def number(value: float) -> str:
+    return f"{value:g}" if value == int(value) else f"{value:.3f}"
+
+
+def goal_table(records: dict[str, Any]) -> str:
+    """All goals of one machine, and how they came out."""
+    rows = []
+    for record in records.values():
+        for goal in record["goals"]:
+            quartiles = "" if goal["low"] is None else f"{goal['low']:.3f} to {goal['high']:.3f}"
+            sign = "≥" if goal["at_least"] else "≤"
+            verdict = goal["verdict"] if goal["verdict"] == "pass" else f"**{goal['verdict']}**"
+            rows.append([goal["name"], number(goal["value"]), quartiles, f"{sign} {goal['limit']:g}", verdict])
+    return table(["ratio or count", "measured", "quartiles", "goal", ""], rows)
+
+
+def ratio_table(heads: Sequence[str], rows: Iterable[tuple[Sequence[str], str, dict[str, Any]]]) -> str:
+    """A table with a column of ratios for each baseline that any of the rows has.
+
+    Args:
+        heads: Of the columns before.
+        rows: The cells before, the name of the contestant, and ratios by baseline and contestant.
+    """
+    rows = list(rows)
+    baselines = list(dict.fromkeys(to for _, _, ratios in rows for to in ratios))
+
+    def cell(ratios: dict[str, Any], to: str, name: str) -> str:
+        ratio = ratios.get(to, {}).get(name)
+        return f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})" if ratio else ""
+
+    return table(
+        [*heads, *[f"time / {to}" for to in baselines]],
+        [[*cells, *[cell(ratios, to, name) for to in baselines]] for cells, name, ratios in rows],
+    )
+
+
+def activation_table(record: dict[str, Any]) -> str:
+    """Times of the activations and their ratios to the baselines; of gated MLPs, in a table of their own."""
+    text = ""
+    for group in record["results"].values():
+        rows = []
+        for result in group:
+            case = f"{' x '.join(map(str, result['shape']))} {result['dtype']}"
+            for what in ("both", "launched", "forward", "backward"):
+                for name, seconds in result.get(what, {}).get("median_seconds", {}).items():
+                    cells = [case, PASSES[what], name, f"{1e6 * seconds:,.1f}"]
+                    rows.append((cells, name, result[what]["ratios"]))
+        text += ("\n" if text else "") + ratio_table(["shape", "passes", "", "µs"], rows)
+    return text
+
+
+def memory_table(record: dict[str, Any]) -> str:
+    results = record["results"]
+    layers = results["extra_bytes_per_element"]
+    text = table(
+        ["between two linear layers", *[f"extra bytes an element, {dtype}" for dtype in layers]],
+        [[name, *[f"{values[name]:g}" for values in layers.values()]] for name in next(iter(layers.values()))],
+    )
+    held, peaks = results["gpt2_held_bytes"], results["gpt2_peak_bytes"]
+    rows = [[name, f"{size / MIB:,.0f}", f"{peaks[name] / MIB:,.0f}" if peaks else "-"] for name, size in held.items()]
+    batch = results["batch"]
+    return (
+        text
+        + "\n"
+        + table(
+            [f"GPT-2 124M, {batch} x 1024 tokens, bf16 autocast", "held for backward, MiB", "peak of a step, MiB"], rows
+        )
+    )
+
+
+def train_step_table(record: dict[str, Any]) -> str:
+    rows = []
+    for step in record["results"]["steps"]:
+        (unit,) = (key for key in step if key.endswith("_per_second"))
+        for name, rate in step[unit].items():
+            held, peak = (step[key].get(name) for key in ("held_bytes", "peak_bytes"))
+            cells = [
+                f"{step['model']}, {step['mode']}",
+                name,
+                f"{rate:,.0f} {unit.partition('_')[0]}",
+                f"{held / MIB:,.1f}" if held else "-",
+                f"{peak / MIB:,.0f}" if peak else "-",
+            ]
+            rows.append((cells, name, step["ratios"]))
+    heads = ["model", "activation", "a second", "held for backward, MiB", "peak, MiB"]
+    return ratio_table(heads, rows)
+
+
+def exhaustive_table(*records: dict[str, Any]) -> str:
+    rows = []
+    for record in records:
+        found = record["results"]
+        for quantity, kernels in found["kernels"].items():
+            formulas = found["formulas"][quantity]
+            differing = found["differing_bits"][quantity] if record["device"] == "cpu" else None
+            rows.append(
+                [
+                    f"{found['name']}, {quantity}",
+                    f"{found['inputs']:,}",
+                    f"{kernels['max_ulp']:.3f} at {kernels['at']:.6g}",
+                    f"{kernels['smallest_in_ulp']:.3g}",
+                    f"{kernels['max_absolute_below']:.3g}",
+                    f"{formulas['max_ulp']:.3f}",
+                    "-" if differing is None else f"{differing:,}",
+                ]
+            )
+    heads = ["function", "inputs", "worst ulp", "from", "worst error below", "worst ulp of the formulas"]
+    return table([*heads, "results unlike the formulas"], rows)
+
+
+def draw_sweep(record: dict[str, Any], path: Path) -> None:
+    """Time an element and share of the copy's bandwidth, by size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = record["results"]["points"]
+    sizes = [point["elements"] for point in points]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), dpi=110, layout="constrained")
+    names = [("plain", name) for name in points[0]["plain"]["median_seconds"] if name != "copy"]
+    names += [("gated", name) for name in points[0]["gated"]["median_seconds"] if name != "copy"]
+    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    for k, (kind, name) in enumerate(names):
+        ours = name.startswith(("egem", "gem", "segem"))
+        compiled = name.startswith("torch.compile")
+        style = {"lw": 2.2 if ours else 1.0, "ls": ":" if compiled else "--" if kind == "gated" else "-"}
+        seconds = [point[kind]["median_seconds"][name] for point in points]
+        shares = [point[kind]["share_of_copy_bandwidth"][name] for point in points]
+        nanoseconds = [1e9 * t / n for t, n in zip(seconds, sizes, strict=True)]
+        axes[0].plot(sizes, nanoseconds, label=name, color=colours[k % 20], **style)
+        axes[1].plot(sizes, shares, label=name, color=colours[k % 20], **style)
+    for axis, label in zip(axes, ("ns an element, forward and backward", "share of a copy's bandwidth"), strict=True):
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel(f"elements, {record['results']['dtype']}")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    figure.savefig(path, metadata={"Software": None})  # without its version
+    plt.close(figure)
+
+
+def headline(records: dict[str, Any]) -> str:
+    """What a machine is, and with which versions and from which commit its records are."""
+    lines = []
+    for environment in (record["environment"] for record in records.values()):
+        hardware, versions = environment["hardware"], environment["versions"]
+        parts = [*hardware["gpus"], f"{hardware['cpu']}, {hardware['torch_threads']} threads"]
+        parts += [f"{package} {versions[package]}" for package in ("python", "torch", "triton") if package in versions]
+        commit = (environment["commit"] or "unknown")[:10] + (" with changes" if environment["dirty"] else "")
+        lines.append("; ".join([*parts, f"commit {commit}"]))
+    commands = [f"    {record['environment']['command']}\n" for record in records.values()]
+    return "\n\n".join(dict.fromkeys(lines)) + "\n\n" + "".join(commands) + "\n"
+
+
+SECTIONS: dict[str, tuple[str, Callable[..., str]]] = {
+    "activation": ("Activations alone", activation_table),
+    "memory": ("Memory", memory_table),
+    "train_step": ("Training steps", train_step_table),
+    "exhaustive": ("All float32 inputs", exhaustive_table),
+}
+
+
+def render(machines: dict[str, dict[str, Any]], results: str) -> str:
+    """The tables of all machines in Markdown; `results` is where the folders of the machines are, for the plots."""
+    text = ""
+    for machine, records in machines.items():
+        text += f"\n## {machine}\n\n{headline(records)}{goal_table(records)}"
+        quick = [name for name, record in records.items() if record["quick"]]
+        if quick:
+            text += f"\nOnly tried out, with figures that say nothing: {', '.join(quick)}.\n"
+        skipped = dict.fromkeys(reason for record in records.values() for reason in record["skipped"])
+        text += "".join(f"\nSkipped: {reason}.\n" for reason in skipped)
+        for benchmark, (title, make) in SECTIONS.items():
+            chosen = [record for record in records.values() if record["benchmark"] == benchmark]
+            if chosen:
+                text += f"\n### {title}\n\n{make(*chosen)}"
+        if "sweep" in records:
+            text += f"\n### By size\n\n![time by size]({results}/{machine}/sweep.png)\n"
+    return text + "\n"
+
+
+def report(results: Path, readme: Path) -> dict[str, dict[str, Any]]:
+    """Writes the plots beside the records and the tables into the readme; returns the records.
+
+    Raises:
+        ValueError: the readme has no place for them.
+    """
+    machines = load(results)
+    before, start, rest = readme.read_text(encoding="utf-8").partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise ValueError(f"{readme.name} needs the lines {START.strip()!r} and {END!r}, for the tables between them")
+    for machine, records in machines.items():
+        if "sweep" in records:
+            draw_sweep(records["sweep"], results / machine / "sweep.png")
+    folder = Path(os.path.relpath(results, readme.parent)).as_posix()
+    write_atomically(readme, before + start + render(machines, folder) + end + after)
+    return machines
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
+    parser.add_argument("--readme", type=Path, default=README, help="where the tables go (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="status 1 where a goal is missed")
+    arguments = parser.parse_args(argv)
+    machines = report(arguments.results, arguments.readme)
+    missed = 0
+    for machine, records in machines.items():
+        print(f"\n{machine}\n\n{goal_table(records)}")
+        missed += sum(goal["verdict"] != "pass" for record in records.values() for goal in record["goals"])
+    print(f"{missed} goals missed" if missed else "all goals met")
+    if arguments.check and missed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Training steps of whole models, eager and compiled: python -m benchmarks.train_step
+
+GPT-2, BERT and ResNet-50 with one activation each, all else the same: forward, backward and AdamW, on random data. On
+a GPU GPT-2 124M, BERT-base and ResNet-50 on 224 x 224 in bf16 autocast; on a CPU small ones in float32, where linear
+layers take nearly all of the time. Before anything is timed, each loss and the norm of its gradient are compared with
+those of the plain formulas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hf_gem
+from benchmarks.common import (
+    Goal,
+    WrongResult,
+    built_kernels,
+    make_parser,
+    pick_device,
+    synchronize,
+    time_together,
+    write,
+)
+from benchmarks.memory import held_bytes
+
+FAMILY = ("gem_n2", "egem")
+MODES = ("eager", "compiled")
+# In GPT-2 gelu is the tanh one, which is what its gelu_new computes, in one kernel.
+ACTIVATIONS = {
+    "gpt2": (*FAMILY, "gelu_pytorch_tanh", "gelu_new", "relu", "silu"),
+    "bert": (*FAMILY, "gelu", "gelu_new", "relu", "silu"),
+    "resnet50": (*FAMILY, "gelu", "relu", "silu"),
+}
+BASELINES = {"gpt2": "gelu_pytorch_tanh", "bert": "gelu", "resnet50": "gelu"}
+UNITS = {"gpt2": "tokens", "bert": "tokens", "resnet50": "images"}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a model and its batch are; `length` is the sequence, or the side of an image."""
+
+    batch: int
+    length: int
+    layers: int = 12
+    width: int = 768
+    vocabulary: int = 50304
+
+
+GPU_SIZES = {"gpt2": Size(8, 1024), "bert": Size(32, 512, vocabulary=30522), "resnet50": Size(128, 224)}
+CPU_SIZES = {
+    "gpt2": Size(4, 128, 2, 256, 1024),
+    "bert": Size(4, 128, 2, 256, 1024),
+    "resnet50": Size(2, 64),
+}
+QUICK_SIZES = {"gpt2": Size(1, 8, 1, 16, 64), "bert": Size(1, 8, 1, 16, 64), "resnet50": Size(2, 32)}
+
+
+def build(model: str, activation: str, size: Size) -> nn.Module:
+    """A model from its config, with random weights that do not depend on the activation."""
+    torch.manual_seed(0)
+    heads = max(1, size.width // 64)
+    if model == "gpt2":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=size.vocabulary, n_positions=size.length, n_embd=size.width, n_layer=size.layers,
+                n_head=heads, activation_function=activation, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                use_cache=False, bos_token_id=0, eos_token_id=0,
+            )
+        )  # fmt: skip
+    if model == "bert":
+        from transformers import BertConfig, BertForMaskedLM
+
+        return BertForMaskedLM(
+            BertConfig(
+                vocab_size=size.vocabulary, max_position_embeddings=size.length, hidden_size=size.width,
+                num_hidden_layers=size.layers, num_attention_heads=heads, intermediate_size=4 * size.width,
+                hidden_act=activation, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            )
+        )  # fmt: skip
+    import timm
+
+    return timm.create_model("resnet50", act_layer=activation)
+
+
+class Objective(nn.Module):
+    """The loss of a model on a batch, what torch.compile gets as one."""
+
+    def __init__(self, model: nn.Module, autocast: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.autocast):
+            output = self.model(inputs)
+        logits = output if isinstance(output, Tensor) else output.logits
+        return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+
+
+def random_data(model: str, size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    if model == "resnet50":
+        images = torch.randn(size.batch, 3, size.length, size.length, device=device)
+        return images, torch.randint(1000, (size.batch,), device=device)
+    inputs, targets = torch.randint(size.vocabulary, (2, size.batch, size.length), device=device)
+    return inputs, targets
+
+
+def make_step(objective: Callable[..., Tensor], parameters: list[nn.Parameter], data: tuple[Tensor, Tensor]) -> Any:
+    """A call that does one step of training."""
+    # The learning rate is 0: a step costs the same, and all of them compute the same loss.
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, foreach=True)
+
+    def step() -> None:
+        objective(*data).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def loss_and_norm(objective: Callable[..., Tensor], model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+    """The loss and the norm of its gradient, in float64."""
+    loss = objective(*data)
+    grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)  # BERT's last layers may be
+    return torch.stack([loss.detach(), torch.nn.utils.get_total_norm([g for g in grads if g is not None])]).double()
+
+
+def require_right(name: str, objective: Callable[..., Tensor], plain: Objective, data: tuple[Tensor, Tensor]) -> None:
+    """Compares loss and gradient with those of the formulas in eager mode.
+
+    Raises:
+        WrongResult: they differ by more than sums in another order, and with autocast in bf16, explain.
+    """
+    with hf_gem.kernels("eager"):
+        expected = loss_and_norm(plain, plain, data)
+    got = loss_and_norm(objective, plain, data)
+    allowed = 5e-2 if plain.autocast else 1e-3
+    if not torch.allclose(got, expected, rtol=allowed, atol=0.0):  # NaN is not
+        raise WrongResult(
+            f"{name} is wrong and not timed: loss and norm of the gradient are {got.tolist()}, the formulas give "
+            f"{expected.tolist()}, allowed is {allowed:.1%}"
+        )
+
+
+def num_graph_breaks(activation: str, device: torch.device) -> int:
+    """Into how many graphs more than one an activation of a model falls when it is compiled."""
+    from transformers.activations import ACT2FN
+
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(ACT2FN[activation])(torch.randn(8, 16, device=device, requires_grad=True))
+    return int(explained.graph_break_count)
+
+
+def measure(
+    model: str, mode: str, activations: tuple[str, ...], size: Size, device: torch.device, rounds: int
+) -> dict[str, Any]:
+    """Times one model with each of the activations.
+
+    Also what it holds for the backward pass in eager mode, and on a GPU the peak of the memory that tensors take.
+
+    Raises:
+        WrongResult: a loss is not what the formulas give; nothing has been timed then.
+    """
+    data = random_data(model, size, device)
+    steps, peaks, held = {}, {}, {}
+    for activation in activations:
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        plain = Objective(build(model, activation, size).to(device).train(), autocast=device.type != "cpu")
+        objective = torch.compile(plain) if mode == "compiled" else plain
+        require_right(f"{mode} {model} with {activation}", objective, plain, data)
+        if mode == "eager":
+            besides = [*plain.parameters(), *plain.buffers(), *data]
+            held[activation] = held_bytes(lambda plain=plain: plain(*data), besides)  # type: ignore[misc]
+        steps[activation] = make_step(objective, list(plain.parameters()), data)
+        if device.type == "cuda":
+            for _ in range(3):  # compiles, and gives the optimizer its memory
+                steps[activation]()
+            torch.cuda.reset_peak_memory_stats(device)
+            steps[activation]()
+            synchronize(device)
+            peaks[activation] = torch.cuda.max_memory_allocated(device) - before
+    timings = time_together(steps, device, rounds, seconds=0.0)
+    units = size.batch * (1 if UNITS[model] == "images" else size.length)
+    return {
+        "model": model,
+        "mode": mode,
+        "size": vars(size),
+        f"{UNITS[model]}_per_second": {name: units / seconds for name, seconds in timings.medians().items()},
+        "held_bytes": held,
+        "peak_bytes": peaks,
+        **timings.summary([BASELINES[model], "gelu_new"]),
+    }
+
+
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list[str]]:
+    device = pick_device(arguments.device)
+    sizes = QUICK_SIZES if arguments.quick else CPU_SIZES if device.type == "cpu" else GPU_SIZES
+    steps = []
+    with built_kernels(device):
+        breaks = {name: num_graph_breaks(name, device) for name in FAMILY}
+        for model in arguments.models:
+            for mode in arguments.modes:
+                torch._dynamo.reset()
+                steps.append(measure(model, mode, ACTIVATIONS[model], sizes[model], device, arguments.rounds))
+                rates = steps[-1][f"{UNITS[model]}_per_second"]
+                print(
+                    f"  {model}, {mode}, {UNITS[model]} per second: "
+                    + ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items()),
+                    flush=True,
+                )
+                gc.collect()
+    goals = [Goal(f"graph breaks in {name}", count, 0) for name, count in breaks.items()]
+    for step in steps:
+        baseline = BASELINES[step["model"]]
+        ratios = step["ratios"][baseline]
+        if step["mode"] == "compiled":
+            slowest = max(FAMILY, key=lambda name: ratios[name]["median"])
+            size = "" if device.type != "cpu" else "small "
+            goals.append(Goal.of(f"{size}{step['model']} compiled: {slowest} / {baseline}", ratios[slowest], 1.02))
+    skipped = []
+    if device.type == "cpu":
+        skipped.append(
+            "training steps of GPT-2 124M, BERT-base and ResNet-50 at full size, and their peak memory, need a GPU"
+        )
+    return {"steps": steps, "graph_breaks": breaks}, goals, skipped
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser(__doc__, rounds=15)
+    parser.add_argument("--models", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS), help="by default all")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="by default both")
+    arguments = parser.parse_args(argv)
+    write("train_step", arguments, argv, *run(arguments))
+
+
+if __name__ == "__main__":
+    main()
