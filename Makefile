@@ -27,9 +27,9 @@ lint: $(READY)
 	$(RUN)/mypy
 
 bench: $(READY)
-	$(RUN)/python -m benchmarks.activation --device cpu
+	$(RUN)/python -m benchmarks.activation --device cpu --rounds 60
 	$(RUN)/python -m benchmarks.memory --device cpu
-	$(RUN)/python -m benchmarks.sweep --device cpu --largest 20 --step 2 --rounds 5
+	$(RUN)/python -m benchmarks.sweep --device cpu --largest 22 --step 2 --rounds 5
 	$(RUN)/python -m benchmarks.train_step --device cpu --models gpt2
 	$(RUN)/python -m benchmarks.report
 

@@ -278,7 +278,7 @@ def race(
         require_right(name, contestant, batches[0])
     calls = {name: passes(contestant.function, batches, what) for name, contestant in contestants.items()}
     if ahead is None:
-        ahead = batches[0].grad.numel() >= LAUNCH_BOUND
+        ahead = device.type == "cuda" and batches[0].grad.numel() >= LAUNCH_BOUND
     return time_together({**calls, **(beside or {})}, device, rounds, ahead=ahead, clock=clock)
 
 

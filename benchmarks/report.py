@@ -64,6 +64,8 @@ def ratio_table(heads: Sequence[str], rows: Iterable[tuple[Sequence[str], str, d
     baselines = list(dict.fromkeys(to for _, _, ratios in rows for to in ratios))
 
     def cell(ratios: dict[str, Any], to: str, name: str) -> str:
+        if name == to and to in ratios:
+            return "1"
         ratio = ratios.get(to, {}).get(name)
         return f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})" if ratio else ""
 
@@ -159,16 +161,20 @@ def draw_sweep(record: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), dpi=110, layout="constrained")
     names = [("plain", name) for name in points[0]["plain"]["median_seconds"] if name != "copy"]
     names += [("gated", name) for name in points[0]["gated"]["median_seconds"] if name != "copy"]
-    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    for k, (kind, name) in enumerate(names):
+    # What is compiled has the colour of what it is made from, and the first of these the strongest.
+    alone = list(dict.fromkeys(name.removeprefix("torch.compile(").removesuffix(")") for _, name in names))
+    palette = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    colours = dict(zip(alone, [*palette[::2], *palette[1::2]], strict=False))
+    for kind, name in names:
+        colour = colours[name.removeprefix("torch.compile(").removesuffix(")")]
         ours = name.startswith(("egem", "gem", "segem"))
         compiled = name.startswith("torch.compile")
         style = {"lw": 2.2 if ours else 1.0, "ls": ":" if compiled else "--" if kind == "gated" else "-"}
         seconds = [point[kind]["median_seconds"][name] for point in points]
         shares = [point[kind]["share_of_copy_bandwidth"][name] for point in points]
         nanoseconds = [1e9 * t / n for t, n in zip(seconds, sizes, strict=True)]
-        axes[0].plot(sizes, nanoseconds, label=name, color=colours[k % 20], **style)
-        axes[1].plot(sizes, shares, label=name, color=colours[k % 20], **style)
+        axes[0].plot(sizes, nanoseconds, label=name, color=colour, **style)
+        axes[1].plot(sizes, shares, label=name, color=colour, **style)
     for axis, label in zip(axes, ("ns an element, forward and backward", "share of a copy's bandwidth"), strict=True):
         axis.set_xscale("log", base=2)
         axis.set_xlabel(f"elements, {record['results']['dtype']}")
@@ -250,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     for machine, records in machines.items():
         print(f"\n{machine}\n\n{goal_table(records)}")
         missed += sum(goal["verdict"] != "pass" for record in records.values() for goal in record["goals"])
-    print(f"{missed} goals missed" if missed else "all goals met")
+    print(f"{missed} goals missed" if missed else "all goals met" if machines else "no records")
     if arguments.check and missed:
         sys.exit(1)
 
