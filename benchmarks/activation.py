@@ -8,6 +8,7 @@ and one written forward, two read and one written backward.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from benchmarks.common import (
     LAUNCH_BOUND,
@@ -79,15 +79,9 @@ def liger_glu(device: torch.device) -> tuple[dict[str, Contestant], str | None]:
 
 def copy_of(batches: list[Batch]) -> Any:
     """A call that copies one tensor, of another batch each time."""
-    turn = 0
     out = torch.empty_like(batches[0].grad)
-
-    def copy() -> Tensor:
-        nonlocal turn
-        turn = (turn + 1) % len(batches)
-        return out.copy_(batches[turn].inputs[0])
-
-    return copy
+    turns = itertools.cycle(batch.inputs[0] for batch in batches)
+    return lambda: out.copy_(next(turns))
 
 
 def measure(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Any]:

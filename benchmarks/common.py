@@ -29,7 +29,7 @@ from torch import Tensor
 import hf_gem
 from hf_gem._kernels import cpu
 from hf_gem.training.files import write_atomically
-from hf_gem.training.record import environment
+from hf_gem.training.record import environment, hardware
 
 RESULTS = Path(__file__).resolve().parent / "results"
 QUICK_RESULTS = RESULTS.parent.parent / "build" / "benchmarks"
@@ -217,7 +217,10 @@ def random_batches(shape: Sequence[int], dtype: torch.dtype, device: torch.devic
         batch_bytes = (num_inputs + 1) * dtype.itemsize * torch.Size(shape).numel()
         # Tensors of which that takes more than 16 are in the cache in a real model too.
         count = max(1, min(16, -(-4 * cache // batch_bytes)))
-    draw = lambda: torch.randn(*shape, device=device).to(dtype)  # noqa: E731
+
+    def draw() -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
     return [Batch(tuple(draw() for _ in range(num_inputs)), draw()) for _ in range(count)]
 
 
@@ -335,9 +338,9 @@ def built_kernels(device: torch.device, ns: Sequence[int] = (1, 2)) -> Iterator[
 
 def machine(device: torch.device) -> str:
     """A short name for what a benchmark ran on, fit for a folder."""
-    hardware = environment()["hardware"]
     if device.type == "cpu":
-        name = f"{hardware['cpu']} {hardware['torch_threads']} threads"
+        found = hardware()
+        name = f"{found['cpu']} {found['torch_threads']} threads"
     else:
         name = torch.get_device_module(device).get_device_name(device)
     return slug(name)

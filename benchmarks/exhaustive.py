@@ -118,12 +118,10 @@ class Check:
 
     def _exact(self, wide: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Value and slope in float64, and the sizes whose ulp counts."""
-        if self.form == "egem":
-            truths = {"value": reference.egem(wide, self.n, self.eps)}
-            truths["slope"] = reference.egem_slope(wide, self.n, self.eps)
-        else:
-            truths = {"value": reference.segem(wide, self.n, self.eps)}
-            truths["slope"] = reference.segem_slope(wide, self.n, self.eps)
+        truths = {
+            "value": formulas.run("forward", self.form, self.n, self.eps, wide),
+            "slope": formulas.run("backward", self.form, self.n, self.eps, torch.ones_like(wide), wide),
+        }
         sizes = {quantity: truth.abs() for quantity, truth in truths.items()}
         if self.form == "segem":  # (1 - s) - 2n s (1 - s), and 1 - s is value / x
             sizes["slope"] = torch.fmax(sizes["slope"], (truths["value"] / wide).abs())

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.common import Goal, built_kernels, make_parser, pick_device, write
+from benchmarks.models import Size, build
 from hf_gem import EGEM, GEM, SEGEM
+from hf_gem.modules import GemActivation
 
 HEIGHT, WIDTH = 512, 768
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -67,21 +69,14 @@ def extra_bytes_per_element(make: Callable[[], nn.Module], dtype: torch.dtype, d
     return (with_it - without) / (HEIGHT * WIDTH)
 
 
-def gpt2(activation: str, tiny: bool) -> Any:
-    """GPT-2 124M as it is trained from scratch, without dropout; or one of a few thousand parameters."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    size: dict[str, Any] = (
-        {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 512, "n_positions": 64} if tiny else {}
-    )
-    dropout: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    model = GPT2LMHeadModel(GPT2Config(activation_function=activation, use_cache=False, **size, **dropout))
-    if activation in ("gem_n2", "egem"):
-        # On a CPU "auto" keeps the input, for the sake of time. What a GPU would keep is counted.
-        for module in model.modules():
-            if isinstance(module, (GEM, EGEM)):
-                module.save = "output"
-    return model.train()
+def gpt2(activation: str, batch: int, tiny: bool, save: str) -> Any:
+    """GPT-2 124M, or one of a few thousand parameters, with what activations of the family keep."""
+    size = Size(batch, 64, 2, 32, 512) if tiny else Size(batch, 1024, vocabulary=50257)
+    model = build("gpt2", activation, size)
+    for module in model.modules():
+        if isinstance(module, GemActivation):
+            module.save = save
+    return model
 
 
 def gpt2_loss(model: Any, ids: Tensor) -> Tensor:
@@ -98,17 +93,15 @@ def gpt2_held_bytes(activation: str, batch: int, tiny: bool = False, fake: bool 
                 mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
             )
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        model = gpt2(activation, tiny)
+        # On a CPU "auto" keeps the input, for the sake of time. What a GPU would keep is counted.
+        model = gpt2(activation, batch, tiny, save="output")
         ids = torch.zeros(batch, model.config.n_positions, dtype=torch.long)
         return held_bytes(lambda: gpt2_loss(model, ids), [*model.parameters(), *model.buffers(), ids])
 
 
 def gpt2_peak_bytes(activation: str, batch: int, device: torch.device, tiny: bool = False) -> int:
     """Peak of the memory that tensors take during a training step with AdamW on a GPU."""
-    model = gpt2(activation, tiny).to(device)
-    for module in model.modules():
-        if isinstance(module, (GEM, EGEM)):
-            module.save = "auto"  # what users get
+    model = gpt2(activation, batch, tiny, save="auto").to(device)  # what users get
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(model.config.vocab_size, (batch, model.config.n_positions), device=device)
     for step in range(3):

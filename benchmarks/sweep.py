@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.activation import FAMILY, GATED, STOCK, copy_of, liger_glu
+from benchmarks.activation import FAMILY, GATED, STOCK, copy_of, liger_glu, slowest
 from benchmarks.common import (
     LAUNCH_BOUND,
     Contestant,
@@ -87,9 +87,9 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
     goals = []
     if device.type != "cpu":
         goals = [
-            Goal.of(f"{name} / gelu, 2^{power} elements", ratios[name], 1.5 if 2**power < LAUNCH_BOUND else 1.0)
-            for power, ratios in ((p["elements"].bit_length() - 1, p["plain"]["ratios"]["gelu"]) for p in points)
-            for name in [max(FAMILY, key=lambda name: ratios[name]["median"])]
+            slowest(p["plain"]["ratios"]["gelu"], f"gelu, 2^{p['elements'].bit_length() - 1} elements", limit)
+            for p in points
+            for limit in [1.5 if p["elements"] < LAUNCH_BOUND else 1.0]
         ]
     return {"dtype": str(dtype).removeprefix("torch."), "points": points}, goals, skipped
 

@@ -110,7 +110,7 @@ def gem_glu(gate: Tensor, up: Tensor, family: str = "egem", n: int = 1, eps: flo
     spec = GemSpec(family, n, spec_eps, learnable=isinstance(eps, Tensor))  # type: ignore[arg-type]
     form = "segem" if family == "segem" else "egem"
     n, eps = _check(gate, spec.n, eps if isinstance(eps, Tensor) else spec.eps, "gate")
-    _check(up, n, eps, "up")
+    _check_tensor(up, "up")
     if (gate.shape, gate.dtype, gate.device) != (up.shape, up.dtype, up.device):
         raise ValueError(
             "gate and up must have one shape, dtype and device, got "
@@ -137,13 +137,7 @@ def _activate(form: str, x: Tensor, n: int, eps: float | Tensor, save: str) -> T
 
 def _check(x: Tensor, n: int, eps: float | Tensor, name: str) -> tuple[int, float | Tensor]:
     """n and eps as they are computed with, or an error that says what is wrong with them or with x."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"{type(x).__name__}"
-        raise TypeError(
-            f"{name} must be a floating-point tensor, got {got}; convert it first, for example with {name}.float()"
-        )
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; convert it with {name}.to_dense()")
+    _check_tensor(x, name)
     n = check_n(n)
     if isinstance(eps, Tensor):
         _check_eps_tensor(eps, x)
@@ -154,6 +148,16 @@ def _check(x: Tensor, n: int, eps: float | Tensor, name: str) -> tuple[int, floa
             eps = numerator / denominator
         eps = check_eps(eps, n)
     return n, eps
+
+
+def _check_tensor(x: Tensor, name: str) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"{type(x).__name__}"
+        raise TypeError(
+            f"{name} must be a floating-point tensor, got {got}; convert it first, for example with {name}.float()"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; convert it with {name}.to_dense()")
 
 
 def _wants_formula() -> bool:

@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
-from hf_gem.training.data_text import STDLIB, TextConfig, prepare_text
+from hf_gem.training.data_text import TextConfig, prepare_text
 from hf_gem.training.errors import run_recipe
 from hf_gem.training.loop import Task, make_accelerator, train
 from hf_gem.training.loss import MaskedLMLoss
@@ -27,7 +27,7 @@ _SMALL: dict[str, Any] = {
     "mixed_precision": "bf16", "compile": True, "log_every": 20,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
-    # 1.4M parameters on the standard library's source: minutes on two CPU cores.
+    # 1.0M parameters on the standard library's source: minutes on two CPU cores.
     "demo": {
         "n_layer": 2, "n_embd": 128, "n_head": 4, "n_inner": 512, "block_size": 64,
         "vocab_size": 4096, "validation_fraction": 0.02,
@@ -82,7 +82,7 @@ class Config(TextConfig, TrainConfig):
 
 def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> BertForMaskedLM:
     """BERT, without the prediction of the next sentence."""
-    model = BertForMaskedLM(
+    return BertForMaskedLM(
         BertConfig(
             vocab_size=vocab_size,
             hidden_size=config.n_embd,
@@ -96,10 +96,6 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: 
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    if config.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # newer name
-        enable({"use_reentrant": False})
-    return model
 
 
 @torch.no_grad()
@@ -121,7 +117,7 @@ def card_values(config: Config, preset: str) -> dict[str, Any]:
         "auto_class": "AutoModelForMaskedLM",
         "processor_class": "AutoTokenizer",
         "loss_unit": "nats per masked token",
-        "on_hub": config.dataset != STDLIB and not Path(config.dataset).exists(),
+        "on_hub": config.on_hub,
         "limits": "An encoder that fills in masked tokens, trained without the prediction of the next sentence; for "
         f"other tasks it has to be fine-tuned. It has seen sequences of {config.block_size} tokens.",
     }

@@ -10,11 +10,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
-from hf_gem.training.data_text import STDLIB, TextConfig, prepare_text
+from hf_gem.training.data_text import TextConfig, prepare_text
 from hf_gem.training.errors import run_recipe
 from hf_gem.training.loop import Task, make_accelerator, train
 from hf_gem.training.loss import CausalLMLoss
-from hf_gem.training.metrics import flops_per_token
+from hf_gem.training.metrics import decoder_flops_per_token
 from hf_gem.training.report import print_summary, save_results
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
@@ -65,7 +65,7 @@ class Config(TextConfig, TrainConfig):
 def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> GPT2LMHeadModel:
     """GPT-2 with residual projections initialised at 0.02 / sqrt(2 n_layer), which transformers does by itself."""
     multiple = config.pad_vocab_to_multiple_of
-    model = GPT2LMHeadModel(
+    return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=-(-vocab_size // multiple) * multiple,
             n_positions=config.block_size,
@@ -81,10 +81,6 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: 
             use_cache=True,
         )
     )
-    if config.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # newer name
-        enable({"use_reentrant": False})
-    return model
 
 
 @torch.no_grad()
@@ -115,7 +111,7 @@ def card_values(config: Config, preset: str) -> dict[str, Any]:
         "auto_class": "AutoModelForCausalLM",
         "processor_class": "AutoTokenizer",
         "loss_unit": "nats per token",
-        "on_hub": config.dataset != STDLIB and not Path(config.dataset).exists(),
+        "on_hub": config.on_hub,
         "limits": "A base language model: it continues text, follows no instructions, and repeats what its data holds. "
         f"Its context is {config.block_size} tokens.",
     }
@@ -137,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         validation=data.validation,
         data=data.facts,
         units_per_sample=config.block_size,
-        flops_per_unit=flops_per_token(model, config.block_size),
+        flops_per_unit=decoder_flops_per_token(model, config.block_size),
     )
     record = train(task, config, accelerator)
     if not accelerator.is_main_process:

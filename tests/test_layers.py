@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports from its own layer and from those above it.
 LAYERS = [
-    {"spec", "reference"},
+    {"spec", "reference", "cache"},
     {"_kernels"},
     {"functional"},
     {"modules"},

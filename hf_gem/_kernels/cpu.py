@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..cache import cache_folder
 from . import build
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,14 +32,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WORTH_BUILDING = 2**26
 _PARALLEL = 2**15  # elements from which on several threads pay, as for the operations of torch
 _NUM_TENSORS = {"forward": 2, "backward": 3, "backward_at": 3, "glu": 3, "glu_backward": 5}
-
-
-def cache_folder() -> Path:
-    """Where the libraries are: `$HF_GEM_CACHE`, or the user's cache folder."""
-    if own := os.environ.get("HF_GEM_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hf_gem"
 
 
 class Library:

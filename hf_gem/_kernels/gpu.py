@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .. import reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BYTES_A_PROGRAM = 4096  # of each tensor: two loads of 16 bytes for each of 128 threads
 _NUM_WARPS = 4
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -25,6 +24,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..cache import cache_folder
 from .config import at_least, option, require
 from .errors import DataError
 from .files import flush, save_pretrained
@@ -84,6 +84,11 @@ class TextConfig:
     vocab_size: int = option(4096, "Vocabulary of the trained tokenizer.")
     block_size: int = option(128, "Tokens in a sample.")
     cache_dir: str | None = option(None, "Cache of tokenised data; by default $HF_GEM_CACHE or ~/.cache/hf_gem.")
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the dataset is one of the Hub."""
+        return self.dataset != STDLIB and not Path(self.dataset).exists()
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, when a value makes no sense."""
@@ -152,7 +157,7 @@ def prepare_text(config: TextConfig) -> TextData:
         DataError: the dataset or tokenizer cannot be read, is empty, or is too small for one block; or the cache
             cannot be written.
     """
-    root = Path(config.cache_dir or os.environ.get("HF_GEM_CACHE") or Path.home() / ".cache" / "hf_gem") / "text"
+    root = Path(config.cache_dir or cache_folder()) / "text"
     try:
         folder = root / _cache_key(config)
         root.mkdir(parents=True, exist_ok=True)

@@ -60,7 +60,7 @@ class Task:
     Attributes:
         name: The recipe, as it appears in the record.
         preset: The preset, likewise.
-        model: What is saved at the end.
+        model: What is saved at the end; of transformers, if it is to recompute activations in the backward pass.
         objective: Wraps `model`; its forward takes a batch and returns the summed loss over all targets.
         train: Training samples.
         validation: Validation samples, all of which are evaluated.
@@ -208,6 +208,12 @@ class _Run:
             "num_parameters": sum(p.numel() for p in task.model.parameters()),
             "sessions": [],
         }
+        if config.gradient_checkpointing:
+            model: Any = task.model
+            enable = getattr(
+                model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+            )  # newer name
+            enable({"use_reentrant": False})
         if config.compile:
             task.objective.compile()
         self.objective, self.optimizer = accelerator.prepare(task.objective, adamw(task.objective, config))

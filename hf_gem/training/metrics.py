@@ -32,7 +32,7 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in _PEAK_BF16.items() if re.search(rf"\b{key}\b(?! Laptop| NVL)", name)), None)
 
 
-def flops_per_token(model: PreTrainedModel, block_size: int) -> float:
+def decoder_flops_per_token(model: PreTrainedModel, block_size: int) -> float:
     """Training FLOPs for one token of a transformers decoder, by `FLOP_COUNT`."""
     config = model.config
     positions = getattr(model.base_model, "wpe", None)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_gem.training.metrics import flops_per_token, peak_flops
+from hf_gem.training.metrics import decoder_flops_per_token, peak_flops
 
 
 def test_flops_of_gpt2_small():
@@ -13,7 +13,7 @@ def test_flops_of_gpt2_small():
     matrices = 12 * (4 + 8) * 768**2 + 50304 * 768
     vectors = 12 * (9 + 4) * 768 + 2 * 768  # biases and norms
     expected = 6 * (matrices + vectors) + 12 * 12 * 768 * 1024
-    assert flops_per_token(model, 1024) == expected
+    assert decoder_flops_per_token(model, 1024) == expected
 
 
 @pytest.mark.parametrize(
