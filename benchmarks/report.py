@@ -195,7 +195,7 @@ def headline(records: dict[str, Any]) -> str:
         parts += [f"{package} {versions[package]}" for package in ("python", "torch", "triton") if package in versions]
         commit = (environment["commit"] or "unknown")[:10] + (" with changes" if environment["dirty"] else "")
         lines.append("; ".join([*parts, f"commit {commit}"]))
-    commands = [f"    {record['environment']['command']}\n" for record in records.values()]
+    commands = dict.fromkeys(f"    {record['environment']['command']}\n" for record in records.values())
     return "\n\n".join(dict.fromkeys(lines)) + "\n\n" + "".join(commands) + "\n"
 
 
