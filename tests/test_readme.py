@@ -54,7 +54,7 @@ def on_two_processes(command, tmp_path):
 
 def test_the_readme_has_the_commands_tested_here():
     kinds = [command.split()[0] for command in COMMANDS]
-    assert kinds == ["pip", "make", "make", *["accelerate"] * 5]
+    assert kinds == ["pip", *["make"] * 3, *["accelerate"] * 5]
 
 
 def test_pip_install():
@@ -76,6 +76,14 @@ def test_make_test_and_ci():
     out = run(["make", "test", "READY=", f"RUN={Path(sys.executable).parent}", "JOBS=0", tests])
     assert "All checks passed" in out
     assert re.search(r"\d+ passed", out)
+
+
+def test_make_bench():
+    """It starts benchmarks that exist; what they do is in test_benchmarks.py."""
+    out = run(["make", "--dry-run", "bench", "READY="])
+    names = re.findall(r"-m benchmarks\.(\w+)", out)
+    assert {"activation", "memory", "sweep", "train_step", "report"} == set(names)
+    assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in names)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("accelerate") and "multi_gpu" not in c])
@@ -117,6 +125,7 @@ def test_python_code():
     assert hf_gem.audit(names["vit"]).num_gem == 0
     assert names["y"].shape == (8, 64)
     assert isinstance(names["layer"], torch.nn.Module)
+    assert not hf_gem.unpatch_glu(names["llama"])
 
 
 def test_flags_files_and_example():
