@@ -57,9 +57,11 @@ class Config(TextConfig, TrainConfig):
     }
 
     adam_beta2: float = option(0.98, "AdamW beta 2.")
-    lr_schedule: Literal["cosine", "linear"] = option("linear", "Decay of the learning rate after the warm-up.")
+    lr_schedule: Literal["cosine", "linear", "step"] = option(
+        "linear", "Decay of the learning rate after the warm-up; step: a tenth from half of all steps on, then 3/4."
+    )
     min_lr_ratio: float = option(0.0, "Final learning rate, as a fraction of the peak.")
-    weight_decay: float = option(0.01, "AdamW weight decay of matrices; nothing else is decayed.")
+    weight_decay: float = option(0.01, "Weight decay of matrices; nothing else is decayed.")
 
     n_layer: int = option(4, "Transformer blocks.")
     n_embd: int = option(512, "Width.")
@@ -108,16 +110,17 @@ def fill_in(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     return str(tokenizer.decode(torch.where(ids == mask, best, ids)[0, 1:-1]))
 
 
-def card_values(config: Config, preset: str) -> dict[str, Any]:
+def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
     """What the model card says besides the record."""
     return {
-        "title": f"BERT {preset}, {config.hidden_act}",
+        "title": f"BERT {record['preset']}, {config.hidden_act}",
         "architecture": "BERT",
         "pipeline_tag": "fill-mask",
         "auto_class": "AutoModelForMaskedLM",
         "processor_class": "AutoTokenizer",
         "loss_unit": "nats per masked token",
         "on_hub": config.on_hub,
+        "imported": "hf_gem",
         "limits": "An encoder that fills in masked tokens, trained without the prediction of the next sentence; for "
         f"other tasks it has to be fine-tuned. It has seen sequences of {config.block_size} tokens.",
     }
@@ -138,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         name="bert_pretrain",
         preset=preset,
         model=model,
-        objective=MaskedLMLoss(model.bert, model.cls),
+        objective=MaskedLMLoss(model, head="cls"),
         train=masked(data.train),
         validation=masked(data.validation),
         data=data.facts,
@@ -149,8 +152,8 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     folder = Path(config.output_dir)
-    save_results(folder, model, data.tokenizer, record, TEMPLATE, **card_values(config, preset))
-    print(f"\nFilled in: {fill_in(model, data.tokenizer, config.prompt)}\n")
+    save_results(folder, task.model, data.tokenizer, record, TEMPLATE, **card_values(config, record))
+    print(f"\nFilled in: {fill_in(task.model, data.tokenizer, config.prompt)}\n")
     print_summary(record, folder)
 
 

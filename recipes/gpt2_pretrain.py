@@ -102,16 +102,17 @@ def sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, length: 
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
-def card_values(config: Config, preset: str) -> dict[str, Any]:
+def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
     """What the model card says besides the record."""
     return {
-        "title": f"GPT-2 {preset}, {config.hidden_act}",
+        "title": f"GPT-2 {record['preset']}, {config.hidden_act}",
         "architecture": "GPT-2",
         "pipeline_tag": "text-generation",
         "auto_class": "AutoModelForCausalLM",
         "processor_class": "AutoTokenizer",
         "loss_unit": "nats per token",
         "on_hub": config.on_hub,
+        "imported": "hf_gem",
         "limits": "A base language model: it continues text, follows no instructions, and repeats what its data holds. "
         f"Its context is {config.block_size} tokens.",
     }
@@ -140,8 +141,8 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     folder = Path(config.output_dir)
-    save_results(folder, model, data.tokenizer, record, TEMPLATE, **card_values(config, preset))
-    print(f"\nSample:\n{sample(model, data.tokenizer, config.prompt, min(100, config.block_size // 2))}\n")
+    save_results(folder, task.model, data.tokenizer, record, TEMPLATE, **card_values(config, record))
+    print(f"\nSample:\n{sample(task.model, data.tokenizer, config.prompt, min(100, config.block_size // 2))}\n")
     print_summary(record, folder)
 
 

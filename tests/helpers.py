@@ -20,10 +20,11 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 GPT2 = ROOT / "recipes" / "gpt2_pretrain.py"
 BERT = ROOT / "recipes" / "bert_pretrain.py"
+VISION = ROOT / "recipes" / "vision_train.py"
 TINY = (
     *("--n_layer=2", "--n_embd=16", "--n_head=2", "--block_size=16", "--vocab_size=300", "--validation_fraction=0.2"),
     *("--steps=6", "--global_batch_size=4", "--micro_batch_size=4", "--warmup_steps=2", "--learning_rate=0.01"),
-    *("--log_every=1", "--eval_every=3", "--save_every=2"),
+    *("--log_every=1", "--eval_every=3", "--save_every=2", "--report_to=none"),
 )
 
 needs_compiler = pytest.mark.skipif(

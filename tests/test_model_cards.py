@@ -5,10 +5,10 @@ import json
 import pytest
 
 from hf_gem.training.report import write_card
-from recipes import bert_pretrain, gpt2_pretrain
+from recipes import bert_pretrain, gpt2_pretrain, vision_train
 from tests.helpers import ROOT
 
-RECIPES = {"bert_pretrain": bert_pretrain, "gpt2_pretrain": gpt2_pretrain}
+RECIPES = {"bert_pretrain": bert_pretrain, "gpt2_pretrain": gpt2_pretrain, "vision_train": vision_train}
 CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/README.md"))
 
 
@@ -23,7 +23,7 @@ def test_a_card_is_made_from_its_record(card, tmp_path):
     assert record["status"] == "finished"
     assert not any(session["dirty"] for session in record["sessions"])
     recipe = RECIPES[record["recipe"]]
-    values = recipe.card_values(recipe.Config(**record["config"]), record["preset"])
+    values = recipe.card_values(recipe.Config(**record["config"]), record)
     write_card(record, recipe.TEMPLATE, tmp_path / "README.md", location=record["config"]["output_dir"], **values)
     assert (tmp_path / "README.md").read_text() == (card / "README.md").read_text()
     assert (card / "loss_curve.png").exists()

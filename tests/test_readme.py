@@ -12,8 +12,9 @@ import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 import hf_gem
+from recipes import vision_train
 from recipes.gpt2_pretrain import PRESETS, Config, parse_config
-from tests.helpers import ON_CPU, ROOT, TINY, save_bytes_tokenizer, write_corpus
+from tests.helpers import ON_CPU, ROOT, TINY, run_here, save_bytes_tokenizer, write_corpus
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -54,7 +55,7 @@ def on_two_processes(command, tmp_path):
 
 def test_the_readme_has_the_commands_tested_here():
     kinds = [command.split()[0] for command in COMMANDS]
-    assert kinds == ["pip", *["make"] * 3, *["accelerate"] * 5]
+    assert kinds == ["pip", *["make"] * 3, *["accelerate"] * 7]
 
 
 def test_pip_install():
@@ -89,7 +90,15 @@ def test_make_bench():
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("accelerate") and "multi_gpu" not in c])
 def test_launch_commands(command, tmp_path):
     arguments = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(command)[2:]]
-    out = run([*arguments, *tiny_flags(tmp_path)])
+    if "vision" in command:
+        flags = [f"--cache_dir={tmp_path / 'cache'}", "--steps=4", "--warmup_steps=1", "--report_to=none"]
+        if "finetune" in command:
+            run_here(vision_train, tmp_path / "trained", *flags, "--hidden_act=gelu")
+            flags.append(f"--model={tmp_path / 'trained'}")
+        flags.append(f"--output_dir={tmp_path / 'run'}")
+    else:
+        flags = tiny_flags(tmp_path)
+    out = run([*arguments, *flags])
     assert "Validation loss" in out
 
 

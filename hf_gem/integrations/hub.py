@@ -16,6 +16,7 @@ from .fields import activation_fields, plain_name
 _ROOT = Path(__file__).parent.parent
 _FALLBACK = ("spec.py", "reference.py", "conversion.py", "integrations/fields.py", "integrations/fallback.py")
 _CODE = "modeling_gem"
+_OWN = "image_models"  # the file of hf_gem with models that transformers does not have
 _START, _END = "<!-- loading: written by hf_gem -->", "<!-- /loading -->"
 
 
@@ -28,7 +29,7 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
     loading needs; an existing README.md keeps the rest of its text.
 
     Args:
-        model: A transformers model, converted or not; of a class that transformers has itself.
+        model: A transformers model, converted or not; of a class that transformers has itself, or hf_gem.
         folder: Where to, made if need be. Push it with `huggingface_hub.upload_folder`.
         kwargs: For `save_pretrained`.
 
@@ -37,8 +38,8 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: its class is not one of transformers or not built by an Auto class, it has no activation of the
-            family, or `push_to_hub` is asked for.
+        ValueError: its class is neither of transformers nor of hf_gem or not built by an Auto class, it has no
+            activation of the family, or `push_to_hub` is asked for.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper saves what it wraps too
     if kwargs.get("push_to_hub"):
@@ -57,7 +58,10 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
         vars(config).pop("auto_map")
         if before is not None:
             config.auto_map = before
-    written = {folder / f"{_CODE}.py": _modeling(sorted(set(auto_map.values())), names)}
+    own = _own_code(model)
+    written = {folder / f"{_CODE}.py": _modeling(auto_map, names, own is not None)}
+    if own is not None:
+        written[folder / f"gem_{_OWN}.py"] = own.read_text(encoding="utf-8")
     for file in _FALLBACK:
         source = (_ROOT / file).read_text(encoding="utf-8")
         name = f"gem_{Path(file).name}"
@@ -65,23 +69,33 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
     card = folder / "README.md"
     auto = next(auto for auto, cls in auto_map.items() if cls == type(model).__name__)
     saved = activation_fields(type(config).from_pretrained(folder))
-    notes = loading_notes(auto, "this folder or repository", stops=any(is_claimed(plain_name(f.value)) for f in saved))
-    written[card] = _with_notes(card.read_text(encoding="utf-8") if card.exists() else _new_card(model), auto, notes)
+    notes = loading_notes(
+        auto,
+        "this folder or repository",
+        stops=any(is_claimed(plain_name(f.value)) for f in saved),
+        own=own is not None,
+    )
+    text = card.read_text(encoding="utf-8") if card.exists() else _new_card(model)
+    imported = "hf_gem" if own is None else f"hf_gem.training.{_OWN}"
+    written[card] = _with_notes(text, auto, notes, imported)
     for path, text in written.items():
         path.write_text(text, encoding="utf-8")
     return list(written)
 
 
-def loading_notes(auto: str, location: str, stops: bool = True) -> str:
+def loading_notes(auto: str, location: str, stops: bool = True, own: bool = False) -> str:
     """What a card says about the ways to load a checkpoint of `save_for_hub`, in Markdown.
 
     Args:
         auto: The Auto class.
         location: A folder or repository.
         stops: Whether a field of its config names the activation, which transformers alone does not know.
+        own: Whether the model is one of hf_gem.
     """
     otherwise = (
-        "Without either, loading stops with a `KeyError` that names the activation."
+        "Without either, loading stops with an error, since transformers does not know the model."
+        if own
+        else "Without either, loading stops with a `KeyError` that names the activation."
         if stops
         else "Without either, transformers loads the weights into a model with its original activations, **another "
         "function**: the config has no field that could name one."
@@ -102,7 +116,8 @@ def _check(model: Any) -> tuple[list[str], dict[str, str]]:
             + ("; save a timm model with timm.models.save_for_hf" if isinstance(model, nn.Module) else "")
         )
     home = type(model).__module__
-    if not home.startswith("transformers.") and home.rpartition(".")[2] != _CODE:
+    own = _own_code(model) is not None
+    if not home.startswith("transformers.") and home.rpartition(".")[2] != _CODE and not own:
         raise ValueError(
             f"{home}.{type(model).__name__} is not a class of transformers, so its own code has to come along: use "
             "register_for_auto_class and save_pretrained, and import hf_gem in that code"
@@ -112,6 +127,9 @@ def _check(model: Any) -> tuple[list[str], dict[str, str]]:
     names = sorted(modules | {parse(name).name for name in fields if is_claimed(name)})
     if not names:
         raise ValueError(f"{type(model).__name__} has no activation of the family; save it with save_pretrained")
+    if own:
+        name = type(model).__name__
+        return names, {"AutoConfig": type(model.config).__name__, "AutoModelForImageClassification": name}
     auto_map = _auto_map(model)
     if type(model).__name__ not in auto_map.values():
         raise ValueError(
@@ -120,6 +138,14 @@ def _check(model: Any) -> tuple[list[str], dict[str, str]]:
             f"{', '.join(sorted(set(auto_map.values()))) or 'another class'}"
         )
     return names, auto_map
+
+
+def _own_code(model: Any) -> Path | None:
+    """The file that defines a model of hf_gem, or of a checkpoint that has a copy of that file."""
+    for cls in type(model).__mro__:
+        if cls.__module__.rpartition(".")[2] in (_OWN, f"gem_{_OWN}"):
+            return Path(str(sys.modules[cls.__module__].__file__))
+    return None
 
 
 def _auto_map(model: Any) -> dict[str, str]:
@@ -136,12 +162,15 @@ def _auto_map(model: Any) -> dict[str, str]:
     return found
 
 
-def _modeling(classes: list[str], names: list[str]) -> str:
-    subclasses = "\n\n".join(f"class {name}(base(transformers.{name})):\n    pass\n" for name in classes)
+def _modeling(auto_map: dict[str, str], names: list[str], own: bool) -> str:
+    classes = sorted({name for auto, name in auto_map.items() if auto != "AutoConfig"})
+    origin = "" if own else "transformers."
+    subclasses = "\n\n".join(f"class {name}(base({origin}{name})):\n    pass\n" for name in classes)
+    library = f"from .gem_{_OWN} import {', '.join(sorted(auto_map.values()))}" if own else "import transformers"
     registered = ", ".join(f'"{name}"' for name in names)
     return f'''"""Loads this checkpoint with trust_remote_code=True, by hf_gem where it is installed."""
 
-import transformers
+{library}
 
 try:
     import hf_gem  # noqa: F401  # takes part in building the model
@@ -157,7 +186,7 @@ except ImportError:
 {subclasses}'''
 
 
-def _with_notes(card: str, auto: str, notes: str) -> str:
+def _with_notes(card: str, auto: str, notes: str, imported: str) -> str:
     if _START in card and _END in card:
         head, _, rest = card.partition(_START)
         return head + notes + rest.partition(_END)[2]
@@ -166,7 +195,7 @@ def _with_notes(card: str, auto: str, notes: str) -> str:
 ## Use
 
 ```python
-import hf_gem  # registers the activation
+import {imported}  # registers the activation
 from transformers import {auto}
 
 model = {auto}.from_pretrained("this folder or repository")

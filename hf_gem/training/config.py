@@ -42,6 +42,7 @@ class TrainConfig:
             "resume",
             "report_to",
             "project",
+            "on_nonfinite",
         )
     )
 
@@ -55,15 +56,20 @@ class TrainConfig:
     micro_batch_size: int = option(
         16, "Samples in one forward pass of one process, at most; the batch is split evenly."
     )
+    optimizer: Literal["adamw", "sgd"] = option("adamw", "Optimizer.")
     learning_rate: float = option(6e-4, "Peak learning rate.")
-    lr_schedule: Literal["cosine", "linear"] = option("cosine", "Decay of the learning rate after the warm-up.")
+    lr_schedule: Literal["cosine", "linear", "step"] = option(
+        "cosine", "Decay of the learning rate after the warm-up; step: a tenth from half of all steps on, then 3/4."
+    )
     min_lr_ratio: float = option(0.1, "Final learning rate, as a fraction of the peak.")
     warmup_steps: int = option(100, "Steps of linear warm-up.")
-    weight_decay: float = option(0.1, "AdamW weight decay of matrices; nothing else is decayed.")
+    weight_decay: float = option(0.1, "Weight decay of matrices and filters; nothing else is decayed.")
+    momentum: float = option(0.9, "Momentum of SGD.")
     adam_beta1: float = option(0.9, "AdamW beta 1.")
     adam_beta2: float = option(0.95, "AdamW beta 2.")
     adam_eps: float = option(1e-8, "AdamW epsilon.")
     grad_clip: float = option(1.0, "Largest norm of the gradient; 0 switches clipping off.")
+    ema_decay: float = option(0.0, "Decay of an average of the weights, which is evaluated and saved; 0: none.")
 
     mixed_precision: Literal["no", "bf16", "fp16"] | None = option(
         None, "Precision of the forward pass; by default what `accelerate launch` was told."
@@ -77,7 +83,14 @@ class TrainConfig:
     save_every: int = option(200, "Steps between checkpoints; 0: at the end only.")
     keep_checkpoints: int = option(2, "Complete checkpoints to keep; older ones are deleted.")
     resume: str = option("auto", "auto: go on from the newest complete checkpoint; never: refuse to; or its path.")
-    report_to: Literal["none", "trackio", "tensorboard", "wandb"] = option("none", "Experiment tracker.")
+    on_nonfinite: Literal["stop", "skip", "rollback"] = option(
+        "stop",
+        "When loss or gradient is not finite: stop; skip the step, which makes each wait for the device; or rollback "
+        "to the newest checkpoint, and pass over the batches since.",
+    )
+    report_to: Literal["auto", "none", "trackio", "tensorboard", "wandb"] = option(
+        "auto", "Experiment tracker; auto is trackio where it is installed."
+    )
     project: str = option("hf-gem", "Project name at the tracker.")
 
     def validate(self) -> None:
@@ -91,7 +104,7 @@ class TrainConfig:
             self.hidden_act = parse(self.hidden_act).name  # or ValueError, with the nearest valid name
         at_least(self, 1, "steps", "global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints")
         at_least(self, 0, "seed", "data_seed", "warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("momentum", "adam_beta1", "adam_beta2", "ema_decay"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         for name in ("learning_rate", "adam_eps"):
             require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0 and finite")

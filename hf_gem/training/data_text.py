@@ -7,9 +7,6 @@ token ids. The files live in a cache folder named by what they were made from; a
 from __future__ import annotations
 
 import hashlib
-import json
-import re
-import shutil
 import sys
 import sysconfig
 import tokenize
@@ -20,47 +17,32 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..cache import cache_folder
 from .config import at_least, option, require
+from .data_source import SourceConfig, cached, file_state, fingerprint, load_splits, source_state
 from .errors import DataError
-from .files import flush, save_pretrained
+from .files import save_pretrained
 from .loss import IGNORE
 
 STDLIB = "stdlib"
 END_OF_TEXT = "<|endoftext|>"
-_CACHE_FORMAT = 3  # raise it when the files' content changes
+_CACHE_FORMAT = 4  # raise it when the files' content changes
 _PIECE = 1 << 20  # characters handed to the tokenizer at once: its memory grows with the length of a text
 _FEW = 100  # documents
 _TOKENIZER_CHARACTERS = 1 << 27  # that a tokenizer is trained on, at most
-_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 
 
 @dataclass
-class TextConfig:
+class TextConfig(SourceConfig):
     """Where text comes from and how it becomes blocks of tokens."""
 
-    # What they amount to, the hash of the tokens, is compared instead when a run is resumed.
     runtime: ClassVar[frozenset[str]] = frozenset(
-        (
-            "dataset",
-            "dataset_config",
-            "dataset_revision",
-            "text_column",
-            "train_split",
-            "validation_split",
-            "validation_fraction",
-            "streaming",
-            "max_train_tokens",
-            "tokenizer",
-            "vocab_size",
-            "cache_dir",
-        )
+        ("text_column", "streaming", "max_train_tokens", "tokenizer", "vocab_size")
     )
-
+    builtin: ClassVar[str] = STDLIB
+    builders: ClassVar[dict[str, str]] = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
     # Of a tokenizer that is trained here, by their roles.
     special_tokens: ClassVar[dict[str, str]] = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
 
@@ -68,14 +50,7 @@ class TextConfig:
         STDLIB,
         "Hub dataset id, local folder or file (parquet, jsonl, txt), or stdlib: the source of Python's own library.",
     )
-    dataset_config: str | None = option(None, "Configuration name of a Hub dataset.")
-    dataset_revision: str | None = option(None, "Revision of a Hub dataset.")
     text_column: str = option("text", "Column that holds the text.")
-    train_split: str = option("train", "Split to train on.")
-    validation_split: str = option(
-        "validation", "Split to evaluate on; where there is none, part of train is held out."
-    )
-    validation_fraction: float = option(0.05, "Share of documents held out when the dataset has no validation split.")
     streaming: bool = option(
         False, "Read the dataset as a stream, and of it no more than --max_train_tokens and its share for validation."
     )
@@ -83,18 +58,12 @@ class TextConfig:
     tokenizer: str | None = option(None, "Tokenizer name or folder; by default byte-level BPE trained on the corpus.")
     vocab_size: int = option(4096, "Vocabulary of the trained tokenizer.")
     block_size: int = option(128, "Tokens in a sample.")
-    cache_dir: str | None = option(None, "Cache of tokenised data; by default $HF_GEM_CACHE or ~/.cache/hf_gem.")
-
-    @property
-    def on_hub(self) -> bool:
-        """Whether the dataset is one of the Hub."""
-        return self.dataset != STDLIB and not Path(self.dataset).exists()
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, when a value makes no sense."""
+        super().validate()
         at_least(self, 2, "block_size")
         require(self.vocab_size > 256, "vocab_size", self.vocab_size, "above 256, the number of bytes")
-        require(0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "between 0 and 1")
         if self.max_train_tokens is None:
             require(not self.streaming, "max_train_tokens", None, "given with --streaming")
         else:
@@ -157,17 +126,7 @@ def prepare_text(config: TextConfig) -> TextData:
         DataError: the dataset or tokenizer cannot be read, is empty, or is too small for one block; or the cache
             cannot be written.
     """
-    root = Path(config.cache_dir or cache_folder()) / "text"
-    try:
-        folder = root / _cache_key(config)
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            meta = _read_meta(folder)
-            if meta is None:
-                _build(config, folder)
-                meta = json.loads((folder / "meta.json").read_text())
-    except OSError as error:
-        raise DataError(f"the tokens of {config.dataset!r} cannot be cached in {root}: {error}") from error
+    folder, meta = cached(config, "text", _key(config), lambda folder: _build(config, folder))
     tokenizer = _load_tokenizer(str(folder))
 
     def blocks(split: str, partial: bool) -> TokenBlocks:
@@ -187,81 +146,43 @@ def prepare_text(config: TextConfig) -> TextData:
     return TextData(blocks("train", False), blocks("validation", True), tokenizer, meta["vocab_size"], facts)
 
 
-def _cache_key(config: TextConfig) -> str:
-    """A hash over all that decides the tokens. Files count by size and time of change, Hub datasets by revision."""
+def _key(config: TextConfig) -> list[Any]:
+    """All that decides the tokens. Files count by size and time of change, Hub datasets by revision."""
+    source: Any = source_state(config)
     if config.dataset == STDLIB:
-        source: Any = [sys.version, *(_state(path) for _, path in _stdlib_files())]
-    else:
-        source = _fingerprint(config.dataset) or [config.dataset, config.dataset_config, config.dataset_revision]
+        source = [sys.version, config.validation_fraction, *(file_state(path) for _, path in _stdlib_files())]
     tokenizer: Any = [config.vocab_size, config.special_tokens]
     if config.tokenizer:
-        tokenizer = _fingerprint(config.tokenizer) or config.tokenizer
-    how = [config.text_column, config.train_split, config.validation_split, config.validation_fraction]
-    how += [config.streaming, config.max_train_tokens]
-    return hashlib.sha256(json.dumps([_CACHE_FORMAT, source, tokenizer, how]).encode()).hexdigest()[:24]
+        tokenizer = fingerprint(config.tokenizer) or config.tokenizer
+    return [_CACHE_FORMAT, source, tokenizer, config.text_column, config.streaming, config.max_train_tokens]
 
 
-def _fingerprint(name: str) -> list[Any] | None:
-    """The state of a local file, or of all files in a local folder; None where there is neither."""
-    path = Path(name)
-    if not path.exists():
-        return None
-    return [_state(p) for p in ([path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()))]
-
-
-def _state(path: Path) -> list[Any]:
-    status = path.stat()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
-
-
-def _read_meta(folder: Path) -> dict[str, Any] | None:
-    """What a cache folder says of itself, or None where it is missing or not what was written."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        width = np.dtype(meta["dtype"]).itemsize
-        sizes = {split: (folder / f"{split}.bin").stat().st_size for split in meta["num_tokens"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return meta if sizes == {split: count * width for split, count in meta["num_tokens"].items()} else None
-
-
-def _build(config: TextConfig, folder: Path) -> None:
-    work = folder.with_name(f".{folder.name}.building")
-    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
-    work.mkdir()
-    try:
-        corpus = _Corpus(config)
-        if config.tokenizer:
-            tokenizer = _load_tokenizer(config.tokenizer)
-        else:
-            tokenizer = _train_tokenizer(corpus.documents("train"), config)
-        vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have holes
-        dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-        digest = hashlib.sha256()
-        limits: dict[str, int | None] = {"train": config.max_train_tokens, "validation": None}
-        if config.streaming and config.max_train_tokens:
-            limits["validation"] = max(config.block_size, int(config.max_train_tokens * config.validation_fraction))
-        counts = {
-            split: _write_tokens(corpus.documents(split), tokenizer, work / f"{split}.bin", dtype, digest, limit)
-            for split, limit in limits.items()
-        }
-        if counts["train"] == 0:
-            raise DataError(f"the dataset {config.dataset!r} holds no text in column {config.text_column!r}")
-        save_pretrained(tokenizer, work)
-        meta = {
-            "hash": digest.hexdigest(),
-            "num_tokens": counts,
-            "held_out": corpus.held_out,
-            "vocab_size": vocab_size,
-            "dtype": np.dtype(dtype).name,
-        }
-        (work / "meta.json").write_text(json.dumps(meta, indent=2))
-        for path in work.iterdir():
-            flush(path)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def _build(config: TextConfig, folder: Path) -> dict[str, Any]:
+    corpus = _Corpus(config)
+    if config.tokenizer:
+        tokenizer = _load_tokenizer(config.tokenizer)
+    else:
+        tokenizer = _train_tokenizer(corpus.documents("train"), config)
+    vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have holes
+    dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    digest = hashlib.sha256()
+    limits: dict[str, int | None] = {"train": config.max_train_tokens, "validation": None}
+    if config.streaming and config.max_train_tokens:
+        limits["validation"] = max(config.block_size, int(config.max_train_tokens * config.validation_fraction))
+    counts = {
+        split: _write_tokens(corpus.documents(split), tokenizer, folder / f"{split}.bin", dtype, digest, limit)
+        for split, limit in limits.items()
+    }
+    if counts["train"] == 0:
+        raise DataError(f"the dataset {config.dataset!r} holds no text in column {config.text_column!r}")
+    save_pretrained(tokenizer, folder)
+    return {
+        "hash": digest.hexdigest(),
+        "num_tokens": counts,
+        "held_out": corpus.held_out,
+        "vocab_size": vocab_size,
+        "dtype": np.dtype(dtype).name,
+    }
 
 
 def _write_tokens(
@@ -329,7 +250,7 @@ class _Corpus:
 
     def __init__(self, config: TextConfig) -> None:
         self.config = config
-        self.splits: dict[str, Any] = {} if config.dataset == STDLIB else self._load()
+        self.splits = {} if config.dataset == STDLIB else load_splits(config, config.streaming)
         if config.validation_split in self.splits:
             self.held_out = "split"
         elif config.dataset == STDLIB or config.streaming or len(self.splits[config.train_split]) >= _FEW:
@@ -383,68 +304,6 @@ class _Corpus:
     def _is_drawn(self, name: str) -> bool:
         draw = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
         return draw < self.config.validation_fraction * 2**64
-
-    def _load(self) -> dict[str, Any]:
-        from datasets import load_dataset
-
-        config = self.config
-        path = Path(config.dataset)
-        try:
-            if path.exists():
-                loaded = load_dataset(**_local_arguments(path), streaming=config.streaming)
-            else:
-                loaded = load_dataset(
-                    config.dataset,
-                    config.dataset_config,
-                    revision=config.dataset_revision,
-                    streaming=config.streaming,
-                )
-        except DataError:
-            raise
-        except Exception as error:  # datasets raises whatever its readers do
-            raise DataError(
-                f"the dataset {config.dataset!r} cannot be read: {type(error).__name__}: {error}. --dataset takes a "
-                f"Hub dataset id, a local folder or file ({', '.join(_BUILDERS)}), or {STDLIB!r}"
-            ) from error
-        if config.train_split not in loaded:
-            raise DataError(
-                f"{config.dataset!r} has no split {config.train_split!r}; --train_split can be {' or '.join(loaded)}"
-            )
-        return dict(loaded)
-
-
-def _local_arguments(path: Path) -> dict[str, Any]:
-    """How `load_dataset` opens a local file or folder. A text file is one document, not one a line."""
-    if path.is_file():
-        if path.suffix not in _BUILDERS:
-            raise DataError(f"{path} has suffix {path.suffix!r}; a file can be one of {', '.join(_BUILDERS)}")
-        files = {"train": [path]}
-    else:
-        files = {}
-        for file in sorted(path.rglob("*")):
-            if file.suffix in _BUILDERS and file.stem.lower() not in ("readme", "license"):
-                files.setdefault(_split_of(file.relative_to(path)), []).append(file)
-    kinds = {_BUILDERS[file.suffix] for group in files.values() for file in group}
-    if len(kinds) != 1:
-        raise DataError(
-            f"the folder {path} must hold files of one kind out of {', '.join(_BUILDERS)}; found "
-            f"{', '.join(sorted(kinds)) or 'none'}"
-        )
-    kind = kinds.pop()
-    return {
-        "path": kind,
-        "data_files": {split: [str(file) for file in group] for split, group in files.items()},
-        **({"sample_by": "document"} if kind == "text" else {}),
-    }
-
-
-def _split_of(file: Path) -> str:
-    """The split a file belongs to by the words of its path, as on the Hub; train, where none says otherwise."""
-    words = set(re.split(r"[^a-z]+", file.as_posix().lower()))
-    for split, names in (("validation", {"validation", "valid", "val", "dev"}), ("test", {"test", "testing"})):
-        if words & names:
-            return split
-    return "train"
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import math
 import os
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
@@ -22,9 +23,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, gather_object
 from filelock import FileLock, Timeout
 from torch import nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .checkpoint import CheckpointStore
@@ -32,9 +34,12 @@ from .config import TrainConfig, trajectory
 from .errors import ConfigError, DataError, Interrupted, TrainingError
 from .loss import IGNORE
 from .metrics import FLOP_COUNT, peak_flops
-from .optim import adamw, learning_rate
+from .optim import learning_rate, make_optimizer
 from .order import SampleOrder
 from .record import MetricsLog, environment, hash_tensors, write_record
+
+_MOST_SKIPPED = 10  # steps one after the other
+_MOST_ROLLBACKS = 3  # in a run
 
 
 class Samples(Protocol):
@@ -60,14 +65,17 @@ class Task:
     Attributes:
         name: The recipe, as it appears in the record.
         preset: The preset, likewise.
-        model: What is saved at the end; of transformers, if it is to recompute activations in the backward pass.
-        objective: Wraps `model`; its forward takes a batch and returns the summed loss over all targets.
+        model: The model of transformers that is trained; at the end, all of its weights are here.
+        objective: Of `loss`, with `model` as its attribute.
         train: Training samples.
         validation: Validation samples, all of which are evaluated.
         data: What the record says of the data; its `hash` identifies it.
         units_per_sample: How much of what throughput counts is in a sample: tokens, or 1 image.
         unit: What that is called.
         flops_per_unit: Training FLOPs for one, for the share of peak reported as MFU.
+        metric: Of `evaluation.METRICS`, computed beside the loss.
+        facts: What else the record says, as JSON.
+        lr_ratios: Parts of the model whose learning rate is a multiple of the others'.
     """
 
     name: str
@@ -80,6 +88,9 @@ class Task:
     units_per_sample: int
     unit: str = "tokens"
     flops_per_unit: float | None = None
+    metric: str = "perplexity"
+    facts: dict[str, Any] = field(default_factory=dict)
+    lr_ratios: dict[nn.Module, float] = field(default_factory=dict)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -94,6 +105,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         torch.use_deterministic_algorithms(True)
     # On every save it reports that tied weights are stored once, which is what it is asked to do.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    if config.report_to == "auto":
+        config.report_to = "trackio" if importlib.util.find_spec("trackio") else "none"
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
@@ -103,8 +116,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     kind = accelerator.distributed_type
-    if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
-        raise ConfigError(f"these recipes run on one process or with DDP, and the launcher chose {kind.value}")
+    if kind != DistributedType.NO and not kind.value.startswith("MULTI_") and not accelerator.is_fsdp2:
+        raise ConfigError(
+            f"these recipes run on one process, with DDP or with FSDP2, and the launcher chose {kind.value}"
+            + (" version 1: give it fsdp_version: 2" if kind == DistributedType.FSDP else "")
+        )
+    if accelerator.is_fsdp2 and config.ema_decay:
+        raise ConfigError("--ema_decay keeps a whole copy of the weights, which FSDP2 shards; set it to 0, or use DDP")
     if accelerator.mixed_precision not in ("no", "bf16", "fp16"):
         raise ConfigError(
             f"--mixed_precision can be no, bf16 or fp16; the launcher chose {accelerator.mixed_precision}"
@@ -142,7 +160,8 @@ def train(task: Task, config: TrainConfig, accelerator: Accelerator) -> dict[str
         ConfigError: the global batch does not divide among the processes, or the output folder is not a run's.
         CheckpointError: a checkpoint cannot be read or written.
         DataError: samples cannot be read.
-        TrainingError: the loss or the gradient is not finite, or a file cannot be written.
+        TrainingError: the loss or the gradient is not finite, and `on_nonfinite` has no answer, or a file cannot be
+            written.
         Interrupted: Ctrl-C or SIGTERM arrived; the state was saved.
     """
     folder = Path(config.output_dir)
@@ -156,6 +175,51 @@ def train(task: Task, config: TrainConfig, accelerator: Accelerator) -> dict[str
         ) from error
     finally:
         accelerator.end_training()
+
+
+@torch.no_grad()
+def evaluate(objective: nn.Module, task: Task, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
+    """Loss and metric over the whole validation set, each target counted once.
+
+    Args:
+        objective: On the device of the accelerator, but not wrapped by it, except by FSDP.
+        task: Whose validation samples and metric are used.
+        batch_size: Samples in one forward pass of one process, at most.
+        accelerator: All of whose processes call this.
+
+    Returns:
+        `loss` in nats and the metric; empty but on the main process.
+    """
+    objective.eval()
+    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    if world > 1:
+        for buffer in objective.buffers():  # statistics of batch normalisation, of which those of rank 0 are saved
+            torch.distributed.broadcast(buffer, 0)
+    count = len(task.validation)
+    rows: dict[str, list[Any]] = {"losses": [], "targets": [], "predictions": [], "references": []}
+    rounds = range(0, count, world * batch_size)  # as many on each process, for FSDP gathers weights in each
+    hidden = not (accelerator.is_main_process and sys.stderr.isatty())
+    for first in tqdm(rounds, desc="Evaluating", leave=False, disable=hidden):
+        indices = np.arange(first + rank * batch_size, min(first + (rank + 1) * batch_size, count))
+        batch = task.validation.batch(indices if len(indices) else np.zeros(1, np.int64))
+        output = objective(**_to(batch, device))
+        if len(indices):
+            rows["losses"].append(output.loss)
+            rows["targets"].append((batch["labels"] != IGNORE).sum())
+            if output.predictions is not None:
+                rows["predictions"].extend(output.predictions.unbind())
+                rows["references"].extend(batch["labels"].unbind())
+    mine = {key: torch.stack(values).tolist() if values else [] for key, values in rows.items()}
+    # Gathered here rather than through files, as evaluate would: machines need not share a folder for it.
+    gathered = gather_object([mine]) if world > 1 else [mine]
+    if not accelerator.is_main_process:
+        return {}
+    from .evaluation import METRICS  # evaluate takes seconds to import
+
+    losses, targets, predictions, references = ([value for part in gathered for value in part[key]] for key in rows)
+    metric = METRICS[task.metric](keep_in_memory=True)
+    metric.add_batch(predictions=predictions or losses, references=references or targets)
+    return {"loss": math.fsum(losses) / sum(targets), **metric.compute()}
 
 
 @contextlib.contextmanager
@@ -204,8 +268,10 @@ class _Run:
             "config": asdict(config),
             "mixed_precision": accelerator.mixed_precision,
             "data": task.data,
+            **task.facts,
             "init_hash": hash_tensors(task.model) if self.is_main else None,
             "num_parameters": sum(p.numel() for p in task.model.parameters()),
+            "nonfinite": {"skipped_steps": 0, "rollbacks": 0, "skipped_batches": 0},
             "sessions": [],
         }
         if config.gradient_checkpointing:
@@ -216,66 +282,98 @@ class _Run:
             enable({"use_reentrant": False})
         if config.compile:
             task.objective.compile()
-        self.objective, self.optimizer = accelerator.prepare(task.objective, adamw(task.objective, config))
+        self.objective, self.optimizer = accelerator.prepare(
+            task.objective, make_optimizer(task.objective, config, task.lr_ratios)
+        )
+        self.evaluated = task.objective  # what DDP and compile wrap: neither is of use in evaluation
+        self.ema: Any = None
+        if config.ema_decay:
+            from timm.utils import ModelEmaV3
+
+            self.ema = ModelEmaV3(task.objective, decay=config.ema_decay)
+            self.evaluated = self.ema.module
+            accelerator.register_for_checkpointing(self.ema)
         decides = {**trajectory(config), "mixed_precision": accelerator.mixed_precision, "data_hash": task.data["hash"]}
         self.checkpoints = CheckpointStore(self.folder / "checkpoints", config.keep_checkpoints, decides)
 
     def train(self) -> dict[str, Any]:
         config, steps = self.config, self.config.steps
         start, state = self.checkpoints.restore(self.accelerator, config.resume)
-        if self.is_main:
-            state = state or {"log": [], "sessions": [], "run_id": self.record["run_id"]}
-            self.log.start(state["log"])
-            self.record.update(run_id=state["run_id"], sessions=state["sessions"])
-            if start < steps:
-                self.session["first_step"] = start + 1
-                self.record["sessions"].append(self.session)
+        self._take_up(state)
+        if self.is_main and start < steps:
+            self.session["first_step"] = start + 1
+            self.record["sessions"].append(self.session)
         self.began = time.perf_counter()
         self._start_tracker()
         if start == 0:
             self._evaluate(0)
         self._write_record(start, "running" if start < steps else "finished")
-        saved = start
-        self.finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
-        self._loader = ThreadPoolExecutor(1, "loader")
-        if start < steps:
-            self._next = self._loader.submit(self._batches, start)
-        clock = _Clock(self.accelerator.device)
-        with self._progress(start) as bar, _catch_signals() as caught, self._loader:
-            for step in range(start, steps):
-                loss = self._step(step)
-                clock.add(config.global_batch_size * self.task.units_per_sample)
-                done = step + 1
-                if done % config.log_every == 0 or done in (1, steps):
-                    self._log_step(done, loss, clock, bar)
-                bar.update()
-                if done == steps or (config.eval_every and done % config.eval_every == 0):
-                    with clock.paused():
-                        self._evaluate(done)
-                if done == steps or (config.save_every and done % config.save_every == 0):
-                    with clock.paused():
-                        self._save(done, "finished" if done == steps else "running")
-                    saved = done
-                if done < steps and (number := self._stop_requested(caught, done)):
-                    if saved == done:
-                        self._write_record(done, "interrupted")
-                    else:
-                        self._save(done, "interrupted")
-                    raise Interrupted(f"stopped at step {done} of {steps}, saved; the same command goes on", number)
+        with self._progress(start) as bar, _catch_signals() as caught, ThreadPoolExecutor(1, "loader") as self._loader:
+            self._train(start, bar, caught)
+        self._collect_weights()
         return self.record
 
-    def _batches(self, step: int) -> list[dict[str, torch.Tensor]]:
-        """The micro-batches of this process. Number k of rank r is slice k * world + r of the global batch."""
+    def _train(self, start: int, bar: tqdm, caught: list[int]) -> None:
+        config, steps = self.config, self.config.steps
+        clock = _Clock(self.accelerator.device)
+        done = saved = start
+        if start < steps:
+            self._load(start)
+        while done < steps:
+            loss = self._step(done)
+            done += 1
+            clock.add(config.global_batch_size * self.task.units_per_sample)
+            last = done == steps
+            logs = last or done == 1 or done % config.log_every == 0
+            saves = last or bool(config.save_every and done % config.save_every == 0)
+            if config.on_nonfinite == "rollback" and (logs or saves) and not self._is_finite():
+                done = saved = self._roll_back(done)
+                bar.n = done
+                continue
+            if logs:
+                self._log_step(done, loss, clock, bar)
+            bar.update()
+            if last or (config.eval_every and done % config.eval_every == 0):
+                with clock.paused():
+                    self._evaluate(done)
+            if saves:
+                with clock.paused():
+                    self._save(done, "finished" if last else "running")
+                saved = done
+            if not last and (number := self._stop_requested(caught, done)):
+                if saved == done:
+                    self._write_record(done, "interrupted")
+                else:
+                    self._save(done, "interrupted")
+                raise Interrupted(f"stopped at step {done} of {steps}, saved; the same command goes on", number)
+
+    def _take_up(self, state: Any) -> None:
+        """Goes on with what was saved beside the weights of a checkpoint; None for a new run."""
+        self.finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
+        self.skipped_in_a_row = 0
+        if state is not None:
+            self.record["nonfinite"] = dict(state["nonfinite"])
+        if self.is_main:
+            if state is not None:
+                self.record.update(run_id=state["run_id"], sessions=state["sessions"])
+            self.log.start(state["log"] if state is not None else [])
+
+    def _load(self, step: int) -> None:
+        """Starts to make the batches of a step, beside whatever goes on."""
+        self._next = self._loader.submit(self._batches, step + self.record["nonfinite"]["skipped_batches"])
+
+    def _batches(self, number: int) -> list[dict[str, torch.Tensor]]:
+        """This process's share of a batch. Micro-batch k of rank r is slice k * world + r of it."""
         size = self.config.global_batch_size
-        drawn = np.stack([self.order.batch(step, size), np.arange(step * size, (step + 1) * size)])
+        drawn = np.stack([self.order.batch(number, size), np.arange(number * size, (number + 1) * size)])
         mine = drawn.reshape(2, -1, self.world, self.micro_batch_size)[:, :, self.rank]
         return [self.task.train.batch(indices, draws) for indices, draws in mine.swapaxes(0, 1)]
 
     def _step(self, step: int) -> torch.Tensor:
         """One optimizer step; returns the mean loss over the global batch."""
-        config, accelerator = self.config, self.accelerator
+        config, accelerator, nonfinite = self.config, self.accelerator, self.record["nonfinite"]
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+            group["lr"] = group["lr_ratio"] * learning_rate(step, config)
         try:
             batches = self._next.result()
         except Exception as error:  # whatever the data are made of
@@ -284,56 +382,81 @@ class _Run:
                 f"in {self.checkpoints.folder} are good; mend the data, and the same command goes on"
             ) from error
         if step + 1 < config.steps:
-            self._next = self._loader.submit(self._batches, step + 1)  # while the device computes this one
+            self._load(step + 1)  # while the device computes this one
         mine_targets = float(sum((b["labels"] != IGNORE).sum() for b in batches))
         # It stays on the device, like the loss: nothing in a step waits for the device to catch up.
         num_targets = accelerator.reduce(torch.full((), mine_targets, device=accelerator.device), "sum")
         self.objective.train()
         total = torch.zeros((), device=accelerator.device)
         for k, batch in enumerate(batches):
-            _seed(config.seed, step, k * self.world + self.rank)
+            _seed(config.seed, step + nonfinite["skipped_batches"], k * self.world + self.rank)
             with contextlib.nullcontext() if k + 1 == len(batches) else accelerator.no_sync(self.objective):
-                loss = self.objective(**_to(batch, accelerator.device))
-                # DDP averages over processes, and this is a sum over them
+                loss = self.objective(**_to(batch, accelerator.device)).loss
+                # DDP and FSDP average over processes, and this is a sum over them
                 accelerator.backward(loss * (self.world / num_targets))
             total += loss.detach()
         norm = accelerator.clip_grad_norm_(self.objective.parameters(), config.grad_clip or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         mean: torch.Tensor = accelerator.reduce(total, "sum") / num_targets
-        self.finite &= mean.isfinite()
+        finite = mean.isfinite()
         if accelerator.scaler is None:  # which skips the step when a gradient overflows
-            self.finite &= norm.isfinite()
+            finite &= (norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite()
+        if config.on_nonfinite == "skip" and not finite.item():  # waits for the device
+            self._skip(step)
+        else:
+            self.skipped_in_a_row = 0
+            self.optimizer.step()
+            self.finite &= finite
+            if self.ema is not None:
+                self.ema.update(self.task.objective)
+        self.optimizer.zero_grad(set_to_none=True)
         return mean
 
-    @torch.no_grad()
+    def _skip(self, step: int) -> None:
+        """Counts a step whose gradient is thrown away, with the learning rate and all else going on."""
+        self.record["nonfinite"]["skipped_steps"] += 1
+        self.skipped_in_a_row += 1
+        self.accelerator.print(f"step {step + 1}: loss or gradient is not finite, skipped")
+        if self.skipped_in_a_row == _MOST_SKIPPED:
+            raise self._not_finite(step + 1, f"at {_MOST_SKIPPED} steps one after the other, all skipped,")
+
+    def _roll_back(self, step: int) -> int:
+        """Returns to the newest checkpoint, to go on with the batches behind those that led here."""
+        before, sessions = self.record["nonfinite"], self.record["sessions"]
+        if before["rollbacks"] == _MOST_ROLLBACKS or not self.checkpoints.complete():
+            raise self._not_finite(step, f"after {before['rollbacks']} rollbacks, at or before step {step}")
+        self._next.result()
+        start, state = self.checkpoints.restore(self.accelerator, "auto")
+        self._take_up(state)
+        counts = {"rollbacks": before["rollbacks"] + 1, "skipped_batches": before["skipped_batches"] + step - start}
+        self.record.update(nonfinite={**before, **counts}, sessions=sessions)
+        self.accelerator.print(
+            f"loss or gradient not finite at or before step {step}: back to step {start}, passing over "
+            f"{step - start} batches"
+        )
+        self._load(start)
+        return start
+
+    def _not_finite(self, step: int, where: str) -> TrainingError:
+        return TrainingError(
+            f"the loss or the gradient stopped being finite {where}; nothing was saved since, and the checkpoints in "
+            f"{self.checkpoints.folder} are good. Lower --learning_rate, lengthen --warmup_steps, train in "
+            "--mixed_precision bf16 or no, or choose what happens with --on_nonfinite"
+        )
+
     def _evaluate(self, step: int) -> None:
-        """Mean loss over every target of the validation set, each counted once."""
-        # Not the prepared module: DDP synchronises buffers in forward, and the last batches are not on all processes.
-        objective, accelerator = self.task.objective.eval(), self.accelerator
-        sums = torch.zeros(2, dtype=torch.float64)
-        size, count = self.micro_batch_size, len(self.task.validation)
-        starts = range(self.rank * size, count, self.world * size)
-        for first in tqdm(starts, desc="Evaluating", leave=False, disable=not self._shows_bar()):
-            batch = self.task.validation.batch(np.arange(first, min(first + size, count)))
-            loss = objective(**_to(batch, accelerator.device))
-            sums += torch.stack([loss.cpu().double(), (batch["labels"] != IGNORE).sum().double()])
-        if self.world > 1:
-            sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
-        loss_sum, targets = sums.tolist()
-        loss = loss_sum / targets
+        values = evaluate(self.evaluated, self.task, self.micro_batch_size, self.accelerator)
         if self.is_main:
-            self.log.add(step=step, validation_loss=loss)
-            tqdm.write(f"step {step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}")
-        accelerator.log({"validation_loss": loss}, step=step)
+            named = {f"validation_{name}": value for name, value in values.items()}
+            self.log.add(step=step, **named)
+            tqdm.write(f"step {step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+            self.accelerator.log(named, step=step)
+
+    def _is_finite(self) -> bool:
+        return bool(self.finite.item())  # waits for the device, as do all who call this
 
     def _check_finite(self, step: int) -> None:
-        if not self.finite.item():  # waits for the device, as do all who call this
-            raise TrainingError(
-                f"the loss or the gradient stopped being finite at or before step {step}; nothing was saved since, and "
-                f"the checkpoints in {self.checkpoints.folder} are good. Lower --learning_rate, lengthen "
-                "--warmup_steps, or train in --mixed_precision bf16 or no"
-            )
+        if not self._is_finite():
+            raise self._not_finite(step, f"at or before step {step}")
 
     def _log_step(self, step: int, loss: torch.Tensor, clock: _Clock, bar: tqdm) -> None:
         self._check_finite(step)
@@ -362,14 +485,15 @@ class _Run:
     def _save(self, step: int, status: str) -> None:
         self._check_finite(step)
         self._update_record(step, status)
-        state = {"log": self.log.entries, "sessions": self.record["sessions"], "run_id": self.record["run_id"]}
+        state = {"log": self.log.entries, **{key: self.record[key] for key in ("sessions", "run_id", "nonfinite")}}
         self.checkpoints.save(self.accelerator, step, state)
         if self.is_main:
             write_record(self.folder / "record.json", self.record)
 
     def _update_record(self, step: int, status: str) -> None:
         self.session.update(last_step=step, seconds=round(time.perf_counter() - self.began, 1))
-        validation = self.log.curve("validation_loss")
+        curves = {key: curve for key in self.log.keys("validation_") if (curve := self.log.curve(key))}
+        losses = [loss for _, loss in curves.get("validation_loss", [])]
 
         def median(key: str) -> float | None:
             values = [value for _, value in self.log.curve(key)]
@@ -379,21 +503,33 @@ class _Run:
             status=status,
             step=step,
             result={
-                "initial_validation_loss": validation[0][1] if validation else None,
-                "validation_loss": validation[-1][1] if validation else None,
-                "best_validation_loss": min((loss for _, loss in validation), default=None),
+                "initial_validation_loss": losses[0] if losses else None,
+                "best_validation_loss": min(losses, default=None),
+                **{key: curve[-1][1] for key, curve in curves.items()},
                 "unit": self.task.unit,
                 "units_per_second": median(f"{self.task.unit}_per_second"),
                 "mfu": median("mfu"),
                 "flop_count": FLOP_COUNT if self.task.flops_per_unit else None,
             },
-            curves={key: self.log.curve(key) for key in ("loss", "validation_loss")},
+            curves={"loss": self.log.curve("loss"), **curves},
         )
 
     def _write_record(self, step: int, status: str) -> None:
         if self.is_main:
             self._update_record(step, status)
             write_record(self.folder / "record.json", self.record)
+
+    def _collect_weights(self) -> None:
+        """Puts into `task.model` what was evaluated: averaged weights, or whole ones where they are sharded."""
+        if self.ema is not None:
+            self.task.model.load_state_dict(self.ema.module.model.state_dict())
+        elif self.accelerator.is_fsdp2:
+            state = self.accelerator.get_state_dict(self.objective)
+            if self.is_main:
+                model = self.task.model
+                self.task.model = type(model)(model.config)
+                weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+                self.task.model.load_state_dict(weights)
 
     def _start_tracker(self) -> None:
         config = self.config
@@ -490,4 +626,7 @@ def _seed(*key: int) -> None:
 def _to(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     if device.type != "cuda":
         return {name: tensor.to(device) for name, tensor in batch.items()}
-    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {  # what is on the device already has nowhere to go
+        name: tensor if tensor.is_cuda else tensor.pin_memory().to(device, non_blocking=True)
+        for name, tensor in batch.items()
+    }

@@ -1,7 +1,10 @@
-"""Losses as modules whose forward returns the summed loss of a batch, so that any normalisation can follow."""
+"""Objectives: modules whose forward returns the summed loss of a batch, so that any normalisation can follow."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +12,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 IGNORE = -100  # a label that counts for nothing, as in torch and transformers
+
+
+class Output(NamedTuple):
+    """What an objective computes of a batch.
+
+    Attributes:
+        loss: Sum over all targets, a float32 scalar.
+        predictions: Of a classifier, the likeliest class of each sample, int64.
+    """
+
+    loss: Tensor
+    predictions: Tensor | None = None
 
 
 def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk_size: int) -> Tensor:
@@ -51,28 +66,62 @@ class CausalLMLoss(nn.Module):
         self.model = model
         self.chunk_size = chunk_size
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Summed loss; `labels[b, i]` is the token that follows `input_ids[b, i]`, both (batch, length)."""
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Output:
+        """`labels[b, i]` is the token that follows `input_ids[b, i]`, both (batch, length)."""
         hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False)[0]
         head = self.model.get_output_embeddings()
-        return chunked_cross_entropy(hidden.flatten(0, 1), head, labels.flatten(), self.chunk_size)
+        return Output(chunked_cross_entropy(hidden.flatten(0, 1), head, labels.flatten(), self.chunk_size))
 
 
 class MaskedLMLoss(nn.Module):
     """Loss of a masked language model at the positions that were chosen, the only ones whose logits are computed.
 
     Args:
-        encoder: A transformers encoder.
-        head: Maps hidden states, (tokens, width), to logits.
+        model: A transformers model.
+        head: The name of its part that maps hidden states, (tokens, width), to logits.
     """
 
-    def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel, head: str) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.model = model
         self.head = head
 
-    def forward(self, input_ids: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
-        """Summed loss; `labels[b, k]` is what belongs at `input_ids[b, positions[b, k]]`."""
-        hidden = self.encoder(input_ids=input_ids)[0]
+    def forward(self, input_ids: Tensor, positions: Tensor, labels: Tensor) -> Output:
+        """`labels[b, k]` is what belongs at `input_ids[b, positions[b, k]]`."""
+        hidden = self.model.base_model(input_ids=input_ids)[0]
         chosen = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-        return chunked_cross_entropy(chosen.flatten(0, 1), self.head, labels.flatten(), 0)
+        return Output(
+            chunked_cross_entropy(chosen.flatten(0, 1), self.model.get_submodule(self.head), labels.flatten(), 0)
+        )
+
+
+class ClassificationLoss(nn.Module):
+    """Cross-entropy of an image classifier of transformers; smoothing and mixing are for training alone.
+
+    Args:
+        model: The classifier.
+        label_smoothing: Share of the target that is spread over all classes.
+        mixup: A `timm.data.Mixup`, which then does the smoothing too, or None. It draws from numpy's global state,
+            which is seeded here from torch's.
+    """
+
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, mixup: Any = None) -> None:
+        super().__init__()
+        self.model = model
+        self.label_smoothing = label_smoothing
+        self.mixup = mixup
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> Output:
+        """`pixel_values` (batch, channels, height, width), `labels` (batch,)."""
+        if self.training and self.mixup is not None:
+            pixel_values, labels = self._mix(pixel_values, labels)
+        logits = self.model(pixel_values=pixel_values).logits.float()
+        smoothing = self.label_smoothing if self.training and self.mixup is None else 0.0
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
+        return Output(loss, logits.argmax(-1))
+
+    @torch.compiler.disable
+    def _mix(self, pixel_values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        np.random.seed(int(torch.randint(2**31, ())))
+        mixed: tuple[Tensor, Tensor] = self.mixup(pixel_values.clone(), labels)  # it works in place
+        return mixed

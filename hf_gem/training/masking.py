@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .errors import DataError
 from .loss import IGNORE
+from .order import uniforms
 
 
 @dataclass
@@ -77,10 +78,6 @@ class MaskedBlocks:
         }
 
     def _random(self, indices: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
-        """Uniform numbers, three for each token. A counter for each sample makes them independent of the batch."""
-        key, counters = ([self.seed, 0], draws) if draws is not None else ([0, 1], indices)
-        numbers = np.empty((len(indices), 3, self.block_size))
-        for row, counter in enumerate(counters):
-            philox = np.random.Philox(key=key, counter=[0, 0, 0, int(counter)])
-            numbers[row] = np.random.Generator(philox).random(numbers.shape[1:])
-        return numbers
+        """Uniform numbers, three for each token."""
+        key, counters = ((self.seed, 0), draws) if draws is not None else ((0, 1), indices)
+        return uniforms(key, counters, (3, self.block_size))

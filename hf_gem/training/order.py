@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of the seed and the step."""
+"""The order of samples, a pure function of seed and step, and random numbers that are one of seed and sample."""
 
 from __future__ import annotations
 
@@ -33,3 +33,21 @@ class SampleOrder:
 
     def _make_permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+
+
+def uniforms(key: tuple[int, int], counters: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Uniform numbers in [0, 1) for some samples, each a function of the key and the sample's counter alone.
+
+    Args:
+        key: A seed, and what the numbers are for.
+        counters: One for each sample.
+        shape: Of the numbers of one sample.
+
+    Returns:
+        float64 of shape (samples, *shape).
+    """
+    numbers = np.empty((len(counters), *shape))
+    for row, counter in enumerate(counters):
+        philox = np.random.Philox(key=key, counter=[0, 0, 0, int(counter)])
+        numbers[row] = np.random.Generator(philox).random(shape)
+    return numbers

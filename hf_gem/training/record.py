@@ -40,6 +40,10 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
+    def keys(self, prefix: str) -> list[str]:
+        """The metrics whose names start so, in the order in which they came."""
+        return list(dict.fromkeys(key for entry in self.entries for key in entry if key.startswith(prefix)))
+
     def curve(self, key: str) -> list[tuple[int, float]]:
         """The (step, value) pairs of one metric."""
         return [(entry["step"], entry[key]) for entry in self.entries if key in entry]

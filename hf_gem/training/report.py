@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,12 @@ def save_results(folder: Path, model: Any, processor: Any, record: dict[str, Any
         CheckpointError: the disk is full or the folder cannot be written; the last checkpoint has everything.
     """
     try:
-        if is_name(record["config"]["hidden_act"]):
+        if card.get("ours", is_name(record["config"]["hidden_act"])):
             save_for_hub(model, folder)
         else:
             model.save_pretrained(folder)
         save_pretrained(processor, folder)
-        plot_loss(record, folder / "loss_curve.png")
+        plot_loss(record, folder / "loss_curve.png", card["loss_unit"])
         write_card(record, template, folder / "README.md", location=folder, **card)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -47,6 +46,8 @@ def save_results(folder: Path, model: Any, processor: Any, record: dict[str, Any
 def print_summary(record: dict[str, Any], folder: Path) -> None:
     """The last lines of a recipe: how the loss fell, and where everything is."""
     result = record["result"]
+    if "validation_accuracy" in result:
+        print(f"Validation accuracy {result['validation_accuracy']:.2%}")
     print(
         f"Validation loss {result['initial_validation_loss']:.4f} -> {result['validation_loss']:.4f} "
         f"({result['initial_validation_loss'] - result['validation_loss']:.2f} nats lower)\n"
@@ -54,8 +55,8 @@ def print_summary(record: dict[str, Any], folder: Path) -> None:
     )
 
 
-def plot_loss(record: dict[str, Any], path: Path) -> None:
-    """Draws training and validation loss over steps as a PNG."""
+def plot_loss(record: dict[str, Any], path: Path, unit: str) -> None:
+    """Draws training and validation loss over steps as a PNG, and validation accuracy where there is one."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -69,9 +70,14 @@ def plot_loss(record: dict[str, Any], path: Path) -> None:
         steps, losses = zip(*record["curves"][key], strict=True) if record["curves"][key] else ((), ())
         axes.plot(steps, losses, label=label, **style)
     config = record["config"]
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set(xlabel="step", ylabel=f"loss ({unit})")
     axes.set_title(f"{record['recipe']} {record['preset']}, {config['hidden_act']}, seed {config['seed']}", fontsize=10)
     axes.grid(alpha=0.3)
+    if accuracy := record["curves"].get("validation_accuracy"):
+        right = axes.twinx()
+        axes.plot([], [], "s--", ms=3, color="C2", label="validation accuracy (right)")  # for the legend
+        right.plot(*zip(*accuracy, strict=True), "s--", ms=3, color="C2")
+        right.set(ylabel="accuracy", ylim=(None, 1))
     axes.legend()
     figure.savefig(path)
     plt.close(figure)
@@ -84,11 +90,14 @@ def write_card(record: dict[str, Any], template: Path, path: Path, **more: Any) 
         record: Of a finished run.
         template: A Jinja template with the names used below.
         path: The card to write.
-        more: Further values for the template; among them `auto_class`, and `location`, which it loads from.
+        more: Further values for the template; among them `auto_class`, `location`, which it loads from, `imported`,
+            the module of hf_gem that loading needs, and `ours`, where `hidden_act` does not say whether the model has
+            activations of the family.
     """
     config, result = record["config"], record["result"]
-    ours = is_name(config["hidden_act"])
-    loading = loading_notes(more["auto_class"], str(more["location"])) if ours else ""
+    ours = more.pop("ours", is_name(config["hidden_act"]))
+    own = more["imported"] != "hf_gem"
+    loading = loading_notes(more["auto_class"], str(more["location"]), own=own) if ours else ""
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=more["pipeline_tag"],
@@ -102,7 +111,7 @@ def write_card(record: dict[str, Any], template: Path, path: Path, **more: Any) 
         config=config,
         result=result,
         session=record["sessions"][-1],
-        perplexity=math.exp(min(result["validation_loss"], 700)),
+        amounts=record["data"].get("num_images") or record["data"]["num_tokens"],
         ours=ours,
         loading=loading,
         **more,

@@ -20,7 +20,7 @@ from hf_gem.training import loop
 from hf_gem.training.config import TrainConfig
 from hf_gem.training.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
 from hf_gem.training.loop import Task, make_accelerator, train
-from hf_gem.training.loss import IGNORE
+from hf_gem.training.loss import IGNORE, Output
 from hf_gem.training.optim import learning_rate
 from hf_gem.training.order import SampleOrder
 from tests.helpers import losses
@@ -61,7 +61,7 @@ class Objective(nn.Module):
     def forward(self, x, labels):
         self.steps += self.training
         logits = self.model(self.dropout(x))
-        return nn.functional.cross_entropy(logits.mT, labels, ignore_index=IGNORE, reduction="sum")
+        return Output(nn.functional.cross_entropy(logits.mT, labels, ignore_index=IGNORE, reduction="sum"))
 
 
 def make_task(cls=Objective):
@@ -72,8 +72,8 @@ def make_task(cls=Objective):
 
 def config(folder, **fields):
     defaults = {"steps": 6, "global_batch_size": 8, "micro_batch_size": 8, "warmup_steps": 2, "learning_rate": 0.05}
-    every = {"log_every": 1, "eval_every": 3, "save_every": 2, "output_dir": str(folder)}
-    return TrainConfig(**{**defaults, **every, **fields})
+    every = {"log_every": 1, "eval_every": 3, "save_every": 2, "report_to": "none"}
+    return TrainConfig(output_dir=str(folder), **{**defaults, **every, **fields})
 
 
 def run(folder, task=None, **fields):
@@ -102,7 +102,7 @@ def test_micro_batches_do_not_change_the_normalisation(tmp_path):
 
 
 def _without_dropout(self, x, labels):
-    return nn.functional.cross_entropy(self.model(x).mT, labels, ignore_index=IGNORE, reduction="sum")
+    return Output(nn.functional.cross_entropy(self.model(x).mT, labels, ignore_index=IGNORE, reduction="sum"))
 
 
 @pytest.fixture
@@ -268,13 +268,13 @@ def test_a_signal_saves_and_stops(tmp_path, number):
 def test_what_is_not_finite_is_never_saved(tmp_path, kind):
     class Breaking(Objective):
         def forward(self, x, labels):
-            loss = super().forward(x, labels)
+            loss = super().forward(x, labels).loss
             if self.training and self.steps > 2:
                 # a NaN loss, or a finite one whose gradient is NaN
                 loss = (
                     loss * math.nan if kind == "loss" else loss + 0 * self.model.weight.sum().abs().sub(1e38).pow(0.5)
                 )
-            return loss
+            return Output(loss)
 
     task = make_task(Breaking)
     with pytest.raises(TrainingError, match=r"stopped being finite at or before step 3.*--learning_rate"):

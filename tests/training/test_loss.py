@@ -51,9 +51,9 @@ def test_it_is_the_loss_that_transformers_computes():
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=VOCAB, n_positions=12)).eval()
     ids = torch.randint(VOCAB, (3, 13))
-    total = CausalLMLoss(model, chunk_size=5)(ids[:, :-1], ids[:, 1:])
+    total = CausalLMLoss(model, chunk_size=5)(ids[:, :-1], ids[:, 1:]).loss
     theirs = model(ids[:, :12], labels=ids[:, :12]).loss  # shifts by itself, so it leaves the last target out
-    ours = CausalLMLoss(model)(ids[:, :11], ids[:, 1:12]) / (3 * 11)
+    ours = CausalLMLoss(model)(ids[:, :11], ids[:, 1:12]).loss / (3 * 11)
     torch.testing.assert_close(ours, theirs, rtol=64 * torch.finfo(torch.float32).eps, atol=0)
     assert total > 0
 
@@ -67,5 +67,5 @@ def test_masked_loss_is_that_of_transformers():
     labels = torch.tensor([[5, 6], [7, IGNORE], [IGNORE, IGNORE]])
     whole = torch.full_like(ids, IGNORE).scatter(1, positions, labels)
     expected = model(input_ids=ids, labels=whole).loss * 3
-    got = MaskedLMLoss(model.bert, model.cls)(ids, positions, labels)
+    got = MaskedLMLoss(model, head="cls")(ids, positions, labels).loss
     torch.testing.assert_close(got, expected)

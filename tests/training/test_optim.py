@@ -7,7 +7,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_gem.training.config import TrainConfig
-from hf_gem.training.optim import adamw, learning_rate, parameter_groups
+from hf_gem.training.optim import learning_rate, make_optimizer, parameter_groups
 
 
 def test_learning_rate_warms_up_and_decays_to_its_floor():
@@ -48,6 +48,6 @@ def test_matrices_decay_and_nothing_else():
 def test_frozen_parameters_are_left_out():
     model = nn.Linear(3, 3)
     model.weight.requires_grad_(False)
-    optimizer = adamw(model, TrainConfig())
+    optimizer = make_optimizer(model, TrainConfig())
     assert [len(group["params"]) for group in optimizer.param_groups] == [0, 1]
     assert optimizer.defaults["betas"] == (0.9, 0.95)

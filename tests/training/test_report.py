@@ -41,11 +41,12 @@ RECORD = {
         "validation_fraction": 0.05,
         **{"seed": 7, "data_seed": 8, "global_batch_size": 32, "block_size": 128, "learning_rate": 3e-3},
         **{"warmup_steps": 5, "min_lr_ratio": 0.1, "weight_decay": 0.1, "grad_clip": 1.0},
-        **{"adam_beta1": 0.9, "adam_beta2": 0.95, "lr_schedule": "cosine"},
+        **{"optimizer": "adamw", "adam_beta1": 0.9, "adam_beta2": 0.95, "lr_schedule": "cosine", "ema_decay": 0.0},
     },
     "result": {
         "initial_validation_loss": 8.3,
         "validation_loss": 4.25,
+        "validation_perplexity": 70.105,
         "unit": "tokens",
         "units_per_second": 5612.0,
         "mfu": None,
@@ -60,6 +61,7 @@ MORE = {
     "processor_class": "AutoTokenizer",
     "loss_unit": "nats per token",
     "location": "runs/demo",
+    "imported": "hf_gem",
     "limits": "It is small.",
 }
 
@@ -123,7 +125,7 @@ def test_a_full_disk_at_the_end_is_explained(tmp_path):
 
 
 def test_the_plot_is_a_picture_with_two_curves(tmp_path):
-    plot_loss(RECORD, tmp_path / "loss.png")
+    plot_loss(RECORD, tmp_path / "loss.png", "nats per token")
     with Image.open(tmp_path / "loss.png") as image:
         colours = {tuple(c) for _, c in image.convert("RGB").getcolors(1 << 20)}
         assert image.size == (1050, 600)

@@ -1,0 +1,204 @@
+"""Fine-tunes a pretrained image classifier with its activations replaced: accelerate launch recipes/vision_finetune.py
+
+It reports the accuracy before the activations are replaced, right after, and after fine-tuning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from torch import nn
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+import hf_gem
+from hf_gem.modules import GemActivation
+from hf_gem.spec import is_name
+from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
+from hf_gem.training.data_vision import ImageData, VisionConfig, image_processor, prepare_images, preprocessing
+from hf_gem.training.errors import ConfigError, run_recipe
+from hf_gem.training.image_models import ConvNetForImageClassification  # noqa: F401  # registers those of vision_train
+from hf_gem.training.loop import Task, evaluate, make_accelerator, train
+from hf_gem.training.loss import ClassificationLoss
+from hf_gem.training.report import print_summary, save_results
+
+TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # A checkpoint of `vision_train.py --preset demo --hidden_act gelu`, on the same digits.
+    "demo": {
+        "model": "runs/vision-demo-gelu-seed0", "hidden_act": "egem", "eps": "fit", "validation_fraction": 0.2,
+        "steps": 100, "global_batch_size": 64, "micro_batch_size": 64, "warmup_steps": 20, "learning_rate": 1e-3,
+        "eval_every": 50, "save_every": 50, "log_every": 10,
+    },
+    # Ten epochs of ImageNet-1k from the weights of timm, with the augmentation of their training eased.
+    "resnet50-imagenet": {
+        "model": "timm/resnet50.a1_in1k", "dataset": "ILSVRC/imagenet-1k", "hidden_act": "egem", "eps": "fit",
+        "crop_min_scale": 0.35, "flip": True, "mixup": 0.1, "cutmix": 1.0, "label_smoothing": 0.1, "ema_decay": 0.9998,
+        "steps": 12_500, "global_batch_size": 1024, "micro_batch_size": 256, "warmup_steps": 600, "learning_rate": 1e-3,
+        "weight_decay": 0.02, "mixed_precision": "bf16", "eval_every": 1250, "save_every": 1250, "num_workers": 16,
+    },
+    # CIFAR-100 at 224 pixels, with a new head.
+    "vit-cifar100": {
+        "model": "google/vit-base-patch16-224-in21k", "dataset": "uoft-cs/cifar100", "label_column": "fine_label",
+        "validation_split": "test", "hidden_act": "segem", "eps": "fit", "crop_min_scale": 0.5, "flip": True,
+        "steps": 8000, "global_batch_size": 256, "micro_batch_size": 64, "warmup_steps": 500, "learning_rate": 5e-5,
+        "head_lr_ratio": 10, "mixed_precision": "bf16", "eval_every": 500, "save_every": 1000, "num_workers": 16,
+    },
+}  # fmt: skip
+
+
+@dataclass
+class Config(VisionConfig, TrainConfig):
+    """The fields of this recipe."""
+
+    hidden_act: str = option("egem", "What the activations become: a name of the family; or none, to leave them.")
+    min_lr_ratio: float = option(0.0, "Final learning rate, as a fraction of the peak.")
+    weight_decay: float = option(0.05, "Weight decay of matrices and filters; nothing else is decayed.")
+    model: str = option(
+        "", "timm/<name>, a Hub id, or the folder of an image classifier of transformers, timm or vision_train.py."
+    )
+    eps: str | None = option(None, "A number in place of the eps in --hidden_act; or fit, to choose it by data.")
+    fit_per_layer: bool = option(False, "With --eps fit, an eps for each activation.")
+    fit_batches: int = option(4, "Batches of training images to fit on.")
+    head_lr_ratio: float = option(1.0, "Learning rate of the last layer, as a multiple of that of the others.")
+    mixup: float = option(0.0, "Alpha of mixup (arXiv 1710.09412); 0: none. Images mix within a micro-batch.")
+    cutmix: float = option(0.0, "Alpha of CutMix (arXiv 1905.04899); 0: none.")
+    label_smoothing: float = option(0.0, "Share of the target that is spread over all classes.")
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the field, when a value makes no sense."""
+        VisionConfig.validate(self)
+        if self.hidden_act == "none":
+            TrainConfig.validate(replace(self, hidden_act="relu"))  # for all the other fields
+        else:
+            TrainConfig.validate(self)
+            require(is_name(self.hidden_act), "hidden_act", self.hidden_act, "of the family, such as egem, or none")
+        require(bool(self.model), "model", "nothing", "timm/<name>, a Hub id or a folder")
+        if self.eps not in (None, "fit"):
+            require(_is_positive(self.eps), "eps", self.eps, "a number above 0, or fit")
+        at_least(self, 1, "fit_batches")
+        at_least(self, 0, "head_lr_ratio", "mixup", "cutmix")
+        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
+        mixes = bool(self.mixup or self.cutmix)
+        require(not mixes or self.micro_batch_size % 2 == 0, "micro_batch_size", self.micro_batch_size, "even, to mix")
+
+
+def _is_positive(text: str | None) -> bool:
+    try:
+        return float(text or 0) > 0
+    except ValueError:
+        return False
+
+
+def load_model(name: str, classes: list[str]) -> PreTrainedModel:
+    """The pretrained model, with a new last layer where its classes are not as many as those of the data."""
+    try:
+        model = AutoModelForImageClassification.from_pretrained(name)
+        if model.config.num_labels == len(classes):
+            return model
+        labels: Any = dict(enumerate(classes))
+        return AutoModelForImageClassification.from_pretrained(
+            name,
+            id2label=labels,
+            label2id={name: number for number, name in labels.items()},
+            ignore_mismatched_sizes=True,
+        )
+    except Exception as error:  # the Hub client and the models raise their own
+        raise ConfigError(
+            f"--model {name!r} cannot be loaded: {type(error).__name__}: {error}. It takes timm/<name>, a Hub id or "
+            "the folder of an image classifier"
+        ) from error
+
+
+def convert(model: PreTrainedModel, config: Config, data: ImageData, device: torch.device) -> str:
+    """Replaces the activations in place and returns the report."""
+    size = config.micro_batch_size
+    batches = [
+        {"pixel_values": data.train.batch(torch.arange(size * k, size * (k + 1)).numpy())["pixel_values"].to(device)}
+        for k in range(min(config.fit_batches, len(data.train) // size) if config.eps == "fit" else 0)
+    ]
+    eps = float(config.eps) if config.eps not in (None, "fit") else config.eps
+    report = hf_gem.convert(
+        model, config.hidden_act, eps=eps, data=batches or None, per_layer=config.fit_per_layer and bool(batches)
+    )
+    return str(report)
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The last layer that has weights."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
+
+
+def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
+    """What the model card says besides the record."""
+    size = record["data"]["image_size"]
+    return {
+        "title": f"{config.model}, {config.hidden_act}, {record['preset']}",
+        "architecture": f"`{config.model}`",
+        "pipeline_tag": "image-classification",
+        "auto_class": "AutoModelForImageClassification",
+        "processor_class": "AutoImageProcessor",
+        "loss_unit": "nats per image",
+        "on_hub": config.on_hub,
+        "imported": record["imported"],
+        "ours": record["ours"],
+        "limits": f"It tells {record['data']['num_classes']} classes apart, in images of {size} x {size} pixels like "
+        "those of its data, and answers with one of them whatever it is shown.",
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, preset = parse_config(Config, PRESETS, "demo", argv)
+    config.output_dir = config.output_dir or f"runs/finetune-{preset}-{config.hidden_act}-seed{config.seed}"
+    accelerator = make_accelerator(config)
+    torch.manual_seed(config.seed)  # of a new last layer
+    data = prepare_images(config, config.data_seed, accelerator.device, *preprocessing(config.model))
+    model = load_model(config.model, data.classes).to(accelerator.device)
+    mixup = None
+    if config.mixup or config.cutmix:
+        mixup = Mixup(
+            config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(data.classes)
+        )
+    task = Task(
+        name="vision_finetune",
+        preset=preset,
+        model=model,
+        objective=ClassificationLoss(model, config.label_smoothing, mixup),
+        train=data.train,
+        validation=data.validation,
+        data=data.facts,
+        units_per_sample=1,
+        unit="images",
+        metric="accuracy",
+        lr_ratios={head_of(model): config.head_lr_ratio},
+    )
+    before = evaluate(task.objective, task, config.micro_batch_size, accelerator)
+    accelerator.print("before: " + ", ".join(f"{name} {value:.4f}" for name, value in before.items()))
+    report = convert(model, config, data, accelerator.device) if config.hidden_act != "none" else ""
+    accelerator.print(report)
+    task.facts = {
+        "before_conversion": before,
+        "conversion": report,
+        "ours": any(isinstance(module, GemActivation) for module in model.modules()),
+        "imported": "hf_gem.training.image_models" if type(model).__module__.startswith("hf_gem") else "hf_gem",
+    }
+    record = train(task, config, accelerator)
+    if not accelerator.is_main_process:
+        return
+
+    folder = Path(config.output_dir)
+    save_results(folder, task.model, image_processor(data), record, TEMPLATE, **card_values(config, record))
+    after = record["curves"]["validation_accuracy"]
+    print(
+        f"Accuracy before {before['accuracy']:.2%}, with {config.hidden_act} {after[0][1]:.2%}, "
+        f"fine-tuned {after[-1][1]:.2%}"
+    )
+    print_summary(record, folder)
+
+
+if __name__ == "__main__":
+    run_recipe(main)

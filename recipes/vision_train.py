@@ -1,0 +1,169 @@
+"""Trains image classifiers from scratch with any activation: accelerate launch recipes/vision_train.py --preset demo"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, TimmWrapperConfig
+
+import hf_gem
+from hf_gem.spec import is_name
+from hf_gem.training.config import TrainConfig, option, parse_config, require
+from hf_gem.training.data_vision import ImageData, VisionConfig, image_processor, prepare_images
+from hf_gem.training.errors import ConfigError, run_recipe
+from hf_gem.training.image_models import (
+    CifarResNetConfig,
+    CifarResNetForImageClassification,
+    ConvNetConfig,
+    ConvNetForImageClassification,
+)
+from hf_gem.training.loop import Task, make_accelerator, train
+from hf_gem.training.loss import ClassificationLoss
+from hf_gem.training.report import print_summary, save_results
+
+TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
+
+# He et al. 2016, section 4.2: 64k iterations, the learning rate divided by 10 at 32k and 48k.
+_CIFAR: dict[str, Any] = {
+    "model": "resnet56-cifar", "validation_split": "test", "crop_padding": 4, "flip": True,
+    "optimizer": "sgd", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "grad_clip": 0,
+    "lr_schedule": "step", "warmup_steps": 0, "steps": 64_000, "global_batch_size": 128, "micro_batch_size": 128,
+    "mixed_precision": "bf16", "eval_every": 1000, "save_every": 2000, "log_every": 50,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    # A plain CNN on the 1,797 handwritten digits of scikit-learn, 8 x 8 pixels: a minute on two CPU cores.
+    "demo": {
+        "model": "convnet", "widths": "16,32", "validation_fraction": 0.2, "crop_padding": 1,
+        "steps": 300, "global_batch_size": 64, "micro_batch_size": 64, "warmup_steps": 20, "learning_rate": 3e-3,
+        "eval_every": 100, "save_every": 100, "log_every": 20,
+    },
+    "mnist": {
+        "model": "convnet", "widths": "32,64,128", "dataset": "ylecun/mnist", "validation_split": "test",
+        "crop_padding": 2, "steps": 2400, "global_batch_size": 128, "micro_batch_size": 128,
+        "warmup_steps": 100, "learning_rate": 2e-3,
+        "eval_every": 400, "save_every": 400, "log_every": 20,
+    },
+    "cifar10": {**_CIFAR, "dataset": "uoft-cs/cifar10"},
+    "cifar100": {**_CIFAR, "dataset": "uoft-cs/cifar100", "label_column": "fine_label"},
+}  # fmt: skip
+
+
+@dataclass
+class Config(VisionConfig, TrainConfig):
+    """The fields of this recipe."""
+
+    hidden_act: str = option("egem", "Activation: a name of the family or one that transformers knows, e.g. relu.")
+    lr_schedule: Literal["cosine", "linear", "step"] = option(
+        "cosine", "Decay of the learning rate after the warm-up; step: a tenth from half of all steps on, then 3/4."
+    )
+    min_lr_ratio: float = option(0.0, "Final learning rate, as a fraction of the peak.")
+    weight_decay: float = option(0.05, "Weight decay of matrices and filters; nothing else is decayed.")
+    label_smoothing: float = option(0.0, "Share of the target that is spread over all classes.")
+    model: str = option(
+        "convnet",
+        "convnet, resnet<6n+2>-cifar, timm/<name>, or the id or folder of an image classifier of transformers, whose "
+        "weights are not used.",
+    )
+    widths: str = option("32,64,128", "Channels of each stage of a convnet.")
+    init_gain: float | None = option(
+        None, "Gain of initial filters of convnet and resnet-cifar; by default sqrt(2) for every activation."
+    )
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the field, when a value makes no sense."""
+        VisionConfig.validate(self)
+        TrainConfig.validate(self)
+        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
+        require(self.init_gain is None or self.init_gain > 0, "init_gain", self.init_gain, "above 0")
+        require(bool(re.fullmatch(r"\d+(,\d+)*", self.widths)), "widths", self.widths, "numbers such as 32,64,128")
+        depth = re.fullmatch(r"resnet(\d+)-cifar", self.model)
+        sound = depth is None or (int(depth[1]) >= 8 and int(depth[1]) % 6 == 2)
+        require(sound, "model", self.model, "resnet<6n+2>-cifar, such as resnet20-cifar or resnet56-cifar")
+
+
+def build_model(config: Config, data: ImageData) -> PreTrainedModel:
+    """The model of `config` with new weights and its activation everywhere."""
+    labels = dict(enumerate(data.classes))
+    shared: Any = {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
+    gain: Any = {"initializer_gain": config.init_gain} if config.init_gain else {}
+    if config.model == "convnet":
+        widths = tuple(map(int, config.widths.split(",")))
+        return ConvNetForImageClassification(
+            ConvNetConfig(widths=widths, hidden_act=config.hidden_act, **gain, **shared)
+        )
+    if depth := re.fullmatch(r"resnet(\d+)-cifar", config.model):
+        return CifarResNetForImageClassification(
+            CifarResNetConfig(depth=int(depth[1]), hidden_act=config.hidden_act, **gain, **shared)
+        )
+    ours = is_name(config.hidden_act)
+    try:
+        if config.model.startswith("timm/"):
+            act: Any = {} if ours else {"model_args": {"act_layer": config.hidden_act}}
+            settings: Any = TimmWrapperConfig(architecture=config.model.removeprefix("timm/"), **act, **shared)
+        else:
+            settings = AutoConfig.from_pretrained(config.model, **shared)
+            if not ours:
+                hf_gem.set_activation(settings, config.hidden_act)
+        model = AutoModelForImageClassification.from_config(settings)
+    except Exception as error:  # both libraries raise whatever their models do
+        raise ConfigError(f"--model {config.model!r} cannot be built: {type(error).__name__}: {error}") from error
+    if ours:
+        print(hf_gem.convert(model, config.hidden_act))
+    return model
+
+
+def _is_own(model: str) -> bool:
+    return model == "convnet" or model.endswith("-cifar")
+
+
+def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
+    """What the model card says besides the record."""
+    size = record["data"]["image_size"]
+    return {
+        "title": f"{config.model} {record['preset']}, {config.hidden_act}",
+        "architecture": f"`{config.model}`",
+        "pipeline_tag": "image-classification",
+        "auto_class": "AutoModelForImageClassification",
+        "processor_class": "AutoImageProcessor",
+        "loss_unit": "nats per image",
+        "on_hub": config.on_hub,
+        "imported": f"hf_gem{'.training.image_models' if _is_own(config.model) else ''}",
+        "limits": f"It tells {record['data']['num_classes']} classes apart, in images of {size} x {size} pixels like "
+        "those of its data, and answers with one of them whatever it is shown.",
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, preset = parse_config(Config, PRESETS, "demo", argv)
+    config.output_dir = config.output_dir or f"runs/vision-{preset}-{config.hidden_act}-seed{config.seed}"
+    accelerator = make_accelerator(config)
+    data = prepare_images(config, config.data_seed, accelerator.device)
+    torch.manual_seed(config.seed)
+    model = build_model(config, data)
+    task = Task(
+        name="vision_train",
+        preset=preset,
+        model=model,
+        objective=ClassificationLoss(model, config.label_smoothing),
+        train=data.train,
+        validation=data.validation,
+        data=data.facts,
+        units_per_sample=1,
+        unit="images",
+        metric="accuracy",
+    )
+    record = train(task, config, accelerator)
+    if not accelerator.is_main_process:
+        return
+
+    folder = Path(config.output_dir)
+    save_results(folder, task.model, image_processor(data), record, TEMPLATE, **card_values(config, record))
+    print_summary(record, folder)
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,202 @@
+"""The two vision recipes as a person meets them, on scikit-learn's digits."""
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
+
+import hf_gem
+from recipes import vision_finetune, vision_train
+from tests.helpers import ON_CPU, VISION, finish, launch, losses, run_here, start
+
+# Rounding of float32 sums taken in another order, carried through the steps of a model this small.
+REORDERED = 4000 * torch.finfo(torch.float32).eps
+SHORT = ("--steps=8", "--eval_every=4", "--save_every=4", "--warmup_steps=2", "--log_every=1", "--report_to=none")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return f"--cache_dir={tmp_path_factory.mktemp('cache')}"
+
+
+@pytest.fixture(scope="module")
+def demo(cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    return folder, run_here(vision_train, folder, cache, "--report_to=none", "--hidden_act=gelu")
+
+
+@pytest.fixture(scope="module")
+def short(cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("short") / "run"
+    run_here(vision_train, folder, cache, *SHORT)
+    return folder
+
+
+def test_the_demo_learns_the_digits(demo):
+    folder, printed = demo
+    accuracy = float(re.search(r"Validation accuracy ([\d.]+)%", printed)[1])
+    assert accuracy > 95
+    record = json.loads((folder / "record.json").read_text())
+    assert record["result"]["validation_accuracy"] == pytest.approx(accuracy / 100, abs=1e-4)
+    assert (record["result"]["unit"], record["data"]["num_classes"]) == ("images", 10)
+    card = (folder / "README.md").read_text()
+    for fact in (f"{accuracy:.2f} % of 359 images", "pipeline_tag: image-classification", "1,438 images to train on"):
+        assert fact in card
+    assert not any(mark in card for mark in ("{{", "{%", "None"))
+
+
+def test_the_saved_model_and_its_processor(short):
+    model = AutoModelForImageClassification.from_pretrained(short)
+    processor = AutoImageProcessor.from_pretrained(short)
+    assert hf_gem.audit(model, pixel_values=torch.zeros(1, 3, 8, 8)).num_gem == 4
+    assert processor.crop_size["height"] == 8
+    assert "trained from scratch" in (short / "README.md").read_text()
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_the_launcher_gives_the_same_run(short, cache, tmp_path, num_processes):
+    flags = (cache, *SHORT, f"--output_dir={tmp_path}", "--micro_batch_size=16")
+    code, output = finish(start(*flags, recipe=VISION, launcher=launch(num_processes), **ON_CPU))
+    assert code == 0, output
+    for key in ("loss", "validation_loss"):
+        assert losses(tmp_path, key) == pytest.approx(losses(short, key), rel=REORDERED)
+    assert losses(tmp_path, "validation_accuracy") == losses(short, "validation_accuracy")
+
+
+def test_batch_normalisation_resumes_bit_for_bit(cache, tmp_path):
+    flags = (cache, *SHORT, "--model=resnet8-cifar", "--optimizer=sgd", "--lr_schedule=step", "--learning_rate=0.05")
+    run_here(vision_train, tmp_path / "whole", *flags, "--keep_checkpoints=9")
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step_00000004"
+    run_here(vision_train, tmp_path / "rest", *flags, f"--resume={checkpoint}")
+    assert losses(tmp_path / "rest") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "rest", "validation_loss") == losses(tmp_path / "whole", "validation_loss")
+    rates = list(losses(tmp_path / "whole", "learning_rate").values())
+    assert rates == pytest.approx([0.025, *[0.05] * 3, *[0.005] * 2, *[0.0005] * 2])
+
+
+def test_two_processes_evaluate_with_the_same_statistics(cache, tmp_path):
+    """Each process has moved its own running means; the saved model has to give the reported loss."""
+    flags = (cache, *SHORT, "--model=resnet8-cifar", f"--output_dir={tmp_path}", "--micro_batch_size=16")
+    code, output = finish(start(*flags, recipe=VISION, launcher=launch(2), **ON_CPU))
+    assert code == 0, output
+    printed = run_here(vision_train, tmp_path, *flags)  # reads the last checkpoint, and has nothing to do
+    reported = json.loads((tmp_path / "record.json").read_text())["result"]
+    assert f"{reported['validation_accuracy']:.2%}" in printed
+    config = vision_train.Config(**json.loads((tmp_path / "record.json").read_text())["config"])
+    data = vision_train.prepare_images(config, 0, torch.device("cpu"))
+    batch = data.validation.batch(torch.arange(len(data.validation)).numpy())
+    model = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"]).item()
+    assert loss == pytest.approx(reported["validation_loss"], rel=REORDERED)
+
+
+@pytest.mark.parametrize(("act", "name"), [("egem", "EGEM"), ("gelu", "GELU")])
+def test_timm_models_train_with_any_activation(cache, tmp_path, act, name):
+    flags = ("--model=timm/test_resnet", "--steps=1", "--warmup_steps=0", "--global_batch_size=4")
+    run_here(
+        vision_train,
+        tmp_path,
+        cache,
+        *SHORT,
+        *flags,
+        f"--hidden_act={act}",
+        "--resident=no",
+        "--image_size=32",
+        "--crop_padding=0",
+    )
+    model = AutoModelForImageClassification.from_pretrained(tmp_path)
+    names = {type(module).__name__ for module in model.modules()}
+    assert any(name in found for found in names)
+    assert "ReLU" not in names
+
+
+def test_transformers_models_train_by_folder(cache, tmp_path):
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}
+    ResNetForImageClassification(ResNetConfig(**sizes)).save_pretrained(tmp_path / "model")
+    flags = (
+        f"--model={tmp_path / 'model'}",
+        "--steps=1",
+        "--warmup_steps=0",
+        "--resident=no",
+        "--image_size=32",
+        "--crop_padding=0",
+    )
+    run_here(vision_train, tmp_path / "run", cache, *SHORT, *flags)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
+    assert model.config.num_labels == 10
+    assert not any(isinstance(module, torch.nn.ReLU) for module in model.modules())
+
+
+@pytest.mark.parametrize("extra", [("--eps=fit",), ("--eps=0.3", "--ema_decay=0.5", "--mixup=0.2", "--cutmix=1.0")])
+def test_fine_tuning(demo, cache, tmp_path, extra):
+    flags = (cache, "--report_to=none", f"--model={demo[0]}", "--head_lr_ratio=2", *extra)
+    printed = run_here(vision_finetune, tmp_path, *flags)
+    before, converted, after = map(float, re.search(r"before ([\d.]+)%.* ([\d.]+)%.* ([\d.]+)%", printed).groups())
+    trained = json.loads((demo[0] / "record.json").read_text())["result"]["validation_accuracy"]
+    assert before == pytest.approx(100 * trained, abs=0.005)
+    assert after > 95
+    assert converted != before or "fit" in extra[0]
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["before_conversion"]["accuracy"] == trained
+    assert "4 activations replaced" in record["conversion"]
+    model = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert hf_gem.audit(model, pixel_values=torch.zeros(1, 3, 8, 8)).num_gem == 4
+    card = (tmp_path / "README.md").read_text()
+    for fact in (
+        "fine-tuned",
+        f"replaced | {before:.2f} %",
+        f"right after | {converted:.2f} %",
+        "4 activations replaced",
+    ):
+        assert fact in card
+    rates = losses(tmp_path, "learning_rate")
+    assert rates[20] == pytest.approx(1e-3)  # of the layers before the last
+
+
+def test_averaged_weights_are_what_is_saved(demo, cache, tmp_path):
+    flags = (cache, *SHORT, f"--model={demo[0]}", "--ema_decay=0.9")
+    run_here(vision_finetune, tmp_path / "a", *flags, "--keep_checkpoints=9")
+    resume = f"--resume={tmp_path / 'a' / 'checkpoints' / 'step_00000004'}"
+    run_here(vision_finetune, tmp_path / "b", *flags, resume)
+    one, two = (AutoModelForImageClassification.from_pretrained(tmp_path / name).state_dict() for name in "ab")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert losses(tmp_path / "a", "validation_loss") == losses(tmp_path / "b", "validation_loss")
+
+
+def test_leaving_the_activations_is_a_baseline(demo, cache, tmp_path):
+    run_here(vision_finetune, tmp_path, cache, *SHORT, f"--model={demo[0]}", "--hidden_act=none")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert "GELU" in {type(module).__name__.removesuffix("Activation") for module in model.modules()}
+    assert "import hf_gem." not in (tmp_path / "README.md").read_text().replace("import hf_gem.training", "")
+
+
+@pytest.mark.parametrize("presets", [vision_train, vision_finetune])
+def test_presets_are_valid(presets):
+    for name, preset in presets.PRESETS.items():
+        presets.Config(**preset).validate()
+        assert preset["steps"] >= preset["warmup_steps"], name
+
+
+def test_the_cifar_presets_are_those_of_the_paper():
+    config = vision_train.Config(**vision_train.PRESETS["cifar10"])
+    assert (config.steps, config.global_batch_size, config.optimizer) == (64000, 128, "sgd")
+    assert (config.learning_rate, config.momentum, config.weight_decay) == (0.1, 0.9, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "message"),
+    [
+        (vision_train, ["--model=resnet21-cifar"], "--model must be resnet<6n+2>-cifar"),
+        (vision_train, ["--widths=3,x"], "--widths must be numbers such as 32,64,128"),
+        (vision_finetune, ["--model=x", "--hidden_act=relu"], "--hidden_act must be of the family"),
+        (vision_finetune, ["--model=x", "--eps=small"], "--eps must be a number above 0, or fit"),
+        (vision_finetune, ["--model="], "--model must be timm/<name>"),
+    ],
+)
+def test_wrong_values_name_the_flag(recipe, flags, message, capsys):
+    with pytest.raises(SystemExit):
+        recipe.main(flags)
+    assert message in capsys.readouterr().err
