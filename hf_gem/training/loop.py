@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -108,6 +109,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if config.report_to == "auto":
         config.report_to = "trackio" if importlib.util.find_spec("trackio") else "none"
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # or several processes would each believe to be alone
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,
@@ -120,6 +122,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError(
             f"these recipes run on one process, with DDP or with FSDP2, and the launcher chose {kind.value}"
             + (" version 1: give it fsdp_version: 2" if kind == DistributedType.FSDP else "")
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not accelerator.is_fsdp2 and accelerator.num_processes > 1:
+        raise ConfigError(
+            "the launcher chose FSDP, and accelerate shards on GPUs alone; use recipes/accelerate/cpu.yaml"
         )
     if accelerator.is_fsdp2 and config.ema_decay:
         raise ConfigError("--ema_decay keeps a whole copy of the weights, which FSDP2 shards; set it to 0, or use DDP")
@@ -282,6 +288,8 @@ class _Run:
             enable({"use_reentrant": False})
         if config.compile:
             task.objective.compile()
+        if accelerator.is_fsdp2:
+            task.objective._no_split_modules = _layers(task.model)  # where accelerate looks for what to shard as one
         self.objective, self.optimizer = accelerator.prepare(
             task.objective, make_optimizer(task.objective, config, task.lr_ratios)
         )
@@ -615,6 +623,12 @@ def _catch_signals() -> Iterator[list[int]]:
     finally:
         for caught_number, handler in previous.items():
             signal.signal(caught_number, handler)
+
+
+def _layers(model: nn.Module) -> Any:
+    """What transformers does not split, of classes that repeat: embeddings may share weights with the head."""
+    counts = Counter(type(module).__name__ for module in model.modules())
+    return [name for name in getattr(model, "_no_split_modules", None) or [] if counts[name] > 1]
 
 
 def _seed(*key: int) -> None:

@@ -1,0 +1,37 @@
+#!/bin/bash
+# Any recipe on any number of machines:
+#
+#   sbatch --nodes 8 recipes/accelerate/slurm.sh recipes/gpt2_pretrain.py --preset gpt2-124m --output_dir /shared/run
+#
+# The output folder has to be one that all machines see. Ten minutes before the time is up, and when the job is preempted,
+# every process gets SIGTERM: the recipe saves and stops, and the job is put back in the queue, to go on where it was.
+#SBATCH --job-name=hf_gem
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@600
+set -euo pipefail
+
+GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:-8}}  # of each machine
+CONFIG=${CONFIG:-multi_node.yaml}
+HERE=${SLURM_SUBMIT_DIR:-$(pwd)}/recipes/accelerate
+FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1 | cut -d ' ' -f 1)
+PORT=$((20000 + SLURM_JOB_ID % 20000))  # another one for each job
+
+# A task's own rank is known on its machine only, hence the shell.
+srun bash -c 'exec accelerate launch --config_file "$0" --machine_rank "$SLURM_PROCID" "$@"' \
+  "$HERE/$CONFIG" --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * GPUS)) \
+  --main_process_ip "$FIRST" --main_process_port "$PORT" "$@" &
+STEP=$!
+
+again() {
+  kill -TERM "$STEP" 2> /dev/null || true  # srun passes it on
+  wait "$STEP" || true
+  scontrol requeue "$SLURM_JOB_ID"
+  exit 0
+}
+trap again USR1 TERM
+wait "$STEP"
