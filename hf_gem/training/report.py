@@ -78,7 +78,7 @@ def plot_loss(record: dict[str, Any], path: Path, unit: str) -> None:
         axes.plot([], [], "s--", ms=3, color="C2", label="validation accuracy (right)")  # for the legend
         right.plot(*zip(*accuracy, strict=True), "s--", ms=3, color="C2")
         right.set(ylabel="accuracy", ylim=(None, 1))
-    axes.legend()
+    axes.legend(loc="center right")  # where neither a loss that has fallen nor an accuracy that has risen is
     figure.savefig(path)
     plt.close(figure)
 
