@@ -24,6 +24,6 @@ def test_a_card_is_made_from_its_record(card, tmp_path):
     assert not any(session["dirty"] for session in record["sessions"])
     recipe = RECIPES[record["recipe"]]
     values = recipe.card_values(recipe.Config(**record["config"]), record)
-    write_card(record, recipe.TEMPLATE, tmp_path / "README.md", location=record["config"]["output_dir"], **values)
+    write_card(record, recipe.TEMPLATE, tmp_path / "README.md", **values)
     assert (tmp_path / "README.md").read_text() == (card / "README.md").read_text()
     assert (card / "loss_curve.png").exists()

@@ -87,7 +87,7 @@ def test_make_bench():
     assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in names)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("accelerate") and "multi_gpu" not in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("accelerate") and "accelerate/" not in c])
 def test_launch_commands(command, tmp_path):
     arguments = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(command)[2:]]
     if "vision" in command:
@@ -104,13 +104,13 @@ def test_launch_commands(command, tmp_path):
 
 def test_multi_gpu_command(tmp_path):
     save_bytes_tokenizer(tmp_path / "tokenizer")
-    (command,) = (c for c in COMMANDS if "--num_machines 1" in c)
+    (command,) = (c for c in COMMANDS if "multi_gpu.yaml" in c)
     assert "Validation loss" in run(on_two_processes(command, tmp_path))
 
 
 def test_multi_node_command(tmp_path):
     save_bytes_tokenizer(tmp_path / "tokenizer")
-    (command,) = (c for c in COMMANDS if "--num_machines 2" in c)
+    (command,) = (c for c in COMMANDS if "multi_node.yaml" in c)
     first = on_two_processes(command, tmp_path)
     second = list(first)
     second[second.index("--machine_rank") + 1] = "1"

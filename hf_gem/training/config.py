@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,10 @@ class TrainConfig:
             "report_to",
             "project",
             "on_nonfinite",
+            "push_to_hub",
+            "hub_strategy",
+            "hub_public",
+            "license",
         )
     )
 
@@ -93,6 +98,13 @@ class TrainConfig:
     )
     project: str = option("hf-gem", "Project name at the tracker.")
 
+    push_to_hub: str | None = option(None, "USER/NAME: push the finished run to this repository of the Hub.")
+    hub_strategy: Literal["end", "checkpoint"] = option(
+        "end", "checkpoint: push every checkpoint too, while training goes on, as last-checkpoint."
+    )
+    hub_public: bool = option(False, "Make the repository a public one, if it has to be made.")
+    license: str = option("apache-2.0", "Licence of the trained model, for its card.")
+
     def validate(self) -> None:
         """Raises ValueError, naming the field, when a value makes no sense."""
         if self.hidden_act not in ACT2FN:
@@ -108,6 +120,9 @@ class TrainConfig:
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         for name in ("learning_rate", "adam_eps"):
             require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0 and finite")
+        if self.push_to_hub is not None:
+            sound = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub))
+            require(sound, "push_to_hub", self.push_to_hub, "USER/NAME, as the Hub has it")
         known = self.resume in ("auto", "never") or Path(self.resume).is_dir()
         require(known, "resume", self.resume, "auto, never or the folder of a checkpoint")
         require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "in [0, 1]")

@@ -27,6 +27,10 @@ class CheckpointError(TrainingError, RuntimeError):
     """A checkpoint cannot be written, read or continued from."""
 
 
+class PushError(TrainingError, RuntimeError):
+    """The Hub did not take what was pushed; it is here, whole."""
+
+
 class Interrupted(TrainingError):
     """Stopped by a signal, after a checkpoint.
 

@@ -37,6 +37,7 @@ from .loss import IGNORE
 from .metrics import FLOP_COUNT, peak_flops
 from .optim import learning_rate, make_optimizer
 from .order import SampleOrder
+from .push import CheckpointPusher
 from .record import MetricsLog, environment, hash_tensors, write_record
 
 _MOST_SKIPPED = 10  # steps one after the other
@@ -302,6 +303,9 @@ class _Run:
             self.evaluated = self.ema.module
             accelerator.register_for_checkpointing(self.ema)
         decides = {**trajectory(config), "mixed_precision": accelerator.mixed_precision, "data_hash": task.data["hash"]}
+        self.pusher: CheckpointPusher | None = None
+        if self.is_main and config.push_to_hub and config.hub_strategy == "checkpoint":
+            self.pusher = CheckpointPusher(config.push_to_hub, self.folder, private=not config.hub_public)
         self.checkpoints = CheckpointStore(self.folder / "checkpoints", config.keep_checkpoints, decides)
 
     def train(self) -> dict[str, Any]:
@@ -319,6 +323,8 @@ class _Run:
         with self._progress(start) as bar, _catch_signals() as caught, ThreadPoolExecutor(1, "loader") as self._loader:
             self._train(start, bar, caught)
         self._collect_weights()
+        if self.pusher is not None:
+            self.pusher.wait()
         return self.record
 
     def _train(self, start: int, bar: tqdm, caught: list[int]) -> None:
@@ -494,9 +500,11 @@ class _Run:
         self._check_finite(step)
         self._update_record(step, status)
         state = {"log": self.log.entries, **{key: self.record[key] for key in ("sessions", "run_id", "nonfinite")}}
-        self.checkpoints.save(self.accelerator, step, state)
+        checkpoint = self.checkpoints.save(self.accelerator, step, state)
         if self.is_main:
             write_record(self.folder / "record.json", self.record)
+        if self.pusher is not None:
+            self.pusher.push(checkpoint)
 
     def _update_record(self, step: int, status: str) -> None:
         self.session.update(last_step=step, seconds=round(time.perf_counter() - self.began, 1))

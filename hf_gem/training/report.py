@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import SafetensorError
 
 from ..integrations.hub import loading_notes, save_for_hub
 from ..spec import is_name
 from .errors import CheckpointError
 from .files import save_pretrained
+from .push import push_run
 
 
 def save_results(folder: Path, model: Any, processor: Any, record: dict[str, Any], template: Path, **card: Any) -> None:
     """Writes what a finished run leaves: weights, tokenizer or image processor, `loss_curve.png` and the card.
+
+    Then pushes it to the Hub, if the run was told to.
 
     Args:
         folder: The output folder of the run.
@@ -27,6 +30,7 @@ def save_results(folder: Path, model: Any, processor: Any, record: dict[str, Any
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; the last checkpoint has everything.
+        PushError: the Hub did not take it.
     """
     try:
         if card.get("ours", is_name(record["config"]["hidden_act"])):
@@ -35,12 +39,15 @@ def save_results(folder: Path, model: Any, processor: Any, record: dict[str, Any
             model.save_pretrained(folder)
         save_pretrained(processor, folder)
         plot_loss(record, folder / "loss_curve.png", card["loss_unit"])
-        write_card(record, template, folder / "README.md", location=folder, **card)
+        write_card(record, template, folder / "README.md", **card)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the trained model cannot be written to {folder}: {error}. Its last checkpoint is complete; make room and "
             "start the same command again"
         ) from error
+    config = record["config"]
+    if config["push_to_hub"]:
+        print(f"pushed: {push_run(config['push_to_hub'], folder, private=not config['hub_public'])}")
 
 
 def print_summary(record: dict[str, Any], folder: Path) -> None:
@@ -90,19 +97,33 @@ def write_card(record: dict[str, Any], template: Path, path: Path, **more: Any) 
         record: Of a finished run.
         template: A Jinja template with the names used below.
         path: The card to write.
-        more: Further values for the template; among them `auto_class`, `location`, which it loads from, `imported`,
-            the module of hf_gem that loading needs, and `ours`, where `hidden_act` does not say whether the model has
-            activations of the family.
+        more: Further values for the template; among them `auto_class`, `imported`, the module of hf_gem that loading
+            needs, and `ours`, where `hidden_act` does not say whether the model has activations of the family.
     """
     config, result = record["config"], record["result"]
     ours = more.pop("ours", is_name(config["hidden_act"]))
     own = more["imported"] != "hf_gem"
-    loading = loading_notes(more["auto_class"], str(more["location"]), own=own) if ours else ""
+    location = config.get("push_to_hub") or config["output_dir"]
+    loading = loading_notes(more["auto_class"], location, own=own) if ours else ""
+    metric = "accuracy" if "validation_accuracy" in result else "perplexity"
+    measured = EvalResult(
+        task_type=more["pipeline_tag"],
+        dataset_type=config["dataset"],
+        dataset_name=config["dataset"],
+        dataset_split=config["validation_split" if record["data"]["held_out"] == "split" else "train_split"],
+        metric_type=metric,
+        metric_value=result[f"validation_{metric}"],
+    )
     data = ModelCardData(
+        license=config.get("license"),
         library_name="transformers",
         pipeline_tag=more["pipeline_tag"],
         tags=["activation-function", config["hidden_act"], *(["hf_gem"] if ours else [])],
         datasets=[config["dataset"]] if more["on_hub"] else None,
+        base_model=config["model"] if "before_conversion" in record and not Path(config["model"]).exists() else None,
+        metrics=[metric],
+        model_name=Path(location).name,
+        eval_results=[measured],
     )
     card = ModelCard.from_template(
         data,
@@ -114,6 +135,7 @@ def write_card(record: dict[str, Any], template: Path, path: Path, **more: Any) 
         amounts=record["data"].get("num_images") or record["data"]["num_tokens"],
         ours=ours,
         loading=loading,
+        location=location,
         **more,
     )
     card.save(path)

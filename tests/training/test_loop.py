@@ -283,6 +283,73 @@ def test_what_is_not_finite_is_never_saved(tmp_path, kind):
     assert record["status"] == "finished"
 
 
+def breaking(*steps, kind="gradient"):
+    """An objective whose loss or gradient is NaN the first time that it comes to some steps of training."""
+    left = set(steps)
+
+    class Breaking(Objective):
+        def forward(self, x, labels):
+            loss = super().forward(x, labels).loss
+            if self.training and self.steps in left:
+                left.remove(self.steps)
+                loss = loss * math.nan if kind == "loss" else loss + self.model.weight.sum().sub(1e9).pow(0.5) * 0
+            return Output(loss)
+
+    return Breaking
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_can_be_skipped(tmp_path, capsys, kind):
+    task = make_task(breaking(3, kind=kind))
+    before = {}
+
+    class Watching(type(task.objective)):
+        def forward(self, x, labels):
+            if self.training:
+                before[self.steps + 1] = self.model.weight.detach().clone()
+            return super().forward(x, labels)
+
+    task.objective.__class__ = Watching
+    record, _ = run(tmp_path, task, on_nonfinite="skip")
+    assert (record["status"], record["nonfinite"]["skipped_steps"]) == ("finished", 1)
+    assert torch.equal(before[4], before[3])  # step 3 moved nothing
+    assert not torch.equal(before[5], before[4])
+    assert "step 3: loss or gradient is not finite, skipped" in capsys.readouterr().out
+    assert all(p.isfinite().all() for p in task.model.parameters())
+
+
+def test_skipping_everything_is_an_error(tmp_path):
+    with pytest.raises(TrainingError, match="at 10 steps one after the other, all skipped"):
+        run(tmp_path, make_task(breaking(*range(3, 20))), on_nonfinite="skip", steps=30)
+
+
+def test_rolling_back_passes_over_the_batches_that_led_there(tmp_path, capsys):
+    task = make_task(breaking(4))
+    record, _ = run(tmp_path, task, on_nonfinite="rollback", save_every=1)
+    assert record["status"] == "finished"
+    assert record["nonfinite"] == {"skipped_steps": 0, "rollbacks": 1, "skipped_batches": 1}
+    assert "back to step 3, passing over 1 batches" in capsys.readouterr().out
+    # Batch 3 led there and batch 4 was made meanwhile; step 4 then takes batch 4, and everything is one batch later.
+    assert task.train.draws == [*range(5 * 8), *range(4 * 8, 7 * 8)]
+    assert [step for step, _ in record["curves"]["loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [s["first_step"] for s in record["sessions"]] == [1]
+
+
+def test_a_rolled_back_run_resumes_bit_for_bit(tmp_path):
+    whole, reference = run(tmp_path / "a", make_task(breaking(4)), on_nonfinite="rollback", keep_checkpoints=9)
+    step = tmp_path / "a" / "checkpoints" / "step_00000004"
+    record, task = run(tmp_path / "b", on_nonfinite="rollback", resume=str(step))
+    assert record["nonfinite"] == whole["nonfinite"]
+    assert record["curves"] == whole["curves"]
+    assert torch.equal(task.model.weight, reference.model.weight)
+
+
+@pytest.mark.parametrize(("steps", "message"), [((1,), "after 0 rollbacks"), ((3, 5, 7, 9, 11), "after 3 rollbacks")])
+def test_rolling_back_has_an_end(tmp_path, steps, message):
+    with pytest.raises(TrainingError, match=message):
+        run(tmp_path, make_task(breaking(*steps)), on_nonfinite="rollback", save_every=1)
+
+
 def test_a_batch_that_does_not_divide_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", 3)
     with pytest.raises(ConfigError, match="--global_batch_size 8 must be a multiple of the 3 processes"):

@@ -38,6 +38,13 @@ RECORD = {
     "config": {
         "hidden_act": "gem_n2",
         "dataset": "stdlib",
+        **{
+            "train_split": "train",
+            "validation_split": "validation",
+            "output_dir": "runs/demo",
+            "push_to_hub": None,
+            "license": "mit",
+        },
         "validation_fraction": 0.05,
         **{"seed": 7, "data_seed": 8, "global_batch_size": 32, "block_size": 128, "learning_rate": 3e-3},
         **{"warmup_steps": 5, "min_lr_ratio": 0.1, "weight_decay": 0.1, "grad_clip": 1.0},
@@ -60,7 +67,6 @@ MORE = {
     "auto_class": "AutoModelForCausalLM",
     "processor_class": "AutoTokenizer",
     "loss_unit": "nats per token",
-    "location": "runs/demo",
     "imported": "hf_gem",
     "limits": "It is small.",
 }
