@@ -127,3 +127,26 @@ def test_the_job_script_starts_each_machine_and_asks_to_be_started_again(tmp_pat
     text = script.read_text()
     assert "#SBATCH --requeue" in text
     assert "#SBATCH --signal=" in text
+
+
+@pytest.mark.parametrize("recipe", [gpt2_pretrain, bert_pretrain], ids=lambda recipe: recipe.__name__)
+def test_the_start_of_the_demo_on_one_and_two_processes(recipe, tmp_path_factory, tmp_path):
+    """The presets that people try first, on the real text of the standard library."""
+    cache = tmp_path_factory.getbasetemp() / "stdlib"
+    flags = ("--preset=demo", f"--cache_dir={cache}", "--steps=12", "--warmup_steps=4", "--eval_every=0")
+    flags = (
+        *flags,
+        "--save_every=0",
+        "--log_every=1",
+        "--global_batch_size=16",
+        "--micro_batch_size=8",
+        "--report_to=none",
+    )
+    run_here(recipe, tmp_path / "one", *flags)
+    launcher = launch("cpu.yaml", 2)
+    path = ROOT / "recipes" / f"{recipe.__name__.partition('.')[2]}.py"
+    code, output = finish(start(*flags, f"--output_dir={tmp_path / 'two'}", recipe=path, launcher=launcher, **ON_CPU))
+    assert code == 0, output
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one == pytest.approx(two, rel=REORDERED)
+    assert one[12] < one[1] - 0.5
