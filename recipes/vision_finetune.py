@@ -18,11 +18,12 @@ import hf_gem
 from hf_gem.modules import GemActivation
 from hf_gem.spec import is_name
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
-from hf_gem.training.data_vision import ImageData, VisionConfig, image_processor, prepare_images, preprocessing
+from hf_gem.training.data_vision import ImageData, VisionConfig, image_processor, prepare_images, preprocessing_of
 from hf_gem.training.errors import ConfigError, run_recipe
 from hf_gem.training.image_models import ConvNetForImageClassification  # noqa: F401  # registers those of vision_train
 from hf_gem.training.loop import Task, evaluate, make_accelerator, train
 from hf_gem.training.loss import ClassificationLoss
+from hf_gem.training.order import SampleOrder
 from hf_gem.training.report import print_summary, save_results
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
@@ -64,6 +65,7 @@ class Config(VisionConfig, TrainConfig):
     eps: str | None = option(None, "A number in place of the eps in --hidden_act; or fit, to choose it by data.")
     fit_per_layer: bool = option(False, "With --eps fit, an eps for each activation.")
     fit_batches: int = option(4, "Batches of training images to fit on.")
+    new_head: bool = option(False, "Start with a new last layer even where the number of classes is that of the model.")
     head_lr_ratio: float = option(1.0, "Learning rate of the last layer, as a multiple of that of the others.")
     mixup: float = option(0.0, "Alpha of mixup (arXiv 1710.09412); 0: none. Images mix within a micro-batch.")
     cutmix: float = option(0.0, "Alpha of CutMix (arXiv 1905.04899); 0: none.")
@@ -94,19 +96,26 @@ def _is_positive(text: str | None) -> bool:
         return False
 
 
-def load_model(name: str, classes: list[str]) -> PreTrainedModel:
-    """The pretrained model, with a new last layer where its classes are not as many as those of the data."""
+def load_model(name: str, classes: list[str], new_head: bool) -> PreTrainedModel:
+    """The pretrained model in float32, with a new last layer where its classes are not as many as those of the data."""
+    labels: Any = dict(enumerate(classes))
+    names: Any = {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
     try:
-        model = AutoModelForImageClassification.from_pretrained(name)
-        if model.config.num_labels == len(classes):
-            return model
-        labels: Any = dict(enumerate(classes))
-        return AutoModelForImageClassification.from_pretrained(
-            name,
-            id2label=labels,
-            label2id={name: number for number, name in labels.items()},
-            ignore_mismatched_sizes=True,
-        )
+        model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32)
+        if model.config.num_labels != len(classes):
+            return AutoModelForImageClassification.from_pretrained(
+                name, dtype=torch.float32, ignore_mismatched_sizes=True, **names
+            )
+        theirs = [str(model.config.id2label[number]) for number in range(len(classes))]
+        if new_head:
+            head_of(model).reset_parameters()  # type: ignore[operator]
+        elif theirs != classes:
+            print(
+                f"{name} has as many classes as the data, with other names ({theirs[0]!r} for {classes[0]!r}); its "
+                "last layer is kept, as if they were the same in the same order. --new_head starts with a new one"
+            )
+        model.config.id2label, model.config.label2id = names["id2label"], names["label2id"]
+        return model
     except Exception as error:  # the Hub client and the models raise their own
         raise ConfigError(
             f"--model {name!r} cannot be loaded: {type(error).__name__}: {error}. It takes timm/<name>, a Hub id or "
@@ -116,11 +125,9 @@ def load_model(name: str, classes: list[str]) -> PreTrainedModel:
 
 def convert(model: PreTrainedModel, config: Config, data: ImageData, device: torch.device) -> str:
     """Replaces the activations in place and returns the report."""
-    size = config.micro_batch_size
-    batches = [
-        {"pixel_values": data.train.batch(torch.arange(size * k, size * (k + 1)).numpy())["pixel_values"].to(device)}
-        for k in range(min(config.fit_batches, len(data.train) // size) if config.eps == "fit" else 0)
-    ]
+    order = SampleOrder(len(data.train), config.data_seed)
+    drawn = [order.batch(k, config.micro_batch_size) for k in range(config.fit_batches if config.eps == "fit" else 0)]
+    batches = [{"pixel_values": data.train.batch(indices)["pixel_values"].to(device)} for indices in drawn]
     eps = float(config.eps) if config.eps not in (None, "fit") else config.eps
     report = hf_gem.convert(
         model, config.hidden_act, eps=eps, data=batches or None, per_layer=config.fit_per_layer and bool(batches)
@@ -156,8 +163,8 @@ def main(argv: list[str] | None = None) -> None:
     config.output_dir = config.output_dir or f"runs/finetune-{preset}-{config.hidden_act}-seed{config.seed}"
     accelerator = make_accelerator(config)
     torch.manual_seed(config.seed)  # of a new last layer
-    data = prepare_images(config, config.data_seed, accelerator.device, *preprocessing(config.model))
-    model = load_model(config.model, data.classes).to(accelerator.device)
+    data = prepare_images(config, config.data_seed, accelerator.device, preprocessing_of(config.model))
+    model = load_model(config.model, data.classes, config.new_head).to(accelerator.device)
     mixup = None
     if config.mixup or config.cutmix:
         mixup = Mixup(
@@ -176,10 +183,13 @@ def main(argv: list[str] | None = None) -> None:
         metric="accuracy",
         lr_ratios={head_of(model): config.head_lr_ratio},
     )
-    before = evaluate(task.objective, task, config.micro_batch_size, accelerator)
+    with accelerator.autocast():  # as it is evaluated later
+        before = evaluate(task.objective, task, config.micro_batch_size, accelerator)
     accelerator.print("before: " + ", ".join(f"{name} {value:.4f}" for name, value in before.items()))
     report = convert(model, config, data, accelerator.device) if config.hidden_act != "none" else ""
     accelerator.print(report)
+    # Each process has fitted by itself, and so does one that goes on from a checkpoint, which has no eps in it.
+    task.identity = {"activations": [m.spec.name for m in model.modules() if isinstance(m, GemActivation)]}
     task.facts = {
         "before_conversion": before,
         "conversion": report,

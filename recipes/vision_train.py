@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, TimmWrapperConfig
 
 import hf_gem
 from hf_gem.spec import is_name
 from hf_gem.training.config import TrainConfig, option, parse_config, require
-from hf_gem.training.data_vision import ImageData, VisionConfig, image_processor, prepare_images
+from hf_gem.training.data_vision import ImageData, Preprocessing, VisionConfig, image_processor, prepare_images
 from hf_gem.training.errors import ConfigError, run_recipe
 from hf_gem.training.image_models import (
     CifarResNetConfig,
@@ -85,6 +86,20 @@ class Config(VisionConfig, TrainConfig):
         require(sound, "model", self.model, "resnet<6n+2>-cifar, such as resnet20-cifar or resnet56-cifar")
 
 
+def input_size(config: Config) -> int | None:
+    """The height and width that a model of transformers or timm is made for; those here take any."""
+    if config.image_size or _is_own(config.model):
+        return config.image_size
+    if config.model.startswith("timm/"):
+        known = timm.get_pretrained_cfg(config.model.removeprefix("timm/"))
+        return known.input_size[-1] if known else None
+    try:
+        size = getattr(AutoConfig.from_pretrained(config.model), "image_size", None)
+    except Exception as error:  # the Hub client raises its own
+        raise ConfigError(f"--model {config.model!r} cannot be built: {type(error).__name__}: {error}") from error
+    return size if isinstance(size, int) else None
+
+
 def build_model(config: Config, data: ImageData) -> PreTrainedModel:
     """The model of `config` with new weights and its activation everywhere."""
     labels = dict(enumerate(data.classes))
@@ -108,7 +123,7 @@ def build_model(config: Config, data: ImageData) -> PreTrainedModel:
             settings = AutoConfig.from_pretrained(config.model, **shared)
             if not ours:
                 hf_gem.set_activation(settings, config.hidden_act)
-        model = AutoModelForImageClassification.from_config(settings)
+        model = AutoModelForImageClassification.from_config(settings, dtype=torch.float32)
     except Exception as error:  # both libraries raise whatever their models do
         raise ConfigError(f"--model {config.model!r} cannot be built: {type(error).__name__}: {error}") from error
     if ours:
@@ -141,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     config, preset = parse_config(Config, PRESETS, "demo", argv)
     config.output_dir = config.output_dir or f"runs/vision-{preset}-{config.hidden_act}-seed{config.seed}"
     accelerator = make_accelerator(config)
-    data = prepare_images(config, config.data_seed, accelerator.device)
+    data = prepare_images(config, config.data_seed, accelerator.device, Preprocessing(image_size=input_size(config)))
     torch.manual_seed(config.seed)
     model = build_model(config, data)
     task = Task(

@@ -156,6 +156,15 @@ class CheckpointStore:
                 )
             return None
         named = resume != "auto"
+        outside = Path(resume).is_dir() and Path(resume).absolute().parent != self.folder.absolute()
+        if named and outside and found:
+            # A run that was brought here, and has gone on here since; the path inside its own folder means going back.
+            mine, theirs = (_run_id(path) for path in (found[0], Path(resume)))
+            if mine != theirs:
+                raise CheckpointError(
+                    f"{self.folder} holds another run than {resume}; choose another --output_dir, or --resume auto"
+                )
+            named = False
         damages: dict[Path, str | None] = {}
         for path in [Path(resume)] if named else found:
             damages[path] = _damage(path)
@@ -188,6 +197,13 @@ class CheckpointStore:
             raise CheckpointError(
                 f"these are different runs ({'; '.join(changed)}); choose another --output_dir, or the same values"
             )
+
+
+def _run_id(path: Path) -> Any:
+    try:
+        return (json.loads((path / _STATE).read_text())["state"] or {}).get("run_id")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _damage(path: Path) -> str | None:

@@ -31,7 +31,7 @@ class TrainConfig:
     """What every recipe has: schedule, optimizer, precision, evaluation, checkpoints, tracking."""
 
     # Fields that may differ when a run is resumed: they leave its results as they are, but for rounding and, where
-    # micro_batch_size splits other batches, the masks of dropout.
+    # micro_batch_size splits other batches, the masks of dropout, mixup, and the statistics of batch normalisation.
     runtime: ClassVar[frozenset[str]] = frozenset(
         (
             "output_dir",

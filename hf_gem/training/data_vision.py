@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .config import at_least, option, require
-from .data_source import SourceConfig, cached, load_splits, source_state
+from .data_source import SourceConfig, cached, fingerprint, load_splits, source_state
 from .errors import DataError
 from .loop import Samples
 from .order import uniforms
@@ -58,7 +59,10 @@ class VisionConfig(SourceConfig):
     )
     crop_padding: int = option(0, "Zeros around resident images, from which training takes random crops.")
     crop_min_scale: float = option(1.0, "Smallest share of an image's area in random crops of images not resident.")
-    crop_pct: float = option(1.0, "Share of the shorter side that evaluation sees of images not resident.")
+    crop_pct: float | None = option(
+        None,
+        "Share of the shorter side that evaluation sees of images not resident; by default what the model says, or 1.",
+    )
     flip: bool = option(False, "Flip training images from left to right at random.")
     num_workers: int = option(8, "Threads that decode images, in each process.")
 
@@ -70,10 +74,11 @@ class VisionConfig(SourceConfig):
         if self.image_size is not None:
             at_least(self, 1, "image_size")
         for name in ("crop_min_scale", "crop_pct"):
-            require(0 < getattr(self, name) <= 1, name, getattr(self, name), "above 0 and at most 1")
+            share = getattr(self, name)
+            require(share is None or 0 < share <= 1, name, share, "above 0 and at most 1")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Normalisation:
     """What a model takes: `(pixels / 255 - mean) / std`, for three channels each.
 
@@ -84,11 +89,31 @@ class Normalisation:
 
     mean: Sequence[float]
     std: Sequence[float]
+    _tensors: dict[torch.device, list[Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """float32 of shape (batch, 3, height, width) from uint8, (batch, channels, height, width); grey is repeated."""
-        mean, std = (torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        if pixels.device not in self._tensors:  # once, since a copy to a GPU waits for it
+            self._tensors[pixels.device] = [
+                torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in (self.mean, self.std)
+            ]
+        mean, std = self._tensors[pixels.device]
         return pixels.float().div(255).sub(mean).div(std)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a model says of the images it takes.
+
+    Attributes:
+        normalisation: Of pixels; None where it does not say.
+        image_size: Height and width; likewise.
+        crop_pct: Share of the shorter side of a larger image.
+    """
+
+    normalisation: Normalisation | None = None
+    image_size: int | None = None
+    crop_pct: float = 1.0
 
 
 @dataclass
@@ -116,8 +141,7 @@ def prepare_images(
     config: VisionConfig,
     seed: int,
     device: torch.device,
-    normalisation: Normalisation | None = None,
-    image_size: int | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> ImageData:
     """The images of `config`.
 
@@ -125,32 +149,36 @@ def prepare_images(
         config: Which, and how they are augmented.
         seed: Of the augmentation.
         device: Where resident images are kept.
-        normalisation: What the model takes; by default that of the training images where they are resident, and of
-            ImageNet otherwise.
-        image_size: What the model takes, where `config` does not say.
+        preprocessing: What the model takes. By default, pixels are normalised by the statistics of the training images
+            where these are resident, and by those of ImageNet otherwise.
 
     Raises:
         DataError: the dataset cannot be read, has no such columns, or cannot be kept as asked for; or the cache cannot
             be written.
     """
     splits = _digits(config) if config.dataset == DIGITS else _read(config)
-    size = config.image_size or image_size
+    wanted = preprocessing or Preprocessing()
+    size = config.image_size or wanted.image_size
     resident = splits.can_be_resident(size) if config.resident is None else config.resident
     if resident:
-        return _resident(config, splits, seed, device, normalisation)
+        return _resident(config, splits, seed, device, wanted.normalisation, size)
     if config.crop_padding:
         raise DataError(
             f"--crop_padding {config.crop_padding} is for resident images, and those of {config.dataset!r} are too "
             "large, or not all of one size; use --crop_min_scale, or --resident yes"
         )
     size = size or 224
-    normalisation = normalisation or Normalisation(*_IMAGENET)
+    normalisation = wanted.normalisation or Normalisation(*_IMAGENET)
     crop: dict[str, Any] = {"size": size, "normalisation": normalisation, "seed": seed}
     crop["num_workers"] = config.num_workers
     train = DecodedImages(splits.train, **crop, min_scale=config.crop_min_scale, flip=config.flip)
-    validation = DecodedImages(splits.validation, **crop, crop_pct=config.crop_pct)
-    digest = hashlib.sha256(train.labels.tobytes() + validation.labels.tobytes())
-    return ImageData(train, validation, splits.classes, size, normalisation, splits.facts(digest.hexdigest(), size))
+    validation = DecodedImages(splits.validation, **crop, crop_pct=config.crop_pct or wanted.crop_pct)
+    # All pixels would take hours to read. Of files, names and sizes stand for them; of a Hub dataset, its revision.
+    files = [[Path(name).name, size] for name, size, _ in fingerprint(config.dataset) or []]
+    source = [config.dataset_config, config.dataset_revision, config.image_column, files or config.dataset]
+    digest = hashlib.sha256(json.dumps(source).encode() + splits.label_bytes())
+    facts = splits.facts(digest.hexdigest(), "labels, and names and sizes of files", size)
+    return ImageData(train, validation, splits.classes, size, normalisation, facts)
 
 
 # ---- reading
@@ -172,13 +200,20 @@ class Rows:
         return len(self.labels)
 
     def image(self, index: int) -> Any:
-        """One of them as a PIL image in RGB, or as it is where it is grey."""
+        """One of them as a PIL image in RGB, or as it is where it is grey.
+
+        Raises:
+            DataError: it cannot be read.
+        """
         from PIL import Image, ImageOps
 
-        item = self.source(index)
-        image = Image.fromarray(item) if isinstance(item, np.ndarray) else Image.open(item)
-        image = ImageOps.exif_transpose(image)
-        return image if image.mode == "L" else image.convert("RGB")
+        try:
+            item = self.source(index)
+            image = Image.fromarray(item) if isinstance(item, np.ndarray) else Image.open(item)
+            image = ImageOps.exif_transpose(image)
+            return image if image.mode == "L" else image.convert("RGB")
+        except Exception as error:  # of the file system and of each format's reader
+            raise DataError(f"image {index} of the dataset cannot be read: {type(error).__name__}: {error}") from error
 
 
 @dataclass
@@ -188,16 +223,21 @@ class _Splits:
     classes: list[str]
     held_out: str  # `split`, one of the dataset's own, or `random`
 
-    def facts(self, digest: str, image_size: int) -> dict[str, Any]:
+    def label_bytes(self) -> bytes:
+        """All labels and the names of the classes, to be hashed."""
+        return self.train.labels.tobytes() + self.validation.labels.tobytes() + json.dumps(self.classes).encode()
+
+    def facts(self, digest: str, hash_of: str, image_size: int) -> dict[str, Any]:
+        """What the record says of the data."""
         counts = {"train": len(self.train), "validation": len(self.validation)}
         sizes = {"image_size": image_size, "num_classes": len(self.classes)}
-        return {"hash": digest, "num_images": counts, "held_out": self.held_out, **sizes}
+        return {"hash": digest, "hash_of": hash_of, "num_images": counts, "held_out": self.held_out, **sizes}
 
     def can_be_resident(self, size: int | None) -> bool:
         """Judged by some images; that all are alike turns out when they are decoded."""
         sizes = {self.train.image(int(i)).size for i in np.linspace(0, len(self.train) - 1, 16)}
         (width, height), *others = sizes
-        alike = not others and size in (None, height) and size in (None, width)
+        alike = not others and width == height and size in (None, width)
         return alike and 3 * width * height * len(self.train) <= _RESIDENT_BYTES
 
 
@@ -226,7 +266,7 @@ def _read(config: VisionConfig) -> _Splits:
     loaded = load_splits(config)
     train = loaded[config.train_split]
     image = config.image_column or _first_column(config, train, "image", datasets.Image)
-    label = config.label_column or _first_column(config, train, "label", datasets.ClassLabel, datasets.Value)
+    label = config.label_column or _first_column(config, train, "label", datasets.ClassLabel)
     for name in (image, label):
         if name not in train.column_names:
             raise DataError(
@@ -261,13 +301,16 @@ def _read(config: VisionConfig) -> _Splits:
     return _Splits(rows(parts[0]), rows(parts[1]), [str(name) for name in names], held_out)
 
 
-def _first_column(config: VisionConfig, table: Any, what: str, *kinds: type) -> str:
-    for kind in kinds:
-        for name, feature in table.features.items():
-            if isinstance(feature, kind):
-                return str(name)
-    found = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in table.features.items())
-    raise DataError(f"{config.dataset!r} has no column for --{what}_column among {found}; name one")
+def _first_column(config: VisionConfig, table: Any, what: str, kind: type) -> str:
+    """The first column of a kind; for labels, the only other one would do too."""
+    found = [str(name) for name, feature in table.features.items() if isinstance(feature, kind)]
+    others = [name for name, feature in table.features.items() if type(feature).__name__ == "Value"]
+    if found or (what == "label" and len(others) == 1):
+        return (found or others)[0]
+    columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in table.features.items())
+    raise DataError(
+        f"which column of {config.dataset!r} is the {what} cannot be told from {columns}; name --{what}_column"
+    )
 
 
 # ---- resident images
@@ -298,11 +341,11 @@ class ResidentImages:
 
     def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, Tensor]:
         """`pixel_values`, float32 of shape (len(indices), 3, height, width) on the device, and `labels`."""
-        chosen = torch.from_numpy(np.asarray(indices))
-        pixels = self.normalisation(self.images[chosen.to(self.images.device)])
+        device = self.images.device
+        pixels = self.normalisation(self.images[_to_device(indices, device)])
         if draws is not None and (self.padding or self.flip):
             pixels = self._augment(pixels, uniforms((self.seed, 2), draws, (3,)))
-        return {"pixel_values": pixels, "labels": self.labels[chosen]}
+        return {"pixel_values": pixels, "labels": self.labels[torch.from_numpy(np.asarray(indices))]}
 
     def _augment(self, pixels: Tensor, random: np.ndarray) -> Tensor:
         height, width = pixels.shape[-2:]
@@ -312,7 +355,7 @@ class ResidentImages:
         if self.flip:
             columns = np.where(random[:, 2:] < 0.5, columns[:, ::-1], columns)
         padded = F.pad(pixels, [self.padding] * 4)
-        rows, columns = (torch.from_numpy(part.copy()).to(pixels.device) for part in (rows, columns))
+        rows, columns = (_to_device(part, pixels.device) for part in (rows, columns))
         each = torch.arange(len(pixels), device=pixels.device)[:, None, None]
         crops = padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
         # The channels are last in memory, which suits a GPU. On a CPU, the backward pass of a 1 x 1 convolution with
@@ -320,17 +363,29 @@ class ResidentImages:
         return crops.contiguous() if crops.device.type == "cpu" else crops
 
 
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on a device, which on a GPU nobody waits for."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def _resident(
-    config: VisionConfig, splits: _Splits, seed: int, device: torch.device, normalisation: Normalisation | None
+    config: VisionConfig,
+    splits: _Splits,
+    seed: int,
+    device: torch.device,
+    normalisation: Normalisation | None,
+    wanted: int | None,
 ) -> ImageData:
-    key = [_CACHE_FORMAT, source_state(config), config.image_column, config.label_column]
+    labels_hash = hashlib.sha256(splits.label_bytes()).hexdigest()  # of a dataset whose order has changed on the Hub
+    key = [_CACHE_FORMAT, source_state(config), config.image_column, config.label_column, labels_hash]
     folder, meta = cached(config, "images", key, lambda folder: _decode_all(config, splits, folder))
     images = {split: np.load(folder / f"{split}.npy") for split in ("train", "validation")}
     size = images["train"].shape[-1]
-    if images["train"].shape[-2] != size or config.image_size not in (None, size):
+    if images["train"].shape[-2] != size or wanted not in (None, size):
         raise DataError(
             f"the images of {config.dataset!r} are {images['train'].shape[-2]} x {size}, and resident ones are not "
-            f"scaled; leave --image_size out, or use --resident no with an --image_size"
+            f"scaled, to {wanted or 'squares'} or any other size; use --resident no with an --image_size"
         )
     normalisation = normalisation or Normalisation(meta["mean"], meta["std"])
 
@@ -340,7 +395,9 @@ def _resident(
 
     train = resident("train", splits.train.labels, padding=config.crop_padding, flip=config.flip)
     validation = resident("validation", splits.validation.labels)
-    return ImageData(train, validation, splits.classes, size, normalisation, splits.facts(meta["hash"], size))
+    return ImageData(
+        train, validation, splits.classes, size, normalisation, splits.facts(meta["hash"], "images and labels", size)
+    )
 
 
 def _decode_all(config: VisionConfig, splits: _Splits, folder: Path) -> dict[str, Any]:
@@ -457,8 +514,8 @@ def image_processor(data: ImageData) -> Any:
     )
 
 
-def preprocessing(model: str) -> tuple[Normalisation, int]:
-    """What a pretrained model takes: the normalisation of pixels, and their number in height and width.
+def preprocessing_of(model: str) -> Preprocessing:
+    """What a pretrained model takes.
 
     Args:
         model: The name or folder of one that has an image processor of transformers, or is timm's.
@@ -471,11 +528,12 @@ def preprocessing(model: str) -> tuple[Normalisation, int]:
     try:
         processor = AutoImageProcessor.from_pretrained(model)
         if timm := getattr(processor, "data_config", None):
-            return Normalisation(timm["mean"], timm["std"]), int(timm["input_size"][-1])
-        size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-        return Normalisation(processor.image_mean, processor.image_std), int(
-            size.get("height") or size["shortest_edge"]
-        )
+            return Preprocessing(Normalisation(timm["mean"], timm["std"]), timm["input_size"][-1], timm["crop_pct"])
+        crops = getattr(processor, "do_center_crop", False)
+        size = processor.crop_size if crops else processor.size
+        side, edge = int(size.get("height") or size["shortest_edge"]), processor.size.get("shortest_edge")
+        share = min(1.0, side / edge) if crops and edge else 1.0
+        return Preprocessing(Normalisation(processor.image_mean, processor.image_std), side, share)
     except Exception as error:  # the Hub client, JSON and the processors raise their own
         raise DataError(
             f"how {model!r} takes its images cannot be read: {type(error).__name__}: {error}. --model takes "

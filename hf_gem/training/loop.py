@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import logging
 import math
@@ -27,6 +28,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, gather_object
 from filelock import FileLock, Timeout
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
@@ -40,6 +42,7 @@ from .order import SampleOrder
 from .push import CheckpointPusher
 from .record import MetricsLog, environment, hash_tensors, write_record
 
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
 _MOST_SKIPPED = 10  # steps one after the other
 _MOST_ROLLBACKS = 3  # in a run
 
@@ -78,6 +81,7 @@ class Task:
         metric: Of `evaluation.METRICS`, computed beside the loss.
         facts: What else the record says, as JSON.
         lr_ratios: Parts of the model whose learning rate is a multiple of the others'.
+        identity: What has to be equal, besides config and data, for a checkpoint to be continued; as JSON.
     """
 
     name: str
@@ -93,6 +97,7 @@ class Task:
     metric: str = "perplexity"
     facts: dict[str, Any] = field(default_factory=dict)
     lr_ratios: dict[nn.Module, float] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -138,6 +143,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError(
             f"fp16 needs a CUDA device, and this is {accelerator.device}; use --mixed_precision bf16 or no"
         )
+    if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":
+        # accelerate would reduce gradients, and round the summed loss, in the lower precision
+        low = {"bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     if config.report_to != "none" and not accelerator.log_with:
         raise ConfigError(
             f"--report_to {config.report_to} needs its package: pip install {config.report_to}, or use none"
@@ -176,6 +186,11 @@ def train(task: Task, config: TrainConfig, accelerator: Accelerator) -> dict[str
         with _sole_writer(folder) if accelerator.is_main_process else contextlib.nullcontext():
             return _Run(task, config, accelerator).train()
     except OSError as error:
+        inside = (
+            error.filename is not None and folder.absolute() in Path(os.fsdecode(error.filename)).absolute().parents
+        )
+        if not inside and error.errno not in _CANNOT_WRITE:
+            raise  # a picture that is none, a tracker that is away
         raise TrainingError(
             f"cannot write to {folder}: {error}. Complete checkpoints are still good; make room, or name another "
             "--output_dir, and start the same command again"
@@ -208,7 +223,10 @@ def evaluate(objective: nn.Module, task: Task, batch_size: int, accelerator: Acc
     hidden = not (accelerator.is_main_process and sys.stderr.isatty())
     for first in tqdm(rounds, desc="Evaluating", leave=False, disable=hidden):
         indices = np.arange(first + rank * batch_size, min(first + (rank + 1) * batch_size, count))
-        batch = task.validation.batch(indices if len(indices) else np.zeros(1, np.int64))
+        try:
+            batch = task.validation.batch(indices if len(indices) else np.zeros(1, np.int64))
+        except Exception as error:  # whatever the data are made of
+            raise DataError(f"validation samples cannot be read: {type(error).__name__}: {error}") from error
         output = objective(**_to(batch, device))
         if len(indices):
             rows["losses"].append(output.loss)
@@ -259,6 +277,7 @@ class _Run:
         self.micro_batch_size = next(n for n in range(min(share, config.micro_batch_size), 0, -1) if share % n == 0)
         self.order = SampleOrder(len(task.train), config.data_seed)
         self.folder = Path(config.output_dir)
+        self.stop_file = os.environ.get("HF_GEM_STOP_FILE")
         self.log = MetricsLog(self.folder / "log.jsonl")
         # One entry for each time the command ran and took steps: nothing that happened elsewhere is claimed for it.
         self.session = {
@@ -277,12 +296,15 @@ class _Run:
             "data": task.data,
             **task.facts,
             "init_hash": hash_tensors(task.model) if self.is_main else None,
+            "order_hash": self.order.hash(config.steps, config.global_batch_size),
             "num_parameters": sum(p.numel() for p in task.model.parameters()),
             "nonfinite": {"skipped_steps": 0, "rollbacks": 0, "skipped_batches": 0},
             "sessions": [],
         }
         if config.gradient_checkpointing:
             model: Any = task.model
+            if not getattr(model, "supports_gradient_checkpointing", False):
+                raise ConfigError(f"{type(model).__name__} has no --gradient_checkpointing; leave it out")
             enable = getattr(
                 model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
             )  # newer name
@@ -291,18 +313,24 @@ class _Run:
             task.objective.compile()
         if accelerator.is_fsdp2:
             task.objective._no_split_modules = _layers(task.model)  # where accelerate looks for what to shard as one
+        if not accelerator.is_fsdp2:
+            task.objective.to(accelerator.device)  # before the optimizer, which is a fused one on a GPU
         self.objective, self.optimizer = accelerator.prepare(
             task.objective, make_optimizer(task.objective, config, task.lr_ratios)
         )
-        self.evaluated = task.objective  # what DDP and compile wrap: neither is of use in evaluation
+        self.evaluated = task.objective  # what DDP wraps, which is of no use in evaluation
         self.ema: Any = None
         if config.ema_decay:
             from timm.utils import ModelEmaV3
 
+            tensors = [tensor.data_ptr() for tensor in task.objective.state_dict().values()]
+            if len(set(tensors)) < len(tensors):
+                raise ConfigError("--ema_decay would average tied weights twice, which this model has; set it to 0")
             self.ema = ModelEmaV3(task.objective, decay=config.ema_decay)
             self.evaluated = self.ema.module
             accelerator.register_for_checkpointing(self.ema)
         decides = {**trajectory(config), "mixed_precision": accelerator.mixed_precision, "data_hash": task.data["hash"]}
+        decides.update(task.identity)
         self.pusher: CheckpointPusher | None = None
         if self.is_main and config.push_to_hub and config.hub_strategy == "checkpoint":
             self.pusher = CheckpointPusher(config.push_to_hub, self.folder, private=not config.hub_public)
@@ -429,6 +457,8 @@ class _Run:
         """Counts a step whose gradient is thrown away, with the learning rate and all else going on."""
         self.record["nonfinite"]["skipped_steps"] += 1
         self.skipped_in_a_row += 1
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # it has seen these gradients, and waits for their step
         self.accelerator.print(f"step {step + 1}: loss or gradient is not finite, skipped")
         if self.skipped_in_a_row == _MOST_SKIPPED:
             raise self._not_finite(step + 1, f"at {_MOST_SKIPPED} steps one after the other, all skipped,")
@@ -451,6 +481,7 @@ class _Run:
         return start
 
     def _not_finite(self, step: int, where: str) -> TrainingError:
+        self._write_record(step, "diverged")
         return TrainingError(
             f"the loss or the gradient stopped being finite {where}; nothing was saved since, and the checkpoints in "
             f"{self.checkpoints.folder} are good. Lower --learning_rate, lengthen --warmup_steps, train in "
@@ -563,7 +594,12 @@ class _Run:
         )
 
     def _stop_requested(self, caught: list[int], step: int) -> int | None:
-        """The signal to stop for, on all processes at the same step."""
+        """The signal to stop for, on all processes at the same step.
+
+        A file named by $HF_GEM_STOP_FILE stands for SIGTERM: launchers kill half a minute after they pass that on.
+        """
+        if self.stop_file and not caught and self.is_main and os.path.exists(self.stop_file):
+            caught.append(signal.SIGTERM)
         if self.world > 1:
             if step % min(10, self.config.log_every):  # agreeing waits for the device
                 return None
@@ -615,14 +651,18 @@ class _Clock:
 
 @contextlib.contextmanager
 def _catch_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, for the loop to act on between two steps; a second one acts at once."""
+    """Collects SIGINT and SIGTERM, for the loop to act on between two steps; a second SIGINT acts at once.
+
+    A second SIGTERM does not: launchers pass on the one that processes of their group have got already.
+    """
     caught: list[int] = []
     previous: dict[int, Any] = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
         caught.append(number)
-        signal.signal(number, previous[number])
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        if number == signal.SIGINT:
+            signal.signal(number, previous[number])
+            print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         previous[number] = signal.signal(number, handle)

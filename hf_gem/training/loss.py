@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from .errors import ConfigError
+
 IGNORE = -100  # a label that counts for nothing, as in torch and transformers
 
 
@@ -122,6 +124,11 @@ class ClassificationLoss(nn.Module):
 
     @torch.compiler.disable
     def _mix(self, pixel_values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if len(labels) % 2:
+            raise ConfigError(
+                f"mixup and CutMix take pairs, and a micro-batch has {len(labels)} images; choose "
+                "--global_batch_size and --micro_batch_size so that it is even"
+            )
         np.random.seed(int(torch.randint(2**31, ())))
         mixed: tuple[Tensor, Tensor] = self.mixup(pixel_values.clone(), labels)  # it works in place
         return mixed

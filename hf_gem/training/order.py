@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 
 import numpy as np
 
@@ -30,6 +31,13 @@ class SampleOrder:
             chosen = epochs == epoch
             indices[chosen] = self._permutation(int(epoch))[offsets[chosen]]
         return indices
+
+    def hash(self, steps: int, batch_size: int) -> str:
+        """SHA-256 over the indices of the first steps, a thousand at most: equal for runs that see the same samples."""
+        digest = hashlib.sha256()
+        for step in range(min(steps, 1000)):
+            digest.update(self.batch(step, batch_size).tobytes())
+        return digest.hexdigest()
 
     def _make_permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)

@@ -17,7 +17,9 @@ from huggingface_hub import HfApi
 from .errors import PushError
 
 _LAST = "last-checkpoint"  # as the Trainer of transformers calls it
-_EXCLUDED = ["checkpoints/*", ".*", "**/.*"]
+_KINDS = ["*.safetensors", "*.json", "*.jsonl", "*.txt", "*.jinja", "README.md", "loss_curve.png", "gem_*.py"]
+_KINDS += ["modeling_gem.py"]  # of files of a run; of its folders, none
+_EXCLUDED = ["*/*", ".*"]
 
 
 def push_run(repo_id: str, folder: Path, private: bool) -> str:
@@ -30,6 +32,7 @@ def push_run(repo_id: str, folder: Path, private: bool) -> str:
         return _upload(repo_id, folder, private, None, f"{folder.name}, finished")
     except Exception as error:  # of the client, the network or the Hub
         command = ["hf", "upload", repo_id, str(folder), ".", "--private" if private else "--no-private"]
+        command += [part for pattern in _KINDS for part in ("--include", pattern)]
         command += [part for pattern in _EXCLUDED for part in ("--exclude", pattern)]
         raise PushError(
             f"pushing to {repo_id} failed: {_reason(error)}. Everything is in {folder}; this finishes "
@@ -38,7 +41,7 @@ def push_run(repo_id: str, folder: Path, private: bool) -> str:
 
 
 class CheckpointPusher:
-    """Pushes checkpoints as `last-checkpoint` in a thread of its own, one at a time.
+    """Pushes checkpoints as `last-checkpoint` in a thread of its own, the newest one whenever it is free.
 
     Args:
         repo_id: `USER/NAME`.
@@ -51,24 +54,29 @@ class CheckpointPusher:
         self.private = private
         self._copy = folder / ".pushing"
         self._thread: threading.Thread | None = None
+        self._left: Path | None = None  # the newest checkpoint, if it came while another was on its way
 
     def push(self, checkpoint: Path) -> None:
-        """Starts to push a complete checkpoint; does nothing while the one before is still on its way."""
+        """Starts to push a complete checkpoint, unless the one before is still on its way."""
         if self._thread is not None and self._thread.is_alive():
+            self._left = checkpoint
             return
-        shutil.rmtree(self._copy, ignore_errors=True)
+        self._left = None
         try:  # the run deletes old checkpoints, and must not wait
-            shutil.copytree(checkpoint, self._copy, copy_function=os.link)
-        except OSError:  # a file system without hard links
-            shutil.rmtree(self._copy, ignore_errors=True)
-            shutil.copytree(checkpoint, self._copy)
+            _copy(checkpoint, self._copy)
+        except OSError as error:
+            print(f"{checkpoint.name} is not pushed: {error}", file=sys.stderr, flush=True)
+            return
         self._thread = threading.Thread(target=self._run, args=(checkpoint.name,), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when nothing is on its way any more."""
+        """Returns when the newest checkpoint has been pushed."""
         if self._thread is not None:
             self._thread.join()
+        if self._left is not None:
+            self.push(self._left)
+            self.wait()
         shutil.rmtree(self._copy, ignore_errors=True)
 
     def _run(self, name: str) -> None:
@@ -83,6 +91,17 @@ class CheckpointPusher:
             )
 
 
+def _copy(folder: Path, to: Path) -> None:
+    for copy in (os.link, shutil.copy2):  # the second one where the file system has no hard links
+        shutil.rmtree(to, ignore_errors=True)
+        try:
+            shutil.copytree(folder, to, copy_function=copy)
+            return
+        except OSError:
+            if copy is shutil.copy2:
+                raise
+
+
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
 
@@ -95,6 +114,7 @@ def _upload(repo_id: str, folder: Path, private: bool, path: str | None, message
         folder_path=folder,
         path_in_repo=path,
         commit_message=message,
+        allow_patterns=None if path else _KINDS,
         ignore_patterns=None if path else _EXCLUDED,
         delete_patterns="*" if path else None,  # files of an older checkpoint
     )

@@ -4,7 +4,7 @@
 #   sbatch --nodes 8 recipes/accelerate/slurm.sh recipes/gpt2_pretrain.py --preset gpt2-124m --output_dir /shared/run
 #
 # The output folder has to be one that all machines see. Ten minutes before the time is up, and when the job is preempted,
-# every process gets SIGTERM: the recipe saves and stops, and the job is put back in the queue, to go on where it was.
+# the recipe is told through a file: it saves and stops, and the job is put back in the queue, to go on where it was.
 #SBATCH --job-name=hf_gem
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -19,6 +19,8 @@ GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:-8}}  # of each machine
 CONFIG=${CONFIG:-multi_node.yaml}
 HERE=${SLURM_SUBMIT_DIR:-$(pwd)}/recipes/accelerate
 FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1 | cut -d ' ' -f 1)
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # which srun does not take over by itself
+export HF_GEM_STOP_FILE=$(pwd)/.stop-$SLURM_JOB_ID
 PORT=$((20000 + SLURM_JOB_ID % 20000))  # another one for each job
 
 # A task's own rank is known on its machine only, hence the shell.
@@ -28,8 +30,9 @@ srun bash -c 'exec accelerate launch --config_file "$0" --machine_rank "$SLURM_P
 STEP=$!
 
 again() {
-  kill -TERM "$STEP" 2> /dev/null || true  # srun passes it on
+  touch "$HF_GEM_STOP_FILE"
   wait "$STEP" || true
+  rm -f "$HF_GEM_STOP_FILE"
   scontrol requeue "$SLURM_JOB_ID"
   exit 0
 }

@@ -63,6 +63,15 @@ def test_sharded_runs_are_the_same_and_go_on_with_other_numbers_of_processes(fla
     assert [(s["num_processes"], s["first_step"]) for s in sessions] == [(2, 1), (4, 5)]
 
 
+def test_sharded_runs_in_half_precision_keep_the_loss_whole(flags, reference, tmp_path):
+    sharded(2, GPT2, *flags, "--mixed_precision=bf16", "--steps=2", f"--output_dir={tmp_path}")
+    ours = losses(tmp_path)
+    # One rounding of weights and activations to bfloat16; the losses here are of order five.
+    assert ours == pytest.approx({k: v for k, v in losses(reference).items() if k <= 2}, rel=2**-8)
+    assert any(float(torch.tensor(v).bfloat16()) != v for v in ours.values())
+    assert len(list(tmp_path.rglob("*.distcp"))) == 4
+
+
 def test_tied_weights_are_sharded_once(flags, tmp_path):
     flags = (*flags, "--n_inner=32", "--steps=2")
     sharded(2, BERT, *flags, f"--output_dir={tmp_path / 'two'}")

@@ -156,6 +156,12 @@ def test_fine_tuning(demo, cache, tmp_path, extra):
     assert rates[20] == pytest.approx(1e-3)  # of the layers before the last
 
 
+def test_the_last_layer_is_new_where_it_is_asked_for(demo, cache, tmp_path):
+    flags = (cache, *SHORT, f"--model={demo[0]}", "--learning_rate=1e-9")
+    printed = run_here(vision_finetune, tmp_path / "a", *flags, "--new_head=yes")
+    assert float(re.search(r"before ([\d.]+)%", printed)[1]) < 60
+
+
 def test_averaged_weights_are_what_is_saved(demo, cache, tmp_path):
     flags = (cache, *SHORT, f"--model={demo[0]}", "--ema_decay=0.9")
     run_here(vision_finetune, tmp_path / "a", *flags, "--keep_checkpoints=9")

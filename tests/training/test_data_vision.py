@@ -10,6 +10,7 @@ from hf_gem.training import data_vision
 from hf_gem.training.data_vision import (
     DecodedImages,
     Normalisation,
+    Preprocessing,
     ResidentImages,
     Rows,
     VisionConfig,
@@ -177,9 +178,10 @@ def test_the_image_processor_does_what_evaluation_does(tmp_path, decoded):
     ("fields", "message"),
     [
         ({"dataset": "nowhere/at-all-for-sure"}, "cannot be read"),
+        ({"label_column": "breed"}, "has no column 'breed'"),
         ({"image_column": "picture"}, "has no column 'picture'; its columns are image, label"),
         ({"train_split": "training"}, "has no split 'training'"),
-        ({"image_size": 9, "resident": True}, "resident ones are not scaled"),
+        ({"image_size": 9, "resident": True}, "resident ones are not scaled, to 9"),
     ],
 )
 def test_what_cannot_be_read_is_explained(tmp_path, monkeypatch, fields, message):
@@ -187,6 +189,50 @@ def test_what_cannot_be_read_is_explained(tmp_path, monkeypatch, fields, message
     fields = {"dataset": str(write_folder(tmp_path / "data")), **fields}
     with pytest.raises(DataError, match=message):
         prepare(tmp_path, **fields)
+
+
+def test_a_column_of_labels_is_not_guessed(tmp_path):
+    rows = {"img": [np.full((6, 6), i, np.uint8) for i in range(4)], "id": list(range(4)), "kind": list("abab")}
+    features = {"img": datasets.Image(), "id": datasets.Value("int64"), "kind": datasets.Value("string")}
+    (tmp_path / "data").mkdir()
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    table.to_parquet(tmp_path / "data" / "train.parquet")
+    with pytest.raises(DataError, match=r"which column .* is the label cannot be told .*name --label_column"):
+        prepare(tmp_path, dataset=str(tmp_path / "data"))
+    data = prepare(tmp_path, dataset=str(tmp_path / "data"), label_column="kind", validation_fraction=0.5)
+    assert data.classes == ["a", "b"]
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_file_that_is_no_image(tmp_path, resident):
+    folder = write_folder(tmp_path / "data")
+    (folder / "cat" / "3.png").write_text("no image")
+
+    def read_all():
+        data = prepare(tmp_path, dataset=str(folder), resident=resident, image_size=12)
+        for samples in (data.train, data.validation):
+            samples.batch(np.arange(len(samples)))
+
+    with pytest.raises(DataError, match="of the dataset cannot be read: UnidentifiedImageError"):
+        read_all()
+
+
+def test_a_set_whose_labels_have_changed_is_decoded_again(tmp_path, monkeypatch):
+    """As a dataset of the Hub may, under the same name."""
+    monkeypatch.setattr(data_vision, "source_state", lambda config: ["the same"])
+    first = prepare(tmp_path, dataset=str(write_folder(tmp_path / "one")))
+    second = prepare(tmp_path, dataset=str(write_folder(tmp_path / "two", per_class=9)))
+    assert first.facts["hash"] != second.facts["hash"]
+    assert len(second.train.images) == len(second.train)
+
+
+def test_what_a_model_says_is_what_it_gets(tmp_path):
+    folder = write_folder(tmp_path / "data")
+    own = Preprocessing(Normalisation((0.5,) * 3, (0.5,) * 3), 24, 0.8)
+    config = VisionConfig(cache_dir=str(tmp_path / "cache"), dataset=str(folder))
+    data = prepare_images(config, 0, CPU, own)
+    assert isinstance(data.train, DecodedImages)  # 12 pixels have to become 24
+    assert (data.image_size, data.validation.crop_pct, data.normalisation.mean) == (24, 0.8, (0.5,) * 3)
 
 
 def test_damaged_values_are_refused():

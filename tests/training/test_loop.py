@@ -350,6 +350,78 @@ def test_rolling_back_has_an_end(tmp_path, steps, message):
         run(tmp_path, make_task(breaking(*steps)), on_nonfinite="rollback", save_every=1)
 
 
+def test_a_run_that_was_brought_here_goes_on_here(tmp_path):
+    """The same command with --resume PATH, twice: the second time there is something newer here."""
+    whole, _ = run(tmp_path / "a", keep_checkpoints=9)
+    brought = tmp_path / "last-checkpoint"
+    (tmp_path / "a" / "checkpoints" / "step_00000002").rename(brought)
+
+    class Dying(Sequences):
+        def batch(self, indices, draws=None):
+            if draws is not None and 5 * 8 in draws:
+                raise Killed
+            return super().batch(indices, draws)
+
+    task = make_task()
+    task.train = Dying(20)
+    with pytest.raises(Killed):
+        run(tmp_path / "b", task, resume=str(brought))
+    record, task = run(tmp_path / "b", resume=str(brought))
+    assert [s["first_step"] for s in record["sessions"]] == [1, 3, 5]
+    assert record["curves"] == whole["curves"]
+    assert run(tmp_path / "c", steps=4)[0]["status"] == "finished"
+    with pytest.raises(CheckpointError, match="holds another run than"):
+        run(tmp_path / "c", resume=str(brought))
+
+
+def test_a_stop_file_saves_and_stops(tmp_path, monkeypatch):
+    file = tmp_path / "stop"
+    monkeypatch.setenv("HF_GEM_STOP_FILE", str(file))
+
+    class Telling(Objective):
+        def forward(self, x, labels):
+            if self.training and self.steps == 2:
+                file.touch()
+            return super().forward(x, labels)
+
+    with pytest.raises(Interrupted, match="step 3 of 6") as stopped:
+        run(tmp_path / "run", make_task(Telling))
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    file.unlink()
+    assert run(tmp_path / "run")[0]["status"] == "finished"
+
+
+def test_a_second_sigterm_does_not_kill_what_is_being_saved(tmp_path):
+    class Interrupting(Objective):
+        def forward(self, x, labels):
+            if self.training and self.steps == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().forward(x, labels)
+
+    with pytest.raises(Interrupted, match="saved"):
+        run(tmp_path, make_task(Interrupting))
+
+
+def test_what_the_data_raise_is_not_taken_for_a_full_disk(tmp_path):
+    class Broken(Sequences):
+        def batch(self, indices, draws=None):
+            raise OSError("cannot identify image file")
+
+    task = make_task()
+    task.validation = Broken(7)
+    with pytest.raises(DataError, match="validation samples cannot be read: OSError: cannot identify"):
+        run(tmp_path, task)
+
+
+def test_tied_weights_are_not_averaged(tmp_path):
+    task = make_task()
+    task.model.other = nn.Linear(WIDTH, CLASSES)
+    task.model.other.weight = task.model.weight
+    with pytest.raises(ConfigError, match="would average tied weights twice"):
+        run(tmp_path, task, ema_decay=0.9)
+
+
 def test_a_batch_that_does_not_divide_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", 3)
     with pytest.raises(ConfigError, match="--global_batch_size 8 must be a multiple of the 3 processes"):

@@ -1,0 +1,1 @@
+"""Comparing activations by a frozen plan: runs, statistics, reports."""

@@ -1,0 +1,190 @@
+"""Plans: what a study will run and how it will be judged, written down before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.activations import ACT2FN
+
+from ..spec import is_name, parse
+from ..training.errors import ConfigError
+
+METRICS = {"validation_loss": False, "validation_perplexity": False, "validation_accuracy": True}  # higher is better
+MOST_EXTENSIONS = 3  # of a grid of learning rates, at either end
+
+
+class PlanError(ConfigError):
+    """A plan that cannot be carried out."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a study.
+
+    Attributes:
+        act: The activation.
+        learning_rate: Peak.
+        seed: Of weights and dropout, and of data.
+    """
+
+    act: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder and record."""
+        return f"{self.act}-lr{self.learning_rate:g}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study.
+
+    Attributes:
+        name: Of the study.
+        recipe: A file of `recipes/`, without its ending.
+        preset: Of the recipe.
+        arms: Arm -> the activations among which it chooses, in tuning; n and eps count as trials like learning rates.
+        baseline: The arm that the others are compared with.
+        metric: One of `METRICS`, at the last step.
+        smallest_effect: Differences smaller than this are of no interest.
+        learning_rates: The same grid for every arm, ascending with a constant ratio. An optimum at its edge extends it.
+        tuning_seeds: Over which an arm chooses; none where there is nothing to choose.
+        final_seeds: On which the arms are compared; none of the tuning seeds.
+        flags: Further flags of the recipe, the same for all; `steps` is the horizon.
+        min_seeds: With fewer finished pairs, no arm is called better or worse.
+        notes: What a report has to say about the data or the setting.
+    """
+
+    name: str
+    recipe: str
+    preset: str
+    arms: dict[str, list[str]]
+    baseline: str
+    metric: str
+    smallest_effect: float
+    learning_rates: list[float]
+    final_seeds: list[int]
+    tuning_seeds: list[int] = field(default_factory=list)
+    flags: dict[str, Any] = field(default_factory=dict)
+    min_seeds: int = 8
+    notes: str = ""
+
+    def __post_init__(self) -> None:
+        def require(condition: object, message: str) -> None:
+            if not condition:
+                raise PlanError(f"plan {self.name!r}: {message}")
+
+        require(self.metric in METRICS, f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
+        require(self.baseline in self.arms, f"baseline {self.baseline!r} is no arm; arms: {', '.join(self.arms)}")
+        require(len(self.arms) > 1, "it has one arm, and a comparison takes two")
+        for act in (act for acts in self.arms.values() for act in acts):
+            require(act in ACT2FN, f"the activation {act!r} is not known")
+            require(not is_name(act) or parse(act).name == act, f"write {act!r} in its canonical spelling")
+        require(all(self.arms.values()), "every arm needs an activation")
+        rates = self.learning_rates
+        require(rates and all(0 < a < b for a, b in itertools.pairwise(rates)) and rates[0] > 0,
+                f"learning_rates must be positive and ascending, got {rates}")  # fmt: skip
+        shared = sorted(set(self.tuning_seeds) & set(self.final_seeds))
+        require(not shared, f"seeds {shared} are both tuning and final seeds")
+        for seeds in (self.tuning_seeds, self.final_seeds):
+            require(len(set(seeds)) == len(seeds), f"seeds must differ, got {seeds}")
+        require(len(self.final_seeds) > 1, "final_seeds needs two or more")
+        chooses = len(rates) > 1 or any(len(acts) > 1 for acts in self.arms.values())
+        require(self.tuning_seeds or not chooses, "tuning_seeds is empty, and there is something to choose")
+        require(self.smallest_effect > 0, f"smallest_effect must be above 0, got {self.smallest_effect}")
+        ours = {"hidden_act", "learning_rate", "seed", "data_seed", "output_dir", "preset", "resume"} & set(self.flags)
+        require(not ours, f"flags {', '.join(sorted(ours))} are set by the study")
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether the metric is to be large."""
+        return METRICS[self.metric]
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over all fields: a changed plan is another study."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def tunes(self) -> bool:
+        """Whether there is something to choose."""
+        return len(self.learning_rates) > 1 or any(len(acts) > 1 for acts in self.arms.values())
+
+    @property
+    def ratio(self) -> float:
+        """Of neighbouring learning rates."""
+        rates = self.learning_rates
+        return (rates[-1] / rates[0]) ** (1 / (len(rates) - 1)) if len(rates) > 1 else 2.0
+
+    def tuning_runs(self) -> Iterator[Run]:
+        """Those of the grid as planned."""
+        if self.tunes:
+            for act in dict.fromkeys(act for acts in self.arms.values() for act in acts):
+                for rate in self.learning_rates:
+                    yield from (Run(act, rate, seed) for seed in self.tuning_seeds)
+
+    def num_runs(self) -> tuple[int, int]:
+        """Tuning runs without extensions of the grid, and final runs."""
+        return len(list(self.tuning_runs())), len(self.arms) * len(self.final_seeds)
+
+
+def load_plan(path: Path) -> Plan:
+    """Reads a plan from YAML.
+
+    Raises:
+        PlanError: the file cannot be read, or a field is missing, unknown or makes no sense.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PlanError(f"the plan {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise PlanError(f"the plan {path} must hold one `field: value` a line, got a {type(values).__name__}")
+    known = {f.name for f in fields(Plan)}
+    if unknown := sorted(set(values) - known):
+        raise PlanError(
+            f"the plan {path} has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+        )
+    if isinstance(values.get("arms"), list):  # each with the activation of its name
+        values["arms"] = {name: [name] for name in values["arms"]}
+    elif isinstance(values.get("arms"), dict):
+        values["arms"] = {
+            name: [acts] if isinstance(acts, str) else list(acts) for name, acts in values["arms"].items()
+        }
+    values.setdefault("name", path.stem)
+    try:
+        if "learning_rates" in values:  # YAML takes 1e-3 for a string
+            values["learning_rates"] = [float(rate) for rate in values["learning_rates"]]
+        return Plan(**values)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, PlanError):
+            raise
+        raise PlanError(f"the plan {path}: {error}") from error
+
+
+def best_of_grid(means: dict[float, float], ratio: float, higher_is_better: bool) -> tuple[float, float | None]:
+    """The learning rate with the best mean outcome, and the next one to try where it lies at an edge.
+
+    Args:
+        means: Learning rate -> mean outcome; not finite where runs diverged.
+        ratio: Of neighbouring rates.
+        higher_is_better: Whether outcomes are to be large.
+    """
+    worst = -math.inf if higher_is_better else math.inf
+    scored = {rate: value if math.isfinite(value) else worst for rate, value in means.items()}
+    best = (max if higher_is_better else min)(sorted(scored), key=lambda rate: scored[rate])
+    if len(means) == 1:
+        return best, None
+    if best == min(means):
+        return best, best / ratio
+    return best, best * ratio if best == max(means) else None

@@ -1,0 +1,270 @@
+"""Studies: the runs of a plan, driven through the command lines of the recipes, and what came of them.
+
+A study is a folder:
+
+    plan.json           the frozen plan and its hash
+    records/NAME.json   the record of each finished run
+    runs/NAME/          the run itself, while it is under way; its log stays
+
+Any number of processes and machines may work on one folder: each run has a lock. Whatever is killed goes on where it
+was when the command is started again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from ..training.errors import TrainingError
+from ..training.files import write_atomically
+from .plan import MOST_EXTENSIONS, Plan, PlanError, Run, best_of_grid
+
+_WAIT = 2.0  # seconds between looks at runs that others work on
+
+
+class StudyError(TrainingError, RuntimeError):
+    """A run failed, or records do not belong together."""
+
+
+class Study:
+    """A plan and the folder in which it is carried out.
+
+    Args:
+        plan: What to run. It is frozen when the folder is made.
+        folder: Of the study.
+        recipes: The folder of the recipes.
+        allow_mixed: Take records together whose code, versions or data differ.
+
+    Raises:
+        PlanError: the folder is that of another plan.
+    """
+
+    def __init__(self, plan: Plan, folder: Path, recipes: Path, allow_mixed: bool = False) -> None:
+        self.plan, self.folder, self.recipes, self.allow_mixed = plan, folder, recipes, allow_mixed
+        if not (recipes / f"{plan.recipe}.py").exists():
+            known = ", ".join(sorted(path.stem for path in recipes.glob("*.py")))
+            raise PlanError(f"plan {plan.name!r}: no recipe {plan.recipe!r} in {recipes}; there are {known}")
+        frozen = folder / "plan.json"
+        if frozen.exists():
+            if json.loads(frozen.read_text())["hash"] != plan.hash:
+                raise PlanError(
+                    f"{folder} is a study of another plan, frozen when its first run started; a changed plan is a new "
+                    "study: give it another name or --study folder"
+                )
+            return
+        for name in ("records", "runs"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        write_atomically(frozen, json.dumps({"hash": plan.hash, "plan": asdict(plan)}, indent=2) + "\n")
+
+    # ---- outcomes
+
+    def record(self, run: Run) -> dict[str, Any] | None:
+        """The record of a run, once it has finished or diverged."""
+        path = self.folder / "records" / f"{run.name}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def outcome(self, run: Run) -> float:
+        """The metric at the end; NaN where the run diverged."""
+        record = self.record(run)
+        assert record is not None, run
+        value = record["result"][self.plan.metric] if record["status"] == "finished" else None
+        return math.nan if value is None else float(value)
+
+    def choices(self) -> dict[str, tuple[str, float]]:
+        """Arm -> the activation and learning rate that were best in tuning, of those that were run.
+
+        Raises:
+            StudyError: every run of an arm diverged.
+        """
+        plan = self.plan
+        chosen = {}
+        for arm, acts in plan.arms.items():
+            if not plan.tunes:
+                chosen[arm] = acts[0], plan.learning_rates[0]
+                continue
+            means = {(act, rate): mean for act in acts for rate, mean in self.tuned(act).items()}
+            finite = {key: mean for key, mean in means.items() if math.isfinite(mean)}
+            if not finite:
+                raise StudyError(f"every tuning run of {arm!r} diverged; lower learning_rates, in a new study")
+            best = max if plan.higher_is_better else min
+            chosen[arm] = best(sorted(finite), key=lambda key, finite=finite: finite[key])  # type: ignore[misc]
+        return chosen
+
+    def tuned(self, act: str) -> dict[float, float]:
+        """Learning rate -> mean outcome over the tuning seeds, of rates at which all of these have finished."""
+        rates = {Path(p).name for p in (self.folder / "records").glob(f"{act}-lr*-seed*.json")}
+        found = sorted({float(name.removeprefix(f"{act}-lr").partition("-seed")[0]) for name in rates})
+        runs = {rate: [Run(act, rate, seed) for seed in self.plan.tuning_seeds] for rate in found}
+        done = {rate: part for rate, part in runs.items() if all(self.record(run) for run in part)}
+        return {rate: float(np.mean([self.outcome(run) for run in part])) for rate, part in done.items()}
+
+    def final_runs(self) -> dict[str, list[Run]]:
+        """Arm -> its runs on the final seeds."""
+        chosen = self.choices()
+        return {arm: [Run(*chosen[arm], seed) for seed in self.plan.final_seeds] for arm in self.plan.arms}
+
+    def outcomes(self) -> dict[str, dict[int, float]]:
+        """Arm -> seed -> outcome, of the final runs that there are records of."""
+        return {
+            arm: {run.seed: self.outcome(run) for run in runs if self.record(run)}
+            for arm, runs in self.final_runs().items()
+        }
+
+    def check_pairing(self) -> list[str]:
+        """What is wrong with the claim that the arms of a seed differ in their activation alone."""
+        wrong = []
+        for seed in self.plan.final_seeds:
+            records = [
+                r for runs in self.final_runs().values() for run in runs if run.seed == seed and (r := self.record(run))
+            ]
+            for key in ("init_hash", "order_hash"):
+                if len({record[key] for record in records}) > 1:
+                    wrong.append(f"seed {seed}: the arms differ in {key}")
+        return wrong
+
+    # ---- running
+
+    def run(self, jobs: int = 1) -> None:
+        """Runs all that is missing: tuning, with the extensions of the grid that it asks for, and then the final seeds.
+
+        Args:
+            jobs: Runs at once; on a machine with GPUs, one for each of them is a good number.
+
+        Raises:
+            StudyError: a run failed for another reason than a loss that is not finite, or records do not fit together.
+        """
+        tuning, final = self.plan.num_runs()
+        with tqdm(total=tuning + final, desc=self.plan.name, unit="run", smoothing=0) as bar:
+            self._execute(self.plan.tuning_runs(), jobs, bar)
+            for _ in range(MOST_EXTENSIONS if self.plan.tunes and len(self.plan.learning_rates) > 1 else 0):
+                more = list(self._extensions())
+                if not more:
+                    break
+                bar.total += len(more)
+                self._execute(more, jobs, bar)
+            self._execute([run for runs in self.final_runs().values() for run in runs], jobs, bar)
+        if wrong := self.check_pairing():
+            raise StudyError("the runs are not paired: " + "; ".join(wrong))
+
+    def _extensions(self) -> Iterable[Run]:
+        for act in dict.fromkeys(act for acts in self.plan.arms.values() for act in acts):
+            _, beyond = best_of_grid(self.tuned(act), self.plan.ratio, self.plan.higher_is_better)
+            if beyond is not None:
+                yield from (Run(act, float(f"{beyond:.6g}"), seed) for seed in self.plan.tuning_seeds)
+
+    def _execute(self, runs: Iterable[Run], jobs: int, bar: tqdm) -> None:
+        todo = list(dict.fromkeys(runs))
+        devices: Queue[int] = Queue()
+        for job in range(jobs):
+            devices.put(job)
+        stop = threading.Event()
+
+        def work(run: Run) -> bool:
+            """Whether the run is done; another process may have it."""
+            if self.record(run) is not None or stop.is_set():
+                return True
+            job = devices.get()
+            try:
+                with FileLock(self.folder / "runs" / f"{run.name}.lock", blocking=False):
+                    if self.record(run) is None:
+                        self._start(run, job, jobs)
+                return True
+            except Timeout:
+                return False
+            except BaseException:
+                stop.set()
+                raise
+            finally:
+                devices.put(job)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            while todo:
+                waiting = []
+                for run, done in zip(todo, pool.map(work, todo), strict=True):
+                    if done:
+                        bar.update()
+                    else:
+                        waiting.append(run)
+                todo = waiting
+                if todo:
+                    time.sleep(_WAIT)
+        self._check_together()
+
+    def _start(self, run: Run, job: int, jobs: int) -> None:
+        folder = self.folder / "runs" / run.name
+        log = folder.with_suffix(".txt")
+        env = dict(os.environ)
+        if torch.cuda.is_available():
+            env["CUDA_VISIBLE_DEVICES"] = str(job % torch.cuda.device_count())
+        else:
+            env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+        with log.open("w") as output:
+            done = subprocess.run(self.command(run), stdout=output, stderr=subprocess.STDOUT, env=env)
+        record = folder / "record.json"
+        content = json.loads(record.read_text()) if record.exists() else {}
+        if content.get("status") not in ("finished", "diverged"):
+            tail = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
+            raise StudyError(f"the run {run.name} ended with status {done.returncode}: {tail}. Its output is in {log}")
+        write_atomically(self.folder / "records" / f"{run.name}.json", record.read_text())
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        for weights in folder.glob("*.safetensors"):
+            weights.unlink()
+
+    def command(self, run: Run) -> list[str]:
+        """The command line of a run."""
+        plan = self.plan
+        ours = {"preset": plan.preset, "hidden_act": run.act, "learning_rate": run.learning_rate, "seed": run.seed}
+        ours |= {"data_seed": run.seed, "output_dir": self.folder / "runs" / run.name}
+        flags = {"report_to": "none", **plan.flags, **ours}
+        return [sys.executable, str(self.recipes / f"{plan.recipe}.py"), *(f"--{k}={v}" for k, v in flags.items())]
+
+    def _check_together(self) -> None:
+        """Records of other code, versions or data than the first one's do not belong into one study."""
+        if self.allow_mixed:
+            return
+        first: tuple[str, dict[str, Any]] | None = None
+        for path in sorted((self.folder / "records").glob("*.json")):
+            record = json.loads(path.read_text())
+            session = record["sessions"][-1]
+            versions = {name: session["versions"].get(name) for name in ("torch", "transformers", "hf-gem")}
+            found = {"commit": session["commit"], **versions, "data": record["data"]["hash"]}
+            if first is None:
+                first = path.stem, found
+            for key, value in found.items():
+                if value != first[1][key]:
+                    raise StudyError(
+                        f"{path.stem} has {key} {value}, {first[0]} has {first[1][key]}: these do not belong into one "
+                        "study. Go back to the same code, versions and data, start another study, or --allow_mixed"
+                    )
+
+
+def open_study(folder: Path, recipes: Path = Path("recipes")) -> Study:
+    """The study in a folder, with the plan that is frozen there.
+
+    Raises:
+        PlanError: there is none.
+    """
+    frozen = folder / "plan.json"
+    if not frozen.exists():
+        raise PlanError(f"{folder} is no study: it has no plan.json; recipes/compare.py makes one")
+    study = object.__new__(Study)
+    study.plan, study.folder, study.recipes = Plan(**json.loads(frozen.read_text())["plan"]), folder, recipes
+    study.allow_mixed = True
+    return study

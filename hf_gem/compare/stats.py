@@ -1,0 +1,304 @@
+"""What a study says of an arm against its baseline, from one outcome for each seed.
+
+Arms of a seed share initial weights, data order and all other randomness, so their outcomes are compared seed by seed.
+The unpaired comparison stands beside it, since pairing helps only as far as the outcomes are correlated. Differences
+are arm minus baseline, in the unit of the metric.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+ALPHA = 0.05
+POWER = 0.8
+_RESAMPLES = 9999
+_MOST_SEEDS = 10_000
+
+Verdict = Literal["better", "worse", "equivalent", "inconclusive"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An arm against the baseline.
+
+    Attributes:
+        arm: Its name.
+        seeds: Those at which both finished.
+        values: Outcomes of the arm at them.
+        baseline: Outcomes of the baseline at them.
+        difference: Mean of the differences.
+        interval: 95 % interval of that, by the BCa bootstrap.
+        t_interval: The same by Student's t, which is exact for normal differences.
+        p: Of the exact sign-flip test, two-sided.
+        p_holm: The same, adjusted by Holm for the number of arms.
+        d_z: Mean over standard deviation of the differences.
+        correlation: Of the outcomes of the two, over seeds.
+        superiority: Share of seeds at which the arm is better; a tie is half.
+        p_equivalence: The larger p of the two one-sided t tests against the smallest effect of interest.
+        welch_interval: 95 % interval of the difference of means without pairing.
+        welch_p: Its p.
+        diverged: Runs of the arm, and of the baseline, that did not finish with a finite outcome.
+        verdict: See `verdict`.
+        further_seeds: How many more would settle an inconclusive comparison, if what was seen is the truth; None where
+            it is settled, or no number is enough.
+    """
+
+    arm: str
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]
+    baseline: tuple[float, ...]
+    difference: float
+    interval: tuple[float, float]
+    t_interval: tuple[float, float]
+    p: float
+    p_holm: float
+    d_z: float
+    correlation: float
+    superiority: float
+    p_equivalence: float
+    welch_interval: tuple[float, float]
+    welch_p: float
+    diverged: tuple[int, int]
+    verdict: Verdict
+    further_seeds: int | None
+
+
+def compare(
+    outcomes: Mapping[str, Mapping[int, float]],
+    baseline: str,
+    smallest_effect: float,
+    higher_is_better: bool,
+    min_seeds: int,
+) -> list[Comparison]:
+    """Compares every arm with the baseline.
+
+    Args:
+        outcomes: Arm -> seed -> outcome; NaN or infinite where the run diverged.
+        baseline: The arm that the others are compared with.
+        smallest_effect: Differences smaller than this are of no interest, in the unit of the metric.
+        higher_is_better: Whether the metric is to be large.
+        min_seeds: With fewer pairs than this, no arm is called better or worse.
+
+    Raises:
+        ValueError: the baseline is no arm, or an arm has fewer than two seeds in common with it.
+    """
+    if baseline not in outcomes:
+        raise ValueError(f"baseline {baseline!r} is no arm; the arms are {', '.join(outcomes)}")
+    arms = [arm for arm in outcomes if arm != baseline]
+    pairs = {arm: _pairs(outcomes[arm], outcomes[baseline]) for arm in arms}
+    for arm, (seeds, _, _) in pairs.items():
+        if len(seeds) < 2:
+            raise ValueError(f"{arm!r} and {baseline!r} have {len(seeds)} finished seeds in common; it takes two")
+    raw = [sign_flip_p(values - base) for _, values, base in pairs.values()]
+    found = []
+    for arm, p, p_holm in zip(arms, raw, holm(raw), strict=True):
+        seeds, values, base = pairs[arm]
+        differences = values - base
+        gains = differences if higher_is_better else -differences
+        diverged = (_diverged(outcomes[arm]), _diverged(outcomes[baseline]))
+        equivalence = equivalence_p(differences, smallest_effect)
+        outcome = verdict(gains, p_holm, equivalence, enough=len(seeds) >= min_seeds, diverged=diverged)
+        welch = stats.ttest_ind(values, base, equal_var=False)
+        welch_interval = welch.confidence_interval(1 - ALPHA)
+        spread = float(differences.std(ddof=1))
+        varies = values.std() > 0 and base.std() > 0
+        found.append(
+            Comparison(
+                arm=arm,
+                seeds=tuple(seeds),
+                values=tuple(values.tolist()),
+                baseline=tuple(base.tolist()),
+                difference=float(differences.mean()),
+                interval=bca_interval(differences),
+                t_interval=t_interval(differences),
+                p=p,
+                p_holm=p_holm,
+                d_z=float(differences.mean() / spread) if spread > 0 else math.copysign(math.inf, differences.mean()),
+                correlation=float(np.corrcoef(values, base)[0, 1]) if varies else math.nan,
+                superiority=float(np.mean((gains > 0) + 0.5 * (gains == 0))),
+                p_equivalence=equivalence,
+                welch_interval=(float(welch_interval.low), float(welch_interval.high)),
+                welch_p=float(welch.pvalue),
+                diverged=diverged,
+                verdict=outcome,
+                further_seeds=further_seeds(differences, smallest_effect, min_seeds, len(arms))
+                if outcome == "inconclusive"
+                else None,
+            )
+        )
+    return found
+
+
+def _pairs(arm: Mapping[int, float], base: Mapping[int, float]) -> tuple[list[int], np.ndarray, np.ndarray]:
+    seeds = [s for s in sorted(arm.keys() & base.keys()) if math.isfinite(arm[s]) and math.isfinite(base[s])]
+    return seeds, np.array([arm[s] for s in seeds]), np.array([base[s] for s in seeds])
+
+
+def _diverged(outcomes: Mapping[int, float]) -> int:
+    return sum(not math.isfinite(value) for value in outcomes.values())
+
+
+def verdict(gains: np.ndarray, p: float, p_equivalence: float, enough: bool, diverged: tuple[int, int]) -> Verdict:
+    """The one word for an arm.
+
+    Equivalent, where both one-sided tests put the difference inside the smallest effect of interest, also if it is
+    surely not zero. Otherwise better or worse, where the sign-flip test rejects after Holm's adjustment, with enough
+    seeds; an arm that diverged more often than the baseline is never better. Otherwise inconclusive.
+
+    Args:
+        gains: Differences, positive where the arm is better.
+        p: Adjusted.
+        p_equivalence: Of `equivalence_p`.
+        enough: Whether there are as many seeds as planned for a verdict.
+        diverged: Runs of the arm and of the baseline.
+    """
+    if not enough:
+        return "inconclusive"
+    if p_equivalence < ALPHA and diverged[0] == diverged[1]:
+        return "equivalent"
+    if p < ALPHA:
+        if gains.mean() < 0:
+            return "worse"
+        if diverged[0] <= diverged[1]:
+            return "better"
+    return "inconclusive"
+
+
+def sign_flip_p(differences: np.ndarray) -> float:
+    """Two-sided p that differences symmetric about zero have a mean this far from it; exact up to 16 of them."""
+    if not np.any(differences):
+        return 1.0
+    exact = len(differences) <= 16
+    found = stats.permutation_test(
+        (differences,),
+        lambda x, axis: np.mean(x, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=np.inf if exact else 100_000,
+        rng=np.random.default_rng(0),
+    )
+    return float(found.pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment: compared with alpha, they keep the chance of any false rejection below it."""
+    order = np.argsort(p_values)
+    scaled = np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1)
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(scaled))
+    return [float(p) for p in adjusted]
+
+
+def bca_interval(differences: np.ndarray, resamples: int = _RESAMPLES) -> tuple[float, float]:
+    """95 % interval of the mean by the bias-corrected and accelerated bootstrap, widened for few seeds.
+
+    Percentiles of a bootstrap are those of a normal distribution with a variance too small by (n - 1) / n. They are
+    taken further out, as in Hesterberg 2015 (arXiv 1411.5279, section 4.2.3), so that the interval covers as promised.
+    """
+    n = len(differences)
+    if differences.std() == 0:
+        return float(differences[0]), float(differences[0])
+    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf(1 - ALPHA / 2, n - 1))
+    found = stats.bootstrap(
+        (differences,),
+        np.mean,
+        n_resamples=resamples,
+        confidence_level=1 - 2 * tail,
+        method="BCa",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def t_interval(differences: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean by Student's t."""
+    low, high = stats.ttest_1samp(differences, 0).confidence_interval(1 - ALPHA)
+    return float(low), float(high)
+
+
+def equivalence_p(differences: np.ndarray, smallest_effect: float) -> float:
+    """The larger p of two one-sided t tests: that the mean is not above -smallest_effect, and not below it."""
+    if differences.std() == 0:
+        return 0.0 if abs(differences[0]) < smallest_effect else 1.0
+    above = stats.ttest_1samp(differences, -smallest_effect, alternative="greater").pvalue
+    below = stats.ttest_1samp(differences, smallest_effect, alternative="less").pvalue
+    return float(max(above, below))
+
+
+def further_seeds(differences: np.ndarray, smallest_effect: float, min_seeds: int, arms: int = 1) -> int | None:
+    """How many more seeds settle it with power 0.8, if mean and spread are those that were seen.
+
+    Args:
+        differences: So far.
+        smallest_effect: A mean inside it is to be shown equivalent, one outside it different from zero.
+        min_seeds: Fewer than these in all settle nothing.
+        arms: How many share alpha; the first step of Holm's adjustment is assumed.
+
+    Returns:
+        None where 10,000 would not do.
+    """
+    mean, spread, have = abs(float(differences.mean())), float(differences.std(ddof=1)), len(differences)
+    alpha = ALPHA / arms
+
+    def settles(n: int) -> bool:
+        if spread == 0:
+            return True
+        scale, quantile = math.sqrt(n) / spread, stats.t.ppf(1 - alpha / 2, n - 1)
+        if mean > smallest_effect:
+            return bool(stats.nct.sf(quantile, n - 1, mean * scale) >= POWER)
+        one_sided = stats.t.ppf(1 - ALPHA, n - 1)
+        miss = stats.nct.cdf(one_sided, n - 1, (smallest_effect - mean) * scale)
+        miss += stats.nct.cdf(one_sided, n - 1, (smallest_effect + mean) * scale)
+        return bool(1 - miss >= POWER)
+
+    if not settles(_MOST_SEEDS):
+        return None
+    low, high = max(2, min_seeds) - 1, _MOST_SEEDS
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if settles(middle) else (middle, high)
+    return max(1, high - have)
+
+
+def minimum_detectable_effect(seeds: int, arms: int = 1) -> float:
+    """The true difference that is found with power 0.8, in standard deviations of the differences of a pair.
+
+    Args:
+        seeds: Pairs.
+        arms: How many share alpha.
+    """
+    quantile = stats.t.ppf(1 - ALPHA / arms / 2, seeds - 1)
+    low, high = 0.0, 100.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        found = stats.nct.sf(quantile, seeds - 1, middle * math.sqrt(seeds)) >= POWER
+        low, high = (low, middle) if found else (middle, high)
+    return high
+
+
+def interquartile_mean(tasks: Sequence[np.ndarray], resamples: int = _RESAMPLES) -> tuple[float, float, float]:
+    """Mean of the middle half of all outcomes over tasks, and its 95 % interval by resampling seeds within each task.
+
+    As in rliable (Agarwal et al. 2021, arXiv 2108.13264). Outcomes of different tasks have to be comparable.
+
+    Args:
+        tasks: For each, one outcome a seed.
+        resamples: Of the bootstrap.
+    """
+    draw = np.random.default_rng(0)
+    drawn = np.concatenate([draw.choice(task, (resamples, len(task))) for task in tasks], axis=1)
+    low, high = np.quantile(stats.trim_mean(drawn, 0.25, axis=1), [ALPHA / 2, 1 - ALPHA / 2])
+    return float(stats.trim_mean(np.concatenate(tasks), 0.25)), float(low), float(high)
+
+
+def expected_best_of(values: Sequence[float], tries: int, higher_is_better: bool) -> float:
+    """The expected outcome of the best of some tries, drawn from those seen (Dodge et al. 2019, arXiv 1909.03004)."""
+    ordered = np.sort(values) if higher_is_better else np.sort(values)[::-1]
+    share = np.arange(len(ordered) + 1) / len(ordered)
+    return float(ordered @ np.diff(share**tries))

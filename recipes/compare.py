@@ -1,0 +1,54 @@
+"""Compares activations by a plan: python recipes/compare.py --plan recipes/plans/tiny-gpt2.yaml
+
+Runs what is missing of the study, one run after the other or --jobs at once, and writes its report. Started again
+after a crash, it goes on where it was; several machines may share the folder of a study.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hf_gem.compare.plan import load_plan
+from hf_gem.compare.report import write_report
+from hf_gem.compare.run import Study
+from hf_gem.compare.stats import minimum_detectable_effect
+from hf_gem.training.errors import run_recipe
+
+RECIPES = Path(__file__).resolve().parent
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, required=True, help="YAML file of the plan")
+    parser.add_argument("--study", type=Path, help="folder of the study (default: studies/ and the name of the plan)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
+    parser.add_argument("--dry_run", action="store_true", help="only say what would run")
+    parser.add_argument("--allow_mixed", action="store_true", help="take records of other code, versions or data too")
+    arguments = parser.parse_args(argv)
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
+    plan = load_plan(arguments.plan)
+    folder = arguments.study or Path("studies") / plan.name
+    tuning, final = plan.num_runs()
+    print(
+        f"{plan.name}: {len(plan.arms)} arms, {tuning} runs for tuning (more, where a grid is extended), {final} on "
+        f"the final seeds, {plan.flags.get('steps', 'as many as the preset has')} steps each"
+    )
+    effect = minimum_detectable_effect(len(plan.final_seeds), len(plan.arms) - 1)
+    print(
+        f"A true difference of {effect:.2f} standard deviations of paired differences is found with power 0.8; the "
+        f"smallest effect of interest is {plan.smallest_effect:g} ({plan.metric})"
+    )
+    if arguments.dry_run:
+        for run in plan.tuning_runs():
+            print(f"  {run.name}")
+        print(f"  then {len(plan.final_seeds)} seeds of each arm, as tuned")
+        return
+    study = Study(plan, folder, RECIPES, arguments.allow_mixed)
+    study.run(arguments.jobs)
+    print(f"Report: {write_report(study)}")
+
+
+if __name__ == "__main__":
+    run_recipe(main)

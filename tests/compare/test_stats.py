@@ -1,0 +1,170 @@
+"""The statistics against simulated studies whose truth is known, and against what can be counted by hand."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from hf_gem.compare import stats
+from hf_gem.compare.stats import compare
+
+STUDIES = 2000
+
+
+def simulate(seeds, difference, draw, spread=0.01, shared=0.02, arms=1):
+    """Outcomes of a baseline and arms that share the noise of a seed, as paired runs do."""
+    common = draw.normal(0, shared, seeds)
+    base = 3 + common + draw.normal(0, spread, seeds)
+    found = {"base": dict(enumerate(base))}
+    for arm in range(arms):
+        found[f"arm{arm}"] = dict(enumerate(3 + difference + common + draw.normal(0, spread, seeds)))
+    return found
+
+
+def rate_bound(rate, studies=STUDIES):
+    """A rate and three standard errors of its estimate."""
+    return rate + 3 * math.sqrt(rate * (1 - rate) / studies)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without the bootstrap, which no verdict depends on."""
+    monkeypatch.setattr(stats, "bca_interval", lambda differences: (0.0, 0.0))
+    monkeypatch.setattr(stats, "further_seeds", lambda *_: None)
+
+
+@pytest.mark.parametrize(("seeds", "arms"), [(8, 1), (10, 3)])
+def test_false_positives_are_as_rare_as_promised(quick, seeds, arms):
+    draw = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(STUDIES):
+        found = compare(simulate(seeds, 0.0, draw, arms=arms), "base", 1e-6, False, 8)
+        wrong += any(c.verdict in ("better", "worse") for c in found)
+    assert wrong / STUDIES <= rate_bound(0.05)
+    assert wrong > 0  # the test can fail
+
+
+def test_verdicts_are_right_where_the_truth_is_plain(quick):
+    draw = np.random.default_rng(1)
+    for difference, higher_is_better, expected in (
+        (-0.05, False, "better"),
+        (0.05, False, "worse"),
+        (0.05, True, "better"),
+    ):
+        verdicts = [
+            compare(simulate(10, difference, draw), "base", 0.005, higher_is_better, 8)[0].verdict for _ in range(300)
+        ]
+        assert verdicts.count(expected) >= 295
+    verdicts = [compare(simulate(10, 0.0, draw), "base", 0.03, False, 8)[0].verdict for _ in range(300)]
+    assert verdicts.count("equivalent") >= 295
+    verdicts = [compare(simulate(10, 0.0, draw), "base", 0.001, False, 8)[0].verdict for _ in range(300)]
+    assert verdicts.count("inconclusive") >= 270
+
+
+def test_equivalence_is_not_claimed_at_its_edge(quick):
+    """At a true difference of exactly the smallest effect the claim is false, and made at most once in twenty."""
+    draw = np.random.default_rng(2)
+    claims = sum(
+        compare(simulate(10, 0.02, draw), "base", 0.02, False, 8)[0].verdict == "equivalent" for _ in range(STUDIES)
+    )
+    assert claims / STUDIES <= rate_bound(0.05)
+
+
+@pytest.mark.parametrize("seeds", [8, 10])
+@pytest.mark.parametrize("noise", ["normal", "skewed"])
+def test_intervals_cover_as_promised(seeds, noise):
+    draw = np.random.default_rng(3)
+    covered = {"t": 0, "bca": 0}
+    for _ in range(STUDIES):
+        drawn = draw.normal(0, 1, seeds) if noise == "normal" else draw.gamma(4, 0.5, seeds) - 2
+        for name, (low, high) in (("t", stats.t_interval(drawn)), ("bca", stats.bca_interval(drawn, resamples=600))):
+            covered[name] += low <= 0 <= high
+    slack = 3 * math.sqrt(0.05 * 0.95 / STUDIES)
+    # Few and skewed differences are covered less often by any interval made of them alone.
+    least = 0.95 - slack - (0.0 if noise == "normal" else 0.02)
+    assert covered["t"] / STUDIES >= least
+    assert covered["bca"] / STUDIES >= least - 0.01  # of percentiles estimated from 600 resamples
+
+
+def test_the_sign_flip_test_counts_all_flips():
+    differences = np.array([0.3, -0.1, 0.4, 0.2, 0.25])
+    flips = np.array(list(itertools.product((1, -1), repeat=5))) * differences
+    share = np.mean(np.abs(flips.mean(1)) >= abs(differences.mean()) - 1e-12)
+    assert stats.sign_flip_p(differences) == pytest.approx(share)
+    assert stats.sign_flip_p(np.zeros(5)) == 1
+    assert stats.sign_flip_p(np.ones(8)) == 2 / 2**8
+
+
+def test_holm():
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert stats.holm([]) == []
+
+
+def test_a_comparison_has_the_numbers_of_its_pairs():
+    arm = {0: 1.0, 1: 1.2, 2: 0.9, 3: 1.1, 4: math.nan, 6: 5.0}
+    base = {0: 1.1, 1: 1.25, 2: 1.1, 3: 1.1, 4: 1.0, 5: 7.0}
+    (found,) = compare({"base": base, "arm": arm}, "base", 0.01, False, 8)
+    differences = np.array([-0.1, -0.05, -0.2, 0.0])
+    assert found.seeds == (0, 1, 2, 3)
+    assert found.difference == pytest.approx(differences.mean())
+    assert found.d_z == pytest.approx(differences.mean() / differences.std(ddof=1))
+    assert found.superiority == 3.5 / 4
+    assert found.diverged == (1, 0)
+    assert found.correlation == pytest.approx(np.corrcoef(found.values, found.baseline)[0, 1])
+    assert found.welch_p == pytest.approx(scipy_stats.ttest_ind(found.values, found.baseline, equal_var=False).pvalue)
+    assert found.t_interval == pytest.approx(
+        tuple(scipy_stats.ttest_rel(found.values, found.baseline).confidence_interval())
+    )
+    assert found.verdict == "inconclusive"  # four seeds, and eight are wanted
+    assert found.further_seeds >= 4
+
+
+def test_an_arm_that_diverges_is_not_better():
+    arm = {seed: 1.0 + seed % 3 / 10 for seed in range(10)} | {10: math.inf}
+    base = dict.fromkeys(range(11), 2.0)
+    (found,) = compare({"base": base, "arm": arm}, "base", 0.01, False, 8)
+    assert (found.diverged, found.verdict) == ((1, 0), "inconclusive")
+
+
+def test_further_seeds_have_the_power_they_promise():
+    draw = np.random.default_rng(4)
+    seen = draw.normal(0, 1, 6)
+    seen = (seen - seen.mean()) / seen.std(ddof=1) + 0.8  # mean 0.8, standard deviation 1
+    more = stats.further_seeds(seen, 0.1, 2)
+    assert stats.minimum_detectable_effect(6 + more) <= 0.8 < stats.minimum_detectable_effect(6 + more - 1)
+    found = np.mean([scipy_stats.ttest_1samp(draw.normal(0.8, 1, 6 + more), 0).pvalue < 0.05 for _ in range(2000)])
+    assert found == pytest.approx(0.8, abs=0.05)
+    assert stats.further_seeds(seen - 0.8, 1e-9, 2) is None
+
+
+def test_more_seeds_find_smaller_effects_and_more_arms_larger_ones():
+    effects = [stats.minimum_detectable_effect(n) for n in (4, 8, 16, 32)]
+    assert effects == sorted(effects, reverse=True)
+    assert effects[1] == pytest.approx(1.16, abs=0.02)  # of tables of the power of the t test, n = 8
+    assert stats.minimum_detectable_effect(8, arms=3) > effects[1]
+
+
+def test_interquartile_mean():
+    tasks = [np.arange(8.0), np.arange(8.0) + 100]
+    mean, low, high = stats.interquartile_mean(tasks, resamples=500)
+    assert mean == scipy_stats.trim_mean(np.concatenate(tasks), 0.25)
+    assert low < mean < high
+
+
+def test_the_expected_best_of_some_tries():
+    values = [1.0, 4.0, 2.0]
+    every = [max(pair) for pair in itertools.product(values, repeat=2)]
+    assert stats.expected_best_of(values, 2, True) == pytest.approx(np.mean(every))
+    assert stats.expected_best_of(values, 1, False) == pytest.approx(np.mean(values))
+    lows = [min(triple) for triple in itertools.product(values, repeat=3)]
+    assert stats.expected_best_of(values, 3, False) == pytest.approx(np.mean(lows))
+
+
+def test_a_baseline_that_is_no_arm():
+    with pytest.raises(ValueError, match="baseline 'gelu' is no arm; the arms are a, b"):
+        compare({"a": {}, "b": {}}, "gelu", 0.1, False, 8)
+    with pytest.raises(ValueError, match="have 1 finished seeds in common; it takes two"):
+        compare({"a": {0: 1.0}, "b": {0: 1.0}}, "a", 0.1, False, 8)
