@@ -1,4 +1,5 @@
 # make demo: a fresh clone to a trained GPT-2.   make test: the whole test suite that needs no GPU.
+# make study: a small comparison of activations, from its plan to a report.
 # make bench: the benchmarks of the CPU and the table of their goals, in less than ten minutes.
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ DEMO_ARGS ?=
 RUN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test lint bench study setup clean
 
 # Without OMP_NUM_THREADS, accelerate's launcher gives a process one thread.
 demo: $(READY)
@@ -32,6 +33,9 @@ bench: $(READY)
 	$(RUN)/python -m benchmarks.sweep --device cpu --largest 22 --step 2 --rounds 5
 	$(RUN)/python -m benchmarks.train_step --device cpu --models gpt2
 	$(RUN)/python -m benchmarks.report
+
+study: $(READY)
+	OMP_NUM_THREADS=1 $(RUN)/python recipes/compare.py --plan recipes/plans/smoke.yaml --jobs $(JOBS) $(STUDY_ARGS)
 
 setup: $(READY)
 

@@ -55,7 +55,7 @@ def on_two_processes(command, tmp_path):
 
 def test_the_readme_has_the_commands_tested_here():
     kinds = [command.split()[0] for command in COMMANDS]
-    assert kinds == ["pip", *["make"] * 3, *["accelerate"] * 7]
+    assert kinds == ["pip", *["make"] * 3, *["accelerate"] * 7, "make", "python"]
 
 
 def test_pip_install():
@@ -85,6 +85,14 @@ def test_make_bench():
     names = re.findall(r"-m benchmarks\.(\w+)", out)
     assert {"activation", "memory", "sweep", "train_step", "report"} == set(names)
     assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in names)
+
+
+def test_make_study(tmp_path):
+    """What it runs is in tests/compare; here, that it starts, and what it says."""
+    out = run(["make", "study", "READY=", f"RUN={Path(sys.executable).parent}", "STUDY_ARGS=--dry_run"])
+    assert "smoke: 3 arms" in out
+    (command,) = (c for c in COMMANDS if c.startswith("python"))
+    assert "final seeds" in run([sys.executable, *shlex.split(command)[1:], "--dry_run"])
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("accelerate") and "accelerate/" not in c])

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from transformers.activations import ACT2FN
 
-from ..spec import is_name, parse
+from ..spec import is_claimed, parse
 from ..training.errors import ConfigError
 
 METRICS = {"validation_loss": False, "validation_perplexity": False, "validation_accuracy": True}  # higher is better
@@ -89,7 +89,7 @@ class Plan:
         require(len(self.arms) > 1, "it has one arm, and a comparison takes two")
         for act in (act for acts in self.arms.values() for act in acts):
             require(act in ACT2FN, f"the activation {act!r} is not known")
-            require(not is_name(act) or parse(act).name == act, f"write {act!r} in its canonical spelling")
+            require(not is_claimed(act) or parse(act).name == act, f"write {act!r} in its canonical spelling")
         require(all(self.arms.values()), "every arm needs an activation")
         rates = self.learning_rates
         require(rates and all(0 < a < b for a, b in itertools.pairwise(rates)) and rates[0] > 0,

@@ -144,7 +144,7 @@ def _parts(study: Study, comparisons: list[Comparison]) -> list[Part]:
 def sentence(c: Comparison, study: Study) -> str:
     """A comparison in plain words, made from its numbers."""
     plan = study.plan
-    low, high = c.interval
+    low, high = c.t_interval if math.isnan(c.interval[0]) else c.interval
     direction = "above" if c.difference > 0 else "below"
     start = (
         f"On {len(c.seeds)} seeds, {plan.metric} of `{c.arm}` was {abs(c.difference):.4g} {direction} that of "
@@ -236,7 +236,7 @@ def _signed(value: float) -> str:
 
 
 def _span(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:+.4g} to {interval[1]:+.4g}"
+    return "-" if math.isnan(interval[0]) else f"{interval[0]:+.4g} to {interval[1]:+.4g}"
 
 
 def _finite(found: dict[int, float]) -> list[float]:

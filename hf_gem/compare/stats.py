@@ -204,6 +204,8 @@ def bca_interval(differences: np.ndarray, resamples: int = _RESAMPLES) -> tuple[
     n = len(differences)
     if differences.std() == 0:
         return float(differences[0]), float(differences[0])
+    if n < 3:
+        return math.nan, math.nan  # leaving one out leaves nothing to estimate the acceleration from
     tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf(1 - ALPHA / 2, n - 1))
     found = stats.bootstrap(
         (differences,),

@@ -1,0 +1,229 @@
+"""Studies from plan to report, with a recipe that takes no time."""
+
+import json
+import math
+import re
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+from hf_gem import cli
+from hf_gem.compare.plan import Plan, PlanError, best_of_grid, load_plan
+from hf_gem.compare.report import write_report
+from hf_gem.compare.run import Study, StudyError
+from recipes import compare as compare_recipe
+from tests.helpers import ROOT
+
+# A recipe whose loss is lowest at a learning rate of 0.01, and lower with gem_n2; it counts how often it was started.
+TOY = """
+import json, math, random, sys
+from pathlib import Path
+flags = dict(a[2:].split("=", 1) for a in sys.argv[1:])
+folder = Path(flags["output_dir"]); folder.mkdir(parents=True, exist_ok=True)
+with open(folder.parent.parent / "started.txt", "a") as file:
+    file.write(folder.name + "\\n")
+act, rate, seed = flags["hidden_act"], float(flags["learning_rate"]), int(flags["seed"])
+if flags.get("breaks") == folder.name and not (folder / "broken").exists():
+    (folder / "broken").touch()
+    sys.exit("out of memory")
+loss = 3 + 0.1 * math.log(rate / float(flags.get("best", 0.01))) ** 2 + random.Random(seed).gauss(0, 0.05)
+loss += random.Random(seed * 7 + len(act)).gauss(0, 0.002) - 0.02 * (act == "gem_n2")
+status = "diverged" if rate > float(flags.get("limit", 1)) else "finished"
+session = {"commit": flags.get("commit", "c"), "dirty": False, "seconds": 3.0, "versions": {"torch": "2"},
+           "hardware": {"gpus": [], "cpu": "a cpu"}}
+record = {"status": status, "result": {"validation_loss": loss}, "sessions": [session], "init_hash": f"w{seed}",
+          "order_hash": f"o{seed}{act if flags.get('unpaired') else ''}", "data": {"hash": "d" * 64},
+          "config": {"dataset": "toy"}, "curves": {"validation_loss": [[0, 5.0], [10, loss]]}}
+(folder / "record.json").write_text(json.dumps(record))
+(folder / "model.safetensors").write_text("weights")
+"""
+PLAN = {
+    "name": "toy", "recipe": "toy", "preset": "demo", "baseline": "relu", "metric": "validation_loss",
+    "arms": {"relu": ["relu"], "gem": ["gem", "gem_n2"], "silu": ["silu"]}, "smallest_effect": 0.005,
+    "learning_rates": [0.005, 0.01, 0.02], "tuning_seeds": [100, 101], "final_seeds": list(range(8)),
+}  # fmt: skip
+
+
+@pytest.fixture
+def study(tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "toy.py").write_text(TOY)
+
+    def make(folder="study", allow_mixed=False, **changes):
+        return Study(Plan(**{**PLAN, **changes}), tmp_path / folder, tmp_path / "recipes", allow_mixed)
+
+    return make
+
+
+def started(study):
+    return (study.folder / "started.txt").read_text().split()
+
+
+def test_from_plan_to_report(study):
+    toy = study()
+    toy.run(jobs=2)
+    assert len(started(toy)) == 4 * 3 * 2 + 3 * 8  # four activations, three rates, two seeds; then three arms
+    assert toy.choices() == {"relu": ("relu", 0.01), "gem": ("gem_n2", 0.01), "silu": ("silu", 0.01)}
+    assert not list(toy.folder.glob("runs/*/*.safetensors"))
+    page = write_report(toy).read_text()
+    results = json.loads((toy.folder / "results.json").read_text())
+    verdicts = {c["arm"]: c["verdict"] for c in results["comparisons"]}
+    assert verdicts == {"gem": "better", "silu": "equivalent"}
+    report = (toy.folder / "report.md").read_text()
+    assert "of `gem` was 0.0" in report
+    assert "below that of `relu`" in report
+    assert "equal initial weights" in report
+    assert page.count("data:image/png;base64,") == 4  # forest, curves, learning rates, n
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    for name in re.findall(r"\]\((\w+\.png)\)", report):
+        assert (toy.folder / name).exists()
+
+
+def test_nothing_is_run_twice_and_the_report_is_the_same(study, capsys):
+    toy = study()
+    toy.run()
+    first = {name: (write_report(toy).parent / name).read_bytes() for name in ("report.md", "report.html")}
+    count = len(started(toy))
+    study().run()
+    assert len(started(toy)) == count
+    cli.main(["report", str(toy.folder)])
+    assert "report.html" in capsys.readouterr().out
+    assert {name: (toy.folder / name).read_bytes() for name in first} == first
+
+
+def test_a_run_that_failed_stops_the_study_and_can_be_repeated(study):
+    name = "gem-lr0.01-seed100"
+    with pytest.raises(StudyError, match=rf"the run {name} ended with status 1: .*out of memory.*output is in"):
+        study(flags={"breaks": name}).run()
+    toy = study(flags={"breaks": name})
+    done = set(started(toy)) - {name}
+    toy.run()
+    assert all(started(toy).count(other) == 1 for other in done)
+    assert started(toy).count(name) == 2
+
+
+def test_an_optimum_at_the_edge_extends_the_grid(study):
+    toy = study(flags={"best": 0.04}, final_seeds=[0, 1])
+    toy.run()
+    assert {rate for _, rate in toy.choices().values()} == {0.04}
+    assert sorted(toy.tuned("relu")) == [0.005, 0.01, 0.02, 0.04, 0.08]
+
+
+def test_diverged_runs_are_outcomes(study):
+    toy = study(flags={"limit": 0.015})
+    toy.run()
+    assert math.isnan(toy.tuned("relu")[0.02])
+    assert toy.choices()["relu"] == ("relu", 0.01)
+    bad = study("all", flags={"limit": 1e-9})
+    with pytest.raises(StudyError, match="every tuning run of 'relu' diverged"):
+        bad.run()
+
+
+def test_two_drivers_share_a_study(study):
+    one, two = study(), study()
+    threads = [threading.Thread(target=s.run) for s in (one, two)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    names = started(one)
+    assert len(names) == len(set(names)) == 48
+
+
+def test_what_is_not_paired_is_said(study):
+    toy = study(flags={"unpaired": 1}, final_seeds=[0, 1])
+    with pytest.raises(StudyError, match="not paired: seed 0: the arms differ in order_hash"):
+        toy.run()
+    write_report(toy)
+    assert "**Not paired:**" in (toy.folder / "report.md").read_text()
+
+
+def test_records_of_other_code_are_not_mixed_in(study):
+    toy = study()
+    toy.run()
+    path = toy.folder / "records" / "silu-lr0.01-seed7.json"
+    record = json.loads(path.read_text())
+    record["sessions"][0]["commit"] = "another"
+    path.write_text(json.dumps(record))
+    with pytest.raises(StudyError, match=r"has commit another, .* has c: .*--allow_mixed"):
+        study().run()
+    study(allow_mixed=True).run()
+
+
+def test_a_changed_plan_is_another_study(study):
+    study()
+    with pytest.raises(PlanError, match="a study of another plan, frozen when its first run started"):
+        study(smallest_effect=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "loss"}, "metric must be one of validation_loss"),
+        ({"baseline": "gelu"}, "baseline 'gelu' is no arm"),
+        ({"arms": {"relu": ["relu"]}}, "a comparison takes two"),
+        ({"arms": {"relu": ["relu"], "x": ["gem_2"]}}, "'gem_2'"),
+        ({"arms": {"relu": ["relu"], "x": ["egem_eps1e-6"]}}, "canonical spelling"),
+        ({"learning_rates": [0.1, 0.01]}, "ascending"),
+        ({"tuning_seeds": [7]}, r"seeds \[7\] are both"),
+        ({"tuning_seeds": []}, "there is something to choose"),
+        ({"final_seeds": [1]}, "two or more"),
+        ({"smallest_effect": 0}, "smallest_effect must be above 0"),
+        ({"flags": {"seed": 3}}, "flags seed are set by the study"),
+    ],
+)
+def test_plans_that_make_no_sense(changes, message):
+    with pytest.raises((PlanError, ValueError), match=message):
+        Plan(**{**PLAN, **changes})
+
+
+def test_yaml_plans(tmp_path):
+    path = tmp_path / "short.yaml"
+    path.write_text(
+        textwrap.dedent("""
+            recipe: toy
+            preset: demo
+            arms: [relu, gem_n2]
+            baseline: relu
+            metric: validation_loss
+            smallest_effect: 0.005
+            learning_rates: [1e-3]
+            final_seeds: [0, 1]
+        """)
+    )
+    plan = load_plan(path)
+    assert (plan.name, plan.arms, plan.learning_rates) == ("short", {"relu": ["relu"], "gem_n2": ["gem_n2"]}, [1e-3])
+    assert not plan.tunes
+    path.write_text(path.read_text() + "seeds: [1]\n")
+    with pytest.raises(PlanError, match="unknown fields seeds"):
+        load_plan(path)
+    with pytest.raises(PlanError, match="cannot be read"):
+        load_plan(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "plans").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_plans(path, capsys):
+    plan = load_plan(path)
+    recipe = __import__(f"recipes.{plan.recipe}", fromlist=["PRESETS"])
+    preset = {**recipe.PRESETS[plan.preset], **plan.flags, "learning_rate": plan.learning_rates[0]}
+    recipe.Config(**preset).validate()
+    compare_recipe.main([f"--plan={path}", "--dry_run"])
+    out = capsys.readouterr().out
+    assert f"{plan.num_runs()[1]} on the final seeds" in out
+    assert "found with power 0.8" in out
+
+
+def test_the_best_of_a_grid():
+    assert best_of_grid({1.0: 3.0, 2.0: 1.0, 4.0: 2.0}, 2, False) == (2.0, None)
+    assert best_of_grid({1.0: 3.0, 2.0: 1.0}, 2, False) == (2.0, 4.0)
+    assert best_of_grid({1.0: 3.0, 2.0: 1.0}, 2, True) == (1.0, 0.5)
+    assert best_of_grid({1.0: math.nan, 2.0: 1.0, 4.0: math.inf}, 2, False) == (2.0, None)
+
+
+def test_a_folder_that_is_no_study(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(tmp_path)])
+    assert "is no study: it has no plan.json" in capsys.readouterr().err
+    assert Path(tmp_path).exists()
