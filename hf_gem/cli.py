@@ -15,10 +15,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     from .compare.report import write_report
-    from .compare.run import open_study
+    from .compare.run import Study
     from .training.errors import run_recipe
 
-    run_recipe(lambda: print(f"Report: {write_report(open_study(arguments.study))}"))
+    run_recipe(lambda: print(f"Report: {write_report(Study(arguments.study))}"))
 
 
 if __name__ == "__main__":

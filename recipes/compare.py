@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hf_gem.compare.plan import load_plan
 from hf_gem.compare.report import write_report
-from hf_gem.compare.run import Study
+from hf_gem.compare.run import Study, freeze
 from hf_gem.compare.stats import minimum_detectable_effect
 from hf_gem.training.errors import run_recipe
 
@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"  {run.name}")
         print(f"  then {len(plan.final_seeds)} seeds of each arm, as tuned")
         return
-    study = Study(plan, folder, RECIPES, arguments.allow_mixed)
+    freeze(plan, folder)
+    study = Study(folder, RECIPES, arguments.allow_mixed)
     study.run(arguments.jobs)
     print(f"Report: {write_report(study)}")
 

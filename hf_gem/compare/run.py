@@ -36,6 +36,7 @@ from ..training.errors import TrainingError
 from ..training.files import write_atomically
 from .plan import MOST_EXTENSIONS, Plan, PlanError, Run, best_of_grid
 
+_PLAN = "plan.json"
 _WAIT = 2.0  # seconds between looks at runs that others work on
 
 
@@ -43,35 +44,41 @@ class StudyError(TrainingError, RuntimeError):
     """A run failed, or records do not belong together."""
 
 
+def freeze(plan: Plan, folder: Path) -> None:
+    """Makes a folder the study of a plan.
+
+    Raises:
+        PlanError: it is that of another plan.
+    """
+    frozen = folder / _PLAN
+    if not frozen.exists():
+        for name in ("records", "runs"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        write_atomically(frozen, json.dumps({"hash": plan.hash, "plan": asdict(plan)}, indent=2) + "\n")
+    elif json.loads(frozen.read_text())["hash"] != plan.hash:
+        raise PlanError(
+            f"{folder} is a study of another plan, frozen when its first run started; a changed plan is a new study: "
+            "give it another name or --study folder"
+        )
+
+
 class Study:
-    """A plan and the folder in which it is carried out.
+    """The study in a folder, by the plan that is frozen there.
 
     Args:
-        plan: What to run. It is frozen when the folder is made.
         folder: Of the study.
         recipes: The folder of the recipes.
         allow_mixed: Take records together whose code, versions or data differ.
 
     Raises:
-        PlanError: the folder is that of another plan.
+        PlanError: the folder is that of no study.
     """
 
-    def __init__(self, plan: Plan, folder: Path, recipes: Path, allow_mixed: bool = False) -> None:
-        self.plan, self.folder, self.recipes, self.allow_mixed = plan, folder, recipes, allow_mixed
-        if not (recipes / f"{plan.recipe}.py").exists():
-            known = ", ".join(sorted(path.stem for path in recipes.glob("*.py")))
-            raise PlanError(f"plan {plan.name!r}: no recipe {plan.recipe!r} in {recipes}; there are {known}")
-        frozen = folder / "plan.json"
-        if frozen.exists():
-            if json.loads(frozen.read_text())["hash"] != plan.hash:
-                raise PlanError(
-                    f"{folder} is a study of another plan, frozen when its first run started; a changed plan is a new "
-                    "study: give it another name or --study folder"
-                )
-            return
-        for name in ("records", "runs"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        write_atomically(frozen, json.dumps({"hash": plan.hash, "plan": asdict(plan)}, indent=2) + "\n")
+    def __init__(self, folder: Path, recipes: Path = Path("recipes"), allow_mixed: bool = False) -> None:
+        if not (folder / _PLAN).exists():
+            raise PlanError(f"{folder} is no study: it has no {_PLAN}; recipes/compare.py makes one")
+        self.plan = Plan(**json.loads((folder / _PLAN).read_text())["plan"])
+        self.folder, self.recipes, self.allow_mixed = folder, recipes, allow_mixed
 
     # ---- outcomes
 
@@ -148,8 +155,12 @@ class Study:
             jobs: Runs at once; on a machine with GPUs, one for each of them is a good number.
 
         Raises:
+            PlanError: there is no such recipe.
             StudyError: a run failed for another reason than a loss that is not finite, or records do not fit together.
         """
+        if not (self.recipes / f"{self.plan.recipe}.py").exists():
+            known = ", ".join(sorted(path.stem for path in self.recipes.glob("*.py")))
+            raise PlanError(f"no recipe {self.plan.recipe!r} in {self.recipes}; there are {known}")
         tuning, final = self.plan.num_runs()
         with tqdm(total=tuning + final, desc=self.plan.name, unit="run", smoothing=0) as bar:
             self._execute(self.plan.tuning_runs(), jobs, bar)
@@ -253,18 +264,3 @@ class Study:
                         f"{path.stem} has {key} {value}, {first[0]} has {first[1][key]}: these do not belong into one "
                         "study. Go back to the same code, versions and data, start another study, or --allow_mixed"
                     )
-
-
-def open_study(folder: Path, recipes: Path = Path("recipes")) -> Study:
-    """The study in a folder, with the plan that is frozen there.
-
-    Raises:
-        PlanError: there is none.
-    """
-    frozen = folder / "plan.json"
-    if not frozen.exists():
-        raise PlanError(f"{folder} is no study: it has no plan.json; recipes/compare.py makes one")
-    study = object.__new__(Study)
-    study.plan, study.folder, study.recipes = Plan(**json.loads(frozen.read_text())["plan"]), folder, recipes
-    study.allow_mixed = True
-    return study

@@ -12,7 +12,7 @@ import pytest
 from hf_gem import cli
 from hf_gem.compare.plan import Plan, PlanError, best_of_grid, load_plan
 from hf_gem.compare.report import write_report
-from hf_gem.compare.run import Study, StudyError
+from hf_gem.compare.run import Study, StudyError, freeze
 from recipes import compare as compare_recipe
 from tests.helpers import ROOT
 
@@ -52,7 +52,8 @@ def study(tmp_path):
     (tmp_path / "recipes" / "toy.py").write_text(TOY)
 
     def make(folder="study", allow_mixed=False, **changes):
-        return Study(Plan(**{**PLAN, **changes}), tmp_path / folder, tmp_path / "recipes", allow_mixed)
+        freeze(Plan(**{**PLAN, **changes}), tmp_path / folder)
+        return Study(tmp_path / folder, tmp_path / "recipes", allow_mixed)
 
     return make
 
@@ -150,6 +151,11 @@ def test_records_of_other_code_are_not_mixed_in(study):
     with pytest.raises(StudyError, match=r"has commit another, .* has c: .*--allow_mixed"):
         study().run()
     study(allow_mixed=True).run()
+
+
+def test_a_recipe_that_is_none(study):
+    with pytest.raises(PlanError, match=r"no recipe 'top' in .*; there are toy"):
+        study(recipe="top").run()
 
 
 def test_a_changed_plan_is_another_study(study):
