@@ -357,7 +357,7 @@ class _Run:
 
     def _train(self, start: int, bar: tqdm, caught: list[int]) -> None:
         config, steps = self.config, self.config.steps
-        clock = _Clock(self.accelerator.device)
+        self.clock = clock = _Clock(self.accelerator.device)
         done = saved = start
         if start < steps:
             self._load(start)
@@ -373,7 +373,7 @@ class _Run:
                 bar.n = done
                 continue
             if logs:
-                self._log_step(done, loss, clock, bar)
+                self._log_step(done, loss, bar)
             bar.update()
             if last or (config.eval_every and done % config.eval_every == 0):
                 with clock.paused():
@@ -417,7 +417,8 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr_ratio"] * learning_rate(step, config)
         try:
-            batches = self._next.result()
+            with self.clock.waiting():
+                batches = self._next.result()
         except Exception as error:  # whatever the data are made of
             raise DataError(
                 f"the samples of step {step + 1} cannot be read: {type(error).__name__}: {error}. Complete checkpoints "
@@ -503,13 +504,15 @@ class _Run:
         if not self._is_finite():
             raise self._not_finite(step, f"at or before step {step}")
 
-    def _log_step(self, step: int, loss: torch.Tensor, clock: _Clock, bar: tqdm) -> None:
+    def _log_step(self, step: int, loss: torch.Tensor, bar: tqdm) -> None:
         self._check_finite(step)
-        value, rate = loss.item(), clock.lap()
+        value = loss.item()
+        rate, data_wait = self.clock.lap()
         entry = {
             "loss": value,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             f"{self.task.unit}_per_second": rate,
+            "data_wait": data_wait,
         }
         device = self.accelerator.device
         if self.task.flops_per_unit and (peak := peak_flops(device)):
@@ -556,6 +559,7 @@ class _Run:
                 "unit": self.task.unit,
                 "units_per_second": median(f"{self.task.unit}_per_second"),
                 "mfu": median("mfu"),
+                "data_wait": median("data_wait"),
                 "flop_count": FLOP_COUNT if self.task.flops_per_unit else None,
             },
             curves={"loss": self.log.curve("loss"), **curves},
@@ -624,21 +628,32 @@ class _Run:
 
 
 class _Clock:
-    """Tokens or images per second of training, without the time spent on evaluation and saving."""
+    """Tokens or images per second of training, and the share of time that it waited for data.
+
+    The time spent on evaluation and saving does not count.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.start = time.perf_counter()
         self.units = 0
+        self.waited = 0.0
 
     def add(self, units: int) -> None:
         self.units += units
 
-    def lap(self) -> float:
+    def lap(self) -> tuple[float, float]:
         now = time.perf_counter()
-        rate = self.units / (now - self.start)
-        self.start, self.units = now, 0
-        return rate
+        elapsed = now - self.start
+        found = self.units / elapsed, self.waited / elapsed
+        self.start, self.units, self.waited = now, 0, 0.0
+        return found
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import time
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -187,6 +188,21 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, at):
     assert len(resumed.train.asked) == (6 - at // 2 * 2) * 8  # from the newest checkpoint, not from the start
     for a, b in zip(reference.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_waiting_for_data_is_on_record(tmp_path):
+    class Slow(Sequences):
+        def batch(self, indices, draws=None):
+            if draws is not None:
+                time.sleep(0.05)
+            return super().batch(indices, draws)
+
+    task = make_task()
+    task.train = Slow(20)
+    slow, _ = run(tmp_path / "a", task)
+    fast, _ = run(tmp_path / "b")
+    assert 0 <= fast["result"]["data_wait"] < slow["result"]["data_wait"] <= 1
+    assert slow["result"]["data_wait"] > 0.5
 
 
 def test_every_draw_has_its_number(tmp_path):
