@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -32,7 +33,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from ..training.errors import TrainingError
+from ..training.errors import Interrupted, TrainingError
 from ..training.files import write_atomically
 from .plan import MOST_EXTENSIONS, Plan, PlanError, Run, best_of_grid
 
@@ -208,11 +209,15 @@ class Study:
         with ThreadPoolExecutor(jobs) as pool:
             while todo:
                 waiting = []
-                for run, done in zip(todo, pool.map(work, todo), strict=True):
-                    if done:
-                        bar.update()
-                    else:
-                        waiting.append(run)
+                try:
+                    for run, done in zip(todo, pool.map(work, todo), strict=True):
+                        if done:
+                            bar.update()
+                        else:
+                            waiting.append(run)
+                except KeyboardInterrupt:  # which the runs under way have got too, and save
+                    stop.set()
+                    raise Interrupted("stopped; the same command goes on", signal.SIGINT) from None
                 todo = waiting
                 if todo:
                     time.sleep(_WAIT)
@@ -230,6 +235,8 @@ class Study:
             done = subprocess.run(self.command(run), stdout=output, stderr=subprocess.STDOUT, env=env)
         record = folder / "record.json"
         content = json.loads(record.read_text()) if record.exists() else {}
+        if content.get("status") == "interrupted":
+            raise Interrupted(f"{run.name} was stopped, and has saved; the same command goes on", signal.SIGTERM)
         if content.get("status") not in ("finished", "diverged"):
             tail = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
             raise StudyError(f"the run {run.name} ended with status {done.returncode}: {tail}. Its output is in {log}")

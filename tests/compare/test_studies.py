@@ -2,9 +2,14 @@
 
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +29,9 @@ flags = dict(a[2:].split("=", 1) for a in sys.argv[1:])
 folder = Path(flags["output_dir"]); folder.mkdir(parents=True, exist_ok=True)
 with open(folder.parent.parent / "started.txt", "a") as file:
     file.write(folder.name + "\\n")
+if flags.get("slow"):
+    import time
+    time.sleep(60 if not (folder.parent.parent / "fast").exists() else 0)
 act, rate, seed = flags["hidden_act"], float(flags["learning_rate"]), int(flags["seed"])
 if flags.get("breaks") == folder.name and not (folder / "broken").exists():
     (folder / "broken").touch()
@@ -103,6 +111,30 @@ def test_a_run_that_failed_stops_the_study_and_can_be_repeated(study):
     toy.run()
     assert all(started(toy).count(other) == 1 for other in done)
     assert started(toy).count(name) == 2
+
+
+def test_ctrl_c_stops_the_study_and_it_goes_on(study, tmp_path):
+    toy = study(flags={"slow": 1}, learning_rates=[0.01], arms={"relu": ["relu"], "gem": ["gem"]}, tuning_seeds=[])
+    script = f"""
+from pathlib import Path
+from hf_gem.compare.run import Study
+from hf_gem.training.errors import run_recipe
+run_recipe(lambda: Study(Path({str(toy.folder)!r}), Path({str(tmp_path / "recipes")!r})).run(2))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while process.poll() is None and not (toy.folder / "started.txt").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "stopped; the same command goes on" in output
+    assert len(started(toy)) <= 2
+    (toy.folder / "fast").touch()
+    toy.run()
+    assert len(toy.outcomes()["gem"]) == 8
 
 
 def test_an_optimum_at_the_edge_extends_the_grid(study):
