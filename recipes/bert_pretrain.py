@@ -119,7 +119,7 @@ def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
         "auto_class": "AutoModelForMaskedLM",
         "processor_class": "AutoTokenizer",
         "loss_unit": "nats per masked token",
-        "on_hub": config.on_hub,
+        "on_hub": record["data"].get("on_hub", False),
         "imported": "hf_gem",
         "limits": "An encoder that fills in masked tokens, trained without the prediction of the next sentence; for "
         f"other tasks it has to be fine-tuned. It has seen sequences of {config.block_size} tokens.",

@@ -111,7 +111,7 @@ def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
         "auto_class": "AutoModelForCausalLM",
         "processor_class": "AutoTokenizer",
         "loss_unit": "nats per token",
-        "on_hub": config.on_hub,
+        "on_hub": record["data"].get("on_hub", False),
         "imported": "hf_gem",
         "limits": "A base language model: it continues text, follows no instructions, and repeats what its data holds. "
         f"Its context is {config.block_size} tokens.",

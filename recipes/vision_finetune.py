@@ -150,7 +150,7 @@ def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
         "auto_class": "AutoModelForImageClassification",
         "processor_class": "AutoImageProcessor",
         "loss_unit": "nats per image",
-        "on_hub": config.on_hub,
+        "on_hub": record["data"].get("on_hub", False),
         "imported": record["imported"],
         "ours": record["ours"],
         "limits": f"It tells {record['data']['num_classes']} classes apart, in images of {size} x {size} pixels like "

@@ -145,7 +145,7 @@ def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
         "auto_class": "AutoModelForImageClassification",
         "processor_class": "AutoImageProcessor",
         "loss_unit": "nats per image",
-        "on_hub": config.on_hub,
+        "on_hub": record["data"].get("on_hub", False),
         "imported": f"hf_gem{'.training.image_models' if _is_own(config.model) else ''}",
         "limits": f"It tells {record['data']['num_classes']} classes apart, in images of {size} x {size} pixels like "
         "those of its data, and answers with one of them whatever it is shown.",

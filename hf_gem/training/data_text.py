@@ -142,7 +142,7 @@ def prepare_text(config: TextConfig) -> TextData:
         array = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
         return TokenBlocks(array, config.block_size, partial)
 
-    facts = {key: meta[key] for key in ("hash", "num_tokens", "held_out")}
+    facts = {"on_hub": config.on_hub, **{key: meta[key] for key in ("hash", "num_tokens", "held_out")}}
     return TextData(blocks("train", False), blocks("validation", True), tokenizer, meta["vocab_size"], facts)
 
 

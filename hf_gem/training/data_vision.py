@@ -222,6 +222,7 @@ class _Splits:
     validation: Rows
     classes: list[str]
     held_out: str  # `split`, one of the dataset's own, or `random`
+    on_hub: bool
 
     def label_bytes(self) -> bytes:
         """All labels and the names of the classes, to be hashed."""
@@ -231,7 +232,14 @@ class _Splits:
         """What the record says of the data."""
         counts = {"train": len(self.train), "validation": len(self.validation)}
         sizes = {"image_size": image_size, "num_classes": len(self.classes)}
-        return {"hash": digest, "hash_of": hash_of, "num_images": counts, "held_out": self.held_out, **sizes}
+        return {
+            "hash": digest,
+            "hash_of": hash_of,
+            "num_images": counts,
+            "held_out": self.held_out,
+            "on_hub": self.on_hub,
+            **sizes,
+        }
 
     def can_be_resident(self, size: int | None) -> bool:
         """Judged by some images; that all are alike turns out when they are decoded."""
@@ -250,7 +258,7 @@ def _digits(config: VisionConfig) -> _Splits:
     train, validation = (
         Rows(images[part].__getitem__, digits.target[part].astype(np.int64)) for part in (~chosen, chosen)
     )
-    return _Splits(train, validation, [str(name) for name in digits.target_names], "random")
+    return _Splits(train, validation, [str(name) for name in digits.target_names], "random", False)
 
 
 def _held_out(count: int, fraction: float) -> np.ndarray:
@@ -298,7 +306,7 @@ def _read(config: VisionConfig) -> _Splits:
     else:
         chosen = _held_out(len(train), config.validation_fraction)
         parts, held_out = (train.select(np.flatnonzero(~chosen)), train.select(np.flatnonzero(chosen))), "random"
-    return _Splits(rows(parts[0]), rows(parts[1]), [str(name) for name in names], held_out)
+    return _Splits(rows(parts[0]), rows(parts[1]), [str(name) for name in names], held_out, config.on_hub)
 
 
 def _first_column(config: VisionConfig, table: Any, what: str, kind: type) -> str:
