@@ -253,11 +253,13 @@ def further_seeds(differences: np.ndarray, smallest_effect: float, min_seeds: in
             return True
         scale, quantile = math.sqrt(n) / spread, stats.t.ppf(1 - alpha / 2, n - 1)
         if mean > smallest_effect:
-            return bool(stats.nct.sf(quantile, n - 1, mean * scale) >= POWER)
+            return 1 - _noncentral_t_cdf(quantile, n - 1, mean * scale) >= POWER
         one_sided = stats.t.ppf(1 - ALPHA, n - 1)
-        miss = stats.nct.cdf(one_sided, n - 1, (smallest_effect - mean) * scale)
-        miss += stats.nct.cdf(one_sided, n - 1, (smallest_effect + mean) * scale)
-        return bool(1 - miss >= POWER)
+        misses = (
+            _noncentral_t_cdf(one_sided, n - 1, shift * scale)
+            for shift in (smallest_effect - mean, smallest_effect + mean)
+        )
+        return 1 - sum(misses) >= POWER
 
     if not settles(_MOST_SEEDS):
         return None
@@ -266,6 +268,13 @@ def further_seeds(differences: np.ndarray, smallest_effect: float, min_seeds: in
         middle = (low + high) // 2
         low, high = (low, middle) if settles(middle) else (middle, high)
     return max(1, high - have)
+
+
+def _noncentral_t_cdf(x: float, degrees: int, shift: float) -> float:
+    """By scipy, and normal where that is good to three digits and scipy's series does not converge."""
+    if degrees > 200 or shift > 30:
+        return float(stats.norm.cdf(x - shift))
+    return float(stats.nct.cdf(x, degrees, shift))
 
 
 def minimum_detectable_effect(seeds: int, arms: int = 1) -> float:
@@ -279,7 +288,7 @@ def minimum_detectable_effect(seeds: int, arms: int = 1) -> float:
     low, high = 0.0, 100.0
     for _ in range(60):
         middle = (low + high) / 2
-        found = stats.nct.sf(quantile, seeds - 1, middle * math.sqrt(seeds)) >= POWER
+        found = 1 - _noncentral_t_cdf(quantile, seeds - 1, middle * math.sqrt(seeds)) >= POWER
         low, high = (low, middle) if found else (middle, high)
     return high
 

@@ -138,6 +138,11 @@ def test_further_seeds_have_the_power_they_promise():
     found = np.mean([scipy_stats.ttest_1samp(draw.normal(0.8, 1, 6 + more), 0).pvalue < 0.05 for _ in range(2000)])
     assert found == pytest.approx(0.8, abs=0.05)
     assert stats.further_seeds(seen - 0.8, 1e-9, 2) is None
+    # A mean inside the smallest effect: the normal formula is ((1.645 + 0.842) sd / distance to the edge)^2
+    inside = stats.further_seeds(seen, 1.1, 2)
+    assert 6 + inside == pytest.approx(6.18 / 0.3**2, rel=0.05)
+    few = [stats.further_seeds(seen, effect, 2) for effect in (1.0, 1.05, 1.1, 1.2, 1.3)]
+    assert few == sorted(few, reverse=True)
 
 
 def test_more_seeds_find_smaller_effects_and_more_arms_larger_ones():
