@@ -24,7 +24,7 @@ from hf_gem.training.image_models import ConvNetForImageClassification  # noqa: 
 from hf_gem.training.loop import Task, evaluate, make_accelerator, train
 from hf_gem.training.loss import ClassificationLoss
 from hf_gem.training.order import SampleOrder
-from hf_gem.training.report import print_summary, save_results
+from hf_gem.training.report import image_card, print_summary, save_results
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
 
@@ -142,19 +142,11 @@ def head_of(model: nn.Module) -> nn.Module:
 
 def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
     """What the model card says besides the record."""
-    size = record["data"]["image_size"]
     return {
+        **image_card(config.model, record),
         "title": f"{config.model}, {config.hidden_act}, {record['preset']}",
-        "architecture": f"`{config.model}`",
-        "pipeline_tag": "image-classification",
-        "auto_class": "AutoModelForImageClassification",
-        "processor_class": "AutoImageProcessor",
-        "loss_unit": "nats per image",
-        "on_hub": record["data"].get("on_hub", False),
         "imported": record["imported"],
         "ours": record["ours"],
-        "limits": f"It tells {record['data']['num_classes']} classes apart, in images of {size} x {size} pixels like "
-        "those of its data, and answers with one of them whatever it is shown.",
     }
 
 
@@ -189,11 +181,12 @@ def main(argv: list[str] | None = None) -> None:
     report = convert(model, config, data, accelerator.device) if config.hidden_act != "none" else ""
     accelerator.print(report)
     # Each process has fitted by itself, and so does one that goes on from a checkpoint, which has no eps in it.
-    task.identity = {"activations": [m.spec.name for m in model.modules() if isinstance(m, GemActivation)]}
+    activations = [module.spec.name for module in model.modules() if isinstance(module, GemActivation)]
+    task.identity = {"activations": activations}
     task.facts = {
         "before_conversion": before,
         "conversion": report,
-        "ours": any(isinstance(module, GemActivation) for module in model.modules()),
+        "ours": bool(activations),
         "imported": "hf_gem.training.image_models" if type(model).__module__.startswith("hf_gem") else "hf_gem",
     }
     record = train(task, config, accelerator)

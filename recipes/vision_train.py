@@ -24,7 +24,7 @@ from hf_gem.training.image_models import (
 )
 from hf_gem.training.loop import Task, make_accelerator, train
 from hf_gem.training.loss import ClassificationLoss
-from hf_gem.training.report import print_summary, save_results
+from hf_gem.training.report import image_card, print_summary, save_results
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
 
@@ -137,18 +137,10 @@ def _is_own(model: str) -> bool:
 
 def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
     """What the model card says besides the record."""
-    size = record["data"]["image_size"]
     return {
+        **image_card(config.model, record),
         "title": f"{config.model} {record['preset']}, {config.hidden_act}",
-        "architecture": f"`{config.model}`",
-        "pipeline_tag": "image-classification",
-        "auto_class": "AutoModelForImageClassification",
-        "processor_class": "AutoImageProcessor",
-        "loss_unit": "nats per image",
-        "on_hub": record["data"].get("on_hub", False),
         "imported": f"hf_gem{'.training.image_models' if _is_own(config.model) else ''}",
-        "limits": f"It tells {record['data']['num_classes']} classes apart, in images of {size} x {size} pixels like "
-        "those of its data, and answers with one of them whatever it is shown.",
     }
 
 

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ class Plan:
         require(self.metric in METRICS, f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
         require(self.baseline in self.arms, f"baseline {self.baseline!r} is no arm; arms: {', '.join(self.arms)}")
         require(len(self.arms) > 1, "it has one arm, and a comparison takes two")
-        for act in (act for acts in self.arms.values() for act in acts):
+        for act in self.acts:
             require(act in ACT2FN, f"the activation {act!r} is not known")
             require(not is_claimed(act) or parse(act).name == act, f"write {act!r} in its canonical spelling")
         require(all(self.arms.values()), "every arm needs an activation")
@@ -99,8 +99,7 @@ class Plan:
         for seeds in (self.tuning_seeds, self.final_seeds):
             require(len(set(seeds)) == len(seeds), f"seeds must differ, got {seeds}")
         require(len(self.final_seeds) > 1, "final_seeds needs two or more")
-        chooses = len(rates) > 1 or any(len(acts) > 1 for acts in self.arms.values())
-        require(self.tuning_seeds or not chooses, "tuning_seeds is empty, and there is something to choose")
+        require(self.tuning_seeds or not self.tunes, "tuning_seeds is empty, and there is something to choose")
         require(self.smallest_effect > 0, f"smallest_effect must be above 0, got {self.smallest_effect}")
         ours = {"hidden_act", "learning_rate", "seed", "data_seed", "output_dir", "preset", "resume"} & set(self.flags)
         require(not ours, f"flags {', '.join(sorted(ours))} are set by the study")
@@ -109,6 +108,16 @@ class Plan:
     def higher_is_better(self) -> bool:
         """Whether the metric is to be large."""
         return METRICS[self.metric]
+
+    @property
+    def best(self) -> Callable[..., Any]:
+        """The best of some outcomes: max or min."""
+        return max if self.higher_is_better else min
+
+    @property
+    def acts(self) -> list[str]:
+        """All activations, each once: arms may share one."""
+        return list(dict.fromkeys(act for acts in self.arms.values() for act in acts))
 
     @property
     def hash(self) -> str:
@@ -129,7 +138,7 @@ class Plan:
     def tuning_runs(self) -> Iterator[Run]:
         """Those of the grid as planned."""
         if self.tunes:
-            for act in dict.fromkeys(act for acts in self.arms.values() for act in acts):
+            for act in self.acts:
                 for rate in self.learning_rates:
                     yield from (Run(act, rate, seed) for seed in self.tuning_seeds)
 

@@ -172,7 +172,7 @@ def _tuning_parts(study: Study) -> list[Part]:
     rows = []
     for arm, acts in plan.arms.items():
         trials = [value for act in acts for value in study.tuned(act).values() if math.isfinite(value)]
-        best = (max if plan.higher_is_better else min)(trials)
+        best = plan.best(trials)
         few = ", ".join(f"{k}: {expected_best_of(trials, k, plan.higher_is_better):.4f}" for k in (1, 2, 4))
         rows.append([arm, str(len(trials)), f"{best:.4f}", few])
     parts: list[Part] = [
@@ -193,7 +193,8 @@ def _environment(study: Study) -> list[Part]:
     runs = [run for runs in study.final_runs().values() for run in runs]
     records = [record for run in runs if (record := study.record(run))]
     session = records[0]["sessions"][-1]
-    hours = sum(s["seconds"] for record in _all_records(study) for s in record["sessions"]) / 3600
+    everything = [json.loads(path.read_text()) for path in sorted((study.folder / "records").glob("*.json"))]
+    hours = sum(s["seconds"] for record in everything for s in record["sessions"]) / 3600
     versions = ", ".join(f"{name} {version}" for name, version in session["versions"].items())
     effect = minimum_detectable_effect(len(plan.final_seeds), len(plan.arms) - 1)
     hardware = ", ".join(session["hardware"]["gpus"]) or session["hardware"]["cpu"]
@@ -204,7 +205,7 @@ def _environment(study: Study) -> list[Part]:
         ["commit", f"{session['commit']}{', with uncommitted changes' if session['dirty'] else ''}"],
         ["versions", versions],
         ["hardware", hardware],
-        ["cost", f"{len(_all_records(study))} runs, {hours:.2f} hours in all"],
+        ["cost", f"{len(everything)} runs, {hours:.2f} hours in all"],
         ["detectable", f"{effect:.2f} standard deviations of paired differences, with power 0.8"],
     ]  # fmt: skip
     table = [
@@ -218,10 +219,6 @@ def _environment(study: Study) -> list[Part]:
         Table(["", ""], facts),
         Table(["run", "status", plan.metric, "time", "weights", "order"], table),
     ]
-
-
-def _all_records(study: Study) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted((study.folder / "records").glob("*.json"))]
 
 
 # ---- numbers
@@ -306,7 +303,7 @@ def _curves(study: Study) -> bytes:
 
 def _sensitivity(study: Study) -> bytes:
     figure, axes = _figure(7, 4.2)
-    for act in dict.fromkeys(act for acts in study.plan.arms.values() for act in acts):
+    for act in study.plan.acts:
         tuned = {rate: value for rate, value in study.tuned(act).items() if math.isfinite(value)}
         axes.plot(list(tuned), list(tuned.values()), "o-", label=act)
         for seed in study.plan.tuning_seeds:
@@ -320,16 +317,15 @@ def _sensitivity(study: Study) -> bytes:
 
 def _ablation(study: Study, key: str) -> bytes | None:
     """The best tuning outcome by n or eps, where members of a family differ in it; None where none do."""
-    best = max if study.plan.higher_is_better else min
     lines: dict[str, dict[float, float]] = {}
-    for act in dict.fromkeys(act for acts in study.plan.arms.values() for act in acts):
+    for act in study.plan.acts:
         values = [value for value in study.tuned(act).values() if math.isfinite(value)]
         if is_name(act) and values:
             spec = parse(act)
             fixed = f"eps = {spec.eps:g}" if key == "n" else f"n = {spec.n}"
             label = spec.family if spec.family == "gem" else f"{spec.family}, {fixed}"
             if spec.family != "gem" or key == "n":
-                lines.setdefault(label, {})[float(getattr(spec, key))] = best(values)
+                lines.setdefault(label, {})[float(getattr(spec, key))] = study.plan.best(values)
     lines = {label: points for label, points in lines.items() if len(points) > 1}
     if not lines:
         return None

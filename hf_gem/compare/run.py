@@ -111,8 +111,7 @@ class Study:
             finite = {key: mean for key, mean in means.items() if math.isfinite(mean)}
             if not finite:
                 raise StudyError(f"every tuning run of {arm!r} diverged; lower learning_rates, in a new study")
-            best = max if plan.higher_is_better else min
-            chosen[arm] = best(sorted(finite), key=lambda key, finite=finite: finite[key])  # type: ignore[misc]
+            chosen[arm] = plan.best(sorted(finite), key=lambda key, finite=finite: finite[key])
         return chosen
 
     def tuned(self, act: str) -> dict[float, float]:
@@ -138,10 +137,9 @@ class Study:
     def check_pairing(self) -> list[str]:
         """What is wrong with the claim that the arms of a seed differ in their activation alone."""
         wrong = []
+        arms = self.final_runs().values()  # reads all records of the tuning: once is enough
         for seed in self.plan.final_seeds:
-            records = [
-                r for runs in self.final_runs().values() for run in runs if run.seed == seed and (r := self.record(run))
-            ]
+            records = [r for runs in arms for run in runs if run.seed == seed and (r := self.record(run))]
             for key in ("init_hash", "order_hash"):
                 if len({record[key] for record in records}) > 1:
                     wrong.append(f"seed {seed}: the arms differ in {key}")
@@ -176,7 +174,7 @@ class Study:
             raise StudyError("the runs are not paired: " + "; ".join(wrong))
 
     def _extensions(self) -> Iterable[Run]:
-        for act in dict.fromkeys(act for acts in self.plan.arms.values() for act in acts):
+        for act in self.plan.acts:
             _, beyond = best_of_grid(self.tuned(act), self.plan.ratio, self.plan.higher_is_better)
             if beyond is not None:
                 yield from (Run(act, float(f"{beyond:.6g}"), seed) for seed in self.plan.tuning_seeds)

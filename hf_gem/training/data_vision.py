@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from .config import at_least, option, require
 from .data_source import SourceConfig, cached, fingerprint, load_splits, source_state
 from .errors import DataError
-from .loop import Samples
+from .loop import Samples, to_device
 from .order import uniforms
 
 DIGITS = "digits"
@@ -350,7 +350,7 @@ class ResidentImages:
     def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, Tensor]:
         """`pixel_values`, float32 of shape (len(indices), 3, height, width) on the device, and `labels`."""
         device = self.images.device
-        pixels = self.normalisation(self.images[_to_device(indices, device)])
+        pixels = self.normalisation(self.images[to_device(torch.from_numpy(np.asarray(indices)), device)])
         if draws is not None and (self.padding or self.flip):
             pixels = self._augment(pixels, uniforms((self.seed, 2), draws, (3,)))
         return {"pixel_values": pixels, "labels": self.labels[torch.from_numpy(np.asarray(indices))]}
@@ -363,18 +363,12 @@ class ResidentImages:
         if self.flip:
             columns = np.where(random[:, 2:] < 0.5, columns[:, ::-1], columns)
         padded = F.pad(pixels, [self.padding] * 4)
-        rows, columns = (_to_device(part, pixels.device) for part in (rows, columns))
+        rows, columns = (to_device(torch.from_numpy(part.copy()), pixels.device) for part in (rows, columns))
         each = torch.arange(len(pixels), device=pixels.device)[:, None, None]
         crops = padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
         # The channels are last in memory, which suits a GPU. On a CPU, the backward pass of a 1 x 1 convolution with
         # stride 2 and few channels then corrupts the heap (torch 2.14).
         return crops.contiguous() if crops.device.type == "cpu" else crops
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on a device, which on a GPU nobody waits for."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _resident(

@@ -313,7 +313,7 @@ class _Run:
             task.objective.compile()
         if accelerator.is_fsdp2:
             task.objective._no_split_modules = _layers(task.model)  # where accelerate looks for what to shard as one
-        if not accelerator.is_fsdp2:
+        else:
             task.objective.to(accelerator.device)  # before the optimizer, which is a fused one on a GPU
         self.objective, self.optimizer = accelerator.prepare(
             task.objective, make_optimizer(task.objective, config, task.lr_ratios)
@@ -701,9 +701,11 @@ def _seed(*key: int) -> None:
 
 
 def _to(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    if device.type != "cuda":
-        return {name: tensor.to(device) for name, tensor in batch.items()}
-    return {  # what is on the device already has nowhere to go
-        name: tensor if tensor.is_cuda else tensor.pin_memory().to(device, non_blocking=True)
-        for name, tensor in batch.items()
-    }
+    return {name: to_device(tensor, device) for name, tensor in batch.items()}
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device; nobody waits for its copy to a GPU, and what is there already stays."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

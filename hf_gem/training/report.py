@@ -50,6 +50,26 @@ def save_results(folder: Path, model: Any, processor: Any, record: dict[str, Any
         print(f"pushed: {push_run(config['push_to_hub'], folder, private=not config['hub_public'])}")
 
 
+def image_card(model: str, record: dict[str, Any]) -> dict[str, Any]:
+    """The values of a card that all image classifiers have in common; for `save_results`.
+
+    Args:
+        model: Its name in the recipe.
+        record: Of the run.
+    """
+    size = record["data"]["image_size"]
+    return {
+        "architecture": f"`{model}`",
+        "pipeline_tag": "image-classification",
+        "auto_class": "AutoModelForImageClassification",
+        "processor_class": "AutoImageProcessor",
+        "loss_unit": "nats per image",
+        "on_hub": record["data"].get("on_hub", False),
+        "limits": f"It tells {record['data']['num_classes']} classes apart, in images of {size} x {size} pixels like "
+        "those of its data, and answers with one of them whatever it is shown.",
+    }
+
+
 def print_summary(record: dict[str, Any], folder: Path) -> None:
     """The last lines of a recipe: how the loss fell, and where everything is."""
     result = record["result"]
