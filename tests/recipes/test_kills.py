@@ -1,5 +1,6 @@
 """Nothing is lost, whenever a run is killed."""
 
+import math
 import multiprocessing
 import random
 import time
@@ -41,12 +42,13 @@ def test_fifty_kills_change_nothing(tmp_path):
     kept, partial = [0], 0
     for kill in range(KILLS):
         process = start(folder)
-        if kill % 2:  # later than the start: after the next checkpoint
-            while process.is_alive() and newest() == kept[-1]:
-                time.sleep(0.002)
-            time.sleep(draw.uniform(0, 0.05))
-        else:
-            time.sleep(draw.uniform(0, 1))
+        # Half of them live until a checkpoint or more is new. The others last a while, wherever that leads, but not to
+        # more than two of them: a fast machine must not get to the end.
+        born, life = time.monotonic(), math.inf if kill % 2 else draw.uniform(0, 1)
+        target = kept[-1] + draw.randint(1, 2)
+        while process.is_alive() and newest() < target and time.monotonic() < born + life:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.02))
         assert process.is_alive(), "it ended by itself before it could be killed; give it more steps"
         process.kill()
         process.join(10)
