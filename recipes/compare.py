@@ -1,4 +1,4 @@
-"""Compares activations by a plan: python recipes/compare.py --plan recipes/plans/tiny-gpt2.yaml
+"""Compares activations by a plan: python recipes/compare.py --plan recipes/plans/smoke.yaml
 
 Runs what is missing of the study, one run after the other or --jobs at once, and writes its report. Started again
 after a crash, it goes on where it was; several machines may share the folder of a study.
@@ -7,7 +7,10 @@ after a crash, it goes on where it was; several machines may share the folder of
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
+
+import yaml
 
 from hf_gem.compare.plan import load_plan
 from hf_gem.compare.report import write_report
@@ -21,6 +24,9 @@ RECIPES = Path(__file__).resolve().parent
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, required=True, help="YAML file of the plan")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="FLAG=VALUE", help="flags of the recipe, in place of those of the plan"
+    )
     parser.add_argument("--study", type=Path, help="folder of the study (default: studies/ and the name of the plan)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
     parser.add_argument("--dry_run", action="store_true", help="only say what would run")
@@ -29,6 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
     plan = load_plan(arguments.plan)
+    for flag in arguments.set:
+        name, equals, value = flag.partition("=")
+        if not (name and equals):
+            parser.error(f"--set takes FLAG=VALUE, such as dataset=data/mnist, got {flag!r}")
+        plan = replace(plan, flags={**plan.flags, name: yaml.safe_load(value)})
     folder = arguments.study or Path("studies") / plan.name
     tuning, final = plan.num_runs()
     print(

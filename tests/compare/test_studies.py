@@ -265,3 +265,12 @@ def test_a_folder_that_is_no_study(tmp_path, capsys):
         cli.main(["report", str(tmp_path)])
     assert "is no study: it has no plan.json" in capsys.readouterr().err
     assert Path(tmp_path).exists()
+
+
+def test_flags_in_place_of_those_of_a_plan(capsys):
+    plan = f"--plan={ROOT / 'recipes' / 'plans' / 'smoke.yaml'}"
+    compare_recipe.main([plan, "--dry_run", "--set", "steps=7", "dataset=data/text"])
+    assert "7 steps each" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        compare_recipe.main([plan, "--dry_run", "--set", "steps"])
+    assert "--set takes FLAG=VALUE, such as dataset=data/mnist, got 'steps'" in capsys.readouterr().err
