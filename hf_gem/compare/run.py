@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from multiprocessing.connection import wait
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -39,6 +41,11 @@ from .plan import MOST_EXTENSIONS, Plan, PlanError, Run, best_of_grid
 
 _PLAN = "plan.json"
 _WAIT = 2.0  # seconds between looks at runs that others work on
+# Runs are processes of their own, forked where possible from one that has imported what all recipes do: that takes
+# longer than a small run trains.
+_CONTEXT: Any = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+_IMPORTED = [f"hf_gem.training.{module}" for module in ("data_text", "data_vision", "evaluation", "loop", "report")]
+_IMPORTED += ["timm", "matplotlib.pyplot", "hf_gem.compare.report"]  # by recipes/compare.py, which children import too
 
 
 class StudyError(TrainingError, RuntimeError):
@@ -80,6 +87,7 @@ class Study:
             raise PlanError(f"{folder} is no study: it has no {_PLAN}; recipes/compare.py makes one")
         self.plan = Plan(**json.loads((folder / _PLAN).read_text())["plan"])
         self.folder, self.recipes, self.allow_mixed = folder, recipes, allow_mixed
+        self._starting = threading.Lock()  # multiprocessing collects ended processes whenever it starts one
 
     # ---- outcomes
 
@@ -160,6 +168,9 @@ class Study:
         if not (self.recipes / f"{self.plan.recipe}.py").exists():
             known = ", ".join(sorted(path.stem for path in self.recipes.glob("*.py")))
             raise PlanError(f"no recipe {self.plan.recipe!r} in {self.recipes}; there are {known}")
+        if not torch.cuda.is_available():  # before the first process, which has to know when it imports torch
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+        _CONTEXT.set_forkserver_preload(_IMPORTED)
         tuning, final = self.plan.num_runs()
         with tqdm(total=tuning + final, desc=self.plan.name, unit="run", smoothing=0) as bar:
             self._execute(self.plan.tuning_runs(), jobs, bar)
@@ -223,33 +234,33 @@ class Study:
 
     def _start(self, run: Run, job: int, jobs: int) -> None:
         folder = self.folder / "runs" / run.name
-        log = folder.with_suffix(".txt")
-        env = dict(os.environ)
-        if torch.cuda.is_available():
-            env["CUDA_VISIBLE_DEVICES"] = str(job % torch.cuda.device_count())
-        else:
-            env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-        with log.open("w") as output:
-            done = subprocess.run(self.command(run), stdout=output, stderr=subprocess.STDOUT, env=env)
+        log = folder.with_name(f"{run.name}.txt")  # no suffix: a learning rate has a point
+        env = {"CUDA_VISIBLE_DEVICES": str(job % torch.cuda.device_count())} if torch.cuda.is_available() else {}
+        process = _CONTEXT.Process(target=_run_script, args=(self.command(run), log, env))
+        with self._starting:
+            process.start()
+        wait([process.sentinel])
+        with self._starting:
+            process.join()
         record = folder / "record.json"
         content = json.loads(record.read_text()) if record.exists() else {}
         if content.get("status") == "interrupted":
             raise Interrupted(f"{run.name} was stopped, and has saved; the same command goes on", signal.SIGTERM)
         if content.get("status") not in ("finished", "diverged"):
             tail = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
-            raise StudyError(f"the run {run.name} ended with status {done.returncode}: {tail}. Its output is in {log}")
+            raise StudyError(f"the run {run.name} ended with status {process.exitcode}: {tail}. Its output is in {log}")
         write_atomically(self.folder / "records" / f"{run.name}.json", record.read_text())
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         for weights in folder.glob("*.safetensors"):
             weights.unlink()
 
     def command(self, run: Run) -> list[str]:
-        """The command line of a run."""
+        """The command line of a run: a script and its arguments."""
         plan = self.plan
         ours = {"preset": plan.preset, "hidden_act": run.act, "learning_rate": run.learning_rate, "seed": run.seed}
         ours |= {"data_seed": run.seed, "output_dir": self.folder / "runs" / run.name}
         flags = {"report_to": "none", **plan.flags, **ours}
-        return [sys.executable, str(self.recipes / f"{plan.recipe}.py"), *(f"--{k}={v}" for k, v in flags.items())]
+        return [str(self.recipes / f"{plan.recipe}.py"), *(f"--{k}={v}" for k, v in flags.items())]
 
     def _check_together(self) -> None:
         """Records of other code, versions or data than the first one's do not belong into one study."""
@@ -269,3 +280,14 @@ class Study:
                         f"{path.stem} has {key} {value}, {first[0]} has {first[1][key]}: these do not belong into one "
                         "study. Go back to the same code, versions and data, start another study, or --allow_mixed"
                     )
+
+
+def _run_script(command: list[str], log: Path, env: Mapping[str, str]) -> None:
+    """Runs a script as the main program of this process."""
+    os.environ.update(env)
+    with log.open("w") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    sys.argv = command
+    sys.path[0] = str(Path(command[0]).parent)
+    runpy.run_path(command[0], run_name="__main__")

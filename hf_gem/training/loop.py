@@ -696,8 +696,11 @@ def _layers(model: nn.Module) -> Any:
 
 def _seed(*key: int) -> None:
     """Seeds torch, for dropout, from any number of integers."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0]) >> 1)
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # for a GPU that is not there it would keep the whole stack as text, at every step
+        torch.default_generator.manual_seed(seed)
 
 
 def _to(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

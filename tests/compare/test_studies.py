@@ -76,6 +76,7 @@ def test_from_plan_to_report(study):
     assert len(started(toy)) == 4 * 3 * 2 + 3 * 8  # four activations, three rates, two seeds; then three arms
     assert toy.choices() == {"relu": ("relu", 0.01), "gem": ("gem_n2", 0.01), "silu": ("silu", 0.01)}
     assert not list(toy.folder.glob("runs/*/*.safetensors"))
+    assert {path.stem for path in toy.folder.glob("runs/*.txt")} == set(started(toy))  # a log for each
     page = write_report(toy).read_text()
     results = json.loads((toy.folder / "results.json").read_text())
     verdicts = {c["arm"]: c["verdict"] for c in results["comparisons"]}
