@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .modules import get_activation
 from .spec import parse
@@ -46,3 +46,23 @@ def gain(activation: str | Callable[[Tensor], Tensor], centered: bool = False) -
         kind = "variance" if centered else "second moment"
         raise ValueError(f"{activation!r} has {kind} {moment} on unit normal input: no gain keeps it")
     return 1 / math.sqrt(moment)
+
+
+def init_feed_forward_(
+    up: Tensor, down: Tensor, width: int, activation: str | Callable[[Tensor], Tensor], scale: float = 1.0
+) -> None:
+    """Draws the weights of the two layers around an activation so that its own gain makes up for what it takes off.
+
+    Where the input has a second moment of 1, as behind a normalisation, so have the activation's inputs, and the output
+    has `scale^2`, whatever the activation. Transformers draw with a fixed std of 0.02 instead, which in small models
+    gives activations inputs so small that they differ in scale more than in shape.
+
+    Args:
+        up: Weight of the first layer, of any layout.
+        down: Weight of the second.
+        width: Inputs of the first.
+        activation: As in `gain`.
+        scale: Of the output.
+    """
+    nn.init.normal_(up, std=1 / math.sqrt(width))
+    nn.init.normal_(down, std=scale * gain(activation) * math.sqrt(width / up.numel()))

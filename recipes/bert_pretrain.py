@@ -8,7 +8,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
 
+from hf_gem.init import init_feed_forward_
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
 from hf_gem.training.data_text import TextConfig, prepare_text
 from hf_gem.training.errors import run_recipe
@@ -68,6 +70,9 @@ class Config(TextConfig, TrainConfig):
     n_head: int = option(8, "Attention heads.")
     n_inner: int = option(2048, "Width of the feed-forward layers.")
     dropout: float = option(0.0, "Dropout rate, everywhere.")
+    own_gain: bool = option(
+        False, "Draw the weights of feed-forward layers so that each activation keeps the scale of what it is given."
+    )
     mask_probability: float = option(0.15, "Share of tokens to predict.")
     prompt: str = option("import [MASK]", "Text whose masked tokens are filled in at the end.")
 
@@ -84,7 +89,7 @@ class Config(TextConfig, TrainConfig):
 
 def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> BertForMaskedLM:
     """BERT, without the prediction of the next sentence."""
-    return BertForMaskedLM(
+    model = BertForMaskedLM(
         BertConfig(
             vocab_size=vocab_size,
             hidden_size=config.n_embd,
@@ -98,6 +103,12 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: 
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    if config.own_gain:
+        layers: Any = model.bert.encoder.layer
+        for layer in layers:
+            up, down = layer.intermediate.dense.weight, layer.output.dense.weight
+            init_feed_forward_(up, down, config.n_embd, ACT2FN[config.hidden_act])
+    return model
 
 
 @torch.no_grad()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
 
+from hf_gem.init import init_feed_forward_
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
 from hf_gem.training.data_text import TextConfig, prepare_text
 from hf_gem.training.errors import run_recipe
@@ -48,6 +51,9 @@ class Config(TextConfig, TrainConfig):
     n_embd: int = option(768, "Width.")
     n_head: int = option(12, "Attention heads.")
     dropout: float = option(0.0, "Dropout rate, everywhere.")
+    own_gain: bool = option(
+        False, "Draw the weights of feed-forward layers so that each activation keeps the scale of what it is given."
+    )
     pad_vocab_to_multiple_of: int = option(64, "Rows of the embedding are rounded up to this; 50257 becomes 50304.")
     loss_chunk_size: int = option(4096, "Tokens whose logits are in memory at once; 0: all.")
     prompt: str = option("def ", "Start of the sample that is generated at the end.")
@@ -65,7 +71,7 @@ class Config(TextConfig, TrainConfig):
 def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> GPT2LMHeadModel:
     """GPT-2 with residual projections initialised at 0.02 / sqrt(2 n_layer), which transformers does by itself."""
     multiple = config.pad_vocab_to_multiple_of
-    return GPT2LMHeadModel(
+    model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=-(-vocab_size // multiple) * multiple,
             n_positions=config.block_size,
@@ -81,6 +87,12 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: 
             use_cache=True,
         )
     )
+    if config.own_gain:
+        residual = 1 / math.sqrt(2 * config.n_layer)
+        for block in model.transformer.h:
+            mlp: Any = block.mlp
+            init_feed_forward_(mlp.c_fc.weight, mlp.c_proj.weight, config.n_embd, ACT2FN[config.hidden_act], residual)
+    return model
 
 
 @torch.no_grad()

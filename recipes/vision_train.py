@@ -10,6 +10,7 @@ from typing import Any, Literal
 import timm
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, TimmWrapperConfig
+from transformers.activations import ACT2FN
 
 import hf_gem
 from hf_gem.spec import is_name
@@ -70,8 +71,8 @@ class Config(VisionConfig, TrainConfig):
         "weights are not used.",
     )
     widths: str = option("32,64,128", "Channels of each stage of a convnet.")
-    init_gain: float | None = option(
-        None, "Gain of initial filters of convnet and resnet-cifar; by default sqrt(2) for every activation."
+    own_gain: bool = option(
+        False, "Draw the filters of convnet and resnet-cifar with the gain of the activation, not sqrt(2) for all."
     )
 
     def validate(self) -> None:
@@ -79,7 +80,12 @@ class Config(VisionConfig, TrainConfig):
         VisionConfig.validate(self)
         TrainConfig.validate(self)
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
-        require(self.init_gain is None or self.init_gain > 0, "init_gain", self.init_gain, "above 0")
+        require(
+            not self.own_gain or _is_own(self.model),
+            "own_gain",
+            True,
+            "false for models other than convnet and resnet-cifar",
+        )
         require(bool(re.fullmatch(r"\d+(,\d+)*", self.widths)), "widths", self.widths, "numbers such as 32,64,128")
         depth = re.fullmatch(r"resnet(\d+)-cifar", self.model)
         sound = depth is None or (int(depth[1]) >= 8 and int(depth[1]) % 6 == 2)
@@ -104,7 +110,7 @@ def build_model(config: Config, data: ImageData) -> PreTrainedModel:
     """The model of `config` with new weights and its activation everywhere."""
     labels = dict(enumerate(data.classes))
     shared: Any = {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
-    gain: Any = {"initializer_gain": config.init_gain} if config.init_gain else {}
+    gain: Any = {"initializer_gain": hf_gem.gain(ACT2FN[config.hidden_act])} if config.own_gain else {}
     if config.model == "convnet":
         widths = tuple(map(int, config.widths.split(",")))
         return ConvNetForImageClassification(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_gem import gain, get_activation
+from hf_gem.init import init_feed_forward_
 
 # The trapezoid in log|z| and these panels both promise errors below 1e-10.
 TOLERANCE = 2e-10
@@ -74,3 +75,18 @@ def test_no_gain(function):
 def test_malformed_name():
     with pytest.raises(ValueError, match="Did you mean 'gem_n2'"):
         gain("gem-n2")
+
+
+@pytest.mark.parametrize("name", ["gem", "gem_n2", "egem_n2_eps10", "segem"])
+def test_feed_forward_layers_keep_the_scale(name):
+    torch.manual_seed(0)
+    width, hidden, scale = 1024, 2048, 0.5
+    up, down, x = torch.empty(hidden, width), torch.empty(width, hidden), torch.randn(1024, width)
+    init_feed_forward_(up, down, width, name, scale)
+    inside = x @ up.T
+    output = get_activation(name)(inside) @ down.T
+    # Activations have a mean, so that what the weights of an output make of it is shared by all tokens: squares of
+    # 1024 normal numbers, within six deviations of their mean. The inputs' is closer.
+    within = 6 * (2 / width) ** 0.5
+    assert inside.square().mean().item() == pytest.approx(1, rel=within)
+    assert output.square().mean().item() == pytest.approx(scale**2, rel=within)

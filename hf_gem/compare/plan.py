@@ -125,6 +125,11 @@ class Plan:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @property
+    def own_gains(self) -> bool:
+        """Whether arms start from other scales of the same weights: a difference of activations, not of scales."""
+        return bool(self.flags.get("own_gain"))
+
+    @property
     def tunes(self) -> bool:
         """Whether there is something to choose."""
         return len(self.learning_rates) > 1 or any(len(acts) > 1 for acts in self.arms.values())

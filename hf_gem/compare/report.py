@@ -89,8 +89,8 @@ def _parts(study: Study, comparisons: list[Comparison]) -> list[Part]:
     parts.append(
         "**Not paired:** " + "; ".join(wrong)
         if wrong
-        else "Arms of a seed had equal initial weights and saw the same samples in the same order, by the hashes in "
-        "their records."
+        else f"Arms of a seed had equal initial weights{', each scaled for its activation,' if plan.own_gains else ''} "
+        "and saw the same samples in the same order, by the hashes in their records."
     )
     heads = [
         "arm",

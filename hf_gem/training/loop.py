@@ -296,6 +296,7 @@ class _Run:
             "data": task.data,
             **task.facts,
             "init_hash": hash_tensors(task.model) if self.is_main else None,
+            "init_signs_hash": hash_tensors(task.model, signs=True) if self.is_main else None,
             "order_hash": self.order.hash(config.steps, config.global_batch_size),
             "num_parameters": sum(p.numel() for p in task.model.parameters()),
             "nonfinite": {"skipped_steps": 0, "rollbacks": 0, "skipped_batches": 0},

@@ -93,13 +93,19 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def hash_tensors(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of all parameters but those of activations: equal for equal weights."""
+def hash_tensors(model: nn.Module, signs: bool = False) -> str:
+    """SHA-256 over names, shapes and values of all parameters but those of activations: equal for equal weights.
+
+    Args:
+        model: Whose parameters.
+        signs: Takes signs in place of values: equal for equal draws of weights, whatever their scale.
+    """
     digest = hashlib.sha256()
     ours = {p for module in model.modules() if isinstance(module, GemActivation) for p in module.parameters()}
     for name, tensor in ((name, tensor) for name, tensor in model.named_parameters() if tensor not in ours):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        values = tensor.detach().sign() if signs else tensor.detach()
+        digest.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -41,8 +41,10 @@ loss += random.Random(seed * 7 + len(act)).gauss(0, 0.002) - 0.02 * (act == "gem
 status = "diverged" if rate > float(flags.get("limit", 1)) else "finished"
 session = {"commit": flags.get("commit", "c"), "dirty": False, "seconds": 3.0, "versions": {"torch": "2"},
            "hardware": {"gpus": [], "cpu": "a cpu"}}
-record = {"status": status, "result": {"validation_loss": loss}, "sessions": [session], "init_hash": f"w{seed}",
-          "order_hash": f"o{seed}{act if flags.get('unpaired') else ''}", "data": {"hash": "d" * 64},
+gain = act if flags.get("own_gain") else ""
+record = {"status": status, "result": {"validation_loss": loss}, "sessions": [session], "data": {"hash": "d" * 64},
+          "init_hash": f"w{seed}{gain}", "init_signs_hash": f"s{seed}",
+          "order_hash": f"o{seed}{act if flags.get('unpaired') else ''}",
           "config": {"dataset": "toy"}, "curves": {"validation_loss": [[0, 5.0], [10, loss]]}}
 (folder / "record.json").write_text(json.dumps(record))
 (folder / "model.safetensors").write_text("weights")
@@ -172,6 +174,13 @@ def test_what_is_not_paired_is_said(study):
         toy.run()
     write_report(toy)
     assert "**Not paired:**" in (toy.folder / "report.md").read_text()
+
+
+def test_arms_with_gains_of_their_own_are_paired_by_the_signs_of_their_weights(study):
+    toy = study(flags={"own_gain": True}, final_seeds=[0, 1])
+    toy.run()
+    write_report(toy)
+    assert "equal initial weights, each scaled for its activation, and saw" in (toy.folder / "report.md").read_text()
 
 
 def test_records_of_other_code_are_not_mixed_in(study):

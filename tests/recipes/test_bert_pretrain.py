@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from hf_gem import gain
 from recipes import bert_pretrain
 from recipes.bert_pretrain import PRESETS, Config, build_model
 from tests.helpers import BERT, ON_CPU, finish, launch, losses, run_here, save_bytes_tokenizer, start, write_corpus
@@ -80,6 +81,17 @@ def test_presets_are_valid_and_of_the_size_they_claim():
         small = build_model(Config(**PRESETS["bert-small"]), Tokenizer(), 30522)
     assert sum(p.numel() for p in small.parameters()) == pytest.approx(28.8e6, rel=0.001)
     assert PRESETS["bert-small-paper"]["steps"] == 3000
+
+
+def test_each_activation_can_start_at_its_own_gain():
+    class Tokenizer:
+        pad_token_id = 0
+
+    model = build_model(Config(**PRESETS["demo"], own_gain=True, hidden_act="gem_n2"), Tokenizer(), 4096)
+    for layer in model.bert.encoder.layer:
+        near = {"rel": 6 / (2 * 65536) ** 0.5}  # six deviations of the deviation of 65536 normal draws
+        assert layer.intermediate.dense.weight.std().item() == pytest.approx(128**-0.5, **near)
+        assert layer.output.dense.weight.std().item() == pytest.approx(gain("gem_n2") / 512**0.5, **near)
 
 
 def test_a_tokenizer_without_a_mask(flags, tmp_path):

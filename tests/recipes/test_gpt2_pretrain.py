@@ -8,7 +8,9 @@ import time
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from transformers.activations import ACT2FN
 
+from hf_gem import gain
 from recipes import gpt2_pretrain
 from recipes.gpt2_pretrain import PRESETS, Config, build_model, parse_config
 from tests.helpers import ON_CPU, TINY, finish, launch, losses, run_here, start, write_corpus
@@ -223,6 +225,16 @@ def test_residual_projections_start_scaled_by_depth():
             # the standard deviation of 16384 or more normal draws, within six of its own deviations
             assert projection.weight.std().item() == pytest.approx(0.02 / 16**0.5, rel=6 / (2 * 16384) ** 0.5)
         assert block.mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=6 / (2 * 16384) ** 0.5)
+
+
+@pytest.mark.parametrize("act", ["gelu_pytorch_tanh", "gem_n2"])
+def test_each_activation_can_start_at_its_own_gain(act):
+    config, _ = parse_config(Config, PRESETS, "demo", ["--own_gain=True", f"--hidden_act={act}"])
+    for block in build_model(config, Tokenizer(), 4096).transformer.h:
+        near = {"rel": 6 / (2 * 65536) ** 0.5}  # six deviations of the deviation of 65536 normal draws
+        assert block.mlp.c_fc.weight.std().item() == pytest.approx(128**-0.5, **near)
+        expected = gain(ACT2FN[act]) / (8 * 512) ** 0.5
+        assert block.mlp.c_proj.weight.std().item() == pytest.approx(expected, **near)
 
 
 def test_a_prompt_longer_than_the_context_is_cut_at_its_start(flags, tmp_path):

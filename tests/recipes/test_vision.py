@@ -196,6 +196,11 @@ def test_the_cifar_presets_are_those_of_the_paper():
     ("recipe", "flags", "message"),
     [
         (vision_train, ["--model=resnet21-cifar"], "--model must be resnet<6n+2>-cifar"),
+        (
+            vision_train,
+            ["--model=timm/resnet18", "--own_gain"],
+            "--own_gain must be false for models other than convnet",
+        ),
         (vision_train, ["--widths=3,x"], "--widths must be numbers such as 32,64,128"),
         (vision_finetune, ["--model=x", "--hidden_act=relu"], "--hidden_act must be of the family"),
         (vision_finetune, ["--model=x", "--eps=small"], "--eps must be a number above 0, or fit"),

@@ -56,3 +56,14 @@ def test_weights_have_a_hash():
     two.bias.data[0] += 1e-6
     assert hash_tensors(one) != hash_tensors(two)
     assert hash_tensors(one.bfloat16()) != hash_tensors(two)
+
+
+def test_signs_have_a_hash_that_scales_do_not_change():
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2)
+    values, signs = hash_tensors(layer), hash_tensors(layer, signs=True)
+    layer.weight.data *= 1.7
+    assert hash_tensors(layer) != values
+    assert hash_tensors(layer, signs=True) == signs
+    layer.weight.data[0, 0] *= -1
+    assert hash_tensors(layer, signs=True) != signs
