@@ -3,22 +3,59 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`hf-gem report STUDY` writes the report of a study anew, from its records."""
+    """`hf-gem report`, `summary` and `card`: pages made from the records of studies."""
     parser = argparse.ArgumentParser(prog="hf-gem", description="Tools of hf_gem; training is in recipes/.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
     report = commands.add_parser("report", help="write the report of a study from its records")
     report.add_argument("study", type=Path, help="folder of a study that recipes/compare.py has made")
+    report.set_defaults(run=_report)
+    summary = commands.add_parser("summary", help="compare activations with one baseline, over several studies")
+    summary.add_argument("study", type=Path, nargs="+", help="their folders")
+    summary.add_argument("--baseline", default="relu", help="an arm of all of them (default: relu)")
+    summary.add_argument("--output_dir", type=Path, default=Path("."), help="of summary.md and .html (default: here)")
+    summary.set_defaults(run=_summary)
+    card = commands.add_parser("card", help="put what a study found about an activation into the model card of a run")
+    card.add_argument("folder", type=Path, help="output folder of the run, with README.md and record.json")
+    card.add_argument("study", type=Path, help="folder of a study of the same recipe")
+    card.add_argument("--record", type=Path, help="the run's record, where it lies elsewhere")
+    card.set_defaults(run=_card)
     arguments = parser.parse_args(argv)
 
-    from .compare.report import write_report
-    from .compare.run import Study
     from .training.errors import run_recipe
 
-    run_recipe(lambda: print(f"Report: {write_report(Study(arguments.study))}"))
+    run_recipe(lambda: print(arguments.run(arguments)))
+
+
+def _report(arguments: argparse.Namespace) -> str:
+    from .compare.report import write_report
+    from .compare.run import Study
+
+    return f"Report: {write_report(Study(arguments.study))}"
+
+
+def _summary(arguments: argparse.Namespace) -> str:
+    from .compare.run import Study
+    from .compare.summary import write_summary
+
+    studies = [Study(folder) for folder in arguments.study]
+    return f"Summary: {write_summary(studies, arguments.baseline, arguments.output_dir)}"
+
+
+def _card(arguments: argparse.Namespace) -> str:
+    from .compare.card import add_comparison
+    from .compare.run import Study
+    from .training.errors import ConfigError
+
+    card, record = arguments.folder / "README.md", arguments.record or arguments.folder / "record.json"
+    if not record.exists():
+        raise ConfigError(f"there is no record {record}; name that of the run with --record")
+    add_comparison(card, json.loads(record.read_text(encoding="utf-8")), Study(arguments.study))
+    return f"Model card: {card}"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import html
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..spec import is_name, parse
 from ..training.files import write_atomically
 from .plan import Run
 from .run import Study
-from .stats import Comparison, compare, expected_best_of, minimum_detectable_effect
+from .stats import Comparison, compare, expected_best_of, minimum_detectable_effect, t_interval
 
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -68,14 +68,28 @@ def write_report(study: Study) -> Path:
     comparisons = compare(study.outcomes(), plan.baseline, plan.smallest_effect, plan.higher_is_better, plan.min_seeds)
     parts = _parts(study, comparisons)
     folder = study.folder
+    results = {"plan_hash": plan.hash, "choices": study.choices(), "comparisons": [asdict(c) for c in comparisons]}
+    write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    return write_pages(folder, "report", parts)
+
+
+def write_pages(folder: Path, name: str, parts: Sequence[Part]) -> Path:
+    """Writes parts as Markdown with its pictures beside it, and as one HTML page.
+
+    Args:
+        folder: Where to.
+        name: Of both files, without ending.
+        parts: The first of them is the title.
+
+    Returns:
+        The HTML page.
+    """
     for part in parts:
         if isinstance(part, Picture):
             (folder / part.name).write_bytes(part.png)
-    results = {"plan_hash": plan.hash, "choices": study.choices(), "comparisons": [asdict(c) for c in comparisons]}
-    write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    write_atomically(folder / "report.md", _markdown(parts))
-    write_atomically(folder / "report.html", _html(plan.name, parts))
-    return folder / "report.html"
+    write_atomically(folder / f"{name}.md", markdown(parts))
+    write_atomically(folder / f"{name}.html", _html(str(parts[0]).lstrip("# "), parts))
+    return folder / f"{name}.html"
 
 
 def _parts(study: Study, comparisons: list[Comparison]) -> list[Part]:
@@ -106,9 +120,9 @@ def _parts(study: Study, comparisons: list[Comparison]) -> list[Part]:
     ]
     rows = [
         [
-            c.arm, _signed(c.difference), _span(c.interval), _span(c.t_interval), f"{c.p:.4g}", f"{c.p_holm:.4g}",
+            c.arm, signed(c.difference), span(c.interval), span(c.t_interval), f"{c.p:.4g}", f"{c.p_holm:.4g}",
             f"{c.d_z:+.2f}", f"{c.correlation:.2f}", f"{c.superiority:.2f}", f"{c.p_equivalence:.4g}",
-            _span(c.welch_interval), f"{c.welch_p:.4g}", f"{c.diverged[0]} / {c.diverged[1]}", f"**{c.verdict}**",
+            span(c.welch_interval), f"{c.welch_p:.4g}", f"{c.diverged[0]} / {c.diverged[1]}", f"**{c.verdict}**",
             "" if c.further_seeds is None else f"{c.further_seeds:,}",
         ]
         for c in comparisons
@@ -127,14 +141,17 @@ def _parts(study: Study, comparisons: list[Comparison]) -> list[Part]:
             ["arm", "activation", "learning rate", *map(str, seeds), "mean", "sd"],
             [
                 [
-                    arm, f"`{choices[arm][0]}`", f"{choices[arm][1]:g}", *(_value(found.get(seed)) for seed in seeds),
-                    _value(_mean(found)), _value(_spread(found)),
+                    arm, f"`{choices[arm][0]}`", f"{choices[arm][1]:g}", *(number(found.get(seed)) for seed in seeds),
+                    number(mean(found)), number(spread(found)),
                 ]
                 for arm, found in outcomes.items()
             ],
         ),
         Picture("curves.png", "Validation over steps: mean and standard deviation over seeds", _curves(study)),
     ]  # fmt: skip
+    for key in ("n", "eps"):
+        if (png := _ablation(study, key)) is not None:
+            parts.append(Picture(f"{key}.png", f"Outcome by {key}", png))
     if plan.tunes:
         parts += _tuning_parts(study)
     parts += ["## How it was made", *_environment(study)]
@@ -182,9 +199,6 @@ def _tuning_parts(study: Study) -> list[Part]:
         Table(["arm", "trials", "best", "expected best of k trials"], rows),
         Picture("tuning.png", "Sensitivity to the learning rate", _sensitivity(study)),
     ]
-    for key in ("n", "eps"):
-        if (png := _ablation(study, key)) is not None:
-            parts.append(Picture(f"{key}.png", f"Best tuning outcome by {key}", png))
     return parts
 
 
@@ -210,7 +224,7 @@ def _environment(study: Study) -> list[Part]:
     ]  # fmt: skip
     table = [
         [
-            run.name, record["status"], _value(study.outcome(run)), f"{record['sessions'][-1]['seconds']:,.0f} s",
+            run.name, record["status"], number(study.outcome(run)), f"{record['sessions'][-1]['seconds']:,.0f} s",
             f"`{record['init_hash'][:8]}`", f"`{record['order_hash'][:8]}`",
         ]
         for run in runs if (record := study.record(run))
@@ -224,15 +238,16 @@ def _environment(study: Study) -> list[Part]:
 # ---- numbers
 
 
-def _value(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "-" if value is None else "diverged" if not math.isfinite(value) else f"{value:.4f}"
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
     return f"{value:+.4g}"
 
 
-def _span(interval: tuple[float, float]) -> str:
+def span(interval: tuple[float, float]) -> str:
+    """An interval in a cell."""
     return "-" if math.isnan(interval[0]) else f"{interval[0]:+.4g} to {interval[1]:+.4g}"
 
 
@@ -240,18 +255,19 @@ def _finite(found: dict[int, float]) -> list[float]:
     return [value for value in found.values() if math.isfinite(value)]
 
 
-def _mean(found: dict[int, float]) -> float | None:
+def mean(found: dict[int, float]) -> float | None:
     return float(np.mean(_finite(found))) if _finite(found) else None
 
 
-def _spread(found: dict[int, float]) -> float | None:
+def spread(found: dict[int, float]) -> float | None:
     return float(np.std(_finite(found), ddof=1)) if len(_finite(found)) > 1 else None
 
 
 # ---- pictures
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """A figure, in inches, and its axes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -260,7 +276,8 @@ def _figure(width: float, height: float) -> Any:
     return plt.subplots(figsize=(width, height), dpi=110, layout="constrained")
 
 
-def _png(figure: Any) -> bytes:
+def png_of(figure: Any) -> bytes:
+    """The file of a figure, which is closed."""
     import matplotlib.pyplot as plt
 
     buffer = io.BytesIO()
@@ -270,7 +287,7 @@ def _png(figure: Any) -> bytes:
 
 
 def _forest(study: Study, comparisons: list[Comparison]) -> bytes:
-    figure, axes = _figure(7, 1.2 + 0.5 * len(comparisons))
+    figure, axes = new_figure(7, 1.2 + 0.5 * len(comparisons))
     effect = study.plan.smallest_effect
     axes.axvspan(-effect, effect, color="0.9")
     axes.axvline(0, color="0.5", lw=0.8)
@@ -282,11 +299,11 @@ def _forest(study: Study, comparisons: list[Comparison]) -> bytes:
     axes.set_ylim(-0.6, len(comparisons) - 0.4)
     axes.invert_yaxis()
     axes.set_xlabel(f"{study.plan.metric}, difference from {study.plan.baseline}")
-    return _png(figure)
+    return png_of(figure)
 
 
 def _curves(study: Study) -> bytes:
-    figure, axes = _figure(7, 4.2)
+    figure, axes = new_figure(7, 4.2)
     key = study.plan.metric
     for number, (arm, runs) in enumerate(study.final_runs().items()):
         curves = [dict(map(tuple, record["curves"][key])) for run in runs if (record := study.record(run))]
@@ -298,11 +315,11 @@ def _curves(study: Study) -> bytes:
     axes.set(xlabel="step", ylabel=key)
     axes.grid(alpha=0.3)
     axes.legend()
-    return _png(figure)
+    return png_of(figure)
 
 
 def _sensitivity(study: Study) -> bytes:
-    figure, axes = _figure(7, 4.2)
+    figure, axes = new_figure(7, 4.2)
     for act in study.plan.acts:
         tuned = {rate: value for rate, value in study.tuned(act).items() if math.isfinite(value)}
         axes.plot(list(tuned), list(tuned.values()), "o-", label=act)
@@ -312,36 +329,49 @@ def _sensitivity(study: Study) -> bytes:
     axes.set(xscale="log", xlabel="learning rate", ylabel=study.plan.metric)
     axes.grid(alpha=0.3)
     axes.legend()
-    return _png(figure)
+    return png_of(figure)
 
 
 def _ablation(study: Study, key: str) -> bytes | None:
-    """The best tuning outcome by n or eps, where members of a family differ in it; None where none do."""
-    lines: dict[str, dict[float, float]] = {}
-    for act in study.plan.acts:
-        values = [value for value in study.tuned(act).values() if math.isfinite(value)]
-        if is_name(act) and values:
-            spec = parse(act)
-            fixed = f"eps = {spec.eps:g}" if key == "n" else f"n = {spec.n}"
-            label = spec.family if spec.family == "gem" else f"{spec.family}, {fixed}"
-            if spec.family != "gem" or key == "n":
-                lines.setdefault(label, {})[float(getattr(spec, key))] = study.plan.best(values)
-    lines = {label: points for label, points in lines.items() if len(points) > 1}
-    if not lines:
+    """Outcomes by n or eps, of the arms and of tuning, where members of a family differ in it; None where none do."""
+    plan = study.plan
+    final = {study.choices()[arm][0]: _finite(found) for arm, found in study.outcomes().items()}
+    tuned = {act: [value for value in study.tuned(act).values() if math.isfinite(value)] for act in plan.acts}
+    best = {act: [plan.best(values)] for act, values in tuned.items() if values}
+    sources = {"final seeds, 95 % t": (_lines(final, key), "o-"), "best of tuning": (_lines(best, key), ".:")}
+    if not any(lines for lines, _ in sources.values()):
         return None
-    figure, axes = _figure(6, 4)
-    for label, points in lines.items():
-        axes.plot(*zip(*sorted(points.items()), strict=True), "o-", label=label)
-    axes.set(xlabel=key, ylabel=study.plan.metric, xscale="log" if key == "eps" else "linear")
+    figure, axes = new_figure(6, 4)
+    colors: dict[str, str] = {}
+    for source, (lines, style) in sources.items():
+        for label, points in lines.items():
+            color = colors.setdefault(label, f"C{len(colors)}")
+            means = [float(np.mean(values)) for values in points.values()]
+            bars = [np.ptp(t_interval(np.array(values))) / 2 if len(values) > 1 else 0 for values in points.values()]
+            axes.errorbar(list(points), means, bars, fmt=style, color=color, label=f"{label}: {source}")
+    axes.set(xlabel=key, ylabel=plan.metric, xscale="log" if key == "eps" else "linear")
     axes.grid(alpha=0.3)
     axes.legend()
-    return _png(figure)
+    return png_of(figure)
+
+
+def _lines(outcomes: Mapping[str, list[float]], key: str) -> dict[str, dict[float, list[float]]]:
+    """Outcomes of the activations that differ in n or eps alone, by its value; only where there are two or more."""
+    lines: dict[str, dict[float, list[float]]] = {}
+    for act, values in outcomes.items():
+        if is_name(act) and values:
+            spec = parse(act)
+            if spec.family != "gem" or key == "n":
+                fixed = f"eps = {spec.eps:g}" if key == "n" else f"n = {spec.n}"
+                label = spec.family if spec.family == "gem" else f"{spec.family}, {fixed}"
+                lines.setdefault(label, {})[float(getattr(spec, key))] = values
+    return {label: dict(sorted(points.items())) for label, points in lines.items() if len(points) > 1}
 
 
 # ---- writing
 
 
-def _markdown(parts: Sequence[Part]) -> str:
+def markdown(parts: Sequence[Part]) -> str:
     text = []
     for part in parts:
         if isinstance(part, Table):

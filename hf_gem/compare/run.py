@@ -127,7 +127,7 @@ class Study:
         rates = {Path(p).name for p in (self.folder / "records").glob(f"{act}-lr*-seed*.json")}
         found = sorted({float(name.removeprefix(f"{act}-lr").partition("-seed")[0]) for name in rates})
         runs = {rate: [Run(act, rate, seed) for seed in self.plan.tuning_seeds] for rate in found}
-        done = {rate: part for rate, part in runs.items() if all(self.record(run) for run in part)}
+        done = {rate: part for rate, part in runs.items() if part and all(self.record(run) for run in part)}
         return {rate: float(np.mean([self.outcome(run) for run in part])) for rate, part in done.items()}
 
     def final_runs(self) -> dict[str, list[Run]]:

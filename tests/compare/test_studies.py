@@ -1,4 +1,4 @@
-"""Studies from plan to report, with a recipe that takes no time."""
+"""Studies from plan to report."""
 
 import json
 import math
@@ -17,55 +17,10 @@ import pytest
 from hf_gem import cli
 from hf_gem.compare.plan import Plan, PlanError, best_of_grid, load_plan
 from hf_gem.compare.report import write_report
-from hf_gem.compare.run import Study, StudyError, freeze
+from hf_gem.compare.run import StudyError
 from recipes import compare as compare_recipe
+from tests.compare.conftest import PLAN
 from tests.helpers import ROOT
-
-# A recipe whose loss is lowest at a learning rate of 0.01, and lower with gem_n2; it counts how often it was started.
-TOY = """
-import json, math, random, sys
-from pathlib import Path
-flags = dict(a[2:].split("=", 1) for a in sys.argv[1:])
-folder = Path(flags["output_dir"]); folder.mkdir(parents=True, exist_ok=True)
-with open(folder.parent.parent / "started.txt", "a") as file:
-    file.write(folder.name + "\\n")
-if flags.get("slow"):
-    import time
-    time.sleep(60 if not (folder.parent.parent / "fast").exists() else 0)
-act, rate, seed = flags["hidden_act"], float(flags["learning_rate"]), int(flags["seed"])
-if flags.get("breaks") == folder.name and not (folder / "broken").exists():
-    (folder / "broken").touch()
-    sys.exit("out of memory")
-loss = 3 + 0.1 * math.log(rate / float(flags.get("best", 0.01))) ** 2 + random.Random(seed).gauss(0, 0.05)
-loss += random.Random(seed * 7 + len(act)).gauss(0, 0.002) - 0.02 * (act == "gem_n2")
-status = "diverged" if rate > float(flags.get("limit", 1)) else "finished"
-session = {"commit": flags.get("commit", "c"), "dirty": False, "seconds": 3.0, "versions": {"torch": "2"},
-           "hardware": {"gpus": [], "cpu": "a cpu"}}
-gain = act if flags.get("own_gain") else ""
-record = {"status": status, "result": {"validation_loss": loss}, "sessions": [session], "data": {"hash": "d" * 64},
-          "init_hash": f"w{seed}{gain}", "init_signs_hash": f"s{seed}",
-          "order_hash": f"o{seed}{act if flags.get('unpaired') else ''}",
-          "config": {"dataset": "toy"}, "curves": {"validation_loss": [[0, 5.0], [10, loss]]}}
-(folder / "record.json").write_text(json.dumps(record))
-(folder / "model.safetensors").write_text("weights")
-"""
-PLAN = {
-    "name": "toy", "recipe": "toy", "preset": "demo", "baseline": "relu", "metric": "validation_loss",
-    "arms": {"relu": ["relu"], "gem": ["gem", "gem_n2"], "silu": ["silu"]}, "smallest_effect": 0.005,
-    "learning_rates": [0.005, 0.01, 0.02], "tuning_seeds": [100, 101], "final_seeds": list(range(8)),
-}  # fmt: skip
-
-
-@pytest.fixture
-def study(tmp_path):
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "toy.py").write_text(TOY)
-
-    def make(folder="study", allow_mixed=False, **changes):
-        freeze(Plan(**{**PLAN, **changes}), tmp_path / folder)
-        return Study(tmp_path / folder, tmp_path / "recipes", allow_mixed)
-
-    return make
 
 
 def started(study):
@@ -181,6 +136,17 @@ def test_arms_with_gains_of_their_own_are_paired_by_the_signs_of_their_weights(s
     toy.run()
     write_report(toy)
     assert "equal initial weights, each scaled for its activation, and saw" in (toy.folder / "report.md").read_text()
+
+
+def test_arms_that_differ_in_n_or_eps_have_a_picture_of_it(study):
+    arms = {act: [act] for act in ("relu", "gem", "gem_n2", "egem", "egem_eps0.01", "egem_n2")}
+    toy = study(arms=arms, learning_rates=[0.01], tuning_seeds=[], final_seeds=[0, 1])
+    toy.run(jobs=2)
+    write_report(toy)
+    report = (toy.folder / "report.md").read_text()
+    assert {path.name for path in toy.folder.glob("*.png")} == {"forest.png", "curves.png", "n.png", "eps.png"}
+    assert "Outcome by n" in report
+    assert "Outcome by eps" in report
 
 
 def test_records_of_other_code_are_not_mixed_in(study):

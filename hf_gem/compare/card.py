@@ -1,0 +1,71 @@
+"""Model cards that say how a checkpoint's activation compares with others, from a study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..training.config import TrainConfig
+from ..training.errors import ConfigError
+from .report import Part, Table, markdown, mean, number, sentence, signed, span, spread
+from .run import Study
+from .stats import compare
+
+_HEADING = "\n## Compared with other activations\n"
+_NEXT = "\n## Use\n"
+
+
+def add_comparison(card: Path, record: dict[str, Any], study: Study) -> None:
+    """Puts what a study found about the activation of a checkpoint into its card; what stood there before is replaced.
+
+    The card's figures in machine-readable form stay those of the checkpoint.
+
+    Args:
+        card: The `README.md` that a recipe has written.
+        record: Of the run.
+        study: One of the same recipe, in which an arm has chosen the activation.
+
+    Raises:
+        ConfigError: it is a study of something else, or the card is not that of a run.
+    """
+    act, plan = record["config"]["hidden_act"], study.plan
+    if record["recipe"] != plan.recipe:
+        raise ConfigError(f"the run is one of {record['recipe']}, and {plan.name} is a study of {plan.recipe}")
+    arms = {chosen: arm for arm, (chosen, _) in study.choices().items()}
+    if act not in arms:
+        raise ConfigError(f"{plan.name} has not compared {act!r}; it has compared {', '.join(arms)}")
+    content = card.read_text(encoding="utf-8") if card.exists() else ""
+    head, found, rest = content.partition(_NEXT)
+    if not found:
+        raise ConfigError(f"{card} is not the card of a run: it has no section `Use`")
+    section = markdown(_section(record, study, arms[act]))
+    card.write_text(f"{head.partition(_HEADING)[0]}{_HEADING}\n{section}{found}{rest}", encoding="utf-8")
+
+
+def _section(record: dict[str, Any], study: Study, arm: str) -> list[Part]:
+    plan, choices, outcomes = study.plan, study.choices(), study.outcomes()
+    runs = [found for run in study.final_runs()[arm] if (found := study.record(run))]
+    here, there = record["config"], runs[0]["config"]
+    same = TrainConfig.runtime | {"seed", "data_seed", "prompt"}  # or of no consequence
+    other = [
+        f"{key} {there.get(key)} (here {here[key]})" for key in here if key not in same and here[key] != there.get(key)
+    ]
+    one_of_them = record["run_id"] in {run.get("run_id") for run in runs}
+    comparisons = compare(outcomes, plan.baseline, plan.smallest_effect, plan.higher_is_better, plan.min_seeds)
+    found = {c.arm: c for c in comparisons}
+    rows = [
+        [
+            f"`{choices[name][0]}`", f"{choices[name][1]:g}", str(len(values)), number(mean(values)),
+            number(spread(values)),
+            *([signed(c.difference), span(c.interval), c.verdict] if (c := found.get(name)) else ["", "", "baseline"]),
+        ]
+        for name, values in outcomes.items()
+    ]  # fmt: skip
+    return [
+        f"From the study {plan.name} (plan `{plan.hash[:16]}`), in which runs of `{plan.recipe}` differ in nothing but "
+        f"the activation and the learning rate that suits it: {plan.metric} at the end. "
+        + ("This checkpoint is one of them" if one_of_them else "This checkpoint is none of them")
+        + (f"; they had {', '.join(other)}." if other else "."),
+        Table(["activation", "learning rate", "seeds", "mean", "sd", "difference", "95 % BCa", "verdict"], rows),
+        *(sentence(c, study) for c in comparisons if arm in (c.arm, plan.baseline)),
+    ]

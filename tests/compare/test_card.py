@@ -1,0 +1,81 @@
+"""What a study found, in the card of a run."""
+
+import json
+
+import pytest
+
+from hf_gem import cli
+
+CARD = "---\ntags: [a]\n---\n\n# A model\n\n## Result\n\nGood.\n\n## Use\n\nLike this.\n"
+
+
+@pytest.fixture
+def toy(study):
+    made = study(learning_rates=[0.01], tuning_seeds=[100], flags={"steps": 10})
+    made.run(jobs=2)
+    return made
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run, and what to ask for."""
+
+    def make(**config):
+        folder = tmp_path / "run"
+        folder.mkdir(exist_ok=True)
+        (folder / "README.md").write_text(CARD)
+        values = {"hidden_act": "gem_n2", "steps": "10", "learning_rate": "0.01", "dataset": "toy", "seed": 5, **config}
+        (folder / "record.json").write_text(json.dumps({"recipe": "toy", "run_id": "another", "config": values}))
+        return folder
+
+    return make
+
+
+def card(folder, study, *more):
+    cli.main(["card", str(folder), str(study.folder), *more])
+    return (folder / "README.md").read_text()
+
+
+def test_a_card_says_what_a_study_found(toy, run):
+    folder = run(steps="20")
+    text = card(folder, toy)
+    assert text.startswith(CARD[: CARD.index("## Use")])
+    assert text.endswith(CARD[CARD.index("## Use") :])
+    assert "This checkpoint is none of them; they had steps 10 (here 20)." in text
+    assert "| `gem_n2` | 0.01 | 8 |" in text
+    assert "| better |" in text
+    assert "below that of `relu`" in text
+    assert "`silu` was" not in text  # of others, the table alone speaks
+    assert card(folder, toy) == text  # twice is once
+
+
+def test_a_run_of_the_study(toy, run):
+    folder = run()
+    record = json.loads((folder / "record.json").read_text()) | {"run_id": "gem_n2-lr0.01-seed3"}
+    (folder / "other.json").write_text(json.dumps(record))
+    assert "This checkpoint is one of them." in card(folder, toy, f"--record={folder / 'other.json'}")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "record.json").unlink(), "record.json; name that of the run with --record"),
+        (lambda folder: (folder / "README.md").unlink(), "README.md is not the card of a run: it has no section `Use`"),
+        (lambda folder: _change(folder, recipe="gpt"), "the run is one of gpt, and toy is a study of toy"),
+        (
+            lambda folder: _change(folder, config={"hidden_act": "mish"}),
+            "has not compared 'mish'; it has compared relu",
+        ),
+    ],
+)
+def test_what_does_not_fit(toy, run, spoil, message, capsys):
+    folder = run()
+    spoil(folder)
+    with pytest.raises(SystemExit):
+        card(folder, toy)
+    assert message in capsys.readouterr().err
+
+
+def _change(folder, **values):
+    path = folder / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
