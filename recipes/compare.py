@@ -14,7 +14,7 @@ import yaml
 
 from hf_gem.compare.plan import load_plan
 from hf_gem.compare.report import write_report
-from hf_gem.compare.run import Study, freeze
+from hf_gem.compare.run import PLAN, Study, freeze
 from hf_gem.compare.stats import minimum_detectable_effect
 from hf_gem.training.errors import run_recipe
 
@@ -23,7 +23,7 @@ RECIPES = Path(__file__).resolve().parent
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", type=Path, required=True, help="YAML file of the plan")
+    parser.add_argument("--plan", type=Path, required=True, help="file of the plan, YAML or Python")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="FLAG=VALUE", help="flags of the recipe, in place of those of the plan"
     )
@@ -52,6 +52,13 @@ def main(argv: list[str] | None = None) -> None:
         f"smallest effect of interest is {plan.smallest_effect:g} ({plan.metric})"
     )
     if arguments.dry_run:
+        seconds = Study(folder, RECIPES).seconds() if (folder / PLAN).exists() else []
+        if seconds:
+            each, left = sum(seconds) / len(seconds), tuning + final - len(seconds)
+            hours = max(0, left) * each / 3600 / arguments.jobs
+            print(f"{len(seconds)} runs are done, {each:,.0f} s each; what is planned takes {hours:.1f} hours more")
+        else:
+            print("What a run costs is known when one has finished; ask again then")
         for run in plan.tuning_runs():
             print(f"  {run.name}")
         print(f"  then {len(plan.final_seeds)} seeds of each arm, as tuned")

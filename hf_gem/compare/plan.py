@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import runpy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -153,11 +154,16 @@ class Plan:
 
 
 def load_plan(path: Path) -> Plan:
-    """Reads a plan from YAML.
+    """Reads a plan from YAML, or from a Python file that calls one `plan`.
 
     Raises:
         PlanError: the file cannot be read, or a field is missing, unknown or makes no sense.
     """
+    if path.suffix == ".py" and path.exists():
+        plan = runpy.run_path(str(path)).get("plan")
+        if not isinstance(plan, Plan):
+            raise PlanError(f"the plan {path} must define `plan`, a hf_gem.compare.plan.Plan, got {plan!r}")
+        return plan
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -207,8 +207,7 @@ def _environment(study: Study) -> list[Part]:
     runs = [run for runs in study.final_runs().values() for run in runs]
     records = [record for run in runs if (record := study.record(run))]
     session = records[0]["sessions"][-1]
-    everything = [json.loads(path.read_text()) for path in sorted((study.folder / "records").glob("*.json"))]
-    hours = sum(s["seconds"] for record in everything for s in record["sessions"]) / 3600
+    seconds = study.seconds()
     versions = ", ".join(f"{name} {version}" for name, version in session["versions"].items())
     effect = minimum_detectable_effect(len(plan.final_seeds), len(plan.arms) - 1)
     hardware = ", ".join(session["hardware"]["gpus"]) or session["hardware"]["cpu"]
@@ -219,7 +218,7 @@ def _environment(study: Study) -> list[Part]:
         ["commit", f"{session['commit']}{', with uncommitted changes' if session['dirty'] else ''}"],
         ["versions", versions],
         ["hardware", hardware],
-        ["cost", f"{len(everything)} runs, {hours:.2f} hours in all"],
+        ["cost", f"{len(seconds)} runs, {sum(seconds) / 3600:.2f} hours in all"],
         ["detectable", f"{effect:.2f} standard deviations of paired differences, with power 0.8"],
     ]  # fmt: skip
     table = [

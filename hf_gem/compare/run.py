@@ -39,7 +39,7 @@ from ..training.errors import Interrupted, TrainingError
 from ..training.files import write_atomically
 from .plan import MOST_EXTENSIONS, Plan, PlanError, Run, best_of_grid
 
-_PLAN = "plan.json"
+PLAN = "plan.json"
 _WAIT = 2.0  # seconds between looks at runs that others work on
 # Runs are processes of their own, forked where possible from one that has imported what all recipes do: that takes
 # longer than a small run trains.
@@ -58,7 +58,7 @@ def freeze(plan: Plan, folder: Path) -> None:
     Raises:
         PlanError: it is that of another plan.
     """
-    frozen = folder / _PLAN
+    frozen = folder / PLAN
     if not frozen.exists():
         for name in ("records", "runs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -83,9 +83,9 @@ class Study:
     """
 
     def __init__(self, folder: Path, recipes: Path = Path("recipes"), allow_mixed: bool = False) -> None:
-        if not (folder / _PLAN).exists():
-            raise PlanError(f"{folder} is no study: it has no {_PLAN}; recipes/compare.py makes one")
-        self.plan = Plan(**json.loads((folder / _PLAN).read_text())["plan"])
+        if not (folder / PLAN).exists():
+            raise PlanError(f"{folder} is no study: it has no {PLAN}; recipes/compare.py makes one")
+        self.plan = Plan(**json.loads((folder / PLAN).read_text())["plan"])
         self.folder, self.recipes, self.allow_mixed = folder, recipes, allow_mixed
         self._starting = threading.Lock()  # multiprocessing collects ended processes whenever it starts one
 
@@ -95,6 +95,11 @@ class Study:
         """The record of a run, once it has finished or diverged."""
         path = self.folder / "records" / f"{run.name}.json"
         return json.loads(path.read_text()) if path.exists() else None
+
+    def seconds(self) -> list[float]:
+        """What each run took that there is a record of, tuning and all."""
+        records = [json.loads(path.read_text()) for path in sorted((self.folder / "records").glob("*.json"))]
+        return [sum(session["seconds"] for session in record["sessions"]) for record in records]
 
     def outcome(self, run: Run) -> float:
         """The metric at the end; NaN where the run diverged."""

@@ -213,8 +213,18 @@ def test_yaml_plans(tmp_path):
     path.write_text(path.read_text() + "seeds: [1]\n")
     with pytest.raises(PlanError, match="unknown fields seeds"):
         load_plan(path)
-    with pytest.raises(PlanError, match="cannot be read"):
-        load_plan(tmp_path / "none.yaml")
+    for name in ("none.yaml", "none.py"):
+        with pytest.raises(PlanError, match="cannot be read"):
+            load_plan(tmp_path / name)
+
+
+def test_a_plan_in_python(tmp_path):
+    path = tmp_path / "plan.py"
+    path.write_text(f"from hf_gem.compare.plan import Plan\nplan = Plan(**{PLAN})\n")
+    assert load_plan(path) == Plan(**PLAN)
+    path.write_text("steps = 3")
+    with pytest.raises(PlanError, match=r"plan.py must define `plan`, a hf_gem.compare.plan.Plan, got None"):
+        load_plan(path)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "plans").glob("*.yaml")), ids=lambda path: path.stem)
@@ -241,6 +251,20 @@ def test_a_folder_that_is_no_study(tmp_path, capsys):
         cli.main(["report", str(tmp_path)])
     assert "is no study: it has no plan.json" in capsys.readouterr().err
     assert Path(tmp_path).exists()
+
+
+def test_what_is_left_to_run_has_a_cost(study, tmp_path, capsys):
+    toy = study(learning_rates=[0.01], arms={"relu": ["relu"], "gem": ["gem"]}, tuning_seeds=[])
+    toy.run(jobs=2)
+    (tmp_path / "plan.py").write_text(f"from hf_gem.compare.plan import Plan\nplan = Plan(**{toy.plan.__dict__})\n")
+    for path in sorted((toy.folder / "records").glob("*"))[:4]:
+        path.unlink()
+    command = [f"--plan={tmp_path / 'plan.py'}", f"--study={toy.folder}", "--dry_run"]
+    compare_recipe.main(command)
+    # each says that it took 3 s
+    assert "12 runs are done, 3 s each; what is planned takes 0.0 hours more" in capsys.readouterr().out
+    compare_recipe.main([command[0], "--dry_run"])
+    assert "known when one has finished" in capsys.readouterr().out
 
 
 def test_flags_in_place_of_those_of_a_plan(capsys):
