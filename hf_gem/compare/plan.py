@@ -58,7 +58,8 @@ class Plan:
         baseline: The arm that the others are compared with.
         metric: One of `METRICS`, at the last step.
         smallest_effect: Differences smaller than this are of no interest.
-        learning_rates: The same grid for every arm, ascending with a constant ratio. An optimum at its edge extends it.
+        learning_rates: The same grid for every arm, ascending with a constant ratio. An optimum of one arm at its edge
+            extends it for all.
         tuning_seeds: Over which an arm chooses; none where there is nothing to choose.
         final_seeds: On which the arms are compared; none of the tuning seeds.
         flags: Further flags of the recipe, the same for all; `steps` is the horizon.

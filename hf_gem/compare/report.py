@@ -195,7 +195,7 @@ def _tuning_parts(study: Study) -> list[Part]:
     parts: list[Part] = [
         "## Tuning",
         f"Over seeds {', '.join(map(str, plan.tuning_seeds))}, which are none of those above. Every arm had the same "
-        "grid of learning rates; one whose best lay at its edge was extended.",
+        "grid of learning rates, which was extended for all where the best of one lay at its edge.",
         Table(["arm", "trials", "best", "expected best of k trials"], rows),
         Picture("tuning.png", "Sensitivity to the learning rate", _sensitivity(study)),
     ]

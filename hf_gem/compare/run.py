@@ -180,7 +180,7 @@ class Study:
         with tqdm(total=tuning + final, desc=self.plan.name, unit="run", smoothing=0) as bar:
             self._execute(self.plan.tuning_runs(), jobs, bar)
             for _ in range(MOST_EXTENSIONS if self.plan.tunes and len(self.plan.learning_rates) > 1 else 0):
-                more = list(self._extensions())
+                more = self._extensions()
                 if not more:
                     break
                 bar.total += len(more)
@@ -189,11 +189,14 @@ class Study:
         if wrong := self.check_pairing():
             raise StudyError("the runs are not paired: " + "; ".join(wrong))
 
-    def _extensions(self) -> Iterable[Run]:
-        for act in self.plan.acts:
-            _, beyond = best_of_grid(self.tuned(act), self.plan.ratio, self.plan.higher_is_better)
-            if beyond is not None:
-                yield from (Run(act, float(f"{beyond:.6g}"), seed) for seed in self.plan.tuning_seeds)
+    def _extensions(self) -> list[Run]:
+        """What the grid lacks, for all activations: one that had fewer trials than another would be at a loss."""
+        plan = self.plan
+        tuned = [self.tuned(act) for act in plan.acts]
+        beyond = {best_of_grid(means, plan.ratio, plan.higher_is_better)[1] for means in tuned}
+        grid = set().union(*tuned, (float(f"{rate:.6g}") for rate in beyond if rate is not None))
+        runs = (Run(act, rate, seed) for act in plan.acts for rate in sorted(grid) for seed in plan.tuning_seeds)
+        return [run for run in runs if self.record(run) is None]
 
     def _execute(self, runs: Iterable[Run], jobs: int, bar: tqdm) -> None:
         todo = list(dict.fromkeys(runs))

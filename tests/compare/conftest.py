@@ -20,7 +20,8 @@ act, rate, seed = flags["hidden_act"], float(flags["learning_rate"]), int(flags[
 if flags.get("breaks") == folder.name and not (folder / "broken").exists():
     (folder / "broken").touch()
     sys.exit("out of memory")
-loss = 3 + 0.1 * math.log(rate / float(flags.get("best", 0.01))) ** 2 + random.Random(seed).gauss(0, 0.05)
+best = float(flags.get(f"best_for_{act}", flags.get("best", 0.01)))
+loss = 3 + 0.1 * math.log(rate / best) ** 2 + random.Random(seed).gauss(0, 0.05)
 loss += random.Random(seed * 7 + len(act)).gauss(0, 0.002) - 0.02 * (act == "gem_n2")
 status = "diverged" if rate > float(flags.get("limit", 1)) else "finished"
 session = {"commit": flags.get("commit", "c"), "dirty": False, "seconds": 3.0, "versions": {"torch": "2"},

@@ -102,6 +102,13 @@ def test_an_optimum_at_the_edge_extends_the_grid(study):
     assert sorted(toy.tuned("relu")) == [0.005, 0.01, 0.02, 0.04, 0.08]
 
 
+def test_a_grid_is_extended_for_all(study):
+    toy = study(flags={"best_for_gem": 0.04}, arms={"relu": ["relu"], "gem": ["gem"]}, final_seeds=[0, 1])
+    toy.run()
+    assert {arm: rate for arm, (_, rate) in toy.choices().items()} == {"relu": 0.01, "gem": 0.04}
+    assert sorted(toy.tuned("relu")) == sorted(toy.tuned("gem")) == [0.005, 0.01, 0.02, 0.04, 0.08]
+
+
 def test_diverged_runs_are_outcomes(study):
     toy = study(flags={"limit": 0.015})
     toy.run()
