@@ -13,9 +13,8 @@ from pathlib import Path
 import yaml
 
 from hf_gem.compare.plan import load_plan
-from hf_gem.compare.report import write_report
+from hf_gem.compare.report import detectable, write_report
 from hf_gem.compare.run import PLAN, Study, freeze
-from hf_gem.compare.stats import minimum_detectable_effect
 from hf_gem.training.errors import run_recipe
 
 RECIPES = Path(__file__).resolve().parent
@@ -25,7 +24,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, required=True, help="file of the plan, YAML or Python")
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="FLAG=VALUE", help="flags of the recipe, in place of those of the plan"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FLAG=VALUE",
+        help="flags of the recipe, in place of those of the plan",
     )
     parser.add_argument("--study", type=Path, help="folder of the study (default: studies/ and the name of the plan)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
@@ -37,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = load_plan(arguments.plan)
     for flag in arguments.set:
         name, equals, value = flag.partition("=")
-        if not (name and equals):
+        if not (name and equals and value):
             parser.error(f"--set takes FLAG=VALUE, such as dataset=data/mnist, got {flag!r}")
         plan = replace(plan, flags={**plan.flags, name: yaml.safe_load(value)})
     folder = arguments.study or Path("studies") / plan.name
@@ -46,16 +50,14 @@ def main(argv: list[str] | None = None) -> None:
         f"{plan.name}: {len(plan.arms)} arms, {tuning} runs for tuning (more, where a grid is extended), {final} on "
         f"the final seeds, {plan.flags.get('steps', 'as many as the preset has')} steps each"
     )
-    effect = minimum_detectable_effect(len(plan.final_seeds), len(plan.arms) - 1)
-    print(
-        f"A true difference of {effect:.2f} standard deviations of paired differences is found with power 0.8; the "
-        f"smallest effect of interest is {plan.smallest_effect:g} ({plan.metric})"
-    )
+    print(f"{detectable(plan)}; the smallest effect of interest is {plan.smallest_effect:g} ({plan.metric})")
     if arguments.dry_run:
-        seconds = Study(folder, RECIPES).seconds() if (folder / PLAN).exists() else []
-        if seconds:
-            each, left = sum(seconds) / len(seconds), tuning + final - len(seconds)
-            hours = max(0, left) * each / 3600 / arguments.jobs
+        if (folder / PLAN).exists() and (seconds := Study(folder, RECIPES).seconds()):
+            freeze(plan, folder)  # which refuses another plan
+            missing = Study(folder, RECIPES).missing()
+            tuned = all(run.seed in plan.final_seeds for run in missing)
+            left, each = len(missing) + (0 if tuned else final), sum(seconds) / len(seconds)
+            hours = left * each / 3600 / arguments.jobs
             print(f"{len(seconds)} runs are done, {each:,.0f} s each; what is planned takes {hours:.1f} hours more")
         else:
             print("What a run costs is known when one has finished; ask again then")

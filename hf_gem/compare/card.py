@@ -7,7 +7,7 @@ from typing import Any
 
 from ..training.config import TrainConfig
 from ..training.errors import ConfigError
-from .report import Part, Table, markdown, mean, number, sentence, signed, span, spread
+from .report import Part, Table, markdown, mean, number, pairing, sentence, signed, span, spread
 from .run import Study
 from .stats import compare
 
@@ -31,20 +31,23 @@ def add_comparison(card: Path, record: dict[str, Any], study: Study) -> None:
     act, plan = record["config"]["hidden_act"], study.plan
     if record["recipe"] != plan.recipe:
         raise ConfigError(f"the run is one of {record['recipe']}, and {plan.name} is a study of {plan.recipe}")
-    arms = {chosen: arm for arm, (chosen, _) in study.choices().items()}
-    if act not in arms:
-        raise ConfigError(f"{plan.name} has not compared {act!r}; it has compared {', '.join(arms)}")
+    if missing := study.missing():
+        raise ConfigError(f"{plan.name} is not finished: {len(missing)} runs are missing, such as {missing[0].name}")
+    chosen = {arm: chosen for arm, (chosen, _) in study.choices().items()}
+    arms = [arm for arm in chosen if chosen[arm] == act]
+    if not arms:
+        raise ConfigError(f"{plan.name} has not compared {act!r}; it has compared {', '.join(chosen.values())}")
     content = card.read_text(encoding="utf-8") if card.exists() else ""
     head, found, rest = content.partition(_NEXT)
     if not found:
         raise ConfigError(f"{card} is not the card of a run: it has no section `Use`")
-    section = markdown(_section(record, study, arms[act]))
+    section = markdown(_section(record, study, arms))
     card.write_text(f"{head.partition(_HEADING)[0]}{_HEADING}\n{section}{found}{rest}", encoding="utf-8")
 
 
-def _section(record: dict[str, Any], study: Study, arm: str) -> list[Part]:
+def _section(record: dict[str, Any], study: Study, arms: list[str]) -> list[Part]:
     plan, choices, outcomes = study.plan, study.choices(), study.outcomes()
-    runs = [found for run in study.final_runs()[arm] if (found := study.record(run))]
+    runs = [found for arm in arms for run in study.final_runs()[arm] if (found := study.record(run))]
     here, there = record["config"], runs[0]["config"]
     same = TrainConfig.runtime | {"seed", "data_seed", "prompt"}  # or of no consequence
     other = [
@@ -55,17 +58,17 @@ def _section(record: dict[str, Any], study: Study, arm: str) -> list[Part]:
     found = {c.arm: c for c in comparisons}
     rows = [
         [
-            f"`{choices[name][0]}`", f"{choices[name][1]:g}", str(len(values)), number(mean(values)),
+            name, f"`{choices[name][0]}`", f"{choices[name][1]:g}", str(len(values)), number(mean(values)),
             number(spread(values)),
             *([signed(c.difference), span(c.interval), c.verdict] if (c := found.get(name)) else ["", "", "baseline"]),
         ]
         for name, values in outcomes.items()
     ]  # fmt: skip
     return [
-        f"From the study {plan.name} (plan `{plan.hash[:16]}`), in which runs of `{plan.recipe}` differ in nothing but "
-        f"the activation and the learning rate that suits it: {plan.metric} at the end. "
+        f"From the study {plan.name} of `{plan.recipe}` (plan `{plan.hash[:16]}`): {plan.metric} at the end. "
+        f"{pairing(study)} "
         + ("This checkpoint is one of them" if one_of_them else "This checkpoint is none of them")
         + (f"; they had {', '.join(other)}." if other else "."),
-        Table(["activation", "learning rate", "seeds", "mean", "sd", "difference", "95 % BCa", "verdict"], rows),
-        *(sentence(c, study) for c in comparisons if arm in (c.arm, plan.baseline)),
+        Table(["arm", "activation", "learning rate", "seeds", "mean", "sd", "difference", "95 % BCa", "verdict"], rows),
+        *(sentence(c, study) for c in comparisons if c.arm in arms or plan.baseline in arms),
     ]

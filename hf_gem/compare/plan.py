@@ -142,6 +142,11 @@ class Plan:
         rates = self.learning_rates
         return (rates[-1] / rates[0]) ** (1 / (len(rates) - 1)) if len(rates) > 1 else 2.0
 
+    def reaches(self, rate: float) -> bool:
+        """Whether extensions of the grid may go as far as a learning rate."""
+        reach = self.ratio ** (MOST_EXTENSIONS + 0.5)  # half a step for rounding
+        return len(self.learning_rates) > 1 and self.learning_rates[0] / reach < rate < self.learning_rates[-1] * reach
+
     def tuning_runs(self) -> Iterator[Run]:
         """Those of the grid as planned."""
         if self.tunes:

@@ -7,7 +7,7 @@ import html
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from ..spec import is_name, parse
 from ..training.files import write_atomically
-from .plan import Run
+from .plan import Plan, Run
 from .run import Study
 from .stats import Comparison, compare, expected_best_of, minimum_detectable_effect, t_interval
 
@@ -69,7 +69,7 @@ def write_report(study: Study) -> Path:
     parts = _parts(study, comparisons)
     folder = study.folder
     results = {"plan_hash": plan.hash, "choices": study.choices(), "comparisons": [asdict(c) for c in comparisons]}
-    write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    write_atomically(folder / "results.json", json.dumps(_without_nan(results), indent=2, allow_nan=False) + "\n")
     return write_pages(folder, "report", parts)
 
 
@@ -99,13 +99,9 @@ def _parts(study: Study, comparisons: list[Comparison]) -> list[Part]:
     parts: list[Part] = [f"# {plan.name}", *(sentence(c, study) for c in comparisons)]
     if plan.notes:
         parts.append(plan.notes)
-    wrong = study.check_pairing()
-    parts.append(
-        "**Not paired:** " + "; ".join(wrong)
-        if wrong
-        else f"Arms of a seed had equal initial weights{', each scaled for its activation,' if plan.own_gains else ''} "
-        "and saw the same samples in the same order, by the hashes in their records."
-    )
+    if missing := study.missing():
+        parts.append(f"**Not finished:** {len(missing)} runs are missing, such as {missing[0].name}.")
+    parts.append(pairing(study))
     heads = [
         "arm",
         "difference",
@@ -132,8 +128,8 @@ def _parts(study: Study, comparisons: list[Comparison]) -> list[Part]:
         f"Differences of {plan.metric} from `{plan.baseline}`, over {len(seeds)} planned seeds; "
         f"{'higher' if plan.higher_is_better else 'lower'} is better. Differences below {plan.smallest_effect:g} are "
         f"of no interest. r is the correlation of paired outcomes. With {plan.min_seeds} pairs and more an arm can be "
-        "called better or worse. The last column is how many more seeds would settle it, if what was seen were the "
-        "truth.",
+        "called better or worse; p of equivalence is not adjusted for the number of arms. The last column is how many "
+        "more seeds would settle it, if what was seen were the truth.",
         Table([*heads, "95 % Welch", "p Welch", "diverged", "verdict", "more seeds"], rows),
         Picture("forest.png", "Mean differences, 95 % intervals; grey: of no interest", _forest(study, comparisons)),
         "## Seeds",
@@ -147,7 +143,7 @@ def _parts(study: Study, comparisons: list[Comparison]) -> list[Part]:
                 for arm, found in outcomes.items()
             ],
         ),
-        Picture("curves.png", "Validation over steps: mean and standard deviation over seeds", _curves(study)),
+        Picture("curves.png", "Validation of finished runs over steps: mean and standard deviation", _curves(study)),
     ]  # fmt: skip
     for key in ("n", "eps"):
         if (png := _ablation(study, key)) is not None:
@@ -158,9 +154,34 @@ def _parts(study: Study, comparisons: list[Comparison]) -> list[Part]:
     return parts
 
 
+def pairing(study: Study) -> str:
+    """In what the arms of a seed were alike, by the hashes in their records."""
+    if wrong := study.check_pairing():
+        return "**Not paired:** " + "; ".join(wrong)
+    scaled = ", each scaled for its activation," if study.plan.own_gains else ""
+    return (
+        f"Arms of a seed had equal initial weights{scaled} and saw the same samples in the same order, by the hashes "
+        "in their records; they differ in the activation and in the learning rate that suits it."
+    )
+
+
+def detectable(plan: Plan) -> str:
+    """What differences the planned seeds can find."""
+    seeds, arms = len(plan.final_seeds), len(plan.arms) - 1
+    effect = minimum_detectable_effect(seeds, arms)
+    if seeds < plan.min_seeds or math.isinf(effect):
+        return f"No difference, however large, is called better or worse with {seeds} seeds for {arms + 1} arms"
+    return f"A true difference of {effect:.2f} standard deviations of paired differences is found with power 0.8"
+
+
 def sentence(c: Comparison, study: Study) -> str:
     """A comparison in plain words, made from its numbers."""
     plan = study.plan
+    if len(c.seeds) < 2:
+        return (
+            f"{c.diverged[0]} runs of `{c.arm}` and {c.diverged[1]} of `{plan.baseline}` diverged, which leaves "
+            f"{len(c.seeds)} seeds to compare: it is {c.verdict}."
+        )
     low, high = c.t_interval if math.isnan(c.interval[0]) else c.interval
     direction = "above" if c.difference > 0 else "below"
     start = (
@@ -174,7 +195,9 @@ def sentence(c: Comparison, study: Study) -> str:
         "inconclusive": "this settles nothing",
     }
     end = ends[c.verdict]
-    if len(c.seeds) < plan.min_seeds:
+    if c.verdict == "inconclusive" and c.further_seeds is None and c.diverged[0] != c.diverged[1]:
+        end += ", for one of the two diverged more often"
+    elif len(c.seeds) < plan.min_seeds:
         end += f", for a verdict takes {plan.min_seeds} seeds"
     elif c.further_seeds is not None:
         end += f"; {c.further_seeds:,} more seeds would, if what was seen were the truth"
@@ -187,16 +210,24 @@ def sentence(c: Comparison, study: Study) -> str:
 def _tuning_parts(study: Study) -> list[Part]:
     plan = study.plan
     rows = []
+    worst = -math.inf if plan.higher_is_better else math.inf
     for arm, acts in plan.arms.items():
-        trials = [value for act in acts for value in study.tuned(act).values() if math.isfinite(value)]
-        best = plan.best(trials)
-        few = ", ".join(f"{k}: {expected_best_of(trials, k, plan.higher_is_better):.4f}" for k in (1, 2, 4))
-        rows.append([arm, str(len(trials)), f"{best:.4f}", few])
+        tuned = {act: study.tuned(act) for act in acts}
+        act, rate = study.choices()[arm]
+        trials = [value if math.isfinite(value) else worst for means in tuned.values() for value in means.values()]
+        few = ", ".join(f"{k}: {number(expected_best_of(trials, k, plan.higher_is_better))}" for k in (1, 2, 4))
+        edge = " (the edge of the grid)" if len(tuned[act]) > 1 and rate in (min(tuned[act]), max(tuned[act])) else ""
+        diverged = sum(map(math.isinf, trials))
+        rows.append(
+            [arm, f"`{act}`", f"{rate:g}{edge}", str(len(trials)), str(diverged), number(plan.best(trials)), few]
+        )
     parts: list[Part] = [
         "## Tuning",
         f"Over seeds {', '.join(map(str, plan.tuning_seeds))}, which are none of those above. Every arm had the same "
-        "grid of learning rates, which was extended for all where the best of one lay at its edge.",
-        Table(["arm", "trials", "best", "expected best of k trials"], rows),
+        "grid of learning rates, which was extended for all where the best of one lay at its edge. Tuning and "
+        "comparison are evaluated on the same samples: an arm with more trials than another had more chances to suit "
+        "them.",
+        Table(["arm", "chosen", "learning rate", "trials", "diverged", "best", "expected best of k trials"], rows),
         Picture("tuning.png", "Sensitivity to the learning rate", _sensitivity(study)),
     ]
     return parts
@@ -206,24 +237,26 @@ def _environment(study: Study) -> list[Part]:
     plan = study.plan
     runs = [run for runs in study.final_runs().values() for run in runs]
     records = [record for run in runs if (record := study.record(run))]
-    session = records[0]["sessions"][-1]
+    sessions = [session for record in records for session in record["sessions"]]
     seconds = study.seconds()
-    versions = ", ".join(f"{name} {version}" for name, version in session["versions"].items())
-    effect = minimum_detectable_effect(len(plan.final_seeds), len(plan.arms) - 1)
-    hardware = ", ".join(session["hardware"]["gpus"]) or session["hardware"]["cpu"]
+
+    def all_of(values: Iterable[str]) -> str:
+        return "; ".join(dict.fromkeys(values))
+
     facts = [
         ["plan", f"`{plan.hash[:16]}`, frozen before the first run"],
         ["recipe", f"`{plan.recipe}`, preset `{plan.preset}`, {' '.join(f'`{k}={v}`' for k, v in plan.flags.items())}"],
-        ["data", f"`{records[0]['config']['dataset']}`, SHA-256 `{records[0]['data']['hash'][:16]}`"],
-        ["commit", f"{session['commit']}{', with uncommitted changes' if session['dirty'] else ''}"],
-        ["versions", versions],
-        ["hardware", hardware],
+        ["data", all_of(f"`{r['config']['dataset']}`, SHA-256 `{r['data']['hash'][:16]}`" for r in records)],
+        ["commit", all_of(f"{s['commit']}{', with uncommitted changes' if s['dirty'] else ''}" for s in sessions)],
+        ["versions", all_of(", ".join(f"{name} {v}" for name, v in s["versions"].items()) for s in sessions)],
+        ["hardware", all_of(", ".join(s["hardware"]["gpus"]) or s["hardware"]["cpu"] for s in sessions)],
         ["cost", f"{len(seconds)} runs, {sum(seconds) / 3600:.2f} hours in all"],
-        ["detectable", f"{effect:.2f} standard deviations of paired differences, with power 0.8"],
+        ["power", detectable(plan)],
     ]  # fmt: skip
     table = [
         [
-            run.name, record["status"], number(study.outcome(run)), f"{record['sessions'][-1]['seconds']:,.0f} s",
+            run.name, record["status"], number(study.outcome(run)),
+            f"{sum(session['seconds'] for session in record['sessions']):,.0f} s",
             f"`{record['init_hash'][:8]}`", f"`{record['order_hash'][:8]}`",
         ]
         for run in runs if (record := study.record(run))
@@ -248,6 +281,15 @@ def signed(value: float) -> str:
 def span(interval: tuple[float, float]) -> str:
     """An interval in a cell."""
     return "-" if math.isnan(interval[0]) else f"{interval[0]:+.4g} to {interval[1]:+.4g}"
+
+
+def _without_nan(value: Any) -> Any:
+    """With null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _finite(found: dict[int, float]) -> list[float]:
@@ -304,13 +346,16 @@ def _forest(study: Study, comparisons: list[Comparison]) -> bytes:
 def _curves(study: Study) -> bytes:
     figure, axes = new_figure(7, 4.2)
     key = study.plan.metric
-    for number, (arm, runs) in enumerate(study.final_runs().items()):
-        curves = [dict(map(tuple, record["curves"][key])) for run in runs if (record := study.record(run))]
+    for row, (arm, runs) in enumerate(study.final_runs().items()):
+        finished = [r for run in runs if (r := study.record(run)) and math.isfinite(study.outcome(run))]
+        if not finished:
+            continue
+        curves = [dict(map(tuple, record["curves"][key])) for record in finished]
         steps = sorted(set.intersection(*map(set, curves)))
         values = np.array([[curve[step] for step in steps] for curve in curves])
-        mean, spread = values.mean(0), values.std(0, ddof=1)
-        axes.plot(steps, mean, color=f"C{number}", label=arm)
-        axes.fill_between(steps, mean - spread, mean + spread, color=f"C{number}", alpha=0.2, lw=0)
+        middle, width = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0.0
+        axes.plot(steps, middle, color=f"C{row}", label=arm)
+        axes.fill_between(steps, middle - width, middle + width, color=f"C{row}", alpha=0.2, lw=0)
     axes.set(xlabel="step", ylabel=key)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -363,6 +408,7 @@ def _lines(outcomes: Mapping[str, list[float]], key: str) -> dict[str, dict[floa
             if spec.family != "gem" or key == "n":
                 fixed = f"eps = {spec.eps:g}" if key == "n" else f"n = {spec.n}"
                 label = spec.family if spec.family == "gem" else f"{spec.family}, {fixed}"
+                label += ", learnable" if spec.learnable else ""
                 lines.setdefault(label, {})[float(getattr(spec, key))] = values
     return {label: dict(sorted(points.items())) for label, points in lines.items() if len(points) > 1}
 

@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 
 from ..training.errors import Interrupted, TrainingError
 from ..training.files import write_atomically
-from .plan import MOST_EXTENSIONS, Plan, PlanError, Run, best_of_grid
+from .plan import Plan, PlanError, Run, best_of_grid
 
 PLAN = "plan.json"
 _WAIT = 2.0  # seconds between looks at runs that others work on
@@ -85,9 +85,13 @@ class Study:
     def __init__(self, folder: Path, recipes: Path = Path("recipes"), allow_mixed: bool = False) -> None:
         if not (folder / PLAN).exists():
             raise PlanError(f"{folder} is no study: it has no {PLAN}; recipes/compare.py makes one")
-        self.plan = Plan(**json.loads((folder / PLAN).read_text())["plan"])
+        frozen = json.loads((folder / PLAN).read_text())
+        self.plan = Plan(**frozen["plan"])
+        if self.plan.hash != frozen["hash"]:
+            raise PlanError(f"{folder / PLAN} was changed after it was frozen; restore it, or start another study")
         self.folder, self.recipes, self.allow_mixed = folder, recipes, allow_mixed
         self._starting = threading.Lock()  # multiprocessing collects ended processes whenever it starts one
+        self._alive: set[Any] = set()
 
     # ---- outcomes
 
@@ -108,13 +112,26 @@ class Study:
         value = record["result"][self.plan.metric] if record["status"] == "finished" else None
         return math.nan if value is None else float(value)
 
+    def missing(self) -> list[Run]:
+        """The planned runs without a record; those on the final seeds only once the tuning is over."""
+        tuning = [run for run in self.plan.tuning_runs() if self.record(run) is None]
+        final = [] if tuning else [run for runs in self.final_runs().values() for run in runs]
+        return tuning or [run for run in dict.fromkeys(final) if self.record(run) is None]
+
     def choices(self) -> dict[str, tuple[str, float]]:
-        """Arm -> the activation and learning rate that were best in tuning, of those that were run.
+        """Arm -> the activation and learning rate that were best in tuning.
+
+        Where all of an arm's runs diverged, that is its first activation at the lowest rate: it has had its chance.
 
         Raises:
-            StudyError: every run of an arm diverged.
+            StudyError: the tuning is not over.
         """
         plan = self.plan
+        if missing := [run for run in plan.tuning_runs() if self.record(run) is None]:
+            raise StudyError(
+                f"{self.folder} lacks {len(missing)} runs of its tuning, such as {missing[0].name}; the command that "
+                "started it goes on"
+            )
         chosen = {}
         for arm, acts in plan.arms.items():
             if not plan.tunes:
@@ -122,9 +139,8 @@ class Study:
                 continue
             means = {(act, rate): mean for act in acts for rate, mean in self.tuned(act).items()}
             finite = {key: mean for key, mean in means.items() if math.isfinite(mean)}
-            if not finite:
-                raise StudyError(f"every tuning run of {arm!r} diverged; lower learning_rates, in a new study")
-            chosen[arm] = plan.best(sorted(finite), key=lambda key, finite=finite: finite[key])
+            lowest = acts[0], min(rate for _, rate in means)
+            chosen[arm] = plan.best(sorted(finite), key=lambda key, finite=finite: finite[key], default=lowest)
         return chosen
 
     def tuned(self, act: str) -> dict[float, float]:
@@ -179,10 +195,7 @@ class Study:
         tuning, final = self.plan.num_runs()
         with tqdm(total=tuning + final, desc=self.plan.name, unit="run", smoothing=0) as bar:
             self._execute(self.plan.tuning_runs(), jobs, bar)
-            for _ in range(MOST_EXTENSIONS if self.plan.tunes and len(self.plan.learning_rates) > 1 else 0):
-                more = self._extensions()
-                if not more:
-                    break
+            while more := self._extensions():
                 bar.total += len(more)
                 self._execute(more, jobs, bar)
             self._execute([run for runs in self.final_runs().values() for run in runs], jobs, bar)
@@ -192,9 +205,11 @@ class Study:
     def _extensions(self) -> list[Run]:
         """What the grid lacks, for all activations: one that had fewer trials than another would be at a loss."""
         plan = self.plan
+        if not plan.tunes:
+            return []
         tuned = [self.tuned(act) for act in plan.acts]
         beyond = {best_of_grid(means, plan.ratio, plan.higher_is_better)[1] for means in tuned}
-        grid = set().union(*tuned, (float(f"{rate:.6g}") for rate in beyond if rate is not None))
+        grid = set().union(*tuned, (float(f"{rate:.6g}") for rate in beyond if rate and plan.reaches(rate)))
         runs = (Run(act, rate, seed) for act in plan.acts for rate in sorted(grid) for seed in plan.tuning_seeds)
         return [run for run in runs if self.record(run) is None]
 
@@ -213,7 +228,7 @@ class Study:
             try:
                 with FileLock(self.folder / "runs" / f"{run.name}.lock", blocking=False):
                     if self.record(run) is None:
-                        self._start(run, job, jobs)
+                        self._start(run, job)
                 return True
             except Timeout:
                 return False
@@ -232,29 +247,40 @@ class Study:
                             bar.update()
                         else:
                             waiting.append(run)
-                except KeyboardInterrupt:  # which the runs under way have got too, and save
+                    if waiting:
+                        time.sleep(_WAIT)
+                except KeyboardInterrupt:
                     stop.set()
+                    with self._starting:  # from a terminal they have got it too, and take this for the same
+                        for process in self._alive:
+                            process.terminate()
                     raise Interrupted("stopped; the same command goes on", signal.SIGINT) from None
                 todo = waiting
-                if todo:
-                    time.sleep(_WAIT)
         self._check_together()
 
-    def _start(self, run: Run, job: int, jobs: int) -> None:
+    def _start(self, run: Run, job: int) -> None:
         folder = self.folder / "runs" / run.name
         log = folder.with_name(f"{run.name}.txt")  # no suffix: a learning rate has a point
-        env = {"CUDA_VISIBLE_DEVICES": str(job % torch.cuda.device_count())} if torch.cuda.is_available() else {}
+        record = folder / "record.json"
+        before = record.stat().st_mtime_ns if record.exists() else None
+        env = {}
+        if torch.cuda.is_available():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+            env["CUDA_VISIBLE_DEVICES"] = devices[job % len(devices)]
         process = _CONTEXT.Process(target=_run_script, args=(self.command(run), log, env))
         with self._starting:
             process.start()
+            self._alive.add(process)
         wait([process.sentinel])
         with self._starting:
             process.join()
-        record = folder / "record.json"
-        content = json.loads(record.read_text()) if record.exists() else {}
-        if content.get("status") == "interrupted":
-            raise Interrupted(f"{run.name} was stopped, and has saved; the same command goes on", signal.SIGTERM)
-        if content.get("status") not in ("finished", "diverged"):
+            self._alive.remove(process)
+        new = record.exists() and record.stat().st_mtime_ns != before  # or it is one of an earlier attempt
+        status = json.loads(record.read_text())["status"] if new else None
+        if process.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGTERM):
+            raise Interrupted(f"{run.name} was stopped; the same command goes on", signal.SIGTERM)
+        if status not in ("finished", "diverged"):
             tail = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
             raise StudyError(f"the run {run.name} ended with status {process.exitcode}: {tail}. Its output is in {log}")
         write_atomically(self.folder / "records" / f"{run.name}.json", record.read_text())
@@ -268,7 +294,11 @@ class Study:
         ours = {"preset": plan.preset, "hidden_act": run.act, "learning_rate": run.learning_rate, "seed": run.seed}
         ours |= {"data_seed": run.seed, "output_dir": self.folder / "runs" / run.name}
         flags = {"report_to": "none", **plan.flags, **ours}
-        return [str(self.recipes / f"{plan.recipe}.py"), *(f"--{k}={v}" for k, v in flags.items())]
+        text = {True: "yes", False: "no"}  # YAML's for what may be a word of its own, such as mixed_precision: no
+        return [
+            str(self.recipes / f"{plan.recipe}.py"),
+            *(f"--{name}={text[value] if isinstance(value, bool) else value}" for name, value in flags.items()),
+        ]
 
     def _check_together(self) -> None:
         """Records of other code, versions or data than the first one's do not belong into one study."""
@@ -277,25 +307,34 @@ class Study:
         first: tuple[str, dict[str, Any]] | None = None
         for path in sorted((self.folder / "records").glob("*.json")):
             record = json.loads(path.read_text())
-            session = record["sessions"][-1]
-            versions = {name: session["versions"].get(name) for name in ("torch", "transformers", "hf-gem")}
-            found = {"commit": session["commit"], **versions, "data": record["data"]["hash"]}
-            if first is None:
-                first = path.stem, found
-            for key, value in found.items():
-                if value != first[1][key]:
-                    raise StudyError(
-                        f"{path.stem} has {key} {value}, {first[0]} has {first[1][key]}: these do not belong into one "
-                        "study. Go back to the same code, versions and data, start another study, or --allow_mixed"
-                    )
+            for session in record["sessions"]:
+                versions = {name: session["versions"].get(name) for name in ("torch", "transformers", "hf-gem")}
+                code = {"commit": session["commit"], "uncommitted changes": session["dirty"]}
+                found = {**code, **versions, "data": record["data"]["hash"]}
+                first = first or (path.stem, found)
+                for key, value in found.items():
+                    if value != first[1][key]:
+                        raise StudyError(
+                            f"{path.stem} has {key} {value}, {first[0]} has {first[1][key]}: these do not belong into "
+                            "one study. Go back to the same code, versions and data, start another study, or "
+                            "--allow_mixed"
+                        )
 
 
 def _run_script(command: list[str], log: Path, env: Mapping[str, str]) -> None:
-    """Runs a script as the main program of this process."""
+    """Runs a script as the main program of this process, which stops and saves when the study's is gone."""
     os.environ.update(env)
     with log.open("w") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
+    threading.Thread(target=_stop_without_parent, daemon=True).start()
     sys.argv = command
     sys.path[0] = str(Path(command[0]).parent)
     runpy.run_path(command[0], run_name="__main__")
+
+
+def _stop_without_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -7,10 +7,12 @@ are arm minus baseline, in the unit of the metric.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
@@ -46,7 +48,7 @@ class Comparison:
         diverged: Runs of the arm, and of the baseline, that did not finish with a finite outcome.
         verdict: See `verdict`.
         further_seeds: How many more would settle an inconclusive comparison, if what was seen is the truth; None where
-            it is settled, or no number is enough.
+            it is settled, or no number is enough, as where one of the two diverged more often.
     """
 
     arm: str
@@ -85,28 +87,30 @@ def compare(
         higher_is_better: Whether the metric is to be large.
         min_seeds: With fewer pairs than this, no arm is called better or worse.
 
+    An arm that has fewer than two finished seeds in common with the baseline has numbers that are NaN, and a verdict
+    from its diverged runs alone.
+
     Raises:
-        ValueError: the baseline is no arm, or an arm has fewer than two seeds in common with it.
+        ValueError: the baseline is no arm.
     """
     if baseline not in outcomes:
         raise ValueError(f"baseline {baseline!r} is no arm; the arms are {', '.join(outcomes)}")
-    arms = [arm for arm in outcomes if arm != baseline]
-    pairs = {arm: _pairs(outcomes[arm], outcomes[baseline]) for arm in arms}
-    for arm, (seeds, _, _) in pairs.items():
-        if len(seeds) < 2:
-            raise ValueError(f"{arm!r} and {baseline!r} have {len(seeds)} finished seeds in common; it takes two")
-    raw = [sign_flip_p(values - base) for _, values, base in pairs.values()]
+    pairs = {arm: _pairs(outcomes[arm], outcomes[baseline]) for arm in outcomes if arm != baseline}
+    raw = [sign_flip_p(values - base) if len(seeds) > 1 else 1.0 for seeds, values, base in pairs.values()]
     found = []
-    for arm, p, p_holm in zip(arms, raw, holm(raw), strict=True):
-        seeds, values, base = pairs[arm]
+    for (arm, (seeds, values, base)), p, p_holm in zip(pairs.items(), raw, holm(raw), strict=True):
         differences = values - base
         gains = differences if higher_is_better else -differences
         diverged = (_diverged(outcomes[arm]), _diverged(outcomes[baseline]))
+        if len(seeds) < 2:
+            found.append(_of_diverged(arm, (seeds, values, base), diverged, len(outcomes[arm]), min_seeds))
+            continue
         equivalence = equivalence_p(differences, smallest_effect)
         outcome = verdict(gains, p_holm, equivalence, enough=len(seeds) >= min_seeds, diverged=diverged)
+        inside = abs(gains.mean()) <= smallest_effect
+        barred = diverged[0] != diverged[1] if inside else diverged[0] > diverged[1] and gains.mean() > 0
         welch = stats.ttest_ind(values, base, equal_var=False)
         welch_interval = welch.confidence_interval(1 - ALPHA)
-        spread = float(differences.std(ddof=1))
         varies = values.std() > 0 and base.std() > 0
         found.append(
             Comparison(
@@ -119,7 +123,7 @@ def compare(
                 t_interval=t_interval(differences),
                 p=p,
                 p_holm=p_holm,
-                d_z=float(differences.mean() / spread) if spread > 0 else math.copysign(math.inf, differences.mean()),
+                d_z=_standardised(differences),
                 correlation=float(np.corrcoef(values, base)[0, 1]) if varies else math.nan,
                 superiority=float(np.mean((gains > 0) + 0.5 * (gains == 0))),
                 p_equivalence=equivalence,
@@ -127,12 +131,36 @@ def compare(
                 welch_p=float(welch.pvalue),
                 diverged=diverged,
                 verdict=outcome,
-                further_seeds=further_seeds(differences, smallest_effect, min_seeds, len(arms))
-                if outcome == "inconclusive"
+                further_seeds=further_seeds(differences, smallest_effect, min_seeds, len(pairs))
+                if outcome == "inconclusive" and not barred
                 else None,
             )
         )
     return found
+
+
+def _standardised(differences: np.ndarray) -> float:
+    mean, spread = float(differences.mean()), float(differences.std(ddof=1))
+    return mean / spread if spread > 0 else math.copysign(math.inf, mean) if mean else 0.0
+
+
+def _of_diverged(
+    arm: str, pairs: tuple[list[int], np.ndarray, np.ndarray], diverged: tuple[int, int], seeds: int, min_seeds: int
+) -> Comparison:
+    """Where there is nothing to compare: one that always diverges is worse than one that never does."""
+    verdicts: dict[tuple[int, int], Verdict] = {(seeds, 0): "worse", (0, seeds): "better"} if seeds >= min_seeds else {}
+    nothing: dict[str, Any] = {f.name: math.nan for f in fields(Comparison) if f.type == "float"}
+    nothing |= {f.name: (math.nan, math.nan) for f in fields(Comparison) if f.name.endswith("interval")}
+    return Comparison(
+        arm=arm,
+        seeds=tuple(pairs[0]),
+        values=tuple(pairs[1].tolist()),
+        baseline=tuple(pairs[2].tolist()),
+        diverged=diverged,
+        verdict=verdicts.get(diverged, "inconclusive"),
+        further_seeds=None,
+        **nothing,
+    )
 
 
 def _pairs(arm: Mapping[int, float], base: Mapping[int, float]) -> tuple[list[int], np.ndarray, np.ndarray]:
@@ -250,10 +278,10 @@ def further_seeds(differences: np.ndarray, smallest_effect: float, min_seeds: in
 
     def settles(n: int) -> bool:
         if spread == 0:
-            return True
-        scale, quantile = math.sqrt(n) / spread, stats.t.ppf(1 - alpha / 2, n - 1)
+            return mean < smallest_effect or 2 / 2**n <= alpha
         if mean > smallest_effect:
-            return 1 - _noncentral_t_cdf(quantile, n - 1, mean * scale) >= POWER
+            return power(n, mean / spread, alpha) >= POWER
+        scale = math.sqrt(n) / spread
         one_sided = stats.t.ppf(1 - ALPHA, n - 1)
         misses = (
             _noncentral_t_cdf(one_sided, n - 1, shift * scale)
@@ -277,34 +305,76 @@ def _noncentral_t_cdf(x: float, degrees: int, shift: float) -> float:
     return float(stats.nct.cdf(x, degrees, shift))
 
 
+@functools.lru_cache
+def _flipped(seeds: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Standard normal differences, (draws, seeds), their sums by all flips, (draws, flips), and the flips' own."""
+    flips = np.array(list(itertools.product((1.0, -1.0), repeat=seeds - 1))).reshape(-1, seeds - 1)
+    flips = np.hstack([np.ones((len(flips), 1)), flips])  # the others are these with all signs turned
+    drawn = np.random.default_rng(0).normal(size=(2000, seeds))
+    return drawn, drawn @ flips.T, flips.sum(1)
+
+
+def power(seeds: int, effect: float, alpha: float) -> float:
+    """How often the sign-flip test rejects, for normal differences.
+
+    By simulation up to 12 seeds, where its p cannot be below 2 / 2^seeds and it is weaker than Student's t test; from
+    there on by that.
+
+    Args:
+        seeds: Pairs.
+        effect: True mean of the differences, in their standard deviations.
+        alpha: Rejected where p is not above it.
+    """
+    if 2 / 2**seeds > alpha:
+        return 0.0
+    if seeds > 12:
+        quantile = stats.t.ppf(1 - alpha / 2, seeds - 1)
+        return 1 - _noncentral_t_cdf(quantile, seeds - 1, effect * math.sqrt(seeds))
+    drawn, sums, counts = _flipped(seeds)
+    seen = np.abs(drawn.sum(1) + seeds * effect)[:, None]
+    p = np.mean(np.abs(sums + counts * effect) >= seen * (1 - 1e-12), axis=1)
+    return float(np.mean(p <= alpha))
+
+
 def minimum_detectable_effect(seeds: int, arms: int = 1) -> float:
     """The true difference that is found with power 0.8, in standard deviations of the differences of a pair.
 
     Args:
         seeds: Pairs.
-        arms: How many share alpha.
+        arms: How many share alpha; the first step of Holm's adjustment is assumed.
+
+    Returns:
+        Infinity where the sign-flip test cannot reject, whatever it is given.
     """
-    quantile = stats.t.ppf(1 - ALPHA / arms / 2, seeds - 1)
     low, high = 0.0, 100.0
-    for _ in range(60):
+    if power(seeds, high, ALPHA / arms) < POWER:
+        return math.inf
+    for _ in range(30):
         middle = (low + high) / 2
-        found = 1 - _noncentral_t_cdf(quantile, seeds - 1, middle * math.sqrt(seeds)) >= POWER
-        low, high = (low, middle) if found else (middle, high)
+        low, high = (low, middle) if power(seeds, middle, ALPHA / arms) >= POWER else (middle, high)
     return high
 
 
 def interquartile_mean(tasks: Sequence[np.ndarray], resamples: int = _RESAMPLES) -> tuple[float, float, float]:
     """Mean of the middle half of all outcomes over tasks, and its 95 % interval by resampling seeds within each task.
 
-    As in rliable (Agarwal et al. 2021, arXiv 2108.13264). Outcomes of different tasks have to be comparable.
+    As in rliable (Agarwal et al. 2021, arXiv 2108.13264), but for the widening that few seeds need: what is drawn
+    spreads by n / (n - 1) more around the mean of its task, and percentiles are taken as far out as Student's t is
+    from the normal. Outcomes of different tasks have to be comparable. A task whose outcomes all lie in the outer
+    quarters counts for its ranks alone.
 
     Args:
-        tasks: For each, one outcome a seed.
+        tasks: For each, one outcome a seed, of two or more.
         resamples: Of the bootstrap.
     """
     draw = np.random.default_rng(0)
-    drawn = np.concatenate([draw.choice(task, (resamples, len(task))) for task in tasks], axis=1)
-    low, high = np.quantile(stats.trim_mean(drawn, 0.25, axis=1), [ALPHA / 2, 1 - ALPHA / 2])
+    parts = []
+    for task in tasks:
+        n, mean = len(task), np.mean(task)
+        parts.append(mean + math.sqrt(n / (n - 1)) * (draw.choice(task, (resamples, n)) - mean))
+    degrees = sum(len(task) - 1 for task in tasks)
+    tail = stats.norm.cdf(-stats.t.ppf(1 - ALPHA / 2, degrees))
+    low, high = np.quantile(stats.trim_mean(np.concatenate(parts, axis=1), 0.25, axis=1), [tail, 1 - tail])
     return float(stats.trim_mean(np.concatenate(tasks), 0.25)), float(low), float(high)
 
 

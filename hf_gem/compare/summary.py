@@ -16,34 +16,35 @@ from .stats import Comparison, compare, interquartile_mean
 
 @dataclass(frozen=True)
 class Summary:
-    """An arm over all studies that have it.
+    """An activation over all studies in which an arm has chosen it.
 
     Attributes:
-        arm: Its name.
+        act: Its name.
         comparisons: Study -> the comparison with the common baseline there.
-        gain: Interquartile mean, over seeds of all studies, of what it is better by, in each study's smallest effect of
-            interest.
+        gains: The mean in each of them of what it is better by, in the study's smallest effect of interest.
+        gain: Interquartile mean of the same over the seeds of all.
         interval: 95 % interval of that, by drawing seeds anew within each study.
     """
 
-    arm: str
+    act: str
     comparisons: dict[str, Comparison]
+    gains: list[float]
     gain: float
     interval: tuple[float, float]
 
 
 def summarise(studies: Sequence[Study], baseline: str) -> list[Summary]:
-    """Compares every arm with one baseline, in every study that has both.
+    """Compares every activation that an arm has chosen with one baseline, in every study that has both.
 
     Differences of losses and of accuracies become comparable as multiples of the smallest effect of interest that each
-    plan has named before its study ran. Every study counts by its number of seeds.
+    plan has named before its study ran. Every study counts by its number of seeds; pairs of which one diverged do not.
 
     Args:
         studies: With different names.
         baseline: An arm of each.
 
     Raises:
-        PlanError: a study has no such arm, or two have one name.
+        PlanError: a study has no such arm, is not finished or not paired, or two have one name.
     """
     names = [study.plan.name for study in studies]
     if len(set(names)) < len(names):
@@ -54,14 +55,18 @@ def summarise(studies: Sequence[Study], baseline: str) -> list[Summary]:
         plan = study.plan
         if baseline not in plan.arms:
             raise PlanError(f"{plan.name} has no arm {baseline!r}; its arms are {', '.join(plan.arms)}")
+        if problems := [*(run.name for run in study.missing()), *study.check_pairing()]:
+            raise PlanError(f"{plan.name} is not finished, or not paired: {problems[0]}; its report says more")
+        choices = study.choices()
         for c in compare(study.outcomes(), baseline, plan.smallest_effect, plan.higher_is_better, plan.min_seeds):
-            better = np.subtract(c.values, c.baseline) * (1 if plan.higher_is_better else -1)
-            found.setdefault(c.arm, {})[plan.name] = c
-            gains.setdefault(c.arm, []).append(better / plan.smallest_effect)
+            if len(c.seeds) > 1:
+                better = np.subtract(c.values, c.baseline) * (1 if plan.higher_is_better else -1)
+                found.setdefault(choices[c.arm][0], {})[plan.name] = c
+                gains.setdefault(choices[c.arm][0], []).append(better / plan.smallest_effect)
     return [
-        Summary(arm, comparisons, middle, (low, high))
-        for arm, comparisons in found.items()
-        for middle, low, high in [interquartile_mean(gains[arm])]
+        Summary(act, comparisons, [float(part.mean()) for part in gains[act]], middle, (low, high))
+        for act, comparisons in found.items()
+        for middle, low, high in [interquartile_mean(gains[act])]
     ]
 
 
@@ -80,8 +85,9 @@ def write_summary(studies: Sequence[Study], baseline: str, folder: Path) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         [
-            f"`{s.arm}`", str(sum(len(c.seeds) for c in s.comparisons.values())), f"{s.gain:+.3g}", span(s.interval),
-            ", ".join(f"{name}: {c.verdict}" for name, c in s.comparisons.items()),
+            f"`{s.act}`", str(sum(len(c.seeds) for c in s.comparisons.values())), f"{s.gain:+.3g}", span(s.interval),
+            ", ".join(f"{name}: {gain:+.3g}, {c.verdict}" + (f", {c.diverged[0]} diverged" if c.diverged[0] else "")
+                      for (name, c), gain in zip(s.comparisons.items(), s.gains, strict=True)),
         ]
         for s in summaries
     ]  # fmt: skip
@@ -90,11 +96,12 @@ def write_summary(studies: Sequence[Study], baseline: str, folder: Path) -> Path
     ]
     parts: list[Part] = [
         f"# Against {baseline}, in {', '.join(study.plan.name for study in studies)}",
-        "Gains are interquartile means over the seeds of all studies that have an arm, in multiples of each study's "
-        "smallest effect of interest; above 0 is better than the baseline, and below 1 of no interest. The interval "
-        "draws seeds anew within each study; it says nothing of tasks that are not here. Verdicts are each study's, "
-        f"with `{baseline}` for a baseline.",
-        Table(["arm", "pairs", "gain", "95 %", "verdicts"], rows),
+        "Gains are multiples of each study's smallest effect of interest; above 0 is better than the baseline, and "
+        "below 1 of no interest. The first is the interquartile mean over the seeds of all studies that have the "
+        "activation: a study whose seeds all lie in the outer quarters moves it by their ranks alone, so the mean gain "
+        "of each stands beside it. The interval draws seeds anew within each study; it says nothing of tasks that are "
+        f"not here. Verdicts are against `{baseline}`, also where a plan has named another baseline.",
+        Table(["activation", "pairs", "gain", "95 %", "in each study"], rows),
         Picture("summary.png", f"Gain over {baseline}, 95 % intervals; grey: of no interest", _forest(summaries)),
         Table(["study", "metric", "smallest effect of interest", "notes"], settings),
     ]
@@ -108,7 +115,7 @@ def _forest(summaries: Sequence[Summary]) -> bytes:
     for row, summary in enumerate(summaries):
         axes.plot(summary.interval, (row, row), color="C0", lw=2)
         axes.plot(summary.gain, row, "o", color="C0")
-    axes.set_yticks(range(len(summaries)), [s.arm for s in summaries])
+    axes.set_yticks(range(len(summaries)), [s.act for s in summaries])
     axes.set_ylim(-0.6, len(summaries) - 0.4)
     axes.invert_yaxis()
     axes.set_xlabel("gain, in smallest effects of interest")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file's content in one step."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # its own: several machines may share a folder
     partial.write_text(text, encoding="utf-8")
     flush(partial)
     os.replace(partial, path)

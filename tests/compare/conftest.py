@@ -23,7 +23,7 @@ if flags.get("breaks") == folder.name and not (folder / "broken").exists():
 best = float(flags.get(f"best_for_{act}", flags.get("best", 0.01)))
 loss = 3 + 0.1 * math.log(rate / best) ** 2 + random.Random(seed).gauss(0, 0.05)
 loss += random.Random(seed * 7 + len(act)).gauss(0, 0.002) - 0.02 * (act == "gem_n2")
-status = "diverged" if rate > float(flags.get("limit", 1)) else "finished"
+status = "diverged" if rate > float(flags.get(f"limit_for_{act}", flags.get("limit", 1))) else "finished"
 session = {"commit": flags.get("commit", "c"), "dirty": False, "seconds": 3.0, "versions": {"torch": "2"},
            "hardware": {"gpus": [], "cpu": "a cpu"}}
 gain = act if flags.get("own_gain") else ""

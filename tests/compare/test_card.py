@@ -42,7 +42,7 @@ def test_a_card_says_what_a_study_found(toy, run):
     assert text.startswith(CARD[: CARD.index("## Use")])
     assert text.endswith(CARD[CARD.index("## Use") :])
     assert "This checkpoint is none of them; they had steps 10 (here 20)." in text
-    assert "| `gem_n2` | 0.01 | 8 |" in text
+    assert "| gem | `gem_n2` | 0.01 | 8 |" in text
     assert "| better |" in text
     assert "below that of `relu`" in text
     assert "`silu` was" not in text  # of others, the table alone speaks

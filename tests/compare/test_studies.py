@@ -15,12 +15,20 @@ from pathlib import Path
 import pytest
 
 from hf_gem import cli
-from hf_gem.compare.plan import Plan, PlanError, best_of_grid, load_plan
+from hf_gem.compare.plan import Plan, PlanError, Run, best_of_grid, load_plan
 from hf_gem.compare.report import write_report
 from hf_gem.compare.run import StudyError
 from recipes import compare as compare_recipe
 from tests.compare.conftest import PLAN
 from tests.helpers import ROOT
+
+# Runs a study as recipes/compare.py does.
+DRIVER = """
+from pathlib import Path
+from hf_gem.compare.run import Study
+from hf_gem.training.errors import run_recipe
+run_recipe(lambda: Study(Path({!r}), Path({!r})).run(2))
+"""
 
 
 def started(study):
@@ -73,14 +81,11 @@ def test_a_run_that_failed_stops_the_study_and_can_be_repeated(study):
 
 def test_ctrl_c_stops_the_study_and_it_goes_on(study, tmp_path):
     toy = study(flags={"slow": 1}, learning_rates=[0.01], arms={"relu": ["relu"], "gem": ["gem"]}, tuning_seeds=[])
-    script = f"""
-from pathlib import Path
-from hf_gem.compare.run import Study
-from hf_gem.training.errors import run_recipe
-run_recipe(lambda: Study(Path({str(toy.folder)!r}), Path({str(tmp_path / "recipes")!r})).run(2))
-"""
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", DRIVER.format(str(toy.folder), str(tmp_path / "recipes"))],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     while process.poll() is None and not (toy.folder / "started.txt").exists():
         time.sleep(0.05)
@@ -102,6 +107,15 @@ def test_an_optimum_at_the_edge_extends_the_grid(study):
     assert sorted(toy.tuned("relu")) == [0.005, 0.01, 0.02, 0.04, 0.08]
 
 
+def test_a_grid_is_extended_so_far_and_no_further(study):
+    toy = study(flags={"best": 10, "limit": 100}, final_seeds=[0, 1])
+    toy.run(jobs=2)
+    assert sorted(toy.tuned("relu")) == [0.005, 0.01, 0.02, 0.04, 0.08, 0.16]  # three more
+    count = len(started(toy))
+    toy.run()
+    assert len(started(toy)) == count
+
+
 def test_a_grid_is_extended_for_all(study):
     toy = study(flags={"best_for_gem": 0.04}, arms={"relu": ["relu"], "gem": ["gem"]}, final_seeds=[0, 1])
     toy.run()
@@ -114,9 +128,66 @@ def test_diverged_runs_are_outcomes(study):
     toy.run()
     assert math.isnan(toy.tuned("relu")[0.02])
     assert toy.choices()["relu"] == ("relu", 0.01)
-    bad = study("all", flags={"limit": 1e-9})
-    with pytest.raises(StudyError, match="every tuning run of 'relu' diverged"):
-        bad.run()
+
+
+def test_an_arm_that_always_diverges_has_had_its_chance(study):
+    toy = study(flags={"limit_for_silu": 1e-9})
+    toy.run(jobs=2)
+    assert toy.choices()["silu"] == ("silu", 0.000625)  # the lowest, after three extensions
+    write_report(toy)
+    report = (toy.folder / "report.md").read_text()
+    assert "8 runs of `silu` and 0 of `relu` diverged, which leaves 0 seeds to compare: it is worse." in report
+    assert "| silu | `silu` | 0.000625 (the edge of the grid) |" in report
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    json.loads((toy.folder / "results.json").read_text(), parse_constant=refuse)  # NaN is not JSON
+
+
+def test_a_study_under_way(study):
+    toy = study(learning_rates=[0.01])
+    with pytest.raises(StudyError, match=r"lacks 8 runs of its tuning, such as relu-lr0.01-seed100; the command"):
+        write_report(toy)
+    toy.run(jobs=2)
+    for seed in (5, 6):
+        (toy.folder / "records" / f"relu-lr0.01-seed{seed}.json").unlink()
+    write_report(toy)
+    report = (toy.folder / "report.md").read_text()
+    assert "**Not finished:** 2 runs are missing, such as relu-lr0.01-seed5." in report
+    assert "On 6 seeds" in report
+
+
+def test_a_frozen_plan_that_was_changed(study):
+    toy = study()
+    path = toy.folder / "plan.json"
+    path.write_text(path.read_text().replace('"smallest_effect": 0.005', '"smallest_effect": 0.5'))
+    with pytest.raises(PlanError, match="was changed after it was frozen"):
+        study()
+
+
+def test_a_record_of_an_earlier_attempt_is_not_taken_for_this_one(study):
+    toy = study(flags={"breaks": "gem-lr0.01-seed100"})
+    folder = toy.folder / "runs" / "gem-lr0.01-seed100"
+    folder.mkdir()
+    (folder / "record.json").write_text(json.dumps({"status": "interrupted"}))
+    with pytest.raises(StudyError, match="out of memory"):
+        toy.run()
+
+
+def test_runs_stop_when_their_study_is_killed(study, tmp_path):
+    toy = study(flags={"slow": 1}, learning_rates=[0.01], arms={"relu": ["relu"], "gem": ["gem"]}, tuning_seeds=[])
+    process = subprocess.Popen([sys.executable, "-c", DRIVER.format(str(toy.folder), str(tmp_path / "recipes"))])
+    while process.poll() is None and not (toy.folder / "started.txt").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    (toy.folder / "fast").touch()
+    toy.run(jobs=2)  # with nobody left in the folders
+    assert len(toy.outcomes()["gem"]) == 8
+    assert not subprocess.run(["pgrep", "-f", str(toy.folder)], capture_output=True, text=True).stdout
 
 
 def test_two_drivers_share_a_study(study):
@@ -243,7 +314,8 @@ def test_the_shipped_plans(path, capsys):
     compare_recipe.main([f"--plan={path}", "--dry_run"])
     out = capsys.readouterr().out
     assert f"{plan.num_runs()[1]} on the final seeds" in out
-    assert "found with power 0.8" in out
+    settles = plan.name != "smoke"  # which is for trying it out
+    assert ("found with power 0.8" in out) == settles
 
 
 def test_the_best_of_a_grid():
@@ -258,6 +330,11 @@ def test_a_folder_that_is_no_study(tmp_path, capsys):
         cli.main(["report", str(tmp_path)])
     assert "is no study: it has no plan.json" in capsys.readouterr().err
     assert Path(tmp_path).exists()
+
+
+def test_flags_are_words_that_recipes_take(study):
+    command = study(flags={"mixed_precision": False, "own_gain": True}).command(Run("relu", 1e-5, 3))
+    assert {"--mixed_precision=no", "--own_gain=yes", "--learning_rate=1e-05"} <= set(command)
 
 
 def test_what_is_left_to_run_has_a_cost(study, tmp_path, capsys):
@@ -276,7 +353,7 @@ def test_what_is_left_to_run_has_a_cost(study, tmp_path, capsys):
 
 def test_flags_in_place_of_those_of_a_plan(capsys):
     plan = f"--plan={ROOT / 'recipes' / 'plans' / 'smoke.yaml'}"
-    compare_recipe.main([plan, "--dry_run", "--set", "steps=7", "dataset=data/text"])
+    compare_recipe.main([plan, "--dry_run", "--set", "steps=7", "--set", "dataset=data/text"])
     assert "7 steps each" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         compare_recipe.main([plan, "--dry_run", "--set", "steps"])

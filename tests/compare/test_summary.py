@@ -18,7 +18,7 @@ def test_gains_are_in_smallest_effects_of_interest(study, tmp_path, capsys):
                 smallest_effect=0.02, **FEW)  # fmt: skip
     for each in (one, two):
         each.run(jobs=2)
-    found = {summary.arm: summary for summary in summarise([one, two], "relu")}
+    found = {summary.act: summary for summary in summarise([one, two], "relu")}
     assert {arm: list(summary.comparisons) for arm, summary in found.items()} == {
         "gem_n2": ["one", "two"], "silu": ["one"], "gelu": ["two"],
     }  # fmt: skip
@@ -31,12 +31,14 @@ def test_gains_are_in_smallest_effects_of_interest(study, tmp_path, capsys):
     assert "summary.html" in capsys.readouterr().out
     text = (tmp_path / "pages" / "summary.md").read_text()
     assert re.search(r"\| `gem_n2` \| 8 \| \+", text)
-    assert "one: inconclusive, two: inconclusive" in text
+    assert re.search(r"one: \+[\d.]+, inconclusive, two: \+[\d.]+, inconclusive", text)
     assert (tmp_path / "pages" / "summary.png").exists()
 
 
 def test_what_cannot_be_summarised(study):
     toy = study(arms={"relu": ["relu"], "gem": ["gem"], "silu": ["silu"]}, **FEW)
+    with pytest.raises(PlanError, match=r"toy is not finished, or not paired: relu-lr0\.01-seed0"):
+        summarise([toy], "relu")
     with pytest.raises(PlanError, match="studies must differ in name, got toy, toy"):
         summarise([toy, toy], "relu")
     with pytest.raises(PlanError, match="toy has no arm 'gelu'; its arms are relu, gem, silu"):
