@@ -63,6 +63,8 @@ class Plan:
         tuning_seeds: Over which an arm chooses; none where there is nothing to choose.
         final_seeds: On which the arms are compared; none of the tuning seeds.
         flags: Further flags of the recipe, the same for all; `steps` is the horizon.
+        tuning_flags: Flags in place of those in tuning, such as those that hold out a part of the training data, so
+            that nothing is chosen on the samples of the comparison.
         min_seeds: With fewer finished pairs, no arm is called better or worse.
         notes: What a report has to say about the data or the setting.
     """
@@ -78,6 +80,7 @@ class Plan:
     final_seeds: list[int]
     tuning_seeds: list[int] = field(default_factory=list)
     flags: dict[str, Any] = field(default_factory=dict)
+    tuning_flags: dict[str, Any] = field(default_factory=dict)
     min_seeds: int = 8
     notes: str = ""
 
@@ -103,7 +106,8 @@ class Plan:
         require(len(self.final_seeds) > 1, "final_seeds needs two or more")
         require(self.tuning_seeds or not self.tunes, "tuning_seeds is empty, and there is something to choose")
         require(self.smallest_effect > 0, f"smallest_effect must be above 0, got {self.smallest_effect}")
-        ours = {"hidden_act", "learning_rate", "seed", "data_seed", "output_dir", "preset", "resume"} & set(self.flags)
+        ours = {"hidden_act", "learning_rate", "seed", "data_seed", "output_dir", "preset", "resume"}
+        ours &= {*self.flags, *self.tuning_flags}
         require(not ours, f"flags {', '.join(sorted(ours))} are set by the study")
 
     @property
@@ -124,7 +128,10 @@ class Plan:
     @property
     def hash(self) -> str:
         """SHA-256 over all fields: a changed plan is another study."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        values = asdict(self)
+        if not self.tuning_flags:
+            del values["tuning_flags"]  # which plans that were frozen before there were any do not have
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     @property
     def own_gains(self) -> bool:

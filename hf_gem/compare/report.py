@@ -221,12 +221,18 @@ def _tuning_parts(study: Study) -> list[Part]:
         rows.append(
             [arm, f"`{act}`", f"{rate:g}{edge}", str(len(trials)), str(diverged), number(plan.best(trials)), few]
         )
+    flags = " ".join(f"`{key}={value}`" for key, value in plan.tuning_flags.items())
+    samples = (
+        f"Tuning runs had {flags}."
+        if flags
+        else "Tuning and comparison are evaluated on the same samples: an arm with more trials than another had more "
+        "chances to suit them."
+    )
     parts: list[Part] = [
         "## Tuning",
         f"Over seeds {', '.join(map(str, plan.tuning_seeds))}, which are none of those above. Every arm had the same "
-        "grid of learning rates, which was extended for all where the best of one lay at its edge. Tuning and "
-        "comparison are evaluated on the same samples: an arm with more trials than another had more chances to suit "
-        "them.",
+        "grid of learning rates, which was extended for all where the best of one lay at its edge. "
+        f"{samples}",
         Table(["arm", "chosen", "learning rate", "trials", "diverged", "best", "expected best of k trials"], rows),
         Picture("tuning.png", "Sensitivity to the learning rate", _sensitivity(study)),
     ]

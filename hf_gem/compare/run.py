@@ -293,7 +293,8 @@ class Study:
         plan = self.plan
         ours = {"preset": plan.preset, "hidden_act": run.act, "learning_rate": run.learning_rate, "seed": run.seed}
         ours |= {"data_seed": run.seed, "output_dir": self.folder / "runs" / run.name}
-        flags = {"report_to": "none", **plan.flags, **ours}
+        tuning = plan.tuning_flags if run.seed in plan.tuning_seeds else {}
+        flags = {"report_to": "none", **plan.flags, **tuning, **ours}
         text = {True: "yes", False: "no"}  # YAML's for what may be a word of its own, such as mixed_precision: no
         return [
             str(self.recipes / f"{plan.recipe}.py"),
@@ -304,20 +305,20 @@ class Study:
         """Records of other code, versions or data than the first one's do not belong into one study."""
         if self.allow_mixed:
             return
-        first: tuple[str, dict[str, Any]] | None = None
+        seen: dict[str, tuple[str, Any]] = {}
         for path in sorted((self.folder / "records").glob("*.json")):
             record = json.loads(path.read_text())
+            tunes = int(path.stem.rpartition("-seed")[2]) in self.plan.tuning_seeds
             for session in record["sessions"]:
-                versions = {name: session["versions"].get(name) for name in ("torch", "transformers", "hf-gem")}
-                code = {"commit": session["commit"], "uncommitted changes": session["dirty"]}
-                found = {**code, **versions, "data": record["data"]["hash"]}
-                first = first or (path.stem, found)
+                found = {name: session["versions"].get(name) for name in ("torch", "transformers", "hf-gem")}
+                found |= {"commit": session["commit"], "uncommitted changes": session["dirty"]}
+                found |= {"tuning data" if tunes else "data": record["data"]["hash"]}
                 for key, value in found.items():
-                    if value != first[1][key]:
+                    first, other = seen.setdefault(key, (path.stem, value))
+                    if value != other:
                         raise StudyError(
-                            f"{path.stem} has {key} {value}, {first[0]} has {first[1][key]}: these do not belong into "
-                            "one study. Go back to the same code, versions and data, start another study, or "
-                            "--allow_mixed"
+                            f"{path.stem} has {key} {value}, {first} has {other}: these do not belong into one study. "
+                            "Go back to the same code, versions and data, start another study, or --allow_mixed"
                         )
 
 

@@ -27,7 +27,8 @@ status = "diverged" if rate > float(flags.get(f"limit_for_{act}", flags.get("lim
 session = {"commit": flags.get("commit", "c"), "dirty": False, "seconds": 3.0, "versions": {"torch": "2"},
            "hardware": {"gpus": [], "cpu": "a cpu"}}
 gain = act if flags.get("own_gain") else ""
-record = {"status": status, "result": {"validation_loss": loss}, "sessions": [session], "data": {"hash": "d" * 64},
+record = {"status": status, "result": {"validation_loss": loss}, "sessions": [session],
+          "data": {"hash": flags.get("data", "test")},
           "init_hash": f"w{seed}{gain}", "init_signs_hash": f"s{seed}",
           "order_hash": f"o{seed}{act if flags.get('unpaired') else ''}",
           "recipe": "toy", "run_id": folder.name, "config": {**flags, "dataset": "toy"},

@@ -337,6 +337,16 @@ def test_flags_are_words_that_recipes_take(study):
     assert {"--mixed_precision=no", "--own_gain=yes", "--learning_rate=1e-05"} <= set(command)
 
 
+def test_tuning_can_be_evaluated_on_samples_of_its_own(study):
+    toy = study(tuning_flags={"data": "held-out"}, final_seeds=[0, 1], arms={"relu": ["relu"], "gem": ["gem"]})
+    toy.run(jobs=2)
+    data = {run.seed: toy.record(run)["data"]["hash"] for run in (Run("gem", 0.01, 100), Run("gem", 0.01, 1))}
+    assert data == {100: "held-out", 1: "test"}
+    write_report(toy)
+    assert "Tuning runs had `data=held-out`." in (toy.folder / "report.md").read_text()
+    assert "--data=held-out" not in toy.command(Run("gem", 0.01, 1))
+
+
 def test_what_is_left_to_run_has_a_cost(study, tmp_path, capsys):
     toy = study(learning_rates=[0.01], arms={"relu": ["relu"], "gem": ["gem"]}, tuning_seeds=[])
     toy.run(jobs=2)
