@@ -9,7 +9,6 @@ from ..training.config import TrainConfig
 from ..training.errors import ConfigError
 from .report import Part, Table, markdown, mean, number, pairing, sentence, signed, span, spread
 from .run import Study
-from .stats import compare
 
 _HEADING = "\n## Compared with other activations\n"
 _NEXT = "\n## Use\n"
@@ -54,7 +53,7 @@ def _section(record: dict[str, Any], study: Study, arms: list[str]) -> list[Part
         f"{key} {there.get(key)} (here {here[key]})" for key in here if key not in same and here[key] != there.get(key)
     ]
     one_of_them = record["run_id"] in {run.get("run_id") for run in runs}
-    comparisons = compare(outcomes, plan.baseline, plan.smallest_effect, plan.higher_is_better, plan.min_seeds)
+    comparisons = study.comparisons()
     found = {c.arm: c for c in comparisons}
     rows = [
         [

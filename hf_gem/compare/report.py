@@ -18,7 +18,7 @@ from ..spec import is_name, parse
 from ..training.files import write_atomically
 from .plan import Plan, Run
 from .run import Study
-from .stats import Comparison, compare, expected_best_of, minimum_detectable_effect, t_interval
+from .stats import Comparison, expected_best_of, minimum_detectable_effect, t_interval
 
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -65,7 +65,7 @@ def write_report(study: Study) -> Path:
         The HTML page.
     """
     plan = study.plan
-    comparisons = compare(study.outcomes(), plan.baseline, plan.smallest_effect, plan.higher_is_better, plan.min_seeds)
+    comparisons = study.comparisons()
     parts = _parts(study, comparisons)
     folder = study.folder
     results = {"plan_hash": plan.hash, "choices": study.choices(), "comparisons": [asdict(c) for c in comparisons]}
@@ -209,11 +209,11 @@ def sentence(c: Comparison, study: Study) -> str:
 
 def _tuning_parts(study: Study) -> list[Part]:
     plan = study.plan
-    rows = []
+    rows, choices = [], study.choices()
     worst = -math.inf if plan.higher_is_better else math.inf
     for arm, acts in plan.arms.items():
         tuned = {act: study.tuned(act) for act in acts}
-        act, rate = study.choices()[arm]
+        act, rate = choices[arm]
         trials = [value if math.isfinite(value) else worst for means in tuned.values() for value in means.values()]
         few = ", ".join(f"{k}: {number(expected_best_of(trials, k, plan.higher_is_better))}" for k in (1, 2, 4))
         edge = " (the edge of the grid)" if len(tuned[act]) > 1 and rate in (min(tuned[act]), max(tuned[act])) else ""
@@ -228,7 +228,7 @@ def _tuning_parts(study: Study) -> list[Part]:
         else "Tuning and comparison are evaluated on the same samples: an arm with more trials than another had more "
         "chances to suit them."
     )
-    parts: list[Part] = [
+    return [
         "## Tuning",
         f"Over seeds {', '.join(map(str, plan.tuning_seeds))}, which are none of those above. Every arm had the same "
         "grid of learning rates, which was extended for all where the best of one lay at its edge. "
@@ -236,7 +236,6 @@ def _tuning_parts(study: Study) -> list[Part]:
         Table(["arm", "chosen", "learning rate", "trials", "diverged", "best", "expected best of k trials"], rows),
         Picture("tuning.png", "Sensitivity to the learning rate", _sensitivity(study)),
     ]
-    return parts
 
 
 def _environment(study: Study) -> list[Part]:

@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from multiprocessing.connection import wait
@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 from ..training.errors import Interrupted, TrainingError
 from ..training.files import write_atomically
 from .plan import Plan, PlanError, Run, best_of_grid
+from .stats import Comparison, compare
 
 PLAN = "plan.json"
 _WAIT = 2.0  # seconds between looks at runs that others work on
@@ -102,8 +103,12 @@ class Study:
 
     def seconds(self) -> list[float]:
         """What each run took that there is a record of, tuning and all."""
-        records = [json.loads(path.read_text()) for path in sorted((self.folder / "records").glob("*.json"))]
-        return [sum(session["seconds"] for session in record["sessions"]) for record in records]
+        return [sum(session["seconds"] for session in record["sessions"]) for _, record in self._records()]
+
+    def _records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Name and record of every run that there is one of."""
+        for path in sorted((self.folder / "records").glob("*.json")):
+            yield path.stem, json.loads(path.read_text())
 
     def outcome(self, run: Run) -> float:
         """The metric at the end; NaN where the run diverged."""
@@ -114,9 +119,12 @@ class Study:
 
     def missing(self) -> list[Run]:
         """The planned runs without a record; those on the final seeds only once the tuning is over."""
-        tuning = [run for run in self.plan.tuning_runs() if self.record(run) is None]
+        tuning = self._missing_in_tuning()
         final = [] if tuning else [run for runs in self.final_runs().values() for run in runs]
         return tuning or [run for run in dict.fromkeys(final) if self.record(run) is None]
+
+    def _missing_in_tuning(self) -> list[Run]:
+        return [run for run in self.plan.tuning_runs() if self.record(run) is None]
 
     def choices(self) -> dict[str, tuple[str, float]]:
         """Arm -> the activation and learning rate that were best in tuning.
@@ -127,7 +135,7 @@ class Study:
             StudyError: the tuning is not over.
         """
         plan = self.plan
-        if missing := [run for run in plan.tuning_runs() if self.record(run) is None]:
+        if missing := self._missing_in_tuning():
             raise StudyError(
                 f"{self.folder} lacks {len(missing)} runs of its tuning, such as {missing[0].name}; the command that "
                 "started it goes on"
@@ -162,6 +170,12 @@ class Study:
             arm: {run.seed: self.outcome(run) for run in runs if self.record(run)}
             for arm, runs in self.final_runs().items()
         }
+
+    def comparisons(self, baseline: str | None = None) -> list[Comparison]:
+        """Every arm against the plan's baseline, or another arm, by the plan's terms."""
+        plan = self.plan
+        terms = plan.smallest_effect, plan.higher_is_better, plan.min_seeds
+        return compare(self.outcomes(), baseline or plan.baseline, *terms)
 
     def check_pairing(self) -> list[str]:
         """What is wrong with the claim that the arms of a seed differ in their activation alone."""
@@ -306,18 +320,17 @@ class Study:
         if self.allow_mixed:
             return
         seen: dict[str, tuple[str, Any]] = {}
-        for path in sorted((self.folder / "records").glob("*.json")):
-            record = json.loads(path.read_text())
-            tunes = int(path.stem.rpartition("-seed")[2]) in self.plan.tuning_seeds
+        for name, record in self._records():
+            tunes = int(name.rpartition("-seed")[2]) in self.plan.tuning_seeds
             for session in record["sessions"]:
-                found = {name: session["versions"].get(name) for name in ("torch", "transformers", "hf-gem")}
+                found = {package: session["versions"].get(package) for package in ("torch", "transformers", "hf-gem")}
                 found |= {"commit": session["commit"], "uncommitted changes": session["dirty"]}
                 found |= {"tuning data" if tunes else "data": record["data"]["hash"]}
                 for key, value in found.items():
-                    first, other = seen.setdefault(key, (path.stem, value))
+                    first, other = seen.setdefault(key, (name, value))
                     if value != other:
                         raise StudyError(
-                            f"{path.stem} has {key} {value}, {first} has {other}: these do not belong into one study. "
+                            f"{name} has {key} {value}, {first} has {other}: these do not belong into one study. "
                             "Go back to the same code, versions and data, start another study, or --allow_mixed"
                         )
 

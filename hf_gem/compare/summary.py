@@ -11,7 +11,7 @@ import numpy as np
 from .plan import PlanError
 from .report import Part, Picture, Table, new_figure, png_of, span, write_pages
 from .run import Study
-from .stats import Comparison, compare, interquartile_mean
+from .stats import Comparison, interquartile_mean
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def summarise(studies: Sequence[Study], baseline: str) -> list[Summary]:
         if problems := [*(run.name for run in study.missing()), *study.check_pairing()]:
             raise PlanError(f"{plan.name} is not finished, or not paired: {problems[0]}; its report says more")
         choices = study.choices()
-        for c in compare(study.outcomes(), baseline, plan.smallest_effect, plan.higher_is_better, plan.min_seeds):
+        for c in study.comparisons(baseline):
             if len(c.seeds) > 1:
                 better = np.subtract(c.values, c.baseline) * (1 if plan.higher_is_better else -1)
                 found.setdefault(choices[c.arm][0], {})[plan.name] = c
