@@ -31,6 +31,9 @@ def main(argv: list[str] | None = None) -> None:
         metavar="FLAG=VALUE",
         help="flags of the recipe, in place of those of the plan",
     )
+    parser.add_argument(
+        "--note", default="", help="what the report is to say of your data, behind the plan's own notes"
+    )
     parser.add_argument("--study", type=Path, help="folder of the study (default: studies/ and the name of the plan)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
     parser.add_argument("--dry_run", action="store_true", help="only say what would run")
@@ -39,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
     plan = load_plan(arguments.plan)
+    plan = replace(plan, notes=f"{plan.notes} {arguments.note}".strip())
     for flag in arguments.set:
         name, equals, value = flag.partition("=")
         if not (name and equals and value):

@@ -64,10 +64,13 @@ def freeze(plan: Plan, folder: Path) -> None:
         for name in ("records", "runs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         write_atomically(frozen, json.dumps({"hash": plan.hash, "plan": asdict(plan)}, indent=2) + "\n")
-    elif json.loads(frozen.read_text())["hash"] != plan.hash:
+        return
+    saved = json.loads(frozen.read_text())
+    if saved["hash"] != plan.hash:
+        differ = ", ".join(name for name, value in asdict(plan).items() if saved["plan"].get(name) != value)
         raise PlanError(
-            f"{folder} is a study of another plan, frozen when its first run started; a changed plan is a new study: "
-            "give it another name or --study folder"
+            f"{folder} is a study of another plan (other {differ}), frozen when its first run started; a changed plan "
+            "is a new study: give it another name or --study folder"
         )
 
 

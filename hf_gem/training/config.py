@@ -201,7 +201,7 @@ class _Parser(HfArgumentParser):
 
 
 def _nearest(name: str, allowed: Any) -> str:
-    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0)
+    close = difflib.get_close_matches(name, list(allowed), n=1)
     return f", did you mean {close[0]!r}?" if close else ""
 
 

@@ -246,7 +246,9 @@ def test_a_recipe_that_is_none(study):
 
 def test_a_changed_plan_is_another_study(study):
     study()
-    with pytest.raises(PlanError, match="a study of another plan, frozen when its first run started"):
+    with pytest.raises(
+        PlanError, match=r"a study of another plan \(other smallest_effect\), frozen when its first run started"
+    ):
         study(smallest_effect=0.01)
 
 
@@ -359,6 +361,13 @@ def test_what_is_left_to_run_has_a_cost(study, tmp_path, capsys):
     assert "12 runs are done, 3 s each; what is planned takes 0.0 hours more" in capsys.readouterr().out
     compare_recipe.main([command[0], "--dry_run"])
     assert "known when one has finished" in capsys.readouterr().out
+
+
+def test_a_note_is_a_part_of_the_plan(study, tmp_path):
+    toy = study()
+    (tmp_path / "plan.py").write_text(f"from hf_gem.compare.plan import Plan\nplan = Plan(**{toy.plan.__dict__})\n")
+    with pytest.raises(PlanError, match=r"a study of another plan \(other notes\)"):
+        compare_recipe.main([f"--plan={tmp_path / 'plan.py'}", f"--study={toy.folder}", "--note=Of JPEG images."])
 
 
 def test_flags_in_place_of_those_of_a_plan(capsys):
