@@ -186,8 +186,8 @@ class Study:
         arms = self.final_runs().values()  # reads all records of the tuning: once is enough
         for seed in self.plan.final_seeds:
             records = [r for runs in arms for run in runs if run.seed == seed and (r := self.record(run))]
-            for key in ("init_signs_hash" if self.plan.own_gains else "init_hash", "order_hash"):
-                if len({record[key] for record in records}) > 1:
+            for key in ("init_signs_hash" if self.plan.own_gains else "init_hash", "order_hash", "samples_hash"):
+                if len({record.get(key) for record in records}) > 1:
                     wrong.append(f"seed {seed}: the arms differ in {key}")
         return wrong
 

@@ -40,7 +40,7 @@ from .metrics import FLOP_COUNT, peak_flops
 from .optim import learning_rate, make_optimizer
 from .order import SampleOrder
 from .push import CheckpointPusher
-from .record import MetricsLog, environment, hash_tensors, write_record
+from .record import MetricsLog, environment, hash_tensors, hash_weights, write_record
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
 _MOST_SKIPPED = 10  # steps one after the other
@@ -295,9 +295,10 @@ class _Run:
             "mixed_precision": accelerator.mixed_precision,
             "data": task.data,
             **task.facts,
-            "init_hash": hash_tensors(task.model) if self.is_main else None,
-            "init_signs_hash": hash_tensors(task.model, signs=True) if self.is_main else None,
+            "init_hash": hash_weights(task.model) if self.is_main else None,
+            "init_signs_hash": hash_weights(task.model, signs=True) if self.is_main else None,
             "order_hash": self.order.hash(config.steps, config.global_batch_size),
+            "samples_hash": hash_tensors(self._first_samples()) if self.is_main else None,
             "num_parameters": sum(p.numel() for p in task.model.parameters()),
             "nonfinite": {"skipped_steps": 0, "rollbacks": 0, "skipped_batches": 0},
             "sessions": [],
@@ -411,6 +412,11 @@ class _Run:
         drawn = np.stack([self.order.batch(number, size), np.arange(number * size, (number + 1) * size)])
         mine = drawn.reshape(2, -1, self.world, self.micro_batch_size)[:, :, self.rank]
         return [self.task.train.batch(indices, draws) for indices, draws in mine.swapaxes(0, 1)]
+
+    def _first_samples(self) -> dict[str, torch.Tensor]:
+        """Samples of the first batch as the model sees them, cropped, flipped and masked; the same for any split."""
+        indices = self.order.batch(0, self.config.global_batch_size)[:32]
+        return self.task.train.batch(indices, np.arange(len(indices)))
 
     def _step(self, step: int) -> torch.Tensor:
         """One optimizer step; returns the mean loss over the global batch."""

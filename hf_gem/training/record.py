@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -93,19 +94,24 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def hash_tensors(model: nn.Module, signs: bool = False) -> str:
+def hash_weights(model: nn.Module, signs: bool = False) -> str:
     """SHA-256 over names, shapes and values of all parameters but those of activations: equal for equal weights.
 
     Args:
         model: Whose parameters.
         signs: Takes signs in place of values: equal for equal draws of weights, whatever their scale.
     """
-    digest = hashlib.sha256()
     ours = {p for module in model.modules() if isinstance(module, GemActivation) for p in module.parameters()}
-    for name, tensor in ((name, tensor) for name, tensor in model.named_parameters() if tensor not in ours):
+    weights = {name: p.detach() for name, p in model.named_parameters() if p not in ours}
+    return hash_tensors({name: weight.sign() if signs else weight for name, weight in weights.items()})
+
+
+def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, shapes, types and values."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        values = tensor.detach().sign() if signs else tensor.detach()
-        digest.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

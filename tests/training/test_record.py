@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_gem.training.record import MetricsLog, environment, hash_tensors, write_record
+from hf_gem.training.record import MetricsLog, environment, hash_weights, write_record
 
 
 def test_a_resumed_log_goes_on_where_the_checkpoint_was(tmp_path):
@@ -52,18 +52,18 @@ def test_weights_have_a_hash():
     one = nn.Linear(3, 2)
     torch.manual_seed(0)
     two = nn.Linear(3, 2)
-    assert hash_tensors(one) == hash_tensors(two)
+    assert hash_weights(one) == hash_weights(two)
     two.bias.data[0] += 1e-6
-    assert hash_tensors(one) != hash_tensors(two)
-    assert hash_tensors(one.bfloat16()) != hash_tensors(two)
+    assert hash_weights(one) != hash_weights(two)
+    assert hash_weights(one.bfloat16()) != hash_weights(two)
 
 
 def test_signs_have_a_hash_that_scales_do_not_change():
     torch.manual_seed(0)
     layer = nn.Linear(3, 2)
-    values, signs = hash_tensors(layer), hash_tensors(layer, signs=True)
+    values, signs = hash_weights(layer), hash_weights(layer, signs=True)
     layer.weight.data *= 1.7
-    assert hash_tensors(layer) != values
-    assert hash_tensors(layer, signs=True) == signs
+    assert hash_weights(layer) != values
+    assert hash_weights(layer, signs=True) == signs
     layer.weight.data[0, 0] *= -1
-    assert hash_tensors(layer, signs=True) != signs
+    assert hash_weights(layer, signs=True) != signs
