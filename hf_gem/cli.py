@@ -13,6 +13,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     report = commands.add_parser("report", help="write the report of a study from its records")
     report.add_argument("study", type=Path, help="folder of a study that recipes/compare.py has made")
+    report.add_argument("--baseline", help="another arm than the plan's, in a folder of its own in that of the study")
     report.set_defaults(run=_report)
     summary = commands.add_parser("summary", help="compare activations with one baseline, over several studies")
     summary.add_argument("study", type=Path, nargs="+", help="their folders")
@@ -35,7 +36,7 @@ def _report(arguments: argparse.Namespace) -> str:
     from .compare.report import write_report
     from .compare.run import Study
 
-    return f"Report: {write_report(Study(arguments.study))}"
+    return f"Report: {write_report(Study(arguments.study), arguments.baseline)}"
 
 
 def _summary(arguments: argparse.Namespace) -> str:

@@ -56,18 +56,21 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(f"{detectable(plan)}; the smallest effect of interest is {plan.smallest_effect:g} ({plan.metric})")
     if arguments.dry_run:
-        if (folder / PLAN).exists() and (seconds := Study(folder, RECIPES).seconds()):
+        missing = list(plan.tuning_runs())
+        if (folder / PLAN).exists():
             freeze(plan, folder)  # which refuses another plan
             missing = Study(folder, RECIPES).missing()
-            tuned = all(run.seed in plan.final_seeds for run in missing)
+        tuned = not missing or missing[0].seed in plan.final_seeds
+        if (folder / PLAN).exists() and (seconds := Study(folder, RECIPES).seconds()):
             left, each = len(missing) + (0 if tuned else final), sum(seconds) / len(seconds)
             hours = left * each / 3600 / arguments.jobs
             print(f"{len(seconds)} runs are done, {each:,.0f} s each; what is planned takes {hours:.1f} hours more")
         else:
             print("What a run costs is known when one has finished; ask again then")
-        for run in plan.tuning_runs():
+        for run in missing:
             print(f"  {run.name}")
-        print(f"  then {len(plan.final_seeds)} seeds of each arm, as tuned")
+        if not tuned:
+            print(f"  then {len(plan.final_seeds)} seeds of each arm, as tuned")
         return
     freeze(plan, folder)
     study = Study(folder, RECIPES, arguments.allow_mixed)

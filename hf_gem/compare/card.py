@@ -69,5 +69,5 @@ def _section(record: dict[str, Any], study: Study, arms: list[str]) -> list[Part
         + ("This checkpoint is one of them" if one_of_them else "This checkpoint is none of them")
         + (f"; they had {', '.join(other)}." if other else "."),
         Table(["arm", "activation", "learning rate", "seeds", "mean", "sd", "difference", "95 % BCa", "verdict"], rows),
-        *(sentence(c, study) for c in comparisons if c.arm in arms or plan.baseline in arms),
+        *(sentence(c, plan, plan.baseline) for c in comparisons if c.arm in arms or plan.baseline in arms),
     ]

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,11 @@ class Plan:
         return max if self.higher_is_better else min
 
     @property
+    def worst(self) -> float:
+        """The outcome of a run that diverged, among others: infinite."""
+        return -math.inf if self.higher_is_better else math.inf
+
+    @property
     def acts(self) -> list[str]:
         """All activations, each once: arms may share one."""
         return list(dict.fromkeys(act for acts in self.arms.values() for act in acts))
@@ -149,10 +154,20 @@ class Plan:
         rates = self.learning_rates
         return (rates[-1] / rates[0]) ** (1 / (len(rates) - 1)) if len(rates) > 1 else 2.0
 
-    def reaches(self, rate: float) -> bool:
-        """Whether extensions of the grid may go as far as a learning rate."""
+    def next_rate(self, means: Mapping[float, float]) -> float | None:
+        """The learning rate to try next, where the best of some lies at their edge; None where it does not.
+
+        Args:
+            means: Learning rate -> mean outcome.
+        """
+        if len(self.learning_rates) == 1:
+            return None
+        best = self.best(sorted(means), key=lambda rate: means[rate])
+        ratio = {min(means): 1 / self.ratio, max(means): self.ratio}.get(best)
         reach = self.ratio ** (MOST_EXTENSIONS + 0.5)  # half a step for rounding
-        return len(self.learning_rates) > 1 and self.learning_rates[0] / reach < rate < self.learning_rates[-1] * reach
+        if ratio and self.learning_rates[0] / reach < best * ratio < self.learning_rates[-1] * reach:
+            return float(f"{best * ratio:.6g}")
+        return None
 
     def tuning_runs(self) -> Iterator[Run]:
         """Those of the grid as planned."""
@@ -203,21 +218,3 @@ def load_plan(path: Path) -> Plan:
         if isinstance(error, PlanError):
             raise
         raise PlanError(f"the plan {path}: {error}") from error
-
-
-def best_of_grid(means: dict[float, float], ratio: float, higher_is_better: bool) -> tuple[float, float | None]:
-    """The learning rate with the best mean outcome, and the next one to try where it lies at an edge.
-
-    Args:
-        means: Learning rate -> mean outcome; not finite where runs diverged.
-        ratio: Of neighbouring rates.
-        higher_is_better: Whether outcomes are to be large.
-    """
-    worst = -math.inf if higher_is_better else math.inf
-    scored = {rate: value if math.isfinite(value) else worst for rate, value in means.items()}
-    best = (max if higher_is_better else min)(sorted(scored), key=lambda rate: scored[rate])
-    if len(means) == 1:
-        return best, None
-    if best == min(means):
-        return best, best / ratio
-    return best, best * ratio if best == max(means) else None

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..spec import is_name, parse
 from ..training.files import write_atomically
-from .plan import Plan, Run
+from .plan import Plan, PlanError, Run
 from .run import Study
 from .stats import Comparison, expected_best_of, minimum_detectable_effect, t_interval
 
@@ -58,16 +58,27 @@ class Picture:
 Part = str | Table | Picture  # a string that starts with "#" is a heading, others are paragraphs
 
 
-def write_report(study: Study) -> Path:
+def write_report(study: Study, baseline: str | None = None) -> Path:
     """Writes `report.md`, `report.html`, `results.json` and the pictures into the folder of a study.
+
+    Args:
+        study: With a finished tuning.
+        baseline: Another arm than that of the plan; the report then goes into the folder `against-<baseline>` there.
 
     Returns:
         The HTML page.
+
+    Raises:
+        PlanError: the baseline is no arm.
     """
-    plan = study.plan
-    comparisons = study.comparisons()
-    parts = _parts(study, comparisons)
-    folder = study.folder
+    plan, folder = study.plan, study.folder
+    if baseline not in (None, plan.baseline):
+        if baseline not in plan.arms:
+            raise PlanError(f"{plan.name} has no arm {baseline!r}; its arms are {', '.join(plan.arms)}")
+        folder = folder / f"against-{baseline}"
+        folder.mkdir(exist_ok=True)
+    comparisons = study.comparisons(baseline)
+    parts = _parts(study, comparisons, baseline or plan.baseline)
     results = {"plan_hash": plan.hash, "choices": study.choices(), "comparisons": [asdict(c) for c in comparisons]}
     write_atomically(folder / "results.json", json.dumps(_without_nan(results), indent=2, allow_nan=False) + "\n")
     return write_pages(folder, "report", parts)
@@ -92,15 +103,19 @@ def write_pages(folder: Path, name: str, parts: Sequence[Part]) -> Path:
     return folder / f"{name}.html"
 
 
-def _parts(study: Study, comparisons: list[Comparison]) -> list[Part]:
+def _parts(study: Study, comparisons: list[Comparison], baseline: str) -> list[Part]:
     plan = study.plan
     outcomes, choices = study.outcomes(), study.choices()
     seeds = plan.final_seeds
-    parts: list[Part] = [f"# {plan.name}", *(sentence(c, study) for c in comparisons)]
+    parts: list[Part] = [f"# {plan.name}", *(sentence(c, plan, baseline) for c in comparisons)]
+    if baseline != plan.baseline:
+        parts.append(f"The plan had named `{plan.baseline}` as the baseline, so this looks at the same runs once more.")
     if plan.notes:
         parts.append(plan.notes)
     if missing := study.missing():
         parts.append(f"**Not finished:** {len(missing)} runs are missing, such as {missing[0].name}.")
+    if mixed := study.mixtures():
+        parts.append(f"**Mixed:** {'; '.join(mixed)}.")
     parts.append(pairing(study))
     heads = [
         "arm",
@@ -117,21 +132,25 @@ def _parts(study: Study, comparisons: list[Comparison]) -> list[Part]:
     rows = [
         [
             c.arm, signed(c.difference), span(c.interval), span(c.t_interval), f"{c.p:.4g}", f"{c.p_holm:.4g}",
-            f"{c.d_z:+.2f}", f"{c.correlation:.2f}", f"{c.superiority:.2f}", f"{c.p_equivalence:.4g}",
-            span(c.welch_interval), f"{c.welch_p:.4g}", f"{c.diverged[0]} / {c.diverged[1]}", f"**{c.verdict}**",
+            *(cell(value, form) for value, form in ((c.d_z, "+.2f"), (c.correlation, ".2f"), (c.superiority, ".2f"),
+                                                    (c.p_equivalence, ".4g"))),
+            span(c.welch_interval), cell(c.welch_p, ".4g"), f"{c.diverged[0]} / {c.diverged[1]}", f"**{c.verdict}**",
             "" if c.further_seeds is None else f"{c.further_seeds:,}",
         ]
         for c in comparisons
     ]  # fmt: skip
     parts += [
         "## Verdicts",
-        f"Differences of {plan.metric} from `{plan.baseline}`, over {len(seeds)} planned seeds; "
+        f"Differences of {plan.metric} from `{baseline}`, over {len(seeds)} planned seeds; "
         f"{'higher' if plan.higher_is_better else 'lower'} is better. Differences below {plan.smallest_effect:g} are "
-        f"of no interest. r is the correlation of paired outcomes. With {plan.min_seeds} pairs and more an arm can be "
-        "called better or worse; p of equivalence is not adjusted for the number of arms. The last column is how many "
-        "more seeds would settle it, if what was seen were the truth.",
+        "of no interest. The sign-flip test decides, adjusted by Holm for the number of arms; a run that diverged "
+        "counts there as worse than any that did not. Intervals, p of Welch and p of equivalence are not adjusted. r "
+        f"is the correlation of paired outcomes. With {plan.min_seeds} pairs and more an arm can be called better or "
+        "worse. The last column is how many more seeds would settle it with power 0.8, if what was seen were the "
+        "truth; they belong into a new study, for one that is extended until it shows something shows it too often.",
         Table([*heads, "95 % Welch", "p Welch", "diverged", "verdict", "more seeds"], rows),
-        Picture("forest.png", "Mean differences, 95 % intervals; grey: of no interest", _forest(study, comparisons)),
+        Picture("forest.png", "Mean differences, 95 % intervals, seeds; grey: of no interest",
+                _forest(plan, comparisons, baseline)),
         "## Seeds",
         Table(
             ["arm", "activation", "learning rate", *map(str, seeds), "mean", "sd"],
@@ -147,10 +166,11 @@ def _parts(study: Study, comparisons: list[Comparison]) -> list[Part]:
     ]  # fmt: skip
     for key in ("n", "eps"):
         if (png := _ablation(study, key)) is not None:
-            parts.append(Picture(f"{key}.png", f"Outcome by {key}", png))
+            tuned = f"; tuning: mean of {len(plan.tuning_seeds)} other seeds at their best rate" if plan.tunes else ""
+            parts.append(Picture(f"{key}.png", f"Outcome by {key}; bars: 95 % t of the mean{tuned}", png))
     if plan.tunes:
         parts += _tuning_parts(study)
-    parts += ["## How it was made", *_environment(study)]
+    parts += ["## How it was made", *_environment(study, comparisons)]
     return parts
 
 
@@ -158,69 +178,78 @@ def pairing(study: Study) -> str:
     """In what the arms of a seed were alike, by the hashes in their records."""
     if wrong := study.check_pairing():
         return "**Not paired:** " + "; ".join(wrong)
-    scaled = ", each scaled for its activation," if study.plan.own_gains else ""
+    plan = study.plan
+    scaled = ", each scaled for its activation," if plan.own_gains else ""
+    rate = f" and in the learning rate, which {len(plan.tuning_seeds)} other seeds have chosen" if plan.tunes else ""
     return (
         f"Arms of a seed had equal initial weights{scaled} and saw the same samples in the same order, by the hashes "
-        "in their records; they differ in the activation and in the learning rate that suits it."
+        f"in their records; they differ in the activation{rate}."
     )
 
 
-def detectable(plan: Plan) -> str:
-    """What differences the planned seeds can find."""
+def detectable(plan: Plan, comparisons: Sequence[Comparison] = ()) -> str:
+    """What differences the planned seeds can find; in the unit of the metric, where comparisons tell their spread."""
     seeds, arms = len(plan.final_seeds), len(plan.arms) - 1
     effect = minimum_detectable_effect(seeds, arms)
     if seeds < plan.min_seeds or math.isinf(effect):
         return f"No difference, however large, is called better or worse with {seeds} seeds for {arms + 1} arms"
-    return f"A true difference of {effect:.2f} standard deviations of paired differences is found with power 0.8"
+    text = f"A true difference of {effect:.2f} standard deviations of paired differences is found with power 0.8"
+    if spreads := [effect * np.subtract(c.values, c.baseline).std(ddof=1) for c in comparisons if len(c.seeds) > 1]:
+        text += f"; with those seen here, one of {min(spreads):.2g} to {max(spreads):.2g}"
+    return text
 
 
-def sentence(c: Comparison, study: Study) -> str:
+def sentence(c: Comparison, plan: Plan, baseline: str) -> str:
     """A comparison in plain words, made from its numbers."""
-    plan = study.plan
-    if len(c.seeds) < 2:
-        return (
-            f"{c.diverged[0]} runs of `{c.arm}` and {c.diverged[1]} of `{plan.baseline}` diverged, which leaves "
-            f"{len(c.seeds)} seeds to compare: it is {c.verdict}."
-        )
-    low, high = c.t_interval if math.isnan(c.interval[0]) else c.interval
-    direction = "above" if c.difference > 0 else "below"
-    start = (
-        f"On {len(c.seeds)} seeds, {plan.metric} of `{c.arm}` was {abs(c.difference):.4g} {direction} that of "
-        f"`{plan.baseline}` (95 % interval {low:+.4g} to {high:+.4g}, p = {c.p_holm:.2g} after Holm)"
-    )
     ends = {
         "better": "it is better",
         "worse": "it is worse",
         "equivalent": f"the two are equivalent, to within {plan.smallest_effect:g}",
         "inconclusive": "this settles nothing",
+        "pending": "runs are missing, and there is no verdict before they are done",
     }
     end = ends[c.verdict]
-    if c.verdict == "inconclusive" and c.further_seeds is None and c.diverged[0] != c.diverged[1]:
-        end += ", for one of the two diverged more often"
-    elif len(c.seeds) < plan.min_seeds:
-        end += f", for a verdict takes {plan.min_seeds} seeds"
-    elif c.further_seeds is not None:
-        end += f"; {c.further_seeds:,} more seeds would, if what was seen were the truth"
-    elif c.verdict == "inconclusive":
-        end += ", and no affordable number of seeds would, if what was seen were the truth"
-    diverged = f" {c.diverged[0]} of its runs diverged, {c.diverged[1]} of the baseline's." if any(c.diverged) else ""
-    return f"{start}: {end}.{diverged}"
+    if c.verdict == "inconclusive":
+        if c.pairs < plan.min_seeds:
+            end += f", for a verdict takes {plan.min_seeds} seeds"
+        elif c.barred:
+            end += ", for the one with the better mean diverged more often"
+        elif c.further_seeds is not None:
+            end += f"; {c.further_seeds:,} more seeds would, with power 0.8, if what was seen were the truth"
+        else:
+            end += ", and no affordable number of seeds would, if what was seen were the truth"
+    diverged = f"{c.diverged[0]} runs of `{c.arm}` and {c.diverged[1]} of `{baseline}` diverged"
+    if len(c.seeds) < 2:
+        return f"{diverged}, and {len(c.seeds)} seeds finished at both (p = {c.p_holm:.2g} after Holm): {end}."
+    low, high = c.t_interval if math.isnan(c.interval[0]) else c.interval
+    return (
+        f"On {len(c.seeds)} seeds, {plan.metric} of `{c.arm}` was {abs(c.difference):.4g} "
+        f"{'above' if c.difference > 0 else 'below'} that of `{baseline}` (95 % interval {low:+.4g} to {high:+.4g}; "
+        f"p = {c.p:.2g}, and {c.p_holm:.2g} after Holm): {end}." + (f" {diverged}." if any(c.diverged) else "")
+    )
 
 
 def _tuning_parts(study: Study) -> list[Part]:
     plan = study.plan
     rows, choices = [], study.choices()
-    worst = -math.inf if plan.higher_is_better else math.inf
     for arm, acts in plan.arms.items():
-        tuned = {act: study.tuned(act) for act in acts}
+        means = {(act, rate): mean for act in acts for rate, mean in study.tuned(act).items()}
         act, rate = choices[arm]
-        trials = [value if math.isfinite(value) else worst for means in tuned.values() for value in means.values()]
-        few = ", ".join(f"{k}: {number(expected_best_of(trials, k, plan.higher_is_better))}" for k in (1, 2, 4))
-        edge = " (the edge of the grid)" if len(tuned[act]) > 1 and rate in (min(tuned[act]), max(tuned[act])) else ""
-        diverged = sum(map(math.isinf, trials))
+        others = {key: mean for key, mean in means.items() if key != (act, rate) and math.isfinite(mean)}
+        second = plan.best(others, key=lambda key, others=others: others[key]) if others else None
+        runs = {seed: study.outcome(Run(act, rate, seed)) for seed in plan.tuning_seeds}
+        finished = [mean for mean in means.values() if math.isfinite(mean)]
+        tries = [k for k in (1, 2, 4, 8, 16) if k < len(finished)] + [len(finished)] if finished else []
+        few = ", ".join(f"{k}: {number(expected_best_of(finished, k, plan.higher_is_better))}" for k in tries)
+        rates = study.tuned(act)
+        edge = " (the edge of the grid)" if len(rates) > 1 and rate in (min(rates), max(rates)) else ""
         rows.append(
-            [arm, f"`{act}`", f"{rate:g}{edge}", str(len(trials)), str(diverged), number(plan.best(trials)), few]
-        )
+            [
+                arm, f"`{act}`", f"{rate:g}{edge}", number(means[act, rate]), number(spread(runs)),
+                f"`{second[0]}` {second[1]:g}: {number(others[second])}" if second else "-",
+                str(len(means)), str(len(means) - len(finished)), few,
+            ]
+        )  # fmt: skip
     flags = " ".join(f"`{key}={value}`" for key, value in plan.tuning_flags.items())
     samples = (
         f"Tuning runs had {flags}."
@@ -228,17 +257,19 @@ def _tuning_parts(study: Study) -> list[Part]:
         else "Tuning and comparison are evaluated on the same samples: an arm with more trials than another had more "
         "chances to suit them."
     )
+    heads = ["arm", "chosen", "learning rate", "mean", "sd"]
     return [
         "## Tuning",
         f"Over seeds {', '.join(map(str, plan.tuning_seeds))}, which are none of those above. Every arm had the same "
-        "grid of learning rates, which was extended for all where the best of one lay at its edge. "
-        f"{samples}",
-        Table(["arm", "chosen", "learning rate", "trials", "diverged", "best", "expected best of k trials"], rows),
-        Picture("tuning.png", "Sensitivity to the learning rate", _sensitivity(study)),
+        f"grid of learning rates, which was extended for all where the best of one lay at its edge. {samples} Where "
+        "the second best is nearer than the seeds are to each other (sd), the choice is one of chance; intervals and p "
+        "above are of the chosen rates, and do not know that others might have been chosen.",
+        Table([*heads, "second best", "trials", "diverged", "expected best of k that finish"], rows),
+        Picture("tuning.png", "Sensitivity to the learning rate; a cross: diverged", _sensitivity(study)),
     ]
 
 
-def _environment(study: Study) -> list[Part]:
+def _environment(study: Study, comparisons: Sequence[Comparison]) -> list[Part]:
     plan = study.plan
     runs = [run for runs in study.final_runs().values() for run in runs]
     records = [record for run in runs if (record := study.record(run))]
@@ -256,7 +287,7 @@ def _environment(study: Study) -> list[Part]:
         ["versions", all_of(", ".join(f"{name} {v}" for name, v in s["versions"].items()) for s in sessions)],
         ["hardware", all_of(", ".join(s["hardware"]["gpus"]) or s["hardware"]["cpu"] for s in sessions)],
         ["cost", f"{len(seconds)} runs, {sum(seconds) / 3600:.2f} hours in all"],
-        ["power", detectable(plan)],
+        ["power", detectable(plan, comparisons)],
     ]  # fmt: skip
     table = [
         [
@@ -279,8 +310,12 @@ def number(value: float | None) -> str:
     return "-" if value is None else "diverged" if not math.isfinite(value) else f"{value:.4f}"
 
 
+def cell(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
 def signed(value: float) -> str:
-    return f"{value:+.4g}"
+    return cell(value, "+.4g")
 
 
 def span(interval: tuple[float, float]) -> str:
@@ -332,20 +367,34 @@ def png_of(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _forest(study: Study, comparisons: list[Comparison]) -> bytes:
-    figure, axes = new_figure(7, 1.2 + 0.5 * len(comparisons))
-    effect = study.plan.smallest_effect
-    axes.axvspan(-effect, effect, color="0.9")
+def forest(rows: Mapping[str, tuple[float, tuple[float, float], Sequence[float]]], band: float, label: str) -> bytes:
+    """A picture of intervals, one beneath the other.
+
+    Args:
+        rows: Name -> the middle, the interval, and points to draw beneath it.
+        band: Half the width of what is of no interest, around 0.
+        label: Of the axis.
+    """
+    figure, axes = new_figure(7, 1.2 + 0.5 * len(rows))
+    axes.axvspan(-band, band, color="0.9")
     axes.axvline(0, color="0.5", lw=0.8)
-    for row, c in enumerate(comparisons):
-        axes.plot(c.interval, (row, row), color="C0", lw=2)
-        axes.plot(np.subtract(c.values, c.baseline), np.full(len(c.seeds), row - 0.2), ".", color="0.6", ms=4)
-        axes.plot(c.difference, row, "o", color="C0")
-    axes.set_yticks(range(len(comparisons)), [f"{c.arm}: {c.verdict}" for c in comparisons])
-    axes.set_ylim(-0.6, len(comparisons) - 0.4)
+    for row, (middle, interval, points) in enumerate(rows.values()):
+        axes.plot(interval, (row, row), color="C0", lw=2)
+        axes.plot(points, np.full(len(points), row - 0.2), ".", color="0.6", ms=4)
+        axes.plot(middle, row, "o", color="C0")
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.invert_yaxis()
-    axes.set_xlabel(f"{study.plan.metric}, difference from {study.plan.baseline}")
+    axes.set_xlabel(label)
     return png_of(figure)
+
+
+def _forest(plan: Plan, comparisons: list[Comparison], baseline: str) -> bytes:
+    rows = {
+        f"{c.arm}: {c.verdict}": (c.difference, c.interval, np.subtract(c.values, c.baseline).tolist())
+        for c in comparisons
+    }
+    return forest(rows, plan.smallest_effect, f"{plan.metric}, difference from {baseline}")
 
 
 def _curves(study: Study) -> bytes:
@@ -357,6 +406,7 @@ def _curves(study: Study) -> bytes:
             continue
         curves = [dict(map(tuple, record["curves"][key])) for record in finished]
         steps = sorted(set.intersection(*map(set, curves)))
+        steps = steps[1:] if len(steps) > 2 else steps  # before any training all are alike, and far from what follows
         values = np.array([[curve[step] for step in steps] for curve in curves])
         middle, width = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0.0
         axes.plot(steps, middle, color=f"C{row}", label=arm)
@@ -370,11 +420,13 @@ def _curves(study: Study) -> bytes:
 def _sensitivity(study: Study) -> bytes:
     figure, axes = new_figure(7, 4.2)
     for act in study.plan.acts:
-        tuned = {rate: value for rate, value in study.tuned(act).items() if math.isfinite(value)}
-        axes.plot(list(tuned), list(tuned.values()), "o-", label=act)
+        means = study.tuned(act)
+        tuned = {rate: value for rate, value in means.items() if math.isfinite(value)}
+        (line,) = axes.plot(list(tuned), list(tuned.values()), "o-", label=act)
         for seed in study.plan.tuning_seeds:
-            points = [(rate, study.outcome(Run(act, rate, seed))) for rate in tuned]
-            axes.plot(*zip(*points, strict=True), ".", color="0.7", ms=3)
+            axes.plot(list(tuned), [study.outcome(Run(act, rate, seed)) for rate in tuned], ".", color="0.7", ms=3)
+        lost = [rate for rate in means if rate not in tuned]
+        axes.plot(lost, np.full(len(lost), 0.98), "x", color=line.get_color(), transform=axes.get_xaxis_transform())
     axes.set(xscale="log", xlabel="learning rate", ylabel=study.plan.metric)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -387,7 +439,7 @@ def _ablation(study: Study, key: str) -> bytes | None:
     final = {study.choices()[arm][0]: _finite(found) for arm, found in study.outcomes().items()}
     tuned = {act: [value for value in study.tuned(act).values() if math.isfinite(value)] for act in plan.acts}
     best = {act: [plan.best(values)] for act, values in tuned.items() if values}
-    sources = {"final seeds, 95 % t": (_lines(final, key), "o-"), "best of tuning": (_lines(best, key), ".:")}
+    sources = {"final seeds": (_lines(final, key), "o-"), "tuning": (_lines(best, key), ".:")}
     if not any(lines for lines, _ in sources.values()):
         return None
     figure, axes = new_figure(6, 4)

@@ -22,9 +22,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from queue import Queue
@@ -37,7 +37,8 @@ from tqdm.auto import tqdm
 
 from ..training.errors import Interrupted, TrainingError
 from ..training.files import write_atomically
-from .plan import Plan, PlanError, Run, best_of_grid
+from ..training.record import environment
+from .plan import Plan, PlanError, Run
 from .stats import Comparison, compare
 
 PLAN = "plan.json"
@@ -121,10 +122,13 @@ class Study:
         return math.nan if value is None else float(value)
 
     def missing(self) -> list[Run]:
-        """The planned runs without a record; those on the final seeds only once the tuning is over."""
-        tuning = self._missing_in_tuning()
-        final = [] if tuning else [run for runs in self.final_runs().values() for run in runs]
-        return tuning or [run for run in dict.fromkeys(final) if self.record(run) is None]
+        """The planned runs without a record; those on the final seeds only once the tuning is over, seed by seed: what
+        changes over time or between machines is then no difference between arms.
+        """
+        if tuning := self._missing_in_tuning():
+            return tuning
+        final = [run for runs in zip(*self.final_runs().values(), strict=True) for run in runs]
+        return [run for run in dict.fromkeys(final) if self.record(run) is None]
 
     def _missing_in_tuning(self) -> list[Run]:
         return [run for run in self.plan.tuning_runs() if self.record(run) is None]
@@ -143,24 +147,24 @@ class Study:
                 f"{self.folder} lacks {len(missing)} runs of its tuning, such as {missing[0].name}; the command that "
                 "started it goes on"
             )
+        if not plan.tunes:
+            return {arm: (acts[0], plan.learning_rates[0]) for arm, acts in plan.arms.items()}
         chosen = {}
         for arm, acts in plan.arms.items():
-            if not plan.tunes:
-                chosen[arm] = acts[0], plan.learning_rates[0]
-                continue
             means = {(act, rate): mean for act in acts for rate, mean in self.tuned(act).items()}
-            finite = {key: mean for key, mean in means.items() if math.isfinite(mean)}
-            lowest = acts[0], min(rate for _, rate in means)
-            chosen[arm] = plan.best(sorted(finite), key=lambda key, finite=finite: finite[key], default=lowest)
+            chosen[arm] = plan.best(means, key=lambda key, means=means: means[key])
         return chosen
 
     def tuned(self, act: str) -> dict[float, float]:
-        """Learning rate -> mean outcome over the tuning seeds, of rates at which all of these have finished."""
+        """Learning rate, ascending -> mean outcome over the tuning seeds, of rates with records of all of these; the
+        worst there is, where one of them diverged.
+        """
         rates = {Path(p).name for p in (self.folder / "records").glob(f"{act}-lr*-seed*.json")}
         found = sorted({float(name.removeprefix(f"{act}-lr").partition("-seed")[0]) for name in rates})
         runs = {rate: [Run(act, rate, seed) for seed in self.plan.tuning_seeds] for rate in found}
         done = {rate: part for rate, part in runs.items() if part and all(self.record(run) for run in part)}
-        return {rate: float(np.mean([self.outcome(run) for run in part])) for rate, part in done.items()}
+        means = {rate: float(np.mean([self.outcome(run) for run in part])) for rate, part in done.items()}
+        return {rate: mean if math.isfinite(mean) else self.plan.worst for rate, mean in means.items()}
 
     def final_runs(self) -> dict[str, list[Run]]:
         """Arm -> its runs on the final seeds."""
@@ -175,10 +179,15 @@ class Study:
         }
 
     def comparisons(self, baseline: str | None = None) -> list[Comparison]:
-        """Every arm against the plan's baseline, or another arm, by the plan's terms."""
+        """Every arm against the plan's baseline, or another arm, by the plan's terms; no verdicts before all runs are
+        done: who looks every time at more seeds finds a difference in the end.
+        """
         plan = self.plan
         terms = plan.smallest_effect, plan.higher_is_better, plan.min_seeds
-        return compare(self.outcomes(), baseline or plan.baseline, *terms)
+        found = compare(self.outcomes(), baseline or plan.baseline, *terms)
+        if self.missing():
+            found = [replace(c, verdict="pending", further_seeds=None, barred=False) for c in found]
+        return found
 
     def check_pairing(self) -> list[str]:
         """What is wrong with the claim that the arms of a seed differ in their activation alone."""
@@ -189,7 +198,35 @@ class Study:
             for key in ("init_signs_hash" if self.plan.own_gains else "init_hash", "order_hash", "samples_hash"):
                 if len({record.get(key) for record in records}) > 1:
                     wrong.append(f"seed {seed}: the arms differ in {key}")
+            if any(record.get("nonfinite", {}).get("skipped_batches") for record in records):
+                wrong.append(f"seed {seed}: an arm skipped batches, for its loss was not finite")
         return wrong
+
+    def mixtures(self, here: Mapping[str, Any] | None = None) -> list[str]:
+        """In what code, versions, precision or data the records differ, where they should not.
+
+        Args:
+            here: `environment()` of a process whose runs are to join them.
+        """
+        seen: dict[str, dict[str, list[str]]] = {}
+
+        def add(name: str, facts: Mapping[str, Any]) -> None:
+            for key, value in facts.items():
+                seen.setdefault(key, {}).setdefault(str(value), []).append(name)
+
+        for name, record in self._records():
+            tunes = int(name.rpartition("-seed")[2]) in self.plan.tuning_seeds
+            add(name, {"mixed precision": record.get("mixed_precision")})
+            add(name, {"tuning data" if tunes else "data": record["data"]["hash"]})
+            for session in record["sessions"]:
+                add(name, _code(session))
+        if here:
+            add("this process", _code(here))
+        return [
+            f"{key}: " + ", ".join(f"{value} in {_some(names)}" for value, names in values.items())
+            for key, values in seen.items()
+            if len(values) > 1
+        ]
 
     # ---- running
 
@@ -209,13 +246,18 @@ class Study:
         if not torch.cuda.is_available():  # before the first process, which has to know when it imports torch
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
         _CONTEXT.set_forkserver_preload(_IMPORTED)
-        tuning, final = self.plan.num_runs()
-        with tqdm(total=tuning + final, desc=self.plan.name, unit="run", smoothing=0) as bar:
-            self._execute(self.plan.tuning_runs(), jobs, bar)
+        self._refuse_mixed()
+        tuning = {run.name for run in self.plan.tuning_runs()}
+        final = len(self.plan.arms) * len(self.plan.final_seeds)
+        done = {path.stem for path in (self.folder / "records").glob("*.json")}
+        extended = [n for n in done - tuning if int(n.rpartition("-seed")[2]) in self.plan.tuning_seeds]
+        total = len(tuning) + len(extended) + final
+        with tqdm(total=total, initial=len(done), desc=self.plan.name, unit="run", smoothing=0) as bar:
+            self._execute(self._missing_in_tuning(), jobs, bar)
             while more := self._extensions():
                 bar.total += len(more)
                 self._execute(more, jobs, bar)
-            self._execute([run for runs in self.final_runs().values() for run in runs], jobs, bar)
+            self._execute(self.missing(), jobs, bar)
         if wrong := self.check_pairing():
             raise StudyError("the runs are not paired: " + "; ".join(wrong))
 
@@ -225,13 +267,19 @@ class Study:
         if not plan.tunes:
             return []
         tuned = [self.tuned(act) for act in plan.acts]
-        beyond = {best_of_grid(means, plan.ratio, plan.higher_is_better)[1] for means in tuned}
-        grid = set().union(*tuned, (float(f"{rate:.6g}") for rate in beyond if rate and plan.reaches(rate)))
+        grid = set().union(*tuned, (rate for means in tuned if (rate := plan.next_rate(means))))
         runs = (Run(act, rate, seed) for act in plan.acts for rate in sorted(grid) for seed in plan.tuning_seeds)
         return [run for run in runs if self.record(run) is None]
 
-    def _execute(self, runs: Iterable[Run], jobs: int, bar: tqdm) -> None:
-        todo = list(dict.fromkeys(runs))
+    def _refuse_mixed(self) -> None:
+        if not self.allow_mixed and (mixed := self.mixtures(environment(self.recipes.resolve()))):
+            raise StudyError(
+                f"runs that do not belong into one study: {'; '.join(mixed)}. Go back to the same code, versions and "
+                f"data, start another study, remove from {self.folder / 'records'} what is to be run anew, or "
+                "--allow_mixed"
+            )
+
+    def _execute(self, todo: list[Run], jobs: int, bar: tqdm) -> None:
         devices: Queue[int] = Queue()
         for job in range(jobs):
             devices.put(job)
@@ -239,13 +287,16 @@ class Study:
 
         def work(run: Run) -> bool:
             """Whether the run is done; another process may have it."""
-            if self.record(run) is not None or stop.is_set():
+            if stop.is_set():
                 return True
             job = devices.get()
             try:
                 with FileLock(self.folder / "runs" / f"{run.name}.lock", blocking=False):
                     if self.record(run) is None:
+                        self._wait_for_orphan(run)
                         self._start(run, job)
+                        self._refuse_mixed()
+                bar.update()
                 return True
             except Timeout:
                 return False
@@ -257,13 +308,8 @@ class Study:
 
         with ThreadPoolExecutor(jobs) as pool:
             while todo:
-                waiting = []
                 try:
-                    for run, done in zip(todo, pool.map(work, todo), strict=True):
-                        if done:
-                            bar.update()
-                        else:
-                            waiting.append(run)
+                    waiting = [run for run, done in zip(todo, pool.map(work, todo), strict=True) if not done]
                     if waiting:
                         time.sleep(_WAIT)
                 except KeyboardInterrupt:
@@ -273,7 +319,13 @@ class Study:
                             process.terminate()
                     raise Interrupted("stopped; the same command goes on", signal.SIGINT) from None
                 todo = waiting
-        self._check_together()
+
+    def _wait_for_orphan(self, run: Run) -> None:
+        """One whose driver was killed keeps its folder until it has saved; raises Timeout, to look again later."""
+        folder = self.folder / "runs" / run.name
+        if folder.exists():
+            with FileLock(folder / ".lock", blocking=False):  # as the recipes have it
+                pass
 
     def _start(self, run: Run, job: int) -> None:
         folder = self.folder / "runs" / run.name
@@ -294,12 +346,15 @@ class Study:
             process.join()
             self._alive.remove(process)
         new = record.exists() and record.stat().st_mtime_ns != before  # or it is one of an earlier attempt
-        status = json.loads(record.read_text())["status"] if new else None
+        found = json.loads(record.read_text()) if new else {}
+        status = found.get("status")
         if process.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGTERM):
             raise Interrupted(f"{run.name} was stopped; the same command goes on", signal.SIGTERM)
         if status not in ("finished", "diverged"):
             tail = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
             raise StudyError(f"the run {run.name} ended with status {process.exitcode}: {tail}. Its output is in {log}")
+        if status == "finished" and self.plan.metric not in found["result"]:
+            raise PlanError(f"{self.plan.recipe} has no {self.plan.metric}; it has {', '.join(found['result'])}")
         write_atomically(self.folder / "records" / f"{run.name}.json", record.read_text())
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         for weights in folder.glob("*.safetensors"):
@@ -318,24 +373,18 @@ class Study:
             *(f"--{name}={text[value] if isinstance(value, bool) else value}" for name, value in flags.items()),
         ]
 
-    def _check_together(self) -> None:
-        """Records of other code, versions or data than the first one's do not belong into one study."""
-        if self.allow_mixed:
-            return
-        seen: dict[str, tuple[str, Any]] = {}
-        for name, record in self._records():
-            tunes = int(name.rpartition("-seed")[2]) in self.plan.tuning_seeds
-            for session in record["sessions"]:
-                found = {package: session["versions"].get(package) for package in ("torch", "transformers", "hf-gem")}
-                found |= {"commit": session["commit"], "uncommitted changes": session["dirty"]}
-                found |= {"tuning data" if tunes else "data": record["data"]["hash"]}
-                for key, value in found.items():
-                    first, other = seen.setdefault(key, (name, value))
-                    if value != other:
-                        raise StudyError(
-                            f"{name} has {key} {value}, {first} has {other}: these do not belong into one study. "
-                            "Go back to the same code, versions and data, start another study, or --allow_mixed"
-                        )
+
+def _code(session: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be the same for all sessions of a study."""
+    return {
+        "commit": session["commit"],
+        "uncommitted changes": session.get("diff_hash", session["dirty"]),
+        **session["versions"],
+    }
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _run_script(command: list[str], log: Path, env: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -22,53 +22,57 @@ POWER = 0.8
 _RESAMPLES = 9999
 _MOST_SEEDS = 10_000
 
-Verdict = Literal["better", "worse", "equivalent", "inconclusive"]
+Verdict = Literal["better", "worse", "equivalent", "inconclusive", "pending"]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm against the baseline.
+    """An arm against the baseline. Where fewer than two seeds finished at both, most numbers are NaN.
 
     Attributes:
         arm: Its name.
         seeds: Those at which both finished.
         values: Outcomes of the arm at them.
         baseline: Outcomes of the baseline at them.
+        pairs: Seeds at which both have ended, diverged or not.
+        diverged: Runs of the arm, and of the baseline, that did not finish with a finite outcome.
+        p: Of the exact sign-flip test, two-sided; a run that diverged counts as worse than any that did not.
+        p_holm: The same, adjusted by Holm for the number of arms.
+        verdict: See `verdict`; pending, as long as runs are missing.
+        further_seeds: How many more would settle an inconclusive comparison, if what was seen is the truth; None where
+            it is settled, or no number is enough.
+        barred: Whether the one with the better mean of the two diverged more often, which no number of seeds undoes.
         difference: Mean of the differences.
         interval: 95 % interval of that, by the BCa bootstrap.
         t_interval: The same by Student's t, which is exact for normal differences.
-        p: Of the exact sign-flip test, two-sided.
-        p_holm: The same, adjusted by Holm for the number of arms.
         d_z: Mean over standard deviation of the differences.
         correlation: Of the outcomes of the two, over seeds.
         superiority: Share of seeds at which the arm is better; a tie is half.
         p_equivalence: The larger p of the two one-sided t tests against the smallest effect of interest.
         welch_interval: 95 % interval of the difference of means without pairing.
         welch_p: Its p.
-        diverged: Runs of the arm, and of the baseline, that did not finish with a finite outcome.
-        verdict: See `verdict`.
-        further_seeds: How many more would settle an inconclusive comparison, if what was seen is the truth; None where
-            it is settled, or no number is enough, as where one of the two diverged more often.
     """
 
     arm: str
     seeds: tuple[int, ...]
     values: tuple[float, ...]
     baseline: tuple[float, ...]
-    difference: float
-    interval: tuple[float, float]
-    t_interval: tuple[float, float]
+    pairs: int
+    diverged: tuple[int, int]
     p: float
     p_holm: float
-    d_z: float
-    correlation: float
-    superiority: float
-    p_equivalence: float
-    welch_interval: tuple[float, float]
-    welch_p: float
-    diverged: tuple[int, int]
     verdict: Verdict
-    further_seeds: int | None
+    further_seeds: int | None = None
+    barred: bool = False
+    difference: float = math.nan
+    interval: tuple[float, float] = (math.nan, math.nan)
+    t_interval: tuple[float, float] = (math.nan, math.nan)
+    d_z: float = math.nan
+    correlation: float = math.nan
+    superiority: float = math.nan
+    p_equivalence: float = math.nan
+    welch_interval: tuple[float, float] = (math.nan, math.nan)
+    welch_p: float = math.nan
 
 
 def compare(
@@ -87,85 +91,85 @@ def compare(
         higher_is_better: Whether the metric is to be large.
         min_seeds: With fewer pairs than this, no arm is called better or worse.
 
-    An arm that has fewer than two finished seeds in common with the baseline has numbers that are NaN, and a verdict
-    from its diverged runs alone.
-
     Raises:
         ValueError: the baseline is no arm.
     """
     if baseline not in outcomes:
         raise ValueError(f"baseline {baseline!r} is no arm; the arms are {', '.join(outcomes)}")
-    pairs = {arm: _pairs(outcomes[arm], outcomes[baseline]) for arm in outcomes if arm != baseline}
-    raw = [sign_flip_p(values - base) if len(seeds) > 1 else 1.0 for seeds, values, base in pairs.values()]
-    found = []
-    for (arm, (seeds, values, base)), p, p_holm in zip(pairs.items(), raw, holm(raw), strict=True):
-        differences = values - base
-        gains = differences if higher_is_better else -differences
+    sign = 1 if higher_is_better else -1
+    both = {arm: sorted(outcomes[arm].keys() & outcomes[baseline].keys()) for arm in outcomes if arm != baseline}
+    pairs = {arm: np.array([(outcomes[arm][s], outcomes[baseline][s]) for s in seeds]).reshape(-1, 2)
+             for arm, seeds in both.items()}  # fmt: skip
+    gains = {arm: _gains(sign * values) for arm, values in pairs.items()}
+    raw = [sign_flip_p(found) for found in gains.values()]
+    compared = []
+    for arm, p, p_holm in zip(pairs, raw, holm(raw), strict=True):
+        finished = np.isfinite(pairs[arm]).all(1)
+        values, base = pairs[arm][finished].T
         diverged = (_diverged(outcomes[arm]), _diverged(outcomes[baseline]))
-        if len(seeds) < 2:
-            found.append(_of_diverged(arm, (seeds, values, base), diverged, len(outcomes[arm]), min_seeds))
-            continue
-        equivalence = equivalence_p(differences, smallest_effect)
-        outcome = verdict(gains, p_holm, equivalence, enough=len(seeds) >= min_seeds, diverged=diverged)
-        inside = abs(gains.mean()) <= smallest_effect
-        barred = diverged[0] != diverged[1] if inside else diverged[0] > diverged[1] and gains.mean() > 0
-        welch = stats.ttest_ind(values, base, equal_var=False)
-        welch_interval = welch.confidence_interval(1 - ALPHA)
-        varies = values.std() > 0 and base.std() > 0
-        found.append(
+        numbers = _numbers(values, base, sign, smallest_effect) if len(values) > 1 else {}
+        equivalence = numbers.get("p_equivalence", 1.0)
+        found = verdict(gains[arm], p_holm, equivalence, enough=len(gains[arm]) >= min_seeds, diverged=diverged)
+        ahead = float(np.sign(gains[arm].sum()))
+        barred = found == "inconclusive" and ahead * (diverged[0] - diverged[1]) > 0
+        compared.append(
             Comparison(
                 arm=arm,
-                seeds=tuple(seeds),
+                seeds=tuple(np.array(both[arm])[finished].tolist()),
                 values=tuple(values.tolist()),
                 baseline=tuple(base.tolist()),
-                difference=float(differences.mean()),
-                interval=bca_interval(differences),
-                t_interval=t_interval(differences),
+                pairs=len(gains[arm]),
+                diverged=diverged,
                 p=p,
                 p_holm=p_holm,
-                d_z=_standardised(differences),
-                correlation=float(np.corrcoef(values, base)[0, 1]) if varies else math.nan,
-                superiority=float(np.mean((gains > 0) + 0.5 * (gains == 0))),
-                p_equivalence=equivalence,
-                welch_interval=(float(welch_interval.low), float(welch_interval.high)),
-                welch_p=float(welch.pvalue),
-                diverged=diverged,
-                verdict=outcome,
-                further_seeds=further_seeds(differences, smallest_effect, min_seeds, len(pairs))
-                if outcome == "inconclusive" and not barred
+                verdict=found,
+                further_seeds=further_seeds(values - base, smallest_effect, min_seeds, len(pairs))
+                if numbers and found == "inconclusive" and not barred
                 else None,
+                barred=barred,
+                **numbers,
             )
         )
+    return compared
+
+
+def _gains(pairs: np.ndarray) -> np.ndarray:
+    """What an arm is better by at each seed; a run that diverged is worse by the largest difference of finished ones.
+
+    Under the hypothesis that arm and baseline are alike, each sign of these is as likely as the other, whatever their
+    size, which is all that the sign-flip test asks for.
+    """
+    finished = np.isfinite(pairs)
+    both = finished.all(1)
+    found = np.zeros(len(pairs))
+    found[both] = pairs[both, 0] - pairs[both, 1]
+    largest = np.abs(found).max(initial=0) or 1.0
+    found[~both] = largest * (finished[~both, 0].astype(float) - finished[~both, 1])
     return found
+
+
+def _numbers(values: np.ndarray, base: np.ndarray, sign: int, smallest_effect: float) -> dict[str, Any]:
+    """Those of a `Comparison` that are made from finished pairs."""
+    differences = values - base
+    welch = stats.ttest_ind(values, base, equal_var=False)
+    welch_interval = welch.confidence_interval(1 - ALPHA)
+    varies = values.std() > 0 and base.std() > 0
+    return {
+        "difference": float(differences.mean()),
+        "interval": bca_interval(differences),
+        "t_interval": t_interval(differences),
+        "d_z": _standardised(differences),
+        "correlation": float(np.corrcoef(values, base)[0, 1]) if varies else math.nan,
+        "superiority": float(np.mean((sign * differences > 0) + 0.5 * (differences == 0))),
+        "p_equivalence": equivalence_p(differences, smallest_effect),
+        "welch_interval": (float(welch_interval.low), float(welch_interval.high)),
+        "welch_p": float(welch.pvalue),
+    }
 
 
 def _standardised(differences: np.ndarray) -> float:
     mean, spread = float(differences.mean()), float(differences.std(ddof=1))
     return mean / spread if spread > 0 else math.copysign(math.inf, mean) if mean else 0.0
-
-
-def _of_diverged(
-    arm: str, pairs: tuple[list[int], np.ndarray, np.ndarray], diverged: tuple[int, int], seeds: int, min_seeds: int
-) -> Comparison:
-    """Where there is nothing to compare: one that always diverges is worse than one that never does."""
-    verdicts: dict[tuple[int, int], Verdict] = {(seeds, 0): "worse", (0, seeds): "better"} if seeds >= min_seeds else {}
-    nothing: dict[str, Any] = {f.name: math.nan for f in fields(Comparison) if f.type == "float"}
-    nothing |= {f.name: (math.nan, math.nan) for f in fields(Comparison) if f.name.endswith("interval")}
-    return Comparison(
-        arm=arm,
-        seeds=tuple(pairs[0]),
-        values=tuple(pairs[1].tolist()),
-        baseline=tuple(pairs[2].tolist()),
-        diverged=diverged,
-        verdict=verdicts.get(diverged, "inconclusive"),
-        further_seeds=None,
-        **nothing,
-    )
-
-
-def _pairs(arm: Mapping[int, float], base: Mapping[int, float]) -> tuple[list[int], np.ndarray, np.ndarray]:
-    seeds = [s for s in sorted(arm.keys() & base.keys()) if math.isfinite(arm[s]) and math.isfinite(base[s])]
-    return seeds, np.array([arm[s] for s in seeds]), np.array([base[s] for s in seeds])
 
 
 def _diverged(outcomes: Mapping[int, float]) -> int:
@@ -177,7 +181,7 @@ def verdict(gains: np.ndarray, p: float, p_equivalence: float, enough: bool, div
 
     Equivalent, where both one-sided tests put the difference inside the smallest effect of interest, also if it is
     surely not zero. Otherwise better or worse, where the sign-flip test rejects after Holm's adjustment, with enough
-    seeds; an arm that diverged more often than the baseline is never better. Otherwise inconclusive.
+    seeds; of the two, the one that diverged more often is never the better one. Otherwise inconclusive.
 
     Args:
         gains: Differences, positive where the arm is better.
@@ -190,11 +194,10 @@ def verdict(gains: np.ndarray, p: float, p_equivalence: float, enough: bool, div
         return "inconclusive"
     if p_equivalence < ALPHA and diverged[0] == diverged[1]:
         return "equivalent"
-    if p < ALPHA:
-        if gains.mean() < 0:
-            return "worse"
-        if diverged[0] <= diverged[1]:
-            return "better"
+    if p < ALPHA and gains.sum() > 0 and diverged[0] <= diverged[1]:
+        return "better"
+    if p < ALPHA and gains.sum() < 0 and diverged[0] >= diverged[1]:
+        return "worse"
     return "inconclusive"
 
 
@@ -202,16 +205,26 @@ def sign_flip_p(differences: np.ndarray) -> float:
     """Two-sided p that differences symmetric about zero have a mean this far from it; exact up to 16 of them."""
     if not np.any(differences):
         return 1.0
-    exact = len(differences) <= 16
-    found = stats.permutation_test(
-        (differences,),
-        lambda x, axis: np.mean(x, axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=np.inf if exact else 100_000,
-        rng=np.random.default_rng(0),
-    )
-    return float(found.pvalue)
+    if len(differences) > 16:
+        found = stats.permutation_test(
+            (differences,),
+            lambda x, axis: np.mean(x, axis=axis),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=100_000,
+            rng=np.random.default_rng(0),
+        )
+        return float(found.pvalue)
+    # Not by scipy: differences of accuracies tie, but for rounding in proportion to their size and not to their mean.
+    sums, size = _flips(len(differences)) @ differences, np.abs(differences).sum()
+    return float(np.mean(np.abs(sums) >= abs(differences.sum()) - 1e-12 * size))
+
+
+@functools.lru_cache
+def _flips(seeds: int) -> np.ndarray:
+    """All signs of some differences, (2^(seeds - 1), seeds), but for those with all signs turned."""
+    signs = np.array(list(itertools.product((1.0, -1.0), repeat=seeds - 1))).reshape(-1, seeds - 1)
+    return np.hstack([np.ones((len(signs), 1)), signs])
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -262,11 +275,11 @@ def equivalence_p(differences: np.ndarray, smallest_effect: float) -> float:
 
 
 def further_seeds(differences: np.ndarray, smallest_effect: float, min_seeds: int, arms: int = 1) -> int | None:
-    """How many more seeds settle it with power 0.8, if mean and spread are those that were seen.
+    """How many more seeds settle it with power 0.8, one way or the other, if mean and spread are those that were seen.
 
     Args:
         differences: So far.
-        smallest_effect: A mean inside it is to be shown equivalent, one outside it different from zero.
+        smallest_effect: A mean inside it can be shown equivalent, any but zero to be different from that.
         min_seeds: Fewer than these in all settle nothing.
         arms: How many share alpha; the first step of Holm's adjustment is assumed.
 
@@ -279,8 +292,8 @@ def further_seeds(differences: np.ndarray, smallest_effect: float, min_seeds: in
     def settles(n: int) -> bool:
         if spread == 0:
             return mean < smallest_effect or 2 / 2**n <= alpha
-        if mean > smallest_effect:
-            return power(n, mean / spread, alpha) >= POWER
+        if power(n, mean / spread, alpha) >= POWER:
+            return True
         scale = math.sqrt(n) / spread
         one_sided = stats.t.ppf(1 - ALPHA, n - 1)
         misses = (
@@ -306,12 +319,10 @@ def _noncentral_t_cdf(x: float, degrees: int, shift: float) -> float:
 
 
 @functools.lru_cache
-def _flipped(seeds: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Standard normal differences, (draws, seeds), their sums by all flips, (draws, flips), and the flips' own."""
-    flips = np.array(list(itertools.product((1.0, -1.0), repeat=seeds - 1))).reshape(-1, seeds - 1)
-    flips = np.hstack([np.ones((len(flips), 1)), flips])  # the others are these with all signs turned
+def _drawn(seeds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Standard normal differences, (2000, seeds), and their sums by all flips, (2000, 2^(seeds - 1))."""
     drawn = np.random.default_rng(0).normal(size=(2000, seeds))
-    return drawn, drawn @ flips.T, flips.sum(1)
+    return drawn, drawn @ _flips(seeds).T
 
 
 def power(seeds: int, effect: float, alpha: float) -> float:
@@ -330,9 +341,9 @@ def power(seeds: int, effect: float, alpha: float) -> float:
     if seeds > 12:
         quantile = stats.t.ppf(1 - alpha / 2, seeds - 1)
         return 1 - _noncentral_t_cdf(quantile, seeds - 1, effect * math.sqrt(seeds))
-    drawn, sums, counts = _flipped(seeds)
+    drawn, sums = _drawn(seeds)
     seen = np.abs(drawn.sum(1) + seeds * effect)[:, None]
-    p = np.mean(np.abs(sums + counts * effect) >= seen * (1 - 1e-12), axis=1)
+    p = np.mean(np.abs(sums + _flips(seeds).sum(1) * effect) >= seen * (1 - 1e-12), axis=1)
     return float(np.mean(p <= alpha))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .plan import PlanError
-from .report import Part, Picture, Table, new_figure, png_of, span, write_pages
+from .report import Part, Picture, Table, forest, span, write_pages
 from .run import Study
 from .stats import Comparison, interquartile_mean
 
@@ -49,8 +49,7 @@ def summarise(studies: Sequence[Study], baseline: str) -> list[Summary]:
     names = [study.plan.name for study in studies]
     if len(set(names)) < len(names):
         raise PlanError(f"studies must differ in name, got {', '.join(names)}")
-    found: dict[str, dict[str, Comparison]] = {}
-    gains: dict[str, list[np.ndarray]] = {}
+    found: dict[str, dict[str, tuple[Comparison, np.ndarray]]] = {}
     for study in studies:
         plan = study.plan
         if baseline not in plan.arms:
@@ -61,13 +60,14 @@ def summarise(studies: Sequence[Study], baseline: str) -> list[Summary]:
         for c in study.comparisons(baseline):
             if len(c.seeds) > 1:
                 better = np.subtract(c.values, c.baseline) * (1 if plan.higher_is_better else -1)
-                found.setdefault(choices[c.arm][0], {})[plan.name] = c
-                gains.setdefault(choices[c.arm][0], []).append(better / plan.smallest_effect)
-    return [
-        Summary(act, comparisons, [float(part.mean()) for part in gains[act]], middle, (low, high))
-        for act, comparisons in found.items()
-        for middle, low, high in [interquartile_mean(gains[act])]
-    ]
+                # arms that have chosen the same activation are the same runs
+                found.setdefault(choices[c.arm][0], {})[plan.name] = c, better / plan.smallest_effect
+    summaries = []
+    for act, parts in found.items():
+        comparisons, gains = {name: c for name, (c, _) in parts.items()}, [gain for _, gain in parts.values()]
+        middle, low, high = interquartile_mean(gains)
+        summaries.append(Summary(act, comparisons, [float(gain.mean()) for gain in gains], middle, (low, high)))
+    return summaries
 
 
 def write_summary(studies: Sequence[Study], baseline: str, folder: Path) -> Path:
@@ -102,21 +102,13 @@ def write_summary(studies: Sequence[Study], baseline: str, folder: Path) -> Path
         "of each stands beside it. The interval draws seeds anew within each study; it says nothing of tasks that are "
         f"not here. Verdicts are against `{baseline}`, also where a plan has named another baseline.",
         Table(["activation", "pairs", "gain", "95 %", "in each study"], rows),
-        Picture("summary.png", f"Gain over {baseline}, 95 % intervals; grey: of no interest", _forest(summaries)),
+        Picture(
+            "summary.png",
+            f"Gain over {baseline}, 95 % intervals; points: mean of each study; grey: of no interest",
+            forest(
+                {s.act: (s.gain, s.interval, s.gains) for s in summaries}, 1, "gain, in smallest effects of interest"
+            ),
+        ),
         Table(["study", "metric", "smallest effect of interest", "notes"], settings),
     ]
     return write_pages(folder, "summary", parts)
-
-
-def _forest(summaries: Sequence[Summary]) -> bytes:
-    figure, axes = new_figure(7, 1.2 + 0.5 * len(summaries))
-    axes.axvspan(-1, 1, color="0.9")
-    axes.axvline(0, color="0.5", lw=0.8)
-    for row, summary in enumerate(summaries):
-        axes.plot(summary.interval, (row, row), color="C0", lw=2)
-        axes.plot(summary.gain, row, "o", color="C0")
-    axes.set_yticks(range(len(summaries)), [s.act for s in summaries])
-    axes.set_ylim(-0.6, len(summaries) - 0.4)
-    axes.invert_yaxis()
-    axes.set_xlabel("gain, in smallest effects of interest")
-    return png_of(figure)

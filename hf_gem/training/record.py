@@ -56,11 +56,15 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     write_atomically(path, json.dumps({"schema": SCHEMA, **record}, indent=2) + "\n")
 
 
-def environment() -> dict[str, Any]:
-    """Command, commit, versions and hardware of this process."""
+def environment(folder: Path | None = None) -> dict[str, Any]:
+    """Command, commit, versions and hardware of this process.
+
+    Args:
+        folder: Of the code whose commit is meant; by default that of the script.
+    """
     return {
         "command": command(),
-        **_commit(Path(sys.argv[0]).resolve().parent),
+        **_commit(folder or Path(sys.argv[0]).resolve().parent),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,  # with its build, which the package's metadata leaves out
@@ -130,8 +134,12 @@ def _commit(folder: Path) -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    status = git("status", "--porcelain")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+    status, changes = git("status", "--porcelain"), git("diff", "HEAD")
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "diff_hash": hashlib.sha256(changes.encode()).hexdigest() if changes else None,
+    }
 
 
 def _cpu_name() -> str:

@@ -9,6 +9,7 @@ from hf_gem.compare.run import Study, freeze
 TOY = """
 import json, math, random, sys
 from pathlib import Path
+from hf_gem.training.record import environment
 flags = dict(a[2:].split("=", 1) for a in sys.argv[1:])
 folder = Path(flags["output_dir"]); folder.mkdir(parents=True, exist_ok=True)
 with open(folder.parent.parent / "started.txt", "a") as file:
@@ -24,8 +25,7 @@ best = float(flags.get(f"best_for_{act}", flags.get("best", 0.01)))
 loss = 3 + 0.1 * math.log(rate / best) ** 2 + random.Random(seed).gauss(0, 0.05)
 loss += random.Random(seed * 7 + len(act)).gauss(0, 0.002) - 0.02 * (act == "gem_n2")
 status = "diverged" if rate > float(flags.get(f"limit_for_{act}", flags.get("limit", 1))) else "finished"
-session = {"commit": flags.get("commit", "c"), "dirty": False, "seconds": 3.0, "versions": {"torch": "2"},
-           "hardware": {"gpus": [], "cpu": "a cpu"}}
+session = {**environment(), "seconds": 3.0}
 gain = act if flags.get("own_gain") else ""
 record = {"status": status, "result": {"validation_loss": loss}, "sessions": [session],
           "data": {"hash": flags.get("data", "test")},

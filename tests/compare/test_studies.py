@@ -10,14 +10,18 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from hf_gem import cli
-from hf_gem.compare.plan import Plan, PlanError, Run, best_of_grid, load_plan
+from hf_gem.compare import run as run_module
+from hf_gem.compare.plan import Plan, PlanError, Run, load_plan
 from hf_gem.compare.report import write_report
 from hf_gem.compare.run import StudyError
+from hf_gem.training.record import environment
 from recipes import compare as compare_recipe
 from tests.compare.conftest import PLAN
 from tests.helpers import ROOT
@@ -126,7 +130,7 @@ def test_a_grid_is_extended_for_all(study):
 def test_diverged_runs_are_outcomes(study):
     toy = study(flags={"limit": 0.015})
     toy.run()
-    assert math.isnan(toy.tuned("relu")[0.02])
+    assert toy.tuned("relu")[0.02] == math.inf
     assert toy.choices()["relu"] == ("relu", 0.01)
 
 
@@ -136,7 +140,8 @@ def test_an_arm_that_always_diverges_has_had_its_chance(study):
     assert toy.choices()["silu"] == ("silu", 0.000625)  # the lowest, after three extensions
     write_report(toy)
     report = (toy.folder / "report.md").read_text()
-    assert "8 runs of `silu` and 0 of `relu` diverged, which leaves 0 seeds to compare: it is worse." in report
+    assert "8 runs of `silu` and 0 of `relu` diverged, and 0 seeds finished at both (p = 0.016 after Holm)" in report
+    assert "it is worse." in report
     assert "| silu | `silu` | 0.000625 (the edge of the grid) |" in report
 
     def refuse(constant):
@@ -156,6 +161,8 @@ def test_a_study_under_way(study):
     report = (toy.folder / "report.md").read_text()
     assert "**Not finished:** 2 runs are missing, such as relu-lr0.01-seed5." in report
     assert "On 6 seeds" in report
+    assert "**pending**" in report  # also of what is plainly settled: gem_n2 is better
+    assert "no verdict before they are done" in report
 
 
 def test_a_frozen_plan_that_was_changed(study):
@@ -234,9 +241,26 @@ def test_records_of_other_code_are_not_mixed_in(study):
     record = json.loads(path.read_text())
     record["sessions"][0]["commit"] = "another"
     path.write_text(json.dumps(record))
-    with pytest.raises(StudyError, match=r"has commit another, .* has c: .*--allow_mixed"):
+    with pytest.raises(
+        StudyError, match=r"commit: None in gem-.* and \d+ more, another in silu-lr0.01-seed7\. .*--allow_mixed"
+    ):
         study().run()
-    study(allow_mixed=True).run()
+    mixed = study(allow_mixed=True)
+    mixed.run()
+    write_report(mixed)
+    assert "**Mixed:** commit: None in" in (mixed.folder / "report.md").read_text()
+
+
+def test_code_that_differs_is_refused_before_it_runs(study, monkeypatch):
+    toy = study()
+    toy.run()
+    (toy.folder / "records" / "silu-lr0.01-seed7.json").unlink()
+    here = environment(toy.recipes)
+    monkeypatch.setattr(run_module, "environment", lambda folder: here | {"commit": "another"})
+    count = len(started(toy))
+    with pytest.raises(StudyError, match="another in this process"):
+        toy.run()
+    assert len(started(toy)) == count
 
 
 def test_a_recipe_that_is_none(study):
@@ -320,11 +344,69 @@ def test_the_shipped_plans(path, capsys):
     assert ("found with power 0.8" in out) == settles
 
 
-def test_the_best_of_a_grid():
-    assert best_of_grid({1.0: 3.0, 2.0: 1.0, 4.0: 2.0}, 2, False) == (2.0, None)
-    assert best_of_grid({1.0: 3.0, 2.0: 1.0}, 2, False) == (2.0, 4.0)
-    assert best_of_grid({1.0: 3.0, 2.0: 1.0}, 2, True) == (1.0, 0.5)
-    assert best_of_grid({1.0: math.nan, 2.0: 1.0, 4.0: math.inf}, 2, False) == (2.0, None)
+def test_what_a_grid_asks_for(study):
+    plan = study().plan  # a loss, with rates from 0.005 to 0.02
+    assert plan.next_rate({0.005: 3.0, 0.01: 1.0, 0.02: 2.0}) is None
+    assert plan.next_rate({0.005: 3.0, 0.01: 2.0, 0.02: 1.0}) == 0.04
+    assert plan.next_rate({0.005: 1.0, 0.01: 2.0, 0.02: math.inf}) == 0.0025
+    assert plan.next_rate({0.005: 3.0, 0.16: 1.0}) is None  # three times beyond
+    assert replace(plan, metric="validation_accuracy").next_rate({0.005: 3.0, 0.01: 2.0}) == 0.0025
+    assert replace(plan, learning_rates=[0.01]).next_rate({0.01: 1.0}) is None
+
+
+def test_final_runs_go_seed_by_seed(study):
+    toy = study(learning_rates=[0.01], arms={"relu": ["relu"], "gem": ["gem"]}, tuning_seeds=[])
+    assert [(run.seed, run.act) for run in toy.missing()[:3]] == [(0, "relu"), (0, "gem"), (1, "relu")]
+
+
+def test_a_run_that_outlives_its_driver_is_waited_for(study):
+    toy = study(learning_rates=[0.01], arms={"relu": ["relu"], "gem": ["gem"]}, tuning_seeds=[], final_seeds=[0, 1])
+    folder = toy.folder / "runs" / toy.missing()[0].name
+    folder.mkdir()
+    orphan = FileLock(folder / ".lock", thread_local=False)  # which it has until it has saved
+    orphan.acquire()
+    driver = threading.Thread(target=toy.run)
+    driver.start()
+    while len(toy.missing()) > 1:
+        time.sleep(0.05)
+    assert folder.name not in started(toy)
+    orphan.release()
+    driver.join()
+    assert not toy.missing()
+
+
+def test_progress_leaves_out_what_was_there(study, capsys):
+    toy = study(learning_rates=[0.01], arms={"relu": ["relu"], "gem": ["gem"]}, tuning_seeds=[])
+    toy.run(jobs=2)
+    (toy.folder / "records" / "gem-lr0.01-seed7.json").unlink()
+    capsys.readouterr()
+    toy.run()
+    bar = capsys.readouterr().err
+    assert " 15/16 " in bar.split("\r")[1]
+    assert " 16/16 " in bar
+
+
+def test_a_metric_that_the_recipe_does_not_have_is_told_at_the_first_run(study):
+    toy = study(metric="validation_accuracy")
+    with pytest.raises(PlanError, match="toy has no validation_accuracy; it has validation_loss"):
+        toy.run()
+    assert len(started(toy)) == 1
+
+
+def test_another_baseline_has_a_report_of_its_own(study, capsys):
+    toy = study()
+    toy.run(jobs=2)
+    write_report(toy)
+    first = (toy.folder / "report.md").read_text()
+    cli.main(["report", str(toy.folder), "--baseline", "gem"])
+    report = (toy.folder / "against-gem" / "report.md").read_text()
+    assert "of `relu` was 0.0" in report
+    assert "above that of `gem`" in report
+    assert "The plan had named `relu`" in report
+    assert (toy.folder / "report.md").read_text() == first
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(toy.folder), "--baseline", "gelu"])
+    assert "toy has no arm 'gelu'; its arms are relu, gem, silu" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_study(tmp_path, capsys):

@@ -35,6 +35,13 @@ def test_gains_are_in_smallest_effects_of_interest(study, tmp_path, capsys):
     assert (tmp_path / "pages" / "summary.png").exists()
 
 
+def test_arms_that_have_chosen_the_same_count_once(study, tmp_path):
+    toy = study(arms={"relu": ["relu"], "gem": ["gem_n2"], "tuned": ["gem", "gem_n2"]})
+    toy.run(jobs=2)
+    (found,) = summarise([toy], "relu")
+    assert (found.act, len(found.gains)) == ("gem_n2", 1)
+
+
 def test_what_cannot_be_summarised(study):
     toy = study(arms={"relu": ["relu"], "gem": ["gem"], "silu": ["silu"]}, **FEW)
     with pytest.raises(PlanError, match=r"toy is not finished, or not paired: relu-lr0\.01-seed0"):
