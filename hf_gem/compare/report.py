@@ -451,6 +451,8 @@ def _ablation(study: Study, key: str) -> bytes | None:
             bars = [np.ptp(t_interval(np.array(values))) / 2 if len(values) > 1 else 0 for values in points.values()]
             axes.errorbar(list(points), means, bars, fmt=style, color=color, label=f"{label}: {source}")
     axes.set(xlabel=key, ylabel=plan.metric, xscale="log" if key == "eps" else "linear")
+    if key == "n":
+        axes.set_xticks(sorted({n for lines, _ in sources.values() for points in lines.values() for n in points}))
     axes.grid(alpha=0.3)
     axes.legend()
     return png_of(figure)
