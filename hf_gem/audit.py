@@ -122,7 +122,7 @@ class Audit:
 
     @property
     def complete(self) -> bool:
-        """Whether every activation that ran was GEM, one did, and none of another kind might run on other inputs."""
+        """Whether every activation that was seen was GEM, one ran, and none of another kind might on other inputs."""
         return self.num_gem > 0 and self.num_other == 0 and not self.stock_not_run
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,11 +162,12 @@ class Audit:
 def audit(model: nn.Module, *args: Any, **inputs: Any) -> Audit:
     """Runs one forward pass and reports which activations ran: how many calls were GEM, and which others, and where.
 
-    It sees the operations, so nothing hides: `F.gelu` in a block, `x.relu_()`, autograd Functions, scripted functions.
+    It sees the operations, not the modules: `F.gelu` in a block, `x.relu_()`, autograd Functions, scripted functions.
     Formulas written by hand are recognised where a sigmoid, tanh, erf, softplus, hardsigmoid or relu6 multiplies its
     own input (`x * sigmoid(a * x)` is called silu whatever a is), and where a float is clamped at zero from below only.
-    One written with comparisons or `exp`, or fused into a custom kernel, is not seen. Modules that the inputs do not
-    reach do not run; the report lists those that are activations.
+    One written with comparisons, `maximum`, `where` or `exp`, or fused into a custom kernel, is not seen, and the audit
+    is `complete` without it. Modules that the inputs do not reach do not run; the report lists those that are
+    activations.
 
     The model is left as it was: training flags, buffers, hooks and the random state. A compiled one runs uncompiled.
 
@@ -210,9 +211,14 @@ def audit(model: nn.Module, *args: Any, **inputs: Any) -> Audit:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model in the wrappers of torch.compile and of data parallelism."""
-    while isinstance(model, (torch._dynamo.OptimizedModule, nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model.module
-    return model
+    dynamo = sys.modules.get("torch._dynamo")  # slow to import, and there where anything is compiled
+    while True:
+        if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
 
 
 def _no_forward(model: nn.Module, inputs: Mapping[str, Tensor], error: Exception, where: str) -> RuntimeError:

@@ -29,7 +29,10 @@ def main(argv: list[str] | None = None) -> None:
 
     from .training.errors import run_recipe
 
-    run_recipe(lambda: print(arguments.run(arguments)))
+    try:
+        run_recipe(lambda: print(arguments.run(arguments)))
+    except ModuleNotFoundError as error:
+        parser.exit(1, f'error: {error}; pip install "hf-gem[train]" brings what this needs\n')
 
 
 def _report(arguments: argparse.Namespace) -> str:

@@ -21,7 +21,7 @@ from .conversion import Slot
 from .fit import Fit
 from .integrations.transformers import own_config, write_plan
 from .spec import GemSpec, is_name, parse
-from .stock import describe, is_gate, kind, stock_slots
+from .stock import describe, is_elementwise, is_gate, kind, stock_slots
 
 _ALREADY = "there already"
 _MOST = 5  # lines of a kind in a report
@@ -294,6 +294,8 @@ def _choose(
             reason = "not among replace="
         elif not only and is_gate(what):
             reason = "a gate"
+        elif not only and not is_elementwise(slot.occupant):
+            reason = "which does more than its name says, unless replace= asks for it"
         elif spec is not None and getattr(slot.occupant, "spec", None) == spec:
             reason = _ALREADY
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,12 +17,14 @@ from .spec import DEFAULT_EPS, GemSpec, parse
 
 
 def _eps_at(log_ratio: Tensor, init_eps: float) -> Tensor:
-    """`init_eps * exp(log_ratio)`, in float32 for half types."""
+    """`init_eps * exp(log_ratio)`, in float32 for half types; saturates where float32 ends, from 1e-37 to 1e37."""
     if has_torch_function_unary(log_ratio):  # one node for torch.fx, which cannot follow a branch on a dtype
         return handle_torch_function(_eps_at, (log_ratio,), log_ratio, init_eps)
     if log_ratio.dtype != torch.float64:
         log_ratio = log_ratio.to(torch.float32)
-    return init_eps * torch.exp(log_ratio)
+    # Within spec.LEARNABLE_RANGE, which TorchScript could not look up, and where exp itself is finite.
+    low, high = max(math.log(1e-37 / init_eps), -87.0), min(math.log(1e37 / init_eps), 87.0)
+    return init_eps * torch.exp(log_ratio.clamp(low, high))
 
 
 class GemActivation(nn.Module):

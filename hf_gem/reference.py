@@ -112,12 +112,14 @@ def segem_slope(x: Tensor, n: int, eps: float | Tensor) -> Tensor:
 
 
 def egem_eps_slope(x: Tensor, n: int, eps: Tensor) -> Tensor:
-    """d egem / d eps = -x s (1 - s) / eps for x > 0, else 0, in the working dtype of x."""
+    """d egem / d eps = -x s (1 - s) / eps for x > 0, else 0, in the working dtype of x; 0 where eps has saturated."""
     z = working(x)
     eps = eps.to(z.dtype)
     r, e = _scale_tensor(eps, n)
     t = _gate_power(z * r, n)
-    return -_remainder(z, z * (r / _bound(n, z.dtype)), n, e / (t + e)) * (t / (t + e)) / eps
+    saturated = _saturated(eps)
+    slope = _remainder(z, z * (r / _bound(n, z.dtype)), n, e / (t + e)) * (t / (t + e)) / saturated
+    return -slope * (eps == saturated)
 
 
 def segem_eps_slope(x: Tensor, n: int, eps: Tensor) -> Tensor:
@@ -135,9 +137,14 @@ def _scale(eps: float, n: int) -> tuple[float, float]:
     return math.ldexp(1.0, k), math.ldexp(eps, 2 * n * k)
 
 
+def _saturated(eps: Tensor) -> Tensor:
+    """An eps that runs away in training stays within spec.LEARNABLE_RANGE, which TorchScript could not look up."""
+    return eps.clamp(1e-37, 1e37)
+
+
 def _scale_tensor(eps: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """`_scale` for a tensor. Only e carries a derivative: the functions do not depend on how eps is split."""
-    eps = eps.clamp(1e-37, 1e37)  # spec.LEARNABLE_RANGE: an eps that runs away in training saturates there
+    eps = _saturated(eps)
     r = torch.pow(2.0, torch.floor(0.5 - torch.log2(eps.detach()) / (2 * n)))  # ONNX from TorchScript has no exp2
     e = eps
     for _ in range(2 * n):  # a factor at a time, since r^(2n) alone may overflow

@@ -173,6 +173,11 @@ def _read_eps(text: str | None) -> Any:
 
 
 def _malformed(name: str, reason: str) -> ValueError:
+    if name and "gem" not in re.sub(r"[\W_]", "", name.lower()):
+        return ValueError(
+            f"got activation name {name!r}, which is none of the family. Allowed: {_GRAMMAR}. For others, such as a "
+            "baseline's, there are hf_gem.set_activation and timm's act_layer; hf_gem.gain takes a function"
+        )
     return ValueError(f"got activation name {name!r}: {reason}. Allowed: {_GRAMMAR}. Did you mean {_nearest(name)!r}?")
 
 

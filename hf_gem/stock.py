@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from .conversion import Slot, join
@@ -55,6 +56,30 @@ def _num_required(function: Callable[..., Any]) -> int:
     except (TypeError, ValueError):  # of C
         return 0
     return sum(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+def is_elementwise(occupant: Any) -> bool:
+    """Whether an activation does what its name says to each value by itself, and nothing else, as far as a try tells.
+
+    Those of torch, transformers and timm do; somebody's `GatedGELU` may halve the channels, and a `NormGELU` normalise.
+    """
+    inner = occupant
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    home = getattr(type(inner) if isinstance(inner, nn.Module) else inner, "__module__", None) or ""
+    if home.partition(".")[0] in ("", "torch", "transformers", "timm", "hf_gem"):
+        return True
+    x = torch.linspace(-2.0, 2.0, 48).reshape(2, 4, 6)
+    other = x.clone()
+    other[0, 0, 0] += 1.0
+    try:
+        with torch.no_grad():
+            y, changed = occupant(x), occupant(other)
+    except Exception:  # it wants something else of its input, which a replacement will not mind
+        return True
+    if not isinstance(y, torch.Tensor) or y.shape != x.shape:
+        return False
+    return torch.allclose(y.flatten()[1:], changed.flatten()[1:])
 
 
 def describe(occupant: Any) -> str:

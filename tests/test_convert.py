@@ -31,6 +31,35 @@ class Block(nn.Module):
         return self.act(self.linear(x))
 
 
+class GatedGELU(nn.Module):
+    def forward(self, x):
+        up, gate = x.chunk(2, -1)
+        return up * F.gelu(gate)
+
+
+class NormGELU(nn.Module):
+    def forward(self, x):
+        return F.gelu(F.layer_norm(x, x.shape[-1:]))
+
+
+class MyGELU(nn.Module):
+    def forward(self, x):
+        return F.gelu(x)
+
+
+def test_what_does_more_than_its_name_says_is_left_alone():
+    layers = [nn.Linear(4, 8), GatedGELU(), nn.Linear(4, 4), NormGELU(), nn.Linear(4, 4), MyGELU()]
+    model = nn.Sequential(*layers)
+    x = torch.randn(2, 4)
+    report = convert(model, "gem", inputs=(x,))
+    assert [r.path for r in report.replaced] == ["5"]
+    assert [(path, reason) for path, _, reason in report.left] == [
+        (path, "which does more than its name says, unless replace= asks for it") for path in ("1", "3")
+    ]
+    assert model(x).shape == (2, 4)
+    assert [r.path for r in convert(model, "gem", replace=NormGELU, inputs=(x,)).replaced] == ["3"]
+
+
 class Everything(nn.Module):
     """Modules, functions, containers, gates, and what cannot be reached."""
 

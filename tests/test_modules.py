@@ -151,6 +151,29 @@ def test_eps_stays_positive(family):
             assert module(x).isfinite().all()
 
 
+@learnable_families
+@pytest.mark.parametrize("eps", [1e-37, 1e-4, 1.0, 1e37])
+def test_an_eps_that_runs_away_saturates(family, eps):
+    module = LEARNABLE[family](2, eps, learnable=True)
+    x = torch.linspace(-3, 3, 100)
+    for log_ratio in (-1e4, -200.0, -90.0, 90.0, 200.0, 1e4):
+        with torch.no_grad():
+            module.log_ratio.fill_(log_ratio)
+        assert 0.9e-37 < module.eps.item() < 1.1e37
+        (closed,) = torch.autograd.grad(module(x).sum(), module.log_ratio)
+        formula = torch.func.grad(lambda p: torch.func.functional_call(module, {"log_ratio": p}, x).sum())
+        assert closed.item() == formula(module.log_ratio.detach()).item() == 0
+        assert module(x).isfinite().all()
+
+
+def test_a_tensor_eps_saturates():
+    x = torch.tensor([0.02], dtype=torch.float64)
+    eps = torch.tensor(1e-60, dtype=torch.float64, requires_grad=True)
+    y = egem(x, 2, eps)
+    assert y.item() == egem(x, 2, 1e-37).item()
+    assert torch.autograd.grad(y.sum(), eps)[0].item() == 0
+
+
 def test_eps_is_learned():
     x = torch.randn(256)
     target = egem(x, 1, 0.5)

@@ -235,3 +235,10 @@ def test_no_stock_activation_is_claimed():
     names = {name for registry in dicts for name in registry}
     assert {"gelu", "silu", "hard_swish"} <= names
     assert not [name for name in names if is_claimed(name)]
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu_new", "my act"])
+def test_names_of_others_have_no_nearest(name):
+    with pytest.raises(ValueError, match=r"which is none of the family.*hf_gem\.set_activation") as error:
+        parse(name)
+    assert "Did you mean" not in str(error.value)

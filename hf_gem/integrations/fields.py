@@ -209,6 +209,11 @@ def is_body(key: str) -> bool:
     return not _words(key) & _OTHER_PARTS
 
 
+def is_activation_key(key: str) -> bool:
+    """Whether a field with this name selects an activation, if its value is the name of one."""
+    return key in _DERIVED or bool(_words(key) & _ACTIVATION_WORDS)
+
+
 def plain_name(value: str) -> str:
     """The name of an activation without T5's prefix for a gated MLP."""
     return value.removeprefix(_GATED)
@@ -235,7 +240,7 @@ def _search(container: Any, prefix: str, inherited: set[str], seen: set[int]) ->
         elif isinstance(value, dict):
             yield from _search(value, f"{path}.", words, seen)
         elif _is_activation_name(value) and (
-            key in _DERIVED or words & _ACTIVATION_WORDS or (key == "name" and inherited & _ACTIVATION_WORDS)
+            is_activation_key(str(key)) or (key == "name" and inherited & _ACTIVATION_WORDS)
         ):
             yield ActivationField(path, container, key, is_body(key) and value.lower() not in _GATES)
 

@@ -18,8 +18,8 @@ Installer = tuple[Callable[[ModuleType], None], Callable[[ModuleType], None]]
 class NameLookup(dict):
     """Mixin for a dict of activations: a missing key that is a name of the family is made on the fly.
 
-    Subclasses set `make`. Keys that are there always win, so what the library registers itself is untouched; iteration,
-    length and `get` show them only.
+    Subclasses set `make`. Keys that are there always win, so what the library registers itself is untouched; iteration
+    and length show them only.
     """
 
     make: Callable[[GemSpec], Any]
@@ -28,6 +28,13 @@ class NameLookup(dict):
         if is_claimed(key):
             return type(self).make(parse(key))  # a malformed name raises, saying the nearest
         raise KeyError(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return (
+            type(self).make(parse(key))
+            if not super().__contains__(key) and is_claimed(key)
+            else super().get(key, default)
+        )
 
     def __contains__(self, key: object) -> bool:
         # A malformed name counts too: the lookup that follows explains it, which "not found" would not.

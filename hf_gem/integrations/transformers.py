@@ -18,7 +18,18 @@ from ..conversion import PLAN, apply_plans, complete, join, parts_inside, parts_
 from ..modules import GemActivation, get_activation, module_factory
 from ..spec import is_claimed, parse
 from ..stock import is_stock, kind, stock_slots
-from .fields import activation_fields, configs, declares, is_body, is_config, mask, plain_name, set_activation, unmask
+from .fields import (
+    activation_fields,
+    configs,
+    declares,
+    is_activation_key,
+    is_body,
+    is_config,
+    mask,
+    plain_name,
+    set_activation,
+    unmask,
+)
 from .registry import Installer, NameLookup, lookups, method_patch, refuse_conflicts, replace_everywhere
 
 
@@ -36,7 +47,12 @@ def _install_activations(module: ModuleType) -> None:
     refuse_conflicts(module.ACT2FN, "transformers.activations.ACT2FN")
     refuse_conflicts(module.ACT2CLS, "transformers.activations.ACT2CLS")
     instantier = type(module.ACT2FN)  # its __getitem__ builds what a lookup returns
-    module.ACT2FN.__class__ = type(f"Gem{instantier.__name__}", (NameLookup, instantier), {"make": _Act2Cls.make})
+
+    def as_theirs(self: dict[str, Any]) -> Any:  # for pickle, which finds no class that is made here
+        return instantier, (), None, None, iter(self.items())
+
+    ours = {"make": _Act2Cls.make, "__reduce__": as_theirs}
+    module.ACT2FN.__class__ = type(f"Gem{instantier.__name__}", (NameLookup, instantier), ours)
     replace_everywhere("ACT2CLS", module.ACT2CLS, _Act2Cls(module.ACT2CLS))
 
 
@@ -54,12 +70,13 @@ _OVERWRITTEN = {"minimax_m3_vl_text", "step3p5"}
 
 
 def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
-    """One of our names under a keyword that is no field of this config sets what the config really reads."""
+    """One of our names under a keyword for an activation that is no field of this config sets what it really reads."""
     from_file = config.transformers_version is not None
     if type(config) is sys.modules["transformers.configuration_utils"].PreTrainedConfig:
         return original(config, **kwargs)  # the bare base class, as which any file can be read
-    # Of a file's other keys, some are only what a config made of its fields.
-    keys = [key for key, value in kwargs.items() if is_claimed(value) and (key == "hidden_act" or not from_file)]
+    # A file's other keys may be only what a config made of its fields; and `pooling="gem"` is generalised-mean pooling.
+    asked = (key for key, value in kwargs.items() if is_claimed(value) and is_activation_key(key))
+    keys = [key for key in asked if key == "hidden_act" or not from_file]
     names = {key: kwargs.pop(key) for key in keys}
     original(config, **kwargs)
     if config.model_type in _OVERWRITTEN and is_claimed(config.hidden_act):
@@ -136,6 +153,7 @@ def _model_post_init(original: Any, model: Any) -> None:
     original(model)
     if outermost and not unfinished:
         _say_what_is_left(model)
+        _say_what_a_plan_leaves(model)
 
 
 def _expect(model: Any, missing: list[str]) -> None:
@@ -214,6 +232,25 @@ def _say_what_is_left(model: Any) -> None:
             f"such as {left[0]}, which stay as they are; hf_gem.convert(model, {name!r}) replaces them",
             stacklevel=2,
         )
+
+
+def _say_what_a_plan_leaves(model: Any) -> None:
+    """Warns of activations in a head that the converted model did not have."""
+    parts = parts_of(model)
+    for path, part in parts.items():
+        plan, base = vars(part.config).get(PLAN), part.base_model_prefix
+        if plan is None or plan["model"] == type(part).__name__ or not (base and hasattr(part, base)):
+            continue
+        elsewhere = (f"{base}.", *parts_inside(parts, path))
+        slots = [slot for slot in stock_slots(part) if is_stock(slot.occupant) and not slot.path.startswith(elsewhere)]
+        if slots:
+            name = min(plan["activations"])
+            warnings.warn(
+                f"{plan['model']} was converted, and {type(part).__name__} has {len(slots)} more of other activations, "
+                f"such as {kind(slots[0].occupant)} at {join(path, slots[0].path)}, which stay as they are; "
+                f"hf_gem.convert(model, {name!r}) replaces them",
+                stacklevel=2,
+            )
 
 
 # ---- conversions in configs

@@ -561,3 +561,14 @@ def test_what_the_documentation_warns_of(tmp_path):
     saved(model, tmp_path)
     with without_hf_gem():
         assert not activations(transformers.BloomForCausalLM.from_pretrained(tmp_path))
+
+
+def test_a_head_that_the_converted_model_did_not_have(tmp_path):
+    model = BertModel(BertConfig(**WORDS))
+    hf_gem.convert(model, "egem")
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"BertForMaskedLM has 1 more .* gelu at cls\.predictions\.transform"):
+        transformers.BertForMaskedLM.from_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        transformers.BertForSequenceClassification.from_pretrained(tmp_path)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import pickle
 import sys
 import warnings
 from types import ModuleType
@@ -501,3 +502,21 @@ def test_unregistering_leaves_what_others_have_wrapped(monkeypatch):
     assert PreTrainedConfig.__post_init__ is not ours
     hf_gem.register()
     assert GPT2Config(hidden_act="gem_n2").activation_function == "gem_n2"
+
+
+@pytest.mark.parametrize(("key", "value"), [("pooling", "gem"), ("dataset", "GEM"), ("tag", "gem_v2")])
+def test_keywords_that_are_about_something_else_are_left_alone(key, value):
+    config = BertConfig(**{key: value})
+    assert (getattr(config, key), config.hidden_act) == (value, "gelu")
+    loaded = BertConfig.from_dict({key: value, "model_type": "bert"})
+    assert (getattr(loaded, key), loaded.hidden_act) == (value, "gelu")
+
+
+def test_the_registry_keeps_its_contract():
+    registry = activations.ACT2FN
+    copied = pickle.loads(pickle.dumps(registry))
+    assert dict(copied.items()) == dict(registry.items())
+    assert isinstance(copied["gelu"], torch.nn.Module)
+    assert registry.get("gem_n2")().spec == hf_gem.parse("gem_n2")
+    assert registry.get("relu") is torch.nn.ReLU
+    assert registry.get("nothing", 3) == 3
