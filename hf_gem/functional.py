@@ -157,7 +157,8 @@ def _check_tensor(x: Tensor, name: str) -> None:
             f"{name} must be a floating-point tensor, got {got}; convert it first, for example with {name}.float()"
         )
     if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; convert it with {name}.to_dense()")
+        how = "torch.nested.to_padded_tensor" if x.layout == torch.jagged else f"{name}.to_dense()"
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; convert it with {how}")
 
 
 def _wants_formula() -> bool:
