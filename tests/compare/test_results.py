@@ -30,3 +30,8 @@ def test_a_report_is_made_from_its_records(folder, tmp_path):
         assert ours["p_holm"] == pytest.approx(theirs["p_holm"])
         assert ours["interval"] == pytest.approx(theirs["interval"], rel=0.05)  # other versions draw other resamples
         assert f"**{theirs['verdict']}**" in (folder / "report.md").read_text()
+
+
+def test_every_study_is_in_the_table():
+    table = (ROOT / "results" / "README.md").read_text()
+    assert [folder.name for folder in STUDIES if f"({folder.name}/report.md)" not in table] == []
