@@ -71,7 +71,7 @@ class Config(TextConfig, TrainConfig):
     n_inner: int = option(2048, "Width of the feed-forward layers.")
     dropout: float = option(0.0, "Dropout rate, everywhere.")
     own_gain: bool = option(
-        False, "Draw the weights of feed-forward layers so that each activation keeps the scale of what it is given."
+        False, "Draw the weights around each activation, in the head too, so that it keeps the scale of what it gets."
     )
     mask_probability: float = option(0.15, "Share of tokens to predict.")
     prompt: str = option("import [MASK]", "Text whose masked tokens are filled in at the end.")
@@ -108,6 +108,8 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: 
         for layer in layers:
             up, down = layer.intermediate.dense.weight, layer.output.dense.weight
             init_feed_forward_(up, down, config.n_embd, ACT2FN[config.hidden_act])
+        # Of the activation in the head too the inputs have a second moment of 1; a normalisation is behind it.
+        torch.nn.init.normal_(model.cls.predictions.transform.dense.weight, std=config.n_embd**-0.5)
     return model
 
 

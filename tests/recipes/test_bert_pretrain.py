@@ -92,6 +92,8 @@ def test_each_activation_can_start_at_its_own_gain():
         near = {"rel": 6 / (2 * 65536) ** 0.5}  # six deviations of the deviation of 65536 normal draws
         assert layer.intermediate.dense.weight.std().item() == pytest.approx(128**-0.5, **near)
         assert layer.output.dense.weight.std().item() == pytest.approx(gain("gem_n2") / 512**0.5, **near)
+    head = model.cls.predictions.transform.dense.weight
+    assert head.std().item() == pytest.approx(128**-0.5, rel=6 / (2 * 16384) ** 0.5)
 
 
 def test_a_tokenizer_without_a_mask(flags, tmp_path):
