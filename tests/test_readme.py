@@ -137,7 +137,7 @@ def test_python_code():
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(block, names)
-    assert type(names["cnn"].act1).__name__ == "EGEM"
+    assert type(names["cnn"].act1).__name__ == "GEM"
     assert hf_gem.audit(names["swin"]).complete
     assert hf_gem.audit(names["vit"]).num_gem == 0
     assert names["y"].shape == (8, 64)

@@ -43,6 +43,7 @@ from .push import CheckpointPusher
 from .record import MetricsLog, environment, hash_tensors, hash_weights, write_record
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
+_KEPT = ("run_id", "sessions", "samples_hash")  # of the record, in checkpoints
 _MOST_SKIPPED = 10  # steps one after the other
 _MOST_ROLLBACKS = 3  # in a run
 
@@ -298,7 +299,7 @@ class _Run:
             "init_hash": hash_weights(task.model) if self.is_main else None,
             "init_signs_hash": hash_weights(task.model, signs=True) if self.is_main else None,
             "order_hash": self.order.hash(config.steps, config.global_batch_size),
-            "samples_hash": hash_tensors(self._first_samples()) if self.is_main else None,
+            "samples_hash": None,  # of the first micro-batch as the model sees it, cropped, flipped and masked
             "num_parameters": sum(p.numel() for p in task.model.parameters()),
             "nonfinite": {"skipped_steps": 0, "rollbacks": 0, "skipped_batches": 0},
             "sessions": [],
@@ -399,7 +400,7 @@ class _Run:
             self.record["nonfinite"] = dict(state["nonfinite"])
         if self.is_main:
             if state is not None:
-                self.record.update(run_id=state["run_id"], sessions=state["sessions"])
+                self.record.update({key: state[key] for key in _KEPT if key in state})
             self.log.start(state["log"] if state is not None else [])
 
     def _load(self, step: int) -> None:
@@ -411,12 +412,10 @@ class _Run:
         size = self.config.global_batch_size
         drawn = np.stack([self.order.batch(number, size), np.arange(number * size, (number + 1) * size)])
         mine = drawn.reshape(2, -1, self.world, self.micro_batch_size)[:, :, self.rank]
-        return [self.task.train.batch(indices, draws) for indices, draws in mine.swapaxes(0, 1)]
-
-    def _first_samples(self) -> dict[str, torch.Tensor]:
-        """Samples of the first batch as the model sees them, cropped, flipped and masked; the same for any split."""
-        indices = self.order.batch(0, self.config.global_batch_size)[:32]
-        return self.task.train.batch(indices, np.arange(len(indices)))
+        batches = [self.task.train.batch(indices, draws) for indices, draws in mine.swapaxes(0, 1)]
+        if number == 0 and self.is_main:
+            self.record["samples_hash"] = hash_tensors(batches[0])
+        return batches
 
     def _step(self, step: int) -> torch.Tensor:
         """One optimizer step; returns the mean loss over the global batch."""
@@ -540,7 +539,7 @@ class _Run:
     def _save(self, step: int, status: str) -> None:
         self._check_finite(step)
         self._update_record(step, status)
-        state = {"log": self.log.entries, **{key: self.record[key] for key in ("sessions", "run_id", "nonfinite")}}
+        state = {"log": self.log.entries, **{key: self.record[key] for key in ("nonfinite", *_KEPT)}}
         checkpoint = self.checkpoints.save(self.accelerator, step, state)
         if self.is_main:
             write_record(self.folder / "record.json", self.record)

@@ -101,7 +101,7 @@ class ClassificationLoss(nn.Module):
     """Cross-entropy of an image classifier of transformers; smoothing and mixing are for training alone.
 
     Args:
-        model: The classifier. Its filters are put into the channels-last layout, in which convolutions are faster.
+        model: The classifier.
         label_smoothing: Share of the target that is spread over all classes.
         mixup: A `timm.data.Mixup`, which then does the smoothing too, or None. It draws from numpy's global state,
             which is seeded here from torch's.
@@ -109,7 +109,7 @@ class ClassificationLoss(nn.Module):
 
     def __init__(self, model: nn.Module, label_smoothing: float = 0.0, mixup: Any = None) -> None:
         super().__init__()
-        self.model = model.to(memory_format=torch.channels_last)
+        self.model = model  # not in channels-last: torch 2.14 corrupts its heap there, Conv2d(4, 8, 1, stride=2) on a CPU
         self.label_smoothing = label_smoothing
         self.mixup = mixup
 

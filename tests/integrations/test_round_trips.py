@@ -210,7 +210,11 @@ def test_the_model_without_its_head(family, tmp_path):
     bare = AutoModel.from_pretrained(saved(model, tmp_path / "head"))
     assert torch.equal(run(model.base_model, inputs)[0], run(bare, inputs)[0])  # further ones are of a new pooler
     assert activations(bare) == activations(model.base_model)
-    again = type(model).from_pretrained(saved(bare, tmp_path / "base"))
+    told = (
+        pytest.warns(UserWarning, match="1 more of other") if family == "converted bert" else contextlib.nullcontext()
+    )
+    with told:  # its head has an activation, which the bare model does not
+        again = type(model).from_pretrained(saved(bare, tmp_path / "base"))
     assert torch.equal(run(again.base_model, inputs)[0], run(bare, inputs)[0])
     assert activations(again.base_model) == activations(bare)
 

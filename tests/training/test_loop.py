@@ -194,7 +194,7 @@ def test_waiting_for_data_is_on_record(tmp_path):
     class Slow(Sequences):
         def batch(self, indices, draws=None):
             if draws is not None:
-                time.sleep(0.05)
+                time.sleep(0.2)
             return super().batch(indices, draws)
 
     task = make_task()
@@ -224,6 +224,16 @@ def test_data_that_cannot_be_read_stop_the_run_where_they_are_needed(tmp_path):
         run(tmp_path, task)
     record, _ = run(tmp_path)  # and the checkpoint of step 4 is there
     assert [s["first_step"] for s in record["sessions"]] == [1, 5]
+
+
+def test_the_samples_of_a_run_are_told_by_a_hash(tmp_path):
+    record, _ = run(tmp_path / "a")
+    task = make_task()
+    task.train = Sequences(20, seed=1)
+    other, _ = run(tmp_path / "b", task)
+    assert record["samples_hash"] != other["samples_hash"]
+    again, _ = run(tmp_path / "a")  # from its checkpoint
+    assert again["samples_hash"] == record["samples_hash"]
 
 
 def test_a_finished_run_started_again_only_reports(tmp_path, monkeypatch):
