@@ -109,7 +109,7 @@ class ClassificationLoss(nn.Module):
 
     def __init__(self, model: nn.Module, label_smoothing: float = 0.0, mixup: Any = None) -> None:
         super().__init__()
-        self.model = model  # not in channels-last: torch 2.14 corrupts its heap there, Conv2d(4, 8, 1, stride=2) on a CPU
+        self.model = model  # not channels-last: torch 2.14 corrupts the heap of a CPU, Conv2d(4, 8, 1, stride=2)
         self.label_smoothing = label_smoothing
         self.mixup = mixup
 
