@@ -31,14 +31,18 @@ def kind(occupant: Any) -> str | None:
     if isinstance(occupant, nn.Module):
         name, call = "" if _is_layer(occupant) else type(occupant).__name__, occupant.forward
     else:
-        inner = call = occupant
-        while isinstance(inner, functools.partial):
-            inner = inner.func
+        call, inner = occupant, _without_partials(occupant)
         name = getattr(inner, "__name__", "") if inspect.isroutine(inner) and not inspect.ismethod(inner) else ""
     name = re.sub(r"(activation|me|jit)$", "", name.lower().replace("_", ""))
     if not (_ACTIVATION.fullmatch(name) or _GATE.fullmatch(name)) or _num_required(call) > 1:
         return None
     return "silu" if name == "swish" else name
+
+
+def _without_partials(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -63,9 +67,7 @@ def is_elementwise(occupant: Any) -> bool:
 
     Those of torch, transformers and timm do; somebody's `GatedGELU` may halve the channels, and a `NormGELU` normalise.
     """
-    inner = occupant
-    while isinstance(inner, functools.partial):
-        inner = inner.func
+    inner = _without_partials(occupant)
     home = getattr(type(inner) if isinstance(inner, nn.Module) else inner, "__module__", None) or ""
     if home.partition(".")[0] in ("", "torch", "transformers", "timm", "hf_gem"):
         return True

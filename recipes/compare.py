@@ -56,12 +56,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(f"{detectable(plan)}; the smallest effect of interest is {plan.smallest_effect:g} ({plan.metric})")
     if arguments.dry_run:
-        missing = list(plan.tuning_runs())
+        missing, seconds = list(plan.tuning_runs()), []
         if (folder / PLAN).exists():
             freeze(plan, folder)  # which refuses another plan
-            missing = Study(folder, RECIPES).missing()
+            study = Study(folder, RECIPES)
+            missing, seconds = study.missing(), study.seconds()
         tuned = not missing or missing[0].seed in plan.final_seeds
-        if (folder / PLAN).exists() and (seconds := Study(folder, RECIPES).seconds()):
+        if seconds:
             left, each = len(missing) + (0 if tuned else final), sum(seconds) / len(seconds)
             hours = left * each / 3600 / arguments.jobs
             print(f"{len(seconds)} runs are done, {each:,.0f} s each; what is planned takes {hours:.1f} hours more")

@@ -130,6 +130,11 @@ class Plan:
         """All activations, each once: arms may share one."""
         return list(dict.fromkeys(act for acts in self.arms.values() for act in acts))
 
+    def require_arm(self, name: str) -> None:
+        """Raises PlanError where this is no arm."""
+        if name not in self.arms:
+            raise PlanError(f"{self.name} has no arm {name!r}; its arms are {', '.join(self.arms)}")
+
     @property
     def hash(self) -> str:
         """SHA-256 over all fields: a changed plan is another study."""

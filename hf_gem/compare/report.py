@@ -16,7 +16,7 @@ import numpy as np
 
 from ..spec import is_name, parse
 from ..training.files import write_atomically
-from .plan import Plan, PlanError, Run
+from .plan import Plan, Run
 from .run import Study
 from .stats import Comparison, expected_best_of, minimum_detectable_effect, t_interval
 
@@ -72,9 +72,8 @@ def write_report(study: Study, baseline: str | None = None) -> Path:
         PlanError: the baseline is no arm.
     """
     plan, folder = study.plan, study.folder
-    if baseline not in (None, plan.baseline):
-        if baseline not in plan.arms:
-            raise PlanError(f"{plan.name} has no arm {baseline!r}; its arms are {', '.join(plan.arms)}")
+    if baseline is not None and baseline != plan.baseline:
+        plan.require_arm(baseline)
         folder = folder / f"against-{baseline}"
         folder.mkdir(exist_ok=True)
     comparisons = study.comparisons(baseline)
@@ -241,7 +240,7 @@ def _tuning_parts(study: Study) -> list[Part]:
         finished = [mean for mean in means.values() if math.isfinite(mean)]
         tries = [k for k in (1, 2, 4, 8, 16) if k < len(finished)] + [len(finished)] if finished else []
         few = ", ".join(f"{k}: {number(expected_best_of(finished, k, plan.higher_is_better))}" for k in tries)
-        rates = study.tuned(act)
+        rates = [rate for other, rate in means if other == act]
         edge = " (the edge of the grid)" if len(rates) > 1 and rate in (min(rates), max(rates)) else ""
         rows.append(
             [

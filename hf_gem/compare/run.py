@@ -215,9 +215,8 @@ class Study:
                 seen.setdefault(key, {}).setdefault(str(value), []).append(name)
 
         for name, record in self._records():
-            tunes = int(name.rpartition("-seed")[2]) in self.plan.tuning_seeds
             add(name, {"mixed precision": record.get("mixed_precision")})
-            add(name, {"tuning data" if tunes else "data": record["data"]["hash"]})
+            add(name, {"tuning data" if self._tunes(name) else "data": record["data"]["hash"]})
             for session in record["sessions"]:
                 add(name, _code(session))
         if here:
@@ -227,6 +226,9 @@ class Study:
             for key, values in seen.items()
             if len(values) > 1
         ]
+
+    def _tunes(self, name: str) -> bool:
+        return int(name.rpartition("-seed")[2]) in self.plan.tuning_seeds
 
     # ---- running
 
@@ -246,18 +248,18 @@ class Study:
         if not torch.cuda.is_available():  # before the first process, which has to know when it imports torch
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
         _CONTEXT.set_forkserver_preload(_IMPORTED)
-        self._refuse_mixed()
+        here = environment(self.recipes.resolve())
+        self._refuse_mixed(here)
         tuning = {run.name for run in self.plan.tuning_runs()}
-        final = len(self.plan.arms) * len(self.plan.final_seeds)
+        planned = sum(self.plan.num_runs())
         done = {path.stem for path in (self.folder / "records").glob("*.json")}
-        extended = [n for n in done - tuning if int(n.rpartition("-seed")[2]) in self.plan.tuning_seeds]
-        total = len(tuning) + len(extended) + final
-        with tqdm(total=total, initial=len(done), desc=self.plan.name, unit="run", smoothing=0) as bar:
-            self._execute(self._missing_in_tuning(), jobs, bar)
+        extended = sum(map(self._tunes, done - tuning))
+        with tqdm(total=planned + extended, initial=len(done), desc=self.plan.name, unit="run", smoothing=0) as bar:
+            self._execute(self._missing_in_tuning(), jobs, bar, here)
             while more := self._extensions():
                 bar.total += len(more)
-                self._execute(more, jobs, bar)
-            self._execute(self.missing(), jobs, bar)
+                self._execute(more, jobs, bar, here)
+            self._execute(self.missing(), jobs, bar, here)
         if wrong := self.check_pairing():
             raise StudyError("the runs are not paired: " + "; ".join(wrong))
 
@@ -271,15 +273,15 @@ class Study:
         runs = (Run(act, rate, seed) for act in plan.acts for rate in sorted(grid) for seed in plan.tuning_seeds)
         return [run for run in runs if self.record(run) is None]
 
-    def _refuse_mixed(self) -> None:
-        if not self.allow_mixed and (mixed := self.mixtures(environment(self.recipes.resolve()))):
+    def _refuse_mixed(self, here: Mapping[str, Any]) -> None:
+        if not self.allow_mixed and (mixed := self.mixtures(here)):
             raise StudyError(
                 f"runs that do not belong into one study: {'; '.join(mixed)}. Go back to the same code, versions and "
                 f"data, start another study, remove from {self.folder / 'records'} what is to be run anew, or "
                 "--allow_mixed"
             )
 
-    def _execute(self, todo: list[Run], jobs: int, bar: tqdm) -> None:
+    def _execute(self, todo: list[Run], jobs: int, bar: tqdm, here: Mapping[str, Any]) -> None:
         devices: Queue[int] = Queue()
         for job in range(jobs):
             devices.put(job)
@@ -295,7 +297,7 @@ class Study:
                     if self.record(run) is None:
                         self._wait_for_orphan(run)
                         self._start(run, job)
-                        self._refuse_mixed()
+                        self._refuse_mixed(here)
                 bar.update()
                 return True
             except Timeout:

@@ -52,8 +52,7 @@ def summarise(studies: Sequence[Study], baseline: str) -> list[Summary]:
     found: dict[str, dict[str, tuple[Comparison, np.ndarray]]] = {}
     for study in studies:
         plan = study.plan
-        if baseline not in plan.arms:
-            raise PlanError(f"{plan.name} has no arm {baseline!r}; its arms are {', '.join(plan.arms)}")
+        plan.require_arm(baseline)
         if problems := [*(run.name for run in study.missing()), *study.check_pairing()]:
             raise PlanError(f"{plan.name} is not finished, or not paired: {problems[0]}; its report says more")
         choices = study.choices()
