@@ -68,87 +68,51 @@ def lookups(where: str, dicts: dict[str, type[NameLookup]], beside: tuple[str, .
     return install, uninstall
 
 
-def method_patch(cls_name: str, name: str, wrapper: Callable[..., Any]) -> Installer:
-    """The pair that makes a method call `wrapper(original, self, *args, **kwargs)` instead, and undoes it.
+def patch(path: str, wrapper: Callable[..., Any], lost: str) -> Installer:
+    """The pair that makes `function` or `Class.method` of a module call `wrapper(original, ...)`, and undoes it.
 
-    For a class method, `self` is the class.
+    The arguments follow, with `self` for a method and the class for a class method. A function is replaced wherever it
+    has been imported to. `lost` is what a version of the library without it lacks.
     """
-    patches: dict[type, tuple[Any, Any]] = {}  # class -> original, ours
-    active: set[type] = set()
+    owner, _, name = path.rpartition(".")
+    patches: dict[Any, tuple[Any, Any]] = {}  # module or class -> original, ours
+    active: set[Any] = set()
 
     def install(module: ModuleType) -> None:
-        cls = getattr(module, cls_name, None)
-        original = vars(cls).get(name) if cls is not None else None
-        if cls is None or original is None:
-            warnings.warn(
-                f"hf_gem knows {module.__name__}.{cls_name}.{name} from transformers 5.17 on and finds none here: "
-                "names of the family work in every activation field, but `hidden_act` is not passed on to the field "
-                "that a config reads, a learnable eps needs to be in the checkpoint, and conversions are not replayed",
-                stacklevel=2,
-            )
+        place = getattr(module, owner, None) if owner else module
+        original = vars(place).get(name) if place is not None else None
+        if original is None:
+            warnings.warn(f"hf_gem finds no {module.__name__}.{path} in this version: {lost}", stacklevel=2)
             return
-        active.add(cls)
-        if cls not in patches:
-            patches[cls] = original, patched(cls, original)
-            setattr(cls, name, patches[cls][1])
+        active.add(place)
+        if place not in patches:
+            patches[place] = original, patched(place, original)
+            replace(place, *patches[place])
 
-    def patched(cls: type, original: Any) -> Any:
+    def patched(place: Any, original: Any) -> Any:
         function = original.__func__ if isinstance(original, classmethod) else original
 
         @functools.wraps(function)
-        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if cls in active:
-                return wrapper(function, self, *args, **kwargs)
-            return function(self, *args, **kwargs)  # uninstalled, but wrapped by somebody else in the meantime
-
-        return classmethod(method) if isinstance(original, classmethod) else method
-
-    def uninstall(module: ModuleType) -> None:
-        cls = getattr(module, cls_name, None)
-        if cls in active:
-            active.discard(cls)
-            if vars(cls)[name] is patches[cls][1]:
-                setattr(cls, name, patches.pop(cls)[0])
-
-    return install, uninstall
-
-
-def function_patch(name: str, wrapper: Callable[..., Any], lost: str) -> Installer:
-    """The pair that makes a function of a module call `wrapper(original, *args, **kwargs)`, and undoes it.
-
-    This holds wherever the function has been imported to. `lost` is what a version of the library without it lacks.
-    """
-    patches: list[tuple[Callable[..., Any], Callable[..., Any]]] = []  # original, ours: one or none
-    active = False
-
-    def install(module: ModuleType) -> None:
-        nonlocal active
-        original = getattr(module, name, None)
-        if original is None:
-            warnings.warn(f"hf_gem finds no {module.__name__}.{name} in this version: {lost}", stacklevel=2)
-            return
-        active = True
-        if not patches:
-            patches.append((original, patched(original)))
-            setattr(module, name, patches[0][1])
-            replace_everywhere(name, *patches[0])
-
-    def patched(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
         def ours(*args: Any, **kwargs: Any) -> Any:
-            if active:
-                return wrapper(original, *args, **kwargs)
-            return original(*args, **kwargs)  # uninstalled, but kept by somebody else in the meantime
+            if place in active:
+                return wrapper(function, *args, **kwargs)
+            return function(*args, **kwargs)  # uninstalled, but wrapped or kept by somebody else in the meantime
 
-        return ours
+        return classmethod(ours) if isinstance(original, classmethod) else ours
+
+    def replace(place: Any, old: Any, new: Any) -> None:
+        setattr(place, name, new)
+        if not owner:
+            replace_everywhere(name, old, new)
 
     def uninstall(module: ModuleType) -> None:
-        nonlocal active
-        active = False
-        if patches and getattr(module, name) is patches[0][1]:
-            original, ours = patches.pop()
-            setattr(module, name, original)
-            replace_everywhere(name, ours, original)
+        place = getattr(module, owner, None) if owner else module
+        if place in active:
+            active.discard(place)
+            original, ours = patches[place]
+            if vars(place)[name] is ours:
+                del patches[place]
+                replace(place, ours, original)
 
     return install, uninstall
 

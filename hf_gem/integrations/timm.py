@@ -20,7 +20,7 @@ from ..init import gain
 from ..modules import GemActivation, get_activation, module_factory
 from ..spec import GemSpec, is_claimed, parse
 from ..stock import is_stock, kind, stock_slots
-from .registry import Installer, NameLookup, function_patch, lookups
+from .registry import Installer, NameLookup, lookups, patch
 
 if TYPE_CHECKING:
     from ..convert import Conversion
@@ -200,12 +200,10 @@ INSTALLERS: dict[str, Installer] = {
         beside=("_ACT_LAYER_ME", "_ACT_FN_ME"),
     ),
     "timm.models.nfnet": lookups("timm.models.nfnet", {"_nonlin_gamma": _Gammas}),
-    "timm.models._builder": function_patch(
+    "timm.models._builder": patch(
         "build_model_with_cfg",
         _build_model,
         "some models take the class of an activation only, none a saved conversion",
     ),
-    "timm.models._hub": function_patch(
-        "save_config_for_hf", _save_config, "pass the activation of a saved model as model_args"
-    ),
+    "timm.models._hub": patch("save_config_for_hf", _save_config, "pass the activation of a saved model as model_args"),
 }

@@ -30,7 +30,7 @@ from .fields import (
     set_activation,
     unmask,
 )
-from .registry import Installer, NameLookup, lookups, method_patch, refuse_conflicts, replace_everywhere
+from .registry import Installer, NameLookup, lookups, patch, refuse_conflicts, replace_everywhere
 
 
 class _Act2Cls(NameLookup):
@@ -340,6 +340,13 @@ def _both(*installers: Installer) -> Installer:
     return install, uninstall
 
 
+_method = functools.partial(
+    patch,
+    lost="transformers has it from 5.17 on. Without it, names of the family work in every activation field, but "
+    "`hidden_act` is not passed on to the field that a config reads, a learnable eps needs to be in the checkpoint, "
+    "and conversions are not replayed",
+)
+
 INSTALLERS: dict[str, Installer] = {
     "transformers.activations": (_install_activations, _uninstall_activations),
     # Has a dict of its own, from which its `afn` is looked up.
@@ -347,15 +354,15 @@ INSTALLERS: dict[str, Installer] = {
         "transformers.models.openai.modeling_openai", {"ACT_FNS": _Instances}
     ),
     "transformers.configuration_utils": _both(
-        method_patch("PreTrainedConfig", "__post_init__", _config_post_init),
-        method_patch("PreTrainedConfig", "from_dict", _config_from_dict),
-        method_patch("PreTrainedConfig", "to_dict", _config_to_dict),
+        _method("PreTrainedConfig.__post_init__", _config_post_init),
+        _method("PreTrainedConfig.from_dict", _config_from_dict),
+        _method("PreTrainedConfig.to_dict", _config_to_dict),
     ),
-    "transformers.trainer": method_patch("Trainer", "get_decay_parameter_names", _decay_parameter_names),
+    "transformers.trainer": _method("Trainer.get_decay_parameter_names", _decay_parameter_names),
     "transformers.modeling_utils": _both(
-        method_patch("PreTrainedModel", "__init__", _model_init),
-        method_patch("PreTrainedModel", "post_init", _model_post_init),
-        method_patch("PreTrainedModel", "_initialize_weights", _initialize_weights),
-        method_patch("PreTrainedModel", "save_pretrained", _save_pretrained),
+        _method("PreTrainedModel.__init__", _model_init),
+        _method("PreTrainedModel.post_init", _model_post_init),
+        _method("PreTrainedModel._initialize_weights", _initialize_weights),
+        _method("PreTrainedModel.save_pretrained", _save_pretrained),
     ),
 }

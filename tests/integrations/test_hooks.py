@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 import hf_gem
-from hf_gem.integrations.registry import function_patch, method_patch
+from hf_gem.integrations.registry import patch
 
 activations = pytest.importorskip("transformers.activations")
 create_act = pytest.importorskip("timm.layers.create_act")
@@ -180,13 +180,13 @@ def test_a_name_that_only_looks_like_ours_is_no_conflict():
 def test_a_library_without_the_method_is_warned_about_once_and_left_alone():
     module = ModuleType("some_library")
     module.Config = type("Config", (), {})
-    install, uninstall = method_patch("Config", "__post_init__", lambda original, self: None)
-    with pytest.warns(UserWarning, match=r"some_library\.Config\.__post_init__ .* finds none here"):
+    install, uninstall = patch("Config.__post_init__", lambda original, self: None, "no sums")
+    with pytest.warns(UserWarning, match=r"no some_library\.Config\.__post_init__ in this version: no sums"):
         install(module)
     assert not hasattr(module.Config, "__post_init__")
     uninstall(module)
-    with pytest.warns(UserWarning, match=r"some_library\.Model\."):
-        method_patch("Model", "forward", lambda original, self: None)[0](module)
+    with pytest.warns(UserWarning, match=r"some_library\.Model\.forward"):
+        patch("Model.forward", lambda original, self: None, "no sums")[0](module)
 
 
 def test_a_method_patch_wraps_once_and_unwraps():
@@ -197,7 +197,7 @@ def test_a_method_patch_wraps_once_and_unwraps():
 
     module, original = ModuleType("some_library"), Model.forward
     module.Model = Model
-    install, uninstall = method_patch("Model", "forward", lambda original, self, *a, **k: original(self, *a, **k) + 1)
+    install, uninstall = patch("Model.forward", lambda original, self, *a, **k: original(self, *a, **k) + 1, "no sums")
     for _ in range(2):
         install(module)
         assert Model().forward(3, scale=2) == 13
@@ -215,7 +215,7 @@ def test_a_function_patch_reaches_where_it_was_imported_to(monkeypatch):
     library, importer = ModuleType("some_library"), ModuleType("some_importer")
     library.build = importer.build = build
     monkeypatch.setitem(sys.modules, "some_importer", importer)
-    install, uninstall = function_patch("build", lambda original, *a, **k: original(*a, **k) + 1, "no sums")
+    install, uninstall = patch("build", lambda original, *a, **k: original(*a, **k) + 1, "no sums")
     for _ in range(2):
         install(library)
         assert library.build is importer.build
@@ -227,13 +227,13 @@ def test_a_function_patch_reaches_where_it_was_imported_to(monkeypatch):
         assert library.build is importer.build is build
     assert kept(3) == 6
     with pytest.warns(UserWarning, match=r"hf_gem finds no some_library\.sum in this version: no sums"):
-        function_patch("sum", build, "no sums")[0](library)
+        patch("sum", build, "no sums")[0](library)
 
 
 def test_a_function_patch_under_that_of_somebody_else_goes_quiet():
     library, original = ModuleType("some_library"), abs
     library.build = original
-    install, uninstall = function_patch("build", lambda original, x: original(x) + 1, "no sums")
+    install, uninstall = patch("build", lambda original, x: original(x) + 1, "no sums")
     install(library)
     ours = library.build
     library.build = theirs = lambda x: ours(x)
