@@ -35,7 +35,12 @@ def main(argv: list[str] | None = None) -> None:
         "--note", default="", help="what the report is to say of your data, behind the plan's own notes"
     )
     parser.add_argument("--study", type=Path, help="folder of the study (default: studies/ and the name of the plan)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs at once (default: 1), one on each GPU in turn; a second driver needs a CUDA_VISIBLE_DEVICES",
+    )
     parser.add_argument("--dry_run", action="store_true", help="only say what would run")
     parser.add_argument("--allow_mixed", action="store_true", help="take records of other code, versions or data too")
     arguments = parser.parse_args(argv)
@@ -56,21 +61,20 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(f"{detectable(plan)}; the smallest effect of interest is {plan.smallest_effect:g} ({plan.metric})")
     if arguments.dry_run:
-        missing, seconds = list(plan.tuning_runs()), []
+        missing, left, seconds = list(plan.tuning_runs()), tuning + final, []
         if (folder / PLAN).exists():
             freeze(plan, folder)  # which refuses another plan
             study = Study(folder, RECIPES)
-            missing, seconds = study.missing(), study.seconds()
-        tuned = not missing or missing[0].seed in plan.final_seeds
+            missing, left, seconds = study.missing(), study.left(), study.seconds()
         if seconds:
-            left, each = len(missing) + (0 if tuned else final), sum(seconds) / len(seconds)
+            each = sum(seconds) / len(seconds)
             hours = left * each / 3600 / arguments.jobs
             print(f"{len(seconds)} runs are done, {each:,.0f} s each; what is planned takes {hours:.1f} hours more")
         else:
             print("What a run costs is known when one has finished; ask again then")
         for run in missing:
             print(f"  {run.name}")
-        if not tuned:
+        if left > len(missing):
             print(f"  then {len(plan.final_seeds)} seeds of each arm, as tuned")
         return
     freeze(plan, folder)

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import runpy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,8 @@ class Plan:
         baseline: The arm that the others are compared with.
         metric: One of `METRICS`, at the last step.
         smallest_effect: Differences smaller than this are of no interest.
-        learning_rates: The same grid for every arm, ascending with a constant ratio. An optimum of one arm at its edge
-            extends it for all.
+        learning_rates: The same grid for every arm, ascending, with ratios that are alike and at most six digits. An
+            optimum of one arm at its edge extends it for all, by the mean ratio.
         tuning_seeds: Over which an arm chooses; none where there is nothing to choose.
         final_seeds: On which the arms are compared; none of the tuning seeds.
         flags: Further flags of the recipe, the same for all; `steps` is the horizon.
@@ -99,6 +99,8 @@ class Plan:
         rates = self.learning_rates
         require(rates and all(0 < a < b for a, b in itertools.pairwise(rates)) and rates[0] > 0,
                 f"learning_rates must be positive and ascending, got {rates}")  # fmt: skip
+        require(all(float(f"{rate:g}") == rate for rate in rates),
+                f"learning_rates have six digits at most, as in the names of runs, got {rates}")  # fmt: skip
         shared = sorted(set(self.tuning_seeds) & set(self.final_seeds))
         require(not shared, f"seeds {shared} are both tuning and final seeds")
         for seeds in (self.tuning_seeds, self.final_seeds):
@@ -174,11 +176,11 @@ class Plan:
             return float(f"{best * ratio:.6g}")
         return None
 
-    def tuning_runs(self) -> Iterator[Run]:
-        """Those of the grid as planned."""
+    def tuning_runs(self, rates: Sequence[float] | None = None) -> Iterator[Run]:
+        """Those of the grid as planned, or of other learning rates."""
         if self.tunes:
             for act in self.acts:
-                for rate in self.learning_rates:
+                for rate in self.learning_rates if rates is None else rates:
                     yield from (Run(act, rate, seed) for seed in self.tuning_seeds)
 
     def num_runs(self) -> tuple[int, int]:

@@ -115,7 +115,18 @@ def _parts(study: Study, comparisons: list[Comparison], baseline: str) -> list[P
         parts.append(f"**Not finished:** {len(missing)} runs are missing, such as {missing[0].name}.")
     if mixed := study.mixtures():
         parts.append(f"**Mixed:** {'; '.join(mixed)}.")
+    for (act, rate), values in study.set_aside().items():
+        found = dict(enumerate(values))
+        parts.append(
+            f"**Set aside:** {len(values)} runs of `{act}` at {rate:g} on the final seeds, with a mean of "
+            f"{number(mean(found))}. They ran before the tuning had ended, which chose otherwise."
+        )
     parts.append(pairing(study))
+    if plan.tunes and (chancy := [f"`{arm}`" for arm in plan.arms if _by_chance(study, arm)]):
+        parts.append(
+            f"In tuning, the second best of {', '.join(chancy)} was nearer than the seeds of the best were to each "
+            "other: what was chosen there is a choice of chance."
+        )
     heads = [
         "arm",
         "difference",
@@ -173,6 +184,14 @@ def _parts(study: Study, comparisons: list[Comparison], baseline: str) -> list[P
     return parts
 
 
+_HASHED = {
+    "init_hash": "initial weights",
+    "init_signs_hash": "the signs of initial weights",
+    "order_hash": "the order of samples",
+    "samples_hash": "the first samples as the model saw them",
+}
+
+
 def pairing(study: Study) -> str:
     """In what the arms of a seed were alike, by the hashes in their records."""
     if wrong := study.check_pairing():
@@ -180,10 +199,18 @@ def pairing(study: Study) -> str:
     plan = study.plan
     scaled = ", each scaled for its activation," if plan.own_gains else ""
     rate = f" and in the learning rate, which {len(plan.tuning_seeds)} other seeds have chosen" if plan.tunes else ""
-    return (
-        f"Arms of a seed had equal initial weights{scaled} and saw the same samples in the same order, by the hashes "
-        f"in their records; they differ in the activation{rate}."
+    text = (
+        f"Arms of a seed had equal initial weights{scaled} and saw the same samples in the same order; they differ in "
+        f"the activation{rate}. The hashes in their records are equal, of "
+        f"{_listed([_HASHED[key] for key in study.hashes()])}."
     )
+    if seeds := study.hardware_differs():
+        text += f" Of {len(seeds)} seeds not all arms ran on the same hardware."
+    return text
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def detectable(plan: Plan, comparisons: Sequence[Comparison] = ()) -> str:
@@ -223,9 +250,21 @@ def sentence(c: Comparison, plan: Plan, baseline: str) -> str:
     low, high = c.t_interval if math.isnan(c.interval[0]) else c.interval
     return (
         f"On {len(c.seeds)} seeds, {plan.metric} of `{c.arm}` was {abs(c.difference):.4g} "
-        f"{'above' if c.difference > 0 else 'below'} that of `{baseline}` (95 % interval {low:+.4g} to {high:+.4g}; "
-        f"p = {c.p:.2g}, and {c.p_holm:.2g} after Holm): {end}." + (f" {diverged}." if any(c.diverged) else "")
+        f"{'above' if c.difference > 0 else 'below'} that of `{baseline}` (95 % interval of this comparison alone "
+        f"{low:+.4g} to {high:+.4g}; p = {c.p:.2g}, and {c.p_holm:.2g} after Holm, which decides): {end}."
+        + (f" {diverged}." if any(c.diverged) else "")
     )
+
+
+def _tuning_spread(study: Study, arm: str) -> float | None:
+    act, rate = study.choices()[arm]
+    return spread({seed: study.outcome(Run(act, rate, seed)) for seed in study.plan.tuning_seeds})
+
+
+def _by_chance(study: Study, arm: str) -> bool:
+    """Whether the second best of an arm in tuning was nearer than the seeds of the best were to each other."""
+    (act, rate), second, apart = study.choices()[arm], study.runner_up(arm), _tuning_spread(study, arm)
+    return second is not None and apart is not None and abs(second[1] - study.tuned(act)[rate]) < apart
 
 
 def _tuning_parts(study: Study) -> list[Part]:
@@ -233,10 +272,7 @@ def _tuning_parts(study: Study) -> list[Part]:
     rows, choices = [], study.choices()
     for arm, acts in plan.arms.items():
         means = {(act, rate): mean for act in acts for rate, mean in study.tuned(act).items()}
-        act, rate = choices[arm]
-        others = {key: mean for key, mean in means.items() if key != (act, rate) and math.isfinite(mean)}
-        second = plan.best(others, key=lambda key, others=others: others[key]) if others else None
-        runs = {seed: study.outcome(Run(act, rate, seed)) for seed in plan.tuning_seeds}
+        (act, rate), second = choices[arm], study.runner_up(arm)
         finished = [mean for mean in means.values() if math.isfinite(mean)]
         tries = [k for k in (1, 2, 4, 8, 16) if k < len(finished)] + [len(finished)] if finished else []
         few = ", ".join(f"{k}: {number(expected_best_of(finished, k, plan.higher_is_better))}" for k in tries)
@@ -244,8 +280,8 @@ def _tuning_parts(study: Study) -> list[Part]:
         edge = " (the edge of the grid)" if len(rates) > 1 and rate in (min(rates), max(rates)) else ""
         rows.append(
             [
-                arm, f"`{act}`", f"{rate:g}{edge}", number(means[act, rate]), number(spread(runs)),
-                f"`{second[0]}` {second[1]:g}: {number(others[second])}" if second else "-",
+                arm, f"`{act}`", f"{rate:g}{edge}", number(means[act, rate]), number(_tuning_spread(study, arm)),
+                f"`{second[0][0]}` {second[0][1]:g}: {number(second[1])}" if second else "-",
                 str(len(means)), str(len(means) - len(finished)), few,
             ]
         )  # fmt: skip

@@ -95,6 +95,7 @@ class Study:
         if self.plan.hash != frozen["hash"]:
             raise PlanError(f"{folder / PLAN} was changed after it was frozen; restore it, or start another study")
         self.folder, self.recipes, self.allow_mixed = folder, recipes, allow_mixed
+        self._loaded: dict[str, dict[str, Any]] = {}  # the records, which nobody writes twice
         self._starting = threading.Lock()  # multiprocessing collects ended processes whenever it starts one
         self._alive: set[Any] = set()
 
@@ -102,28 +103,41 @@ class Study:
 
     def record(self, run: Run) -> dict[str, Any] | None:
         """The record of a run, once it has finished or diverged."""
-        path = self.folder / "records" / f"{run.name}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return self._record(run.name)
+
+    def _record(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / "records" / f"{name}.json"
+        if not path.exists():
+            return None
+        if name not in self._loaded:
+            self._loaded[name] = json.loads(path.read_text())
+        return self._loaded[name]
 
     def seconds(self) -> list[float]:
         """What each run took that there is a record of, tuning and all."""
         return [sum(session["seconds"] for session in record["sessions"]) for _, record in self._records()]
 
+    def _names(self) -> list[str]:
+        """Of all runs that there are records of."""
+        return sorted(path.stem for path in (self.folder / "records").glob("*.json"))
+
     def _records(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Name and record of every run that there is one of."""
-        for path in sorted((self.folder / "records").glob("*.json")):
-            yield path.stem, json.loads(path.read_text())
+        return ((name, record) for name in self._names() if (record := self._record(name)))
 
     def outcome(self, run: Run) -> float:
         """The metric at the end; NaN where the run diverged."""
         record = self.record(run)
         assert record is not None, run
+        return self._outcome(record)
+
+    def _outcome(self, record: Mapping[str, Any]) -> float:
         value = record["result"][self.plan.metric] if record["status"] == "finished" else None
         return math.nan if value is None else float(value)
 
     def missing(self) -> list[Run]:
-        """The planned runs without a record; those on the final seeds only once the tuning is over, seed by seed: what
-        changes over time or between machines is then no difference between arms.
+        """What can be run next: first the tuning, as `_missing_in_tuning` has it, then the final seeds, seed by seed:
+        what changes over time or between machines is then no difference between arms.
         """
         if tuning := self._missing_in_tuning():
             return tuning
@@ -131,7 +145,21 @@ class Study:
         return [run for run in dict.fromkeys(final) if self.record(run) is None]
 
     def _missing_in_tuning(self) -> list[Run]:
-        return [run for run in self.plan.tuning_runs() if self.record(run) is None]
+        """What the grid lacks and, once that is full for all activations, one more rate for all of them where the best
+        of one lies at its edge: one that had fewer trials than another would be at a loss.
+        """
+        plan = self.plan
+        missing = [run for run in plan.tuning_runs(self.rates()) if self.record(run) is None]
+        if plan.tunes and not missing:
+            more = {rate for act in plan.acts if (rate := plan.next_rate(self.tuned(act)))}
+            missing = [run for run in plan.tuning_runs(sorted(more)) if self.record(run) is None]
+        return missing
+
+    def left(self) -> int:
+        """How many runs are left, as far as it is known: a grid that is full may be extended."""
+        missing = self.missing()
+        tuning = bool(missing) and missing[0].seed in self.plan.tuning_seeds
+        return len(missing) + (self.plan.num_runs()[1] if tuning else 0)
 
     def choices(self) -> dict[str, tuple[str, float]]:
         """Arm -> the activation and learning rate that were best in tuning.
@@ -155,16 +183,26 @@ class Study:
             chosen[arm] = plan.best(means, key=lambda key, means=means: means[key])
         return chosen
 
+    def rates(self) -> list[float]:
+        """The grid of learning rates, as far as it has been extended, ascending."""
+        tuning = [name.rpartition("-seed")[0] for name in self._names() if self._tunes(name)]
+        return sorted({*self.plan.learning_rates, *(float(name.rpartition("-lr")[2]) for name in tuning)})
+
     def tuned(self, act: str) -> dict[float, float]:
         """Learning rate, ascending -> mean outcome over the tuning seeds, of rates with records of all of these; the
         worst there is, where one of them diverged.
         """
-        rates = {Path(p).name for p in (self.folder / "records").glob(f"{act}-lr*-seed*.json")}
-        found = sorted({float(name.removeprefix(f"{act}-lr").partition("-seed")[0]) for name in rates})
-        runs = {rate: [Run(act, rate, seed) for seed in self.plan.tuning_seeds] for rate in found}
+        runs = {rate: [Run(act, rate, seed) for seed in self.plan.tuning_seeds] for rate in self.rates()}
         done = {rate: part for rate, part in runs.items() if part and all(self.record(run) for run in part)}
         means = {rate: float(np.mean([self.outcome(run) for run in part])) for rate, part in done.items()}
         return {rate: mean if math.isfinite(mean) else self.plan.worst for rate, mean in means.items()}
+
+    def runner_up(self, arm: str) -> tuple[tuple[str, float], float] | None:
+        """The second best activation and learning rate of an arm in tuning, and its mean; None where none finished."""
+        chosen = self.choices()[arm]
+        means = {(act, rate): mean for act in self.plan.arms[arm] for rate, mean in self.tuned(act).items()}
+        others = {key: mean for key, mean in means.items() if key != chosen and math.isfinite(mean)}
+        return self.plan.best(others.items(), key=lambda item: item[1]) if others else None
 
     def final_runs(self) -> dict[str, list[Run]]:
         """Arm -> its runs on the final seeds."""
@@ -177,6 +215,18 @@ class Study:
             arm: {run.seed: self.outcome(run) for run in runs if self.record(run)}
             for arm, runs in self.final_runs().items()
         }
+
+    def set_aside(self) -> dict[tuple[str, float], list[float]]:
+        """Activation and learning rate -> outcomes on the final seeds that are compared with nothing: the tuning chose
+        these once, and does not any more.
+        """
+        final = {run.name for runs in self.final_runs().values() for run in runs}
+        found: dict[tuple[str, float], list[float]] = {}
+        for name, record in self._records():
+            if name not in final and not self._tunes(name):
+                act, rate = name.rpartition("-seed")[0].rpartition("-lr")[::2]
+                found.setdefault((act, float(rate)), []).append(self._outcome(record))
+        return found
 
     def comparisons(self, baseline: str | None = None) -> list[Comparison]:
         """Every arm against the plan's baseline, or another arm, by the plan's terms; no verdicts before all runs are
@@ -192,15 +242,35 @@ class Study:
     def check_pairing(self) -> list[str]:
         """What is wrong with the claim that the arms of a seed differ in their activation alone."""
         wrong = []
-        arms = self.final_runs().values()  # reads all records of the tuning: once is enough
-        for seed in self.plan.final_seeds:
-            records = [r for runs in arms for run in runs if run.seed == seed and (r := self.record(run))]
-            for key in ("init_signs_hash" if self.plan.own_gains else "init_hash", "order_hash", "samples_hash"):
-                if len({record.get(key) for record in records}) > 1:
-                    wrong.append(f"seed {seed}: the arms differ in {key}")
+        for seed, records in self._by_seed().items():
+            wrong += [f"seed {seed}: the arms differ in {key}" for key in self._unequal(records)]
             if any(record.get("nonfinite", {}).get("skipped_batches") for record in records):
                 wrong.append(f"seed {seed}: an arm skipped batches, for its loss was not finite")
         return wrong
+
+    def hashes(self) -> list[str]:
+        """The keys that show pairing, of those that records have: older ones lack `samples_hash`."""
+        keys = ["init_signs_hash" if self.plan.own_gains else "init_hash", "order_hash", "samples_hash"]
+        return [key for key in keys if any(record.get(key) for _, record in self._records())]
+
+    def _unequal(self, records: list[dict[str, Any]]) -> list[str]:
+        return [key for key in self.hashes() if len({record.get(key) for record in records}) > 1]
+
+    def hardware_differs(self) -> list[int]:
+        """The final seeds of which not all arms ran on the same hardware."""
+        found = {
+            seed: {json.dumps(session["hardware"], sort_keys=True) for r in records for session in r["sessions"]}
+            for seed, records in self._by_seed().items()
+        }
+        return [seed for seed, hardware in found.items() if len(hardware) > 1]
+
+    def _by_seed(self) -> dict[int, list[dict[str, Any]]]:
+        """Final seed -> the records of its runs."""
+        arms = self.final_runs().values()
+        return {
+            seed: [record for runs in arms for run in runs if run.seed == seed and (record := self.record(run))]
+            for seed in self.plan.final_seeds
+        }
 
     def mixtures(self, here: Mapping[str, Any] | None = None) -> list[str]:
         """In what code, versions, precision or data the records differ, where they should not.
@@ -250,28 +320,12 @@ class Study:
         _CONTEXT.set_forkserver_preload(_IMPORTED)
         here = environment(self.recipes.resolve())
         self._refuse_mixed(here)
-        tuning = {run.name for run in self.plan.tuning_runs()}
-        planned = sum(self.plan.num_runs())
-        done = {path.stem for path in (self.folder / "records").glob("*.json")}
-        extended = sum(map(self._tunes, done - tuning))
-        with tqdm(total=planned + extended, initial=len(done), desc=self.plan.name, unit="run", smoothing=0) as bar:
-            self._execute(self._missing_in_tuning(), jobs, bar, here)
-            while more := self._extensions():
-                bar.total += len(more)
-                self._execute(more, jobs, bar, here)
-            self._execute(self.missing(), jobs, bar, here)
-        if wrong := self.check_pairing():
-            raise StudyError("the runs are not paired: " + "; ".join(wrong))
-
-    def _extensions(self) -> list[Run]:
-        """What the grid lacks, for all activations: one that had fewer trials than another would be at a loss."""
-        plan = self.plan
-        if not plan.tunes:
-            return []
-        tuned = [self.tuned(act) for act in plan.acts]
-        grid = set().union(*tuned, (rate for means in tuned if (rate := plan.next_rate(means))))
-        runs = (Run(act, rate, seed) for act in plan.acts for rate in sorted(grid) for seed in plan.tuning_seeds)
-        return [run for run in runs if self.record(run) is None]
+        done = len(self._names())
+        with tqdm(total=done + self.left(), initial=done, desc=self.plan.name, unit="run", smoothing=0) as bar:
+            while todo := self.missing():
+                bar.total = bar.n + self.left()
+                self._execute(todo, jobs, bar, here)
+        self._refuse_unpaired()
 
     def _refuse_mixed(self, here: Mapping[str, Any]) -> None:
         if not self.allow_mixed and (mixed := self.mixtures(here)):
@@ -280,6 +334,12 @@ class Study:
                 f"data, start another study, remove from {self.folder / 'records'} what is to be run anew, or "
                 "--allow_mixed"
             )
+
+    def _refuse_unpaired(self) -> None:
+        """Raises where the hashes of a seed differ, which is wrong with the code and no outcome."""
+        for seed, records in self._by_seed().items():
+            if unequal := self._unequal(records):
+                raise StudyError(f"the runs are not paired: of seed {seed} the arms differ in {', '.join(unequal)}")
 
     def _execute(self, todo: list[Run], jobs: int, bar: tqdm, here: Mapping[str, Any]) -> None:
         devices: Queue[int] = Queue()
@@ -298,11 +358,15 @@ class Study:
                         self._wait_for_orphan(run)
                         self._start(run, job)
                         self._refuse_mixed(here)
+                        if run.seed in self.plan.final_seeds:
+                            self._refuse_unpaired()
                 bar.update()
                 return True
             except Timeout:
                 return False
-            except BaseException:
+            except BaseException as error:
+                if jobs > 1 and not stop.is_set():  # what is raised here is seen when all threads have ended
+                    tqdm.write(f"{error}\nWaiting for the runs that are under way", file=sys.stderr)
                 stop.set()
                 raise
             finally:

@@ -108,7 +108,8 @@ def compare(
         values, base = pairs[arm][finished].T
         diverged = (_diverged(outcomes[arm]), _diverged(outcomes[baseline]))
         numbers = _numbers(values, base, sign, smallest_effect) if len(values) > 1 else {}
-        equivalence = numbers.get("p_equivalence", 1.0)
+        # Of finished pairs alone, of which there have to be enough: two that agree are no ground for "equivalent".
+        equivalence = numbers["p_equivalence"] if numbers and len(values) >= min_seeds else 1.0
         found = verdict(gains[arm], p_holm, equivalence, enough=len(gains[arm]) >= min_seeds, diverged=diverged)
         ahead = float(np.sign(gains[arm].sum()))
         barred = found == "inconclusive" and ahead * (diverged[0] - diverged[1]) > 0

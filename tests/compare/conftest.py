@@ -30,9 +30,12 @@ gain = act if flags.get("own_gain") else ""
 record = {"status": status, "result": {"validation_loss": loss}, "sessions": [session],
           "data": {"hash": flags.get("data", "test")},
           "init_hash": f"w{seed}{gain}", "init_signs_hash": f"s{seed}",
-          "order_hash": f"o{seed}{act if flags.get('unpaired') else ''}",
+          "order_hash": f"o{seed}", "samples_hash": f"x{seed}",
+          "nonfinite": {"skipped_batches": 3 if flags.get("skips") == folder.name else 0},
           "recipe": "toy", "run_id": folder.name, "config": {**flags, "dataset": "toy"},
           "curves": {"validation_loss": [[0, 5.0], [10, loss]]}}
+if flags.get("unpaired"):
+    record[flags["unpaired"]] += act
 (folder / "record.json").write_text(json.dumps(record))
 (folder / "model.safetensors").write_text("weights")
 """

@@ -72,10 +72,11 @@ def test_nothing_is_run_twice_and_the_report_is_the_same(study, capsys):
     assert {name: (toy.folder / name).read_bytes() for name in first} == first
 
 
-def test_a_run_that_failed_stops_the_study_and_can_be_repeated(study):
+def test_a_run_that_failed_stops_the_study_and_can_be_repeated(study, capsys):
     name = "gem-lr0.01-seed100"
     with pytest.raises(StudyError, match=rf"the run {name} ended with status 1: .*out of memory.*output is in"):
-        study(flags={"breaks": name}).run()
+        study(flags={"breaks": name}).run(jobs=2)
+    assert "Waiting for the runs that are under way" in capsys.readouterr().err
     toy = study(flags={"breaks": name})
     done = set(started(toy)) - {name}
     toy.run()
@@ -118,6 +119,48 @@ def test_a_grid_is_extended_so_far_and_no_further(study):
     count = len(started(toy))
     toy.run()
     assert len(started(toy)) == count
+
+
+def test_a_grid_that_is_to_be_extended_is_not_finished(study, tmp_path, capsys):
+    """Stopped between the grid as planned and its extension: what is run next is that, and nothing is concluded."""
+    toy = study(flags={"best_for_gem": 0.04}, arms={"relu": ["relu"], "gem": ["gem"]}, final_seeds=[0, 1])
+    toy.run(jobs=2)
+    for path in (toy.folder / "records").glob("*-lr0.0[48]-seed10*"):
+        path.unlink()
+    extension = [Run(act, 0.04, seed) for act in ("relu", "gem") for seed in (100, 101)]
+    assert toy.missing() == extension
+    assert toy.left() == 4 + 4
+    with pytest.raises(StudyError, match="lacks 4 runs of its tuning"):
+        toy.comparisons()
+    (toy.folder / "records" / "gem-lr0.04-seed0.json").unlink()
+    toy.run(jobs=2)
+    assert not toy.missing()
+
+
+def test_runs_that_the_tuning_does_not_choose_are_told(study):
+    toy = study(learning_rates=[0.01], arms={"relu": ["relu"], "gem": ["gem"]}, tuning_seeds=[], final_seeds=[0, 1])
+    toy.run(jobs=2)
+    for seed, loss in ((0, 3.5), (1, 3.7)):
+        record = json.loads((toy.folder / "records" / f"gem-lr0.01-seed{seed}.json").read_text())
+        record["result"]["validation_loss"] = loss
+        (toy.folder / "records" / f"gem-lr0.02-seed{seed}.json").write_text(json.dumps(record))
+    assert toy.set_aside() == {("gem", 0.02): [3.5, 3.7]}
+    write_report(toy)
+    assert (
+        "**Set aside:** 2 runs of `gem` at 0.02 on the final seeds, with a mean of 3.6000."
+        in (toy.folder / "report.md").read_text()
+    )
+
+
+def test_a_choice_of_chance_is_called_one(study):
+    toy = study(learning_rates=[0.0099, 0.01], arms={"relu": ["relu"], "gem": ["gem"]}, final_seeds=[0, 1])
+    toy.run(jobs=2)
+    write_report(toy)
+    assert "the second best of `relu`, `gem` was nearer than" in (toy.folder / "report.md").read_text()
+    toy = study("clear", flags={"best": 0.01}, learning_rates=[0.0001, 0.01, 1], final_seeds=[0, 1])
+    toy.run(jobs=2)
+    write_report(toy)
+    assert "a choice of chance" not in (toy.folder / "report.md").read_text()
 
 
 def test_a_grid_is_extended_for_all(study):
@@ -208,12 +251,35 @@ def test_two_drivers_share_a_study(study):
     assert len(names) == len(set(names)) == 48
 
 
-def test_what_is_not_paired_is_said(study):
-    toy = study(flags={"unpaired": 1}, final_seeds=[0, 1])
-    with pytest.raises(StudyError, match="not paired: seed 0: the arms differ in order_hash"):
+@pytest.mark.parametrize("key", ["init_hash", "order_hash", "samples_hash"])
+def test_what_is_not_paired_stops_the_study(study, key):
+    toy = study(flags={"unpaired": key}, final_seeds=[0, 1])
+    with pytest.raises(StudyError, match=rf"the runs are not paired: of seed 0 the arms differ in {key}"):
         toy.run()
+    assert len(started(toy)) == 4 * 3 * 2 + 2  # and not after all final runs
     write_report(toy)
-    assert "**Not paired:**" in (toy.folder / "report.md").read_text()
+    assert f"**Not paired:** seed 0: the arms differ in {key}" in (toy.folder / "report.md").read_text()
+
+
+def test_a_run_that_skipped_batches_is_told_in_the_report(study):
+    toy = study(flags={"skips": "silu-lr0.01-seed1"}, final_seeds=[0, 1])
+    toy.run(jobs=2)
+    write_report(toy)
+    assert "**Not paired:** seed 1: an arm skipped batches" in (toy.folder / "report.md").read_text()
+
+
+def test_pairing_is_claimed_by_the_hashes_that_there_are(study):
+    toy = study(final_seeds=[0, 1])
+    toy.run(jobs=2)
+    for path in (toy.folder / "records").glob("*"):
+        record = json.loads(path.read_text())
+        del record["samples_hash"]  # as older records
+        if path.stem == "silu-lr0.01-seed1":
+            record["sessions"][0]["hardware"] = {**record["sessions"][0]["hardware"], "gpus": ["another"]}
+        path.write_text(json.dumps(record))
+    write_report(study(final_seeds=[0, 1]))
+    report = (toy.folder / "report.md").read_text()
+    assert "are equal, of initial weights and the order of samples. Of 1 seeds not all arms" in report
 
 
 def test_arms_with_gains_of_their_own_are_paired_by_the_signs_of_their_weights(study):
@@ -285,6 +351,7 @@ def test_a_changed_plan_is_another_study(study):
         ({"arms": {"relu": ["relu"], "x": ["gem_2"]}}, "'gem_2'"),
         ({"arms": {"relu": ["relu"], "x": ["egem_eps1e-6"]}}, "canonical spelling"),
         ({"learning_rates": [0.1, 0.01]}, "ascending"),
+        ({"learning_rates": [0.01234567]}, "six digits at most"),
         ({"tuning_seeds": [7]}, r"seeds \[7\] are both"),
         ({"tuning_seeds": []}, "there is something to choose"),
         ({"final_seeds": [1]}, "two or more"),

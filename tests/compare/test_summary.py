@@ -7,7 +7,7 @@ import pytest
 
 from hf_gem import cli
 from hf_gem.compare.plan import PlanError
-from hf_gem.compare.summary import summarise
+from hf_gem.compare.summary import summarise, write_summary
 
 FEW = {"learning_rates": [0.01], "tuning_seeds": [], "final_seeds": [0, 1, 2, 3]}
 
@@ -19,27 +19,60 @@ def test_gains_are_in_smallest_effects_of_interest(study, tmp_path, capsys):
     for each in (one, two):
         each.run(jobs=2)
     found = {summary.act: summary for summary in summarise([one, two], "relu")}
-    assert {arm: list(summary.comparisons) for arm, summary in found.items()} == {
+    assert {act: list(summary.findings) for act, summary in found.items()} == {
         "gem_n2": ["one", "two"], "silu": ["one"], "gelu": ["two"],
     }  # fmt: skip
     gains = [(one.outcomes()["relu"][seed] - one.outcomes()["gem_n2"][seed]) / effect
              for effect in (0.005, 0.02) for seed in range(4)]  # fmt: skip
-    assert found["gem_n2"].gain == pytest.approx(np.mean(sorted(gains)[2:6]))  # the loss is lower: a gain
-    assert found["gem_n2"].interval[0] < found["gem_n2"].gain < found["gem_n2"].interval[1]
+    assert found["gem_n2"].findings["two"].gains == pytest.approx(gains[4:])  # the loss is lower: a gain
+    low, high = found["gem_n2"].findings["two"].interval
+    assert low < np.mean(gains[4:]) < high
+    assert found["gem_n2"].pooled[0] == pytest.approx(np.mean(sorted(gains)[2:6]))
+    assert found["gem_n2"].pooled[1] < found["gem_n2"].pooled[0] < found["gem_n2"].pooled[2]
+    assert found["silu"].pooled is None  # one study
 
     cli.main(["summary", str(one.folder), str(two.folder), f"--output_dir={tmp_path / 'pages'}"])
     assert "summary.html" in capsys.readouterr().out
     text = (tmp_path / "pages" / "summary.md").read_text()
-    assert re.search(r"\| `gem_n2` \| 8 \| \+", text)
-    assert re.search(r"one: \+[\d.]+, inconclusive, two: \+[\d.]+, inconclusive", text)
+    for name, pairs in (("one", 4), ("two", 4), ("all", 8)):
+        assert re.search(rf"\| `gem_n2` \| {name} \| {pairs} \| \+", text)
     assert (tmp_path / "pages" / "summary.png").exists()
+
+
+def test_studies_that_point_in_different_directions_have_no_common_gain(study):
+    arms = {"relu": ["relu"], "gem_n2": ["gem_n2"]}
+    one = study("one", name="one", arms=arms, **FEW)
+    two = study("two", name="two", arms=arms, flags={"best_for_gem_n2": 0.03}, **FEW)  # at 0.01 it is behind
+    for each in (one, two):
+        each.run(jobs=2)
+    (found,) = summarise([one, two], "relu")
+    assert found.findings["one"].gains.mean() > 0 > found.findings["two"].gains.mean()
+    assert found.pooled is None
+
+
+def test_a_study_in_which_an_activation_diverged_stays(study, tmp_path):
+    arms = {"relu": ["relu"], "gem": ["gem"]}
+    one = study("one", name="one", arms=arms, **FEW)
+    two = study("two", name="two", arms=arms, flags={"limit_for_gem": 1e-9}, **{**FEW, "final_seeds": list(range(8))})
+    for each in (one, two):
+        each.run(jobs=2)
+    write_summary([one, two], "relu", tmp_path)
+    assert "| `gem` | two | 0 | - | - | 8 / 0 | **worse** |" in (tmp_path / "summary.md").read_text()
+
+
+def test_an_approximation_stands_in_the_row_of_what_it_approximates(study):
+    one = study("one", name="one", arms={"relu": ["relu"], "gelu": ["gelu"]}, **FEW)
+    two = study("two", name="two", arms={"relu": ["relu"], "gelu_pytorch_tanh": ["gelu_pytorch_tanh"]}, **FEW)
+    for each in (one, two):
+        each.run(jobs=2)
+    assert [(s.act, list(s.findings)) for s in summarise([one, two], "relu")] == [("gelu", ["one", "two"])]
 
 
 def test_arms_that_have_chosen_the_same_count_once(study, tmp_path):
     toy = study(arms={"relu": ["relu"], "gem": ["gem_n2"], "tuned": ["gem", "gem_n2"]})
     toy.run(jobs=2)
     (found,) = summarise([toy], "relu")
-    assert (found.act, len(found.gains)) == ("gem_n2", 1)
+    assert (found.act, len(found.findings)) == ("gem_n2", 1)
 
 
 def test_what_cannot_be_summarised(study):
