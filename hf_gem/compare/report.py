@@ -442,7 +442,7 @@ def _curves(study: Study) -> bytes:
         curves = [dict(map(tuple, record["curves"][key])) for record in finished]
         steps = sorted(set.intersection(*map(set, curves)))
         steps = steps[1:] if len(steps) > 2 else steps  # before any training all are alike, and far from what follows
-        values = np.array([[curve[step] for step in steps] for curve in curves])
+        values = np.array([[curve[step] for step in steps] for curve in curves], dtype=float)  # NaN for null
         middle, width = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0.0
         axes.plot(steps, middle, color=f"C{row}", label=arm)
         axes.fill_between(steps, middle - width, middle + width, color=f"C{row}", alpha=0.2, lw=0)

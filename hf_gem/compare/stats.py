@@ -224,7 +224,7 @@ def sign_flip_p(differences: np.ndarray) -> float:
 @functools.lru_cache
 def _flips(seeds: int) -> np.ndarray:
     """All signs of some differences, (2^(seeds - 1), seeds), but for those with all signs turned."""
-    signs = np.array(list(itertools.product((1.0, -1.0), repeat=seeds - 1))).reshape(-1, seeds - 1)
+    signs = np.array(list(itertools.product((1.0, -1.0), repeat=seeds - 1))).reshape(2 ** (seeds - 1), seeds - 1)
     return np.hstack([np.ones((len(signs), 1)), signs])
 
 

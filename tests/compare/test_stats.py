@@ -101,6 +101,7 @@ def test_the_sign_flip_test_counts_all_flips():
     assert stats.sign_flip_p(differences) == pytest.approx(share)
     assert stats.sign_flip_p(np.zeros(5)) == 1
     assert stats.sign_flip_p(np.ones(8)) == 2 / 2**8
+    assert stats.sign_flip_p(np.ones(1)) == 1
 
 
 def test_the_sign_flip_test_counts_ties():

@@ -153,11 +153,12 @@ def test_runs_that_the_tuning_does_not_choose_are_told(study):
 
 
 def test_a_choice_of_chance_is_called_one(study):
-    toy = study(learning_rates=[0.0099, 0.01], arms={"relu": ["relu"], "gem": ["gem"]}, final_seeds=[0, 1])
+    few = {"arms": {"relu": ["relu"], "gem": ["gem"]}, "final_seeds": [0, 1]}
+    toy = study(learning_rates=[0.0099, 0.01], **few)
     toy.run(jobs=2)
     write_report(toy)
     assert "the second best of `relu`, `gem` was nearer than" in (toy.folder / "report.md").read_text()
-    toy = study("clear", flags={"best": 0.01}, learning_rates=[0.0001, 0.01, 1], final_seeds=[0, 1])
+    toy = study("clear", learning_rates=[0.0001, 0.01, 1], **few)
     toy.run(jobs=2)
     write_report(toy)
     assert "a choice of chance" not in (toy.folder / "report.md").read_text()
