@@ -7,6 +7,7 @@ when a program changes over from one to the other.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -27,8 +28,8 @@ from ..cache import cache_folder
 from . import build
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Elements through the formulas before a build is started for an n: a second or so of their time, against some ten
-# seconds of one core, once. A few inferences or a unit test never start it.
+# Elements through backward passes of the formulas before a build is started for an n: a second or so of their time,
+# against some ten seconds of one core, once. Forward passes count less (`dispatch`): a few inferences never start it.
 WORTH_BUILDING = 2**26
 _PARALLEL = 2**15  # elements from which on several threads pay, as for the operations of torch
 _NUM_TENSORS = {"forward": 2, "backward": 3, "backward_at": 3, "glu": 3, "glu_backward": 5}
@@ -40,29 +41,41 @@ class Library:
     def __init__(self, n: int) -> None:
         self.n = n
         self._functions: dict[tuple[str, str, torch.dtype], Callable[..., None]] | None = None
-        self._work = 0
+        self._work = 0.0
         self._process: subprocess.Popen | None = None
+        self._started_by = 0
         self._looked = False
         self._failed = False
 
-    def ready(self, numel: int, wait: bool) -> bool:
-        """Whether the kernels can run now. If not, counts `numel` more elements, or with `wait` builds them first."""
+    def ready(self, work: float, wait: bool) -> bool:
+        """Whether the kernels can run now. If not, counts `work` more elements, or with `wait` builds them first."""
         if self._functions is not None:
             return True
         if self._failed:
             return False
+        try:
+            return self._find_or_build(work, wait)
+        except (OSError, RuntimeError) as error:  # RuntimeError: of pathlib, where a user has no home
+            return self._fail(f"their folder cannot be used: {error}; set HF_GEM_CACHE to one that can be written")
+
+    def _find_or_build(self, work: float, wait: bool) -> bool:
+        if self._process is not None and self._started_by != os.getpid():
+            # A fork cannot tell how a build of its parent ends, and looks for itself.
+            self._process, self._looked = None, False
         if not self._looked:
             self._looked = True
             if self.path.exists():
                 return self._load()
-        self._work += numel
+        self._work += work
         if self._process is None and (wait or self._work >= WORTH_BUILDING):
             self._start()
         if self._process is None or (not wait and self._process.poll() is None):
             return False
-        if self._process.wait() != 0:
-            return self._fail(f"building them failed: {self._last_words()}")
-        return self._load()
+        self._process.wait()
+        # The library tells, not the exit status, which is lost where a program collects those of all its children.
+        if self.path.exists():
+            return self._load()
+        return self._fail(f"building them failed: {self._last_words()}")
 
     def function(self, operation: str, form: str, dtype: torch.dtype) -> Callable[..., None]:
         """The kernel, once `ready`."""
@@ -78,18 +91,16 @@ class Library:
             self._fail("this machine has no C++ compiler: neither $CXX nor g++ nor clang++ is found")
             return
         log = self.path.with_suffix(".log")
-        try:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("wb") as output:
-                self._process = subprocess.Popen(
-                    [sys.executable, build.__file__, str(self.n), str(self.path)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C is meant for the program; the build is done in seconds
-                )
-        except OSError as error:
-            self._fail(f"the cache cannot be written: {error}; set HF_GEM_CACHE to a folder that can")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._started_by = os.getpid()
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, build.__file__, str(self.n), str(self.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is meant for the program; the build is done in seconds
+            )
 
     def _last_words(self) -> str:
         text = self.path.with_suffix(".log").read_text(encoding="utf-8", errors="replace").strip()
@@ -100,7 +111,8 @@ class Library:
             library = ctypes.CDLL(str(self.path))
         except OSError as error:
             return self._fail(f"{self.path} cannot be loaded: {error}; delete it to have it built again")
-        self.path.with_suffix(".log").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # none there, or a folder that can only be read
+            self.path.with_suffix(".log").unlink()
         self._functions = {
             (operation, form, dtype): _function(library, operation, form, dtype)
             for operation in _NUM_TENSORS

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.nn import Parameter
 
 from .. import reference
@@ -49,10 +50,12 @@ def kernels(backend: str) -> Iterator[None]:
     Args:
         backend: `"auto"`: Triton kernels on CUDA, ROCm and XPU; on a CPU the C++ kernels where they have been built,
             and until then the formulas, which give the same bits. Building starts in the background once a process has
-            put 2^26 elements through the formulas, takes some ten seconds of one core, and is done once for a machine.
-            `"eager"`: the formulas, in plain operations of torch. `"compiled"`: the C++ kernels on a CPU, waiting for
-            them to be built; on other devices as auto. `"triton"`: the Triton kernels, also for CPU tensors where
-            Triton interprets (TRITON_INTERPRET=1).
+            put 2^26 elements through backward passes of the formulas, or 2^30 through forward passes, takes some ten
+            seconds of one core, and is done once for a machine. `"eager"`: the formulas, in plain operations of torch.
+            `"compiled"`: the C++ kernels on a CPU, waiting for them to be built; on other devices as auto. `"triton"`:
+            the Triton kernels, also for CPU tensors where Triton interprets (TRITON_INTERPRET=1). Where the kernels
+            cannot be had, a warning says so once, and the formulas go on. What no kernel takes, such as float64,
+            tensor subclasses and a learnable eps, goes to the formulas whatever is chosen, without a warning.
 
     Raises:
         ValueError: another backend.
@@ -78,7 +81,7 @@ def run(operation: str, form: str, n: int, eps: float | Tensor, *inputs: Tensor)
         One tensor; of `glu_backward`, the gradients of gate and up. Strides are those that torch gives to elementwise
         results.
     """
-    backend = _kernels_for(n, eps, inputs)
+    backend = _kernels_for(operation, n, eps, inputs)
     if backend is None:
         return formulas.run(operation, form, n, eps, *inputs)
     outputs = [torch.empty_like(inputs[k]) for k in _OUTPUTS_LIKE[operation]]
@@ -109,8 +112,11 @@ def keeps_output(form: str, n: int, eps: float | Tensor, x: Tensor, save: str) -
         )
     if save == "output":
         return True
+    # A compiler decides by itself what to keep, and cannot trace the choice of kernels.
+    if not possible or torch.compiler.is_compiling():
+        return False
     # On a CPU, the arithmetic costs more than the pass over memory that it saves.
-    return possible and x.device.type in _GPUS and _kernels_for(n, eps, (x,)) is not None
+    return x.device.type in _GPUS and _kernels_for("forward", n, eps, (x,)) is not None
 
 
 def check_save(save: str) -> None:
@@ -118,7 +124,7 @@ def check_save(save: str) -> None:
         raise ValueError(f"save must be 'auto', 'input' or 'output', got {save!r}")
 
 
-def _kernels_for(n: int, eps: float | Tensor, inputs: tuple[Tensor, ...]) -> ModuleType | None:
+def _kernels_for(operation: str, n: int, eps: float | Tensor, inputs: tuple[Tensor, ...]) -> ModuleType | None:
     if _selected == "eager" or isinstance(eps, Tensor) or torch._C._len_torch_dispatch_stack() > 0:
         return None
     x = inputs[0]
@@ -126,12 +132,17 @@ def _kernels_for(n: int, eps: float | Tensor, inputs: tuple[Tensor, ...]) -> Mod
     if numel == 0 or dtype not in cpu.DTYPES or torch._C._are_functorch_transforms_active():
         return None
     for other in inputs:
-        if type(other) not in (Tensor, Parameter) or other.dtype != dtype or other.is_neg() or other.device != device:
+        if type(other) not in (Tensor, Parameter) or other.dtype != dtype or other.device != device:
+            return None
+        # Their memory does not hold their values, or is not there: jacobian(vectorize=True) has batches of gradients.
+        if other.is_neg() or other._is_zerotensor() or is_legacy_batchedtensor(other):
             return None
     if device.type == "cpu":
         if _selected == "triton":
             return _interpreter()
-        return cpu if cpu.library(n).ready(numel, wait=_selected == "compiled") else None
+        # Training is known by its backward passes. Inference has to go on for longer before a build pays.
+        work = numel if "backward" in operation else numel / 16
+        return cpu if cpu.library(n).ready(work, wait=_selected == "compiled") else None
     return _triton() if device.type in _GPUS else None
 
 

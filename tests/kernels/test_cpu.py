@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,7 +99,7 @@ def test_several_threads():
 
 @needs_compiler
 def test_built_in_the_background_once_it_pays(fresh, monkeypatch):
-    monkeypatch.setattr(cpu, "WORTH_BUILDING", 1000)
+    monkeypatch.setattr(cpu, "WORTH_BUILDING", 60)
     x = torch.randn(400)
     expected = formulas.run("forward", "egem", 2, 0.1, x)
     with warnings.catch_warnings(), hf_gem.kernels("auto"):
@@ -118,6 +120,47 @@ def test_built_in_the_background_once_it_pays(fresh, monkeypatch):
         egem(x, 2, 0.1)
     assert cpu.library(2)._functions is not None
     assert cpu.library(2)._process is None
+
+
+def test_what_counts_towards_a_build(fresh, monkeypatch):
+    monkeypatch.setattr(cpu, "WORTH_BUILDING", 1000)
+    started = []
+    monkeypatch.setattr(cpu.Library, "_start", lambda library: started.append(library.n))
+    x = torch.randn(800, requires_grad=True)
+    with hf_gem.kernels("auto"):
+        for _ in range(19):
+            egem(x, 2)
+        assert not started
+        egem(x, 2)
+        assert started == [2]
+        egem(x, 3).sum().backward()
+        assert started == [2]
+        egem(x, 3).sum().backward()
+        assert started == [2, 3]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_fork_while_its_parent_builds(fresh, monkeypatch, tmp_path):
+    script = tmp_path / "slow.py"
+    script.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(cpu, "build", SimpleNamespace(__file__=str(script), source=build.source))
+    monkeypatch.setenv("CXX", sys.executable)  # anything that is there
+    library = cpu.library(1)
+    assert not library.ready(cpu.WORTH_BUILDING, wait=False)
+    parents = library._process
+    child = os.fork()
+    if child == 0:
+        try:
+            library._start = lambda: None  # type: ignore[method-assign]
+            right = not library.ready(1, wait=False) and not library._failed and library._process is None
+            os._exit(0 if right else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert not library.ready(1, wait=False)
+    assert library._process is parents
+    parents.kill()
+    parents.wait()
 
 
 @needs_compiler
@@ -165,6 +208,50 @@ def test_a_cache_that_cannot_be_written(fresh, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_GEM_CACHE", str(tmp_path / "file" / "folder"))
     monkeypatch.setenv("CXX", sys.executable)  # anything that is there
     fails("set HF_GEM_CACHE")
+
+
+def test_a_cache_that_cannot_be_looked_at(fresh, monkeypatch):
+    exists = Path.exists
+
+    def forbidden(path, **options):
+        if path.suffix == ".so":
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path, **options)
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    fails("Permission denied.*set HF_GEM_CACHE")
+
+
+def test_a_user_without_a_home(fresh, monkeypatch):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HF_GEM_CACHE")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pytest.importorskip("pwd"), "getpwuid", unknown)
+    fails("home directory.*set HF_GEM_CACHE")
+
+
+@needs_compiler
+def test_a_cache_that_can_only_be_read(monkeypatch):
+    assert cpu.Library(1).ready(0, wait=True)
+
+    def read_only(path, **options):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cpu.Library(1).ready(0, wait=False)
+
+
+def test_a_build_whose_exit_status_is_lost(fresh, monkeypatch, tmp_path):
+    # Python then takes it for 0.
+    script = tmp_path / "fails.py"
+    script.write_text("print('no licence today')")
+    monkeypatch.setattr(cpu, "build", SimpleNamespace(__file__=str(script), source=build.source))
+    monkeypatch.setenv("CXX", sys.executable)  # anything that is there
+    fails("building them failed: no licence today")
 
 
 def test_a_library_that_cannot_be_loaded(fresh):

@@ -151,6 +151,38 @@ def test_negated_views():
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    "function",
+    [egem, lambda x: egem(x, save="output"), segem, lambda x: hf_gem.functional.gem_glu(x, x.flip(0))],
+    ids=["egem", "kept output", "segem", "glu"],
+)
+def test_batches_of_gradients(launched, function):
+    x = torch.randn(5, requires_grad=True)
+    with hf_gem.kernels("compiled"):
+        expected = torch.autograd.functional.jacobian(function, x)
+        launched.clear()
+        torch.testing.assert_close(torch.autograd.functional.jacobian(function, x, vectorize=True), expected)
+        (rows,) = torch.autograd.grad(function(x), x, torch.eye(5), is_grads_batched=True)
+        torch.testing.assert_close(rows, expected)
+    assert {operation for operation in launched if "backward" in operation} == set()
+
+
+@needs_compiler
+def test_zeros_without_memory():
+    zeros = torch._efficientzerotensor(4)
+    with hf_gem.kernels("compiled"):
+        assert torch.equal(hf_gem.gem(zeros), torch.zeros(4))
+        assert torch.equal(dispatch.run("backward", "segem", 1, 0.1, zeros, torch.randn(4)), torch.zeros(4))
+
+
+def test_compilers_do_not_see_the_choice(monkeypatch):
+    monkeypatch.setattr(dispatch, "_GPUS", ("cpu",))  # where `save="auto"` depends on it
+    x = torch.randn(8, requires_grad=True)
+    compiled = torch.compile(lambda x: egem(x) + segem(x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), formulas.run("forward", "egem", 1, 1e-4, x) + segem(x))
+
+
+@needs_compiler
 def test_mixed_dtypes_of_gradients():
     # A hook may hand over a gradient of another dtype than autograd asks for.
     x, grad = torch.randn(8), torch.randn(8, dtype=torch.float64)
