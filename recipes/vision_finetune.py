@@ -5,6 +5,7 @@ It reports the accuracy before the activations are replaced, right after, and af
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 import hf_gem
 from hf_gem.modules import GemActivation
-from hf_gem.spec import is_name
+from hf_gem.spec import GemSpec, is_name, parse
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
 from hf_gem.training.data_vision import ImageData, VisionConfig, image_processor, prepare_images, preprocessing_of
 from hf_gem.training.errors import ConfigError, run_recipe
@@ -24,7 +25,7 @@ from hf_gem.training.image_models import ConvNetForImageClassification  # noqa: 
 from hf_gem.training.loop import Task, evaluate, make_accelerator, train
 from hf_gem.training.loss import ClassificationLoss
 from hf_gem.training.order import SampleOrder
-from hf_gem.training.report import image_card, print_summary, save_results
+from hf_gem.training.report import image_card, import_of, print_summary, save_results
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
 
@@ -81,7 +82,11 @@ class Config(VisionConfig, TrainConfig):
             require(is_name(self.hidden_act), "hidden_act", self.hidden_act, "of the family, such as egem, or none")
         require(bool(self.model), "model", "nothing", "timm/<name>, a Hub id or a folder")
         if self.eps not in (None, "fit"):
-            require(_is_positive(self.eps), "eps", self.eps, "a number above 0, or fit")
+            require(_is_positive(self.eps), "eps", self.eps, "a finite number above 0, or fit")
+            if self.hidden_act != "none":
+                spec = parse(self.hidden_act)
+                GemSpec(spec.family, spec.n, float(self.eps), spec.learnable)  # or ValueError
+        require(not self.fit_per_layer or self.eps == "fit", "fit_per_layer", True, "false without --eps fit")
         at_least(self, 1, "fit_batches")
         at_least(self, 0, "head_lr_ratio", "mixup", "cutmix")
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
@@ -91,7 +96,7 @@ class Config(VisionConfig, TrainConfig):
 
 def _is_positive(text: str | None) -> bool:
     try:
-        return float(text or 0) > 0
+        return 0 < float(text or 0) < math.inf
     except ValueError:
         return False
 
@@ -124,15 +129,24 @@ def load_model(name: str, classes: list[str], new_head: bool) -> PreTrainedModel
 
 
 def convert(model: PreTrainedModel, config: Config, data: ImageData, device: torch.device) -> str:
-    """Replaces the activations in place and returns the report."""
+    """Replaces the activations in place and returns the report.
+
+    Raises:
+        ConfigError: there are none that can be replaced, or none can be fitted.
+    """
     order = SampleOrder(len(data.train), config.data_seed)
     drawn = [order.batch(k, config.micro_batch_size) for k in range(config.fit_batches if config.eps == "fit" else 0)]
     batches = [{"pixel_values": data.train.batch(indices)["pixel_values"].to(device)} for indices in drawn]
     eps = float(config.eps) if config.eps not in (None, "fit") else config.eps
-    report = hf_gem.convert(
-        model, config.hidden_act, eps=eps, data=batches or None, per_layer=config.fit_per_layer and bool(batches)
-    )
-    return str(report)
+    try:
+        return str(
+            hf_gem.convert(model, config.hidden_act, eps=eps, data=batches or None, per_layer=config.fit_per_layer)
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"--hidden_act {config.hidden_act} cannot go into --model {config.model!r}: {error}; choose another "
+            "--model, or leave its activations with --hidden_act none"
+        ) from error
 
 
 def head_of(model: nn.Module) -> nn.Module:
@@ -187,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
         "before_conversion": before,
         "conversion": report,
         "ours": bool(activations),
-        "imported": "hf_gem.training.image_models" if type(model).__module__.startswith("hf_gem") else "hf_gem",
+        "imported": import_of(model),
     }
     record = train(task, config, accelerator)
     if not accelerator.is_main_process:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,9 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from transformers.activations import ACT2FN
 
 import hf_gem
+from hf_gem.audit import path_patterns
 from hf_gem.spec import is_name
+from hf_gem.stock import describe, is_elementwise, is_gate, kind, stock_slots
 from hf_gem.training.config import TrainConfig, option, parse_config, require
 from hf_gem.training.data_vision import ImageData, Preprocessing, VisionConfig, image_processor, prepare_images
 from hf_gem.training.errors import ConfigError, run_recipe
@@ -25,9 +28,10 @@ from hf_gem.training.image_models import (
 )
 from hf_gem.training.loop import Task, make_accelerator, train
 from hf_gem.training.loss import ClassificationLoss
-from hf_gem.training.report import image_card, print_summary, save_results
+from hf_gem.training.report import image_card, import_of, print_summary, save_results
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
+_CIFAR_RESNET = r"resnet(\d+)-cifar"
 
 # He et al. 2016, section 4.2: 64k iterations, the learning rate divided by 10 at 32k and 48k.
 _CIFAR: dict[str, Any] = {
@@ -86,8 +90,9 @@ class Config(VisionConfig, TrainConfig):
             True,
             "false for models other than convnet and resnet-cifar",
         )
-        require(bool(re.fullmatch(r"\d+(,\d+)*", self.widths)), "widths", self.widths, "numbers such as 32,64,128")
-        depth = re.fullmatch(r"resnet(\d+)-cifar", self.model)
+        widths = re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.widths)
+        require(bool(widths), "widths", self.widths, "numbers such as 32,64,128, all above 0")
+        depth = re.fullmatch(_CIFAR_RESNET, self.model)
         sound = depth is None or (int(depth[1]) >= 8 and int(depth[1]) % 6 == 2)
         require(sound, "model", self.model, "resnet<6n+2>-cifar, such as resnet20-cifar or resnet56-cifar")
 
@@ -107,16 +112,26 @@ def input_size(config: Config) -> int | None:
 
 
 def build_model(config: Config, data: ImageData) -> PreTrainedModel:
-    """The model of `config` with new weights and its activation everywhere."""
+    """The model of `config` with new weights and its activation everywhere.
+
+    Raises:
+        ConfigError: there is no such model, it does not fit the images, or the activation does not get everywhere.
+    """
     labels = dict(enumerate(data.classes))
     shared: Any = {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
     gain: Any = {"initializer_gain": hf_gem.gain(ACT2FN[config.hidden_act])} if config.own_gain else {}
     if config.model == "convnet":
         widths = tuple(map(int, config.widths.split(",")))
+        most = data.image_size.bit_length()
+        if len(widths) > most:
+            raise ConfigError(
+                f"--widths {config.widths} has {len(widths)} stages, each half as large as the one before, and images "
+                f"of {data.image_size} x {data.image_size} pixels allow {most}; give fewer widths or larger images"
+            )
         return ConvNetForImageClassification(
             ConvNetConfig(widths=widths, hidden_act=config.hidden_act, **gain, **shared)
         )
-    if depth := re.fullmatch(r"resnet(\d+)-cifar", config.model):
+    if depth := re.fullmatch(_CIFAR_RESNET, config.model):
         return CifarResNetForImageClassification(
             CifarResNetConfig(depth=int(depth[1]), hidden_act=config.hidden_act, **gain, **shared)
         )
@@ -132,13 +147,36 @@ def build_model(config: Config, data: ImageData) -> PreTrainedModel:
         model = AutoModelForImageClassification.from_config(settings, dtype=torch.float32)
     except Exception as error:  # both libraries raise whatever their models do
         raise ConfigError(f"--model {config.model!r} cannot be built: {type(error).__name__}: {error}") from error
-    if ours:
+    if not ours:
+        _check_is_everywhere(model, config)
+        return model
+    try:
         print(hf_gem.convert(model, config.hidden_act))
+    except ValueError as error:
+        raise ConfigError(
+            f"--hidden_act {config.hidden_act} cannot go into --model {config.model!r}: {error}; choose another --model"
+        ) from error
     return model
 
 
+def _check_is_everywhere(model: PreTrainedModel, config: Config) -> None:
+    """A stock activation has to be wherever `hf_gem.convert` puts one of the family, or two runs differ in more."""
+    wanted = kind(ACT2FN[config.hidden_act])
+    found = ((slot, kind(slot.occupant) or "") for slot in stock_slots(model))
+    others = [s for s, what in found if what != wanted and not is_gate(what) and is_elementwise(s.occupant)]
+    if others:
+        kinds = Counter(describe(slot.occupant) for slot in others)
+        raise ConfigError(
+            f"--hidden_act {config.hidden_act} does not reach {len(others)} activations of --model {config.model!r}, "
+            f"{', '.join(f'{count} x {name}' for name, count in kinds.items())} at "
+            f"{path_patterns([slot.path for slot in others])}, which a name of the family replaces: runs with the two "
+            "would differ in more than the activation. Choose another --hidden_act, or a --model that takes it "
+            "everywhere, such as resnet20-cifar or timm/resnet18"
+        )
+
+
 def _is_own(model: str) -> bool:
-    return model == "convnet" or model.endswith("-cifar")
+    return model == "convnet" or re.fullmatch(_CIFAR_RESNET, model) is not None
 
 
 def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +184,8 @@ def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
     return {
         **image_card(config.model, record),
         "title": f"{config.model} {record['preset']}, {config.hidden_act}",
-        "imported": f"hf_gem{'.training.image_models' if _is_own(config.model) else ''}",
+        # Older records do not say it.
+        "imported": record.get("imported", f"hf_gem{'.training.image_models' if _is_own(config.model) else ''}"),
     }
 
 
@@ -168,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         units_per_sample=1,
         unit="images",
         metric="accuracy",
+        facts={"imported": import_of(model)},
     )
     record = train(task, config, accelerator)
     if not accelerator.is_main_process:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..spec import is_name, parse
-from ..training.files import write_atomically
+from ..training.files import to_json, write_atomically
 from .plan import Plan, Run
 from .run import Study
 from .stats import Comparison, expected_best_of, minimum_detectable_effect, t_interval
@@ -79,7 +78,7 @@ def write_report(study: Study, baseline: str | None = None) -> Path:
     comparisons = study.comparisons(baseline)
     parts = _parts(study, comparisons, baseline or plan.baseline)
     results = {"plan_hash": plan.hash, "choices": study.choices(), "comparisons": [asdict(c) for c in comparisons]}
-    write_atomically(folder / "results.json", json.dumps(_without_nan(results), indent=2, allow_nan=False) + "\n")
+    write_atomically(folder / "results.json", to_json(results, indent=2) + "\n")
     return write_pages(folder, "report", parts)
 
 
@@ -356,15 +355,6 @@ def signed(value: float) -> str:
 def span(interval: tuple[float, float]) -> str:
     """An interval in a cell."""
     return "-" if math.isnan(interval[0]) else f"{interval[0]:+.4g} to {interval[1]:+.4g}"
-
-
-def _without_nan(value: Any) -> Any:
-    """With null for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _finite(found: dict[int, float]) -> list[float]:

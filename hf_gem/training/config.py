@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -123,6 +124,8 @@ class TrainConfig:
         if self.push_to_hub is not None:
             sound = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub))
             require(sound, "push_to_hub", self.push_to_hub, "USER/NAME, as the Hub has it")
+        free = os.path.isdir(self.output_dir) or not os.path.exists(self.output_dir)
+        require(free, "output_dir", self.output_dir, "a folder, there or to be made")
         known = self.resume in ("auto", "never") or Path(self.resume).is_dir()
         require(known, "resume", self.resume, "auto, never or the folder of a checkpoint")
         require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "in [0, 1]")

@@ -38,7 +38,7 @@ class SourceConfig:
         )
     )
     builtin: ClassVar[str] = ""  # the name of the dataset that needs no files
-    builders: ClassVar[dict[str, str]] = {}  # suffix of a local file -> what `datasets` opens it with
+    builders: ClassVar[dict[str, str]] = {}  # suffix of a local file, in lower case -> what `datasets` opens it with
 
     dataset: str = option("", "Hub dataset id, or local folder or file.")
     dataset_config: str | None = option(None, "Configuration name of a Hub dataset.")
@@ -93,15 +93,15 @@ def load_splits(config: SourceConfig, streaming: bool = False) -> dict[str, Any]
 def _local_arguments(path: Path, builders: dict[str, str]) -> dict[str, Any]:
     """How `load_dataset` opens a local file or folder."""
     if path.is_file():
-        if path.suffix not in builders:
+        if path.suffix.lower() not in builders:
             raise DataError(f"{path} has suffix {path.suffix!r}; a file can be one of {', '.join(builders)}")
         files = {"train": [path]}
     else:
         files = {}
         for file in sorted(path.rglob("*")):
-            if file.suffix in builders and file.stem.lower() not in ("readme", "license"):
+            if file.suffix.lower() in builders and file.stem.lower() not in ("readme", "license"):
                 files.setdefault(_split_of(file.relative_to(path)), []).append(file)
-    kinds = {builders[file.suffix] for group in files.values() for file in group}
+    kinds = {builders[file.suffix.lower()] for group in files.values() for file in group}
     if len(kinds) != 1:
         raise DataError(
             f"the folder {path} must hold files of one kind out of {', '.join(builders)}; found "

@@ -119,8 +119,12 @@ class TextData:
     facts: dict[str, Any]
 
 
-def prepare_text(config: TextConfig) -> TextData:
+def prepare_text(config: TextConfig, min_validation_tokens: int = 2) -> TextData:
     """Tokenises the dataset of `config`, or finds it in the cache. Processes that ask at once wait for the first.
+
+    Args:
+        config: Which, and how.
+        min_validation_tokens: As many as the smallest sample has that is evaluated.
 
     Raises:
         DataError: the dataset or tokenizer cannot be read, is empty, or is too small for one block; or the cache
@@ -129,21 +133,23 @@ def prepare_text(config: TextConfig) -> TextData:
     folder, meta = cached(config, "text", _key(config), lambda folder: _build(config, folder))
     tokenizer = _load_tokenizer(str(folder))
 
-    def blocks(split: str, partial: bool) -> TokenBlocks:
+    def blocks(split: str, partial: bool, least: int) -> TokenBlocks:
         size = meta["num_tokens"][split]
-        if size <= config.block_size and not (partial and size >= 2):
+        if size < least:
             mend = "give more text or a smaller --block_size"
             if split == "validation" and meta["held_out"] != "split":
                 mend = f"raise --validation_fraction, now {config.validation_fraction}"
             raise DataError(
                 f"the {split} text of {config.dataset!r} has {size} tokens, less than one block of "
-                f"{config.block_size} and its target; {mend}"
+                f"{config.block_size} needs, {least}; {mend}"
             )
         array = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
         return TokenBlocks(array, config.block_size, partial)
 
     facts = {"on_hub": config.on_hub, **{key: meta[key] for key in ("hash", "num_tokens", "held_out")}}
-    return TextData(blocks("train", False), blocks("validation", True), tokenizer, meta["vocab_size"], facts)
+    train = blocks("train", False, config.block_size + 1)
+    validation = blocks("validation", True, min_validation_tokens)
+    return TextData(train, validation, tokenizer, meta["vocab_size"], facts)
 
 
 def _key(config: TextConfig) -> list[Any]:

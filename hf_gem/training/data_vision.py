@@ -42,7 +42,7 @@ class VisionConfig(SourceConfig):
     builtin: ClassVar[str] = DIGITS
     builders: ClassVar[dict[str, str]] = {
         ".parquet": "parquet",
-        **dict.fromkeys((".png", ".jpg", ".jpeg", ".JPEG", ".webp", ".bmp"), "imagefolder"),
+        **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp"), "imagefolder"),
     }
 
     dataset: str = option(

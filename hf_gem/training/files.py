@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,19 @@ def write_atomically(path: Path, text: str) -> None:
     flush(partial)
     os.replace(partial, path)
     flush(path.parent)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON with null for NaN and infinity, which it lacks."""
+    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_pretrained(thing: Any, folder: Path) -> None:

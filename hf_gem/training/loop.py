@@ -42,7 +42,10 @@ from .order import SampleOrder
 from .push import CheckpointPusher
 from .record import MetricsLog, environment, hash_tensors, hash_weights, write_record
 
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
+_CANNOT_WRITE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),  # a file where a folder should be, or the other way round
+)
 _KEPT = ("run_id", "sessions", "samples_hash")  # of the record, in checkpoints
 _MOST_SKIPPED = 10  # steps one after the other
 _MOST_ROLLBACKS = 3  # in a run
@@ -371,9 +374,8 @@ class _Run:
             last = done == steps
             logs = last or done == 1 or done % config.log_every == 0
             saves = last or bool(config.save_every and done % config.save_every == 0)
-            if config.on_nonfinite == "rollback" and (logs or saves) and not self._is_finite():
-                done = saved = self._roll_back(done)
-                bar.n = done
+            if (logs or saves) and self._has_to_go_back():
+                done = saved = bar.n = self._roll_back(done)
                 continue
             if logs:
                 self._log_step(done, loss, bar)
@@ -381,6 +383,9 @@ class _Run:
             if last or (config.eval_every and done % config.eval_every == 0):
                 with clock.paused():
                     self._evaluate(done)
+                if self._has_to_go_back():
+                    done = saved = bar.n = self._roll_back(done)
+                    continue
             if saves:
                 with clock.paused():
                     self._save(done, "finished" if last else "running")
@@ -470,6 +475,9 @@ class _Run:
         if self.skipped_in_a_row == _MOST_SKIPPED:
             raise self._not_finite(step + 1, f"at {_MOST_SKIPPED} steps one after the other, all skipped,")
 
+    def _has_to_go_back(self) -> bool:
+        return self.config.on_nonfinite == "rollback" and not self._is_finite()
+
     def _roll_back(self, step: int) -> int:
         """Returns to the newest checkpoint, to go on with the batches behind those that led here."""
         before, sessions = self.record["nonfinite"], self.record["sessions"]
@@ -502,6 +510,9 @@ class _Run:
             self.log.add(step=step, **named)
             tqdm.write(f"step {step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
             self.accelerator.log(named, step=step)
+        if step:  # no step has seen yet what its own update did; only the main process has the values
+            lost = torch.tensor(float(not math.isfinite(values.get("loss", 0.0))), device=self.accelerator.device)
+            self.finite &= self.accelerator.reduce(lost, "sum") == 0
 
     def _is_finite(self) -> bool:
         return bool(self.finite.item())  # waits for the device, as do all who call this
@@ -550,6 +561,7 @@ class _Run:
         self.session.update(last_step=step, seconds=round(time.perf_counter() - self.began, 1))
         curves = {key: curve for key in self.log.keys("validation_") if (curve := self.log.curve(key))}
         losses = [loss for _, loss in curves.get("validation_loss", [])]
+        finite = [loss for loss in losses if math.isfinite(loss)]
 
         def median(key: str) -> float | None:
             values = [value for _, value in self.log.curve(key)]
@@ -560,7 +572,7 @@ class _Run:
             step=step,
             result={
                 "initial_validation_loss": losses[0] if losses else None,
-                "best_validation_loss": min(losses, default=None),
+                "best_validation_loss": min(finite, default=None),
                 **{key: curve[-1][1] for key, curve in curves.items()},
                 "unit": self.task.unit,
                 "units_per_second": median(f"{self.task.unit}_per_second"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import shlex
@@ -18,14 +17,17 @@ import torch
 from torch import nn
 
 from ..modules import GemActivation
-from .files import write_atomically
+from .files import to_json, write_atomically
 
 SCHEMA = 1
 _PACKAGES = ("hf-gem", "transformers", "accelerate", "datasets", "tokenizers", "timm", "triton", "numpy")
 
 
 class MetricsLog:
-    """A JSONL file of metrics, one object a line, with the number of steps done under `step`."""
+    """A JSONL file of metrics, one object a line, with the number of steps done under `step`.
+
+    NaN and infinity, which JSON lacks, are null in the file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,13 +36,13 @@ class MetricsLog:
     def start(self, entries: list[dict[str, Any]]) -> None:
         """Begins with the entries of the checkpoint that is continued; what a killed run logged after it is dropped."""
         self.entries = list(entries)
-        write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in entries))
+        write_atomically(self.path, "".join(to_json(entry) + "\n" for entry in entries))
 
     def add(self, **entry: Any) -> None:
         """Appends one line, at once on disk for whoever reads along."""
         self.entries.append(entry)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(to_json(entry) + "\n")
 
     def keys(self, prefix: str) -> list[str]:
         """The metrics whose names start so, in the order in which they came."""
@@ -52,8 +54,8 @@ class MetricsLog:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Writes a record, or brings it up to date."""
-    write_atomically(path, json.dumps({"schema": SCHEMA, **record}, indent=2) + "\n")
+    """Writes a record, or brings it up to date; NaN and infinity, which JSON lacks, as null."""
+    write_atomically(path, to_json({"schema": SCHEMA, **record}, indent=2) + "\n")
 
 
 def environment(folder: Path | None = None) -> dict[str, Any]:

@@ -70,6 +70,11 @@ def image_card(model: str, record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def import_of(model: Any) -> str:
+    """The module whose import loading a model needs, with an activation of the family or, one of hf_gem, always."""
+    return "hf_gem.training.image_models" if type(model).__module__.startswith("hf_gem.") else "hf_gem"
+
+
 def print_summary(record: dict[str, Any], folder: Path) -> None:
     """The last lines of a recipe: how the loss fell, and where everything is."""
     result = record["result"]
@@ -154,6 +159,7 @@ def write_card(record: dict[str, Any], template: Path, path: Path, **more: Any) 
         session=record["sessions"][-1],
         amounts=record["data"].get("num_images") or record["data"]["num_tokens"],
         ours=ours,
+        own=own,
         loading=loading,
         location=location,
         **more,

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from hf_gem import gain
+from hf_gem.training.errors import DataError
 from recipes import bert_pretrain
 from recipes.bert_pretrain import PRESETS, Config, build_model
 from tests.helpers import BERT, ON_CPU, finish, launch, losses, run_here, save_bytes_tokenizer, start, write_corpus
@@ -94,6 +95,15 @@ def test_each_activation_can_start_at_its_own_gain():
         assert layer.output.dense.weight.std().item() == pytest.approx(gain("gem_n2") / 512**0.5, **near)
     head = model.cls.predictions.transform.dense.weight
     assert head.std().item() == pytest.approx(128**-0.5, rel=6 / (2 * 16384) ** 0.5)
+
+
+def test_a_validation_text_without_a_whole_block_names_its_share(flags, tmp_path):
+    small = ("--block_size=128", "--validation_fraction=0.001")
+    with pytest.raises(
+        DataError, match=r"validation text .* of 128 needs, 126; raise --validation_fraction, now 0.001"
+    ):
+        run_here(bert_pretrain, tmp_path / "run", *flags, *small)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_without_a_mask(flags, tmp_path):

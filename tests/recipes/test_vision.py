@@ -2,17 +2,29 @@
 
 import json
 import re
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+)
 
 import hf_gem
+from hf_gem.training.errors import ConfigError, TrainingError
+from hf_gem.training.image_models import ConvNetConfig, ConvNetForImageClassification
 from recipes import vision_finetune, vision_train
-from tests.helpers import ON_CPU, VISION, finish, launch, losses, run_here, start
+from tests.helpers import ON_CPU, ROOT, VISION, finish, launch, losses, run_here, start
 
 # Rounding of float32 sums taken in another order, carried through the steps of a model this small.
 REORDERED = 4000 * torch.finfo(torch.float32).eps
+DATA = SimpleNamespace(classes=["a", "b"], image_size=8, train=range(64))
 SHORT = ("--steps=8", "--eval_every=4", "--save_every=4", "--warmup_steps=2", "--log_every=1", "--report_to=none")
 
 
@@ -130,6 +142,110 @@ def test_transformers_models_train_by_folder(cache, tmp_path):
     assert not any(isinstance(module, torch.nn.ReLU) for module in model.modules())
 
 
+def build(**fields):
+    return vision_train.build_model(vision_train.Config(**fields), DATA)
+
+
+def save_config(folder, config):
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+CONFIGS = {
+    "resnet": ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic"),
+    "vit": ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=8),
+}
+NO_ACTIVATIONS = ConvNetConfig(widths=(4,), hidden_act="linear")
+
+
+@pytest.mark.parametrize(
+    ("model", "act", "left"),
+    [
+        ("resnet", "gelu", r"reach 2 .* 2 x relu at resnet\.\S+activation"),
+        ("timm/seresnet18", "gelu", "reach 8 .* 8 x relu"),
+        ("timm/mobilenetv3_small_050", "silu", "reach 14 .* 14 x relu"),
+        *[
+            (model, "relu", None)
+            for model in ("resnet", "timm/seresnet18", "timm/resnet18", "timm/mobilenetv3_small_050")
+        ],
+        *[("timm/resnet18", "gelu", None), ("vit", "quick_gelu", None)],
+        *[("convnet", act, None) for act in ("gelu", "tanh", "prelu", "linear")],
+        *[("resnet8-cifar", act, None) for act in ("relu", "relu2")],
+    ],
+)
+def test_a_stock_activation_is_everywhere_or_refused(tmp_path, model, act, left):
+    """An arm of the family has its activation everywhere; one of another has to have it in the same places."""
+    model = save_config(tmp_path / "model", CONFIGS[model]) if model in CONFIGS else model
+    if left is None:
+        build(model=model, hidden_act=act)
+        return
+    with pytest.raises(ConfigError, match=f"--hidden_act {act} does not {left}.*or a --model that takes it everywhere"):
+        build(model=model, hidden_act=act)
+
+
+def test_a_model_without_activations_is_an_error(tmp_path):
+    folder = save_config(tmp_path / "model", NO_ACTIVATIONS)
+    with pytest.raises(ConfigError, match=r"--hidden_act egem cannot go into --model .*has no activation modules"):
+        build(model=folder, hidden_act="egem")
+    model, config = ConvNetForImageClassification(NO_ACTIVATIONS), vision_finetune.Config(model="x")
+    with pytest.raises(ConfigError, match=r"cannot go into --model 'x'.*has no activation modules.*--hidden_act none"):
+        vision_finetune.convert(model, config, DATA, torch.device("cpu"))
+
+
+def test_more_stages_than_the_images_can_be_halved():
+    build(widths="4,4,4,4")
+    with pytest.raises(ConfigError, match=r"has 5 stages.*images of 8 x 8 pixels allow 4; give fewer"):
+        build(widths="4,4,4,4,4")
+
+
+@pytest.mark.parametrize("by_folder", [False, True])
+def test_the_code_of_a_card_loads_a_model_of_this_package(cache, tmp_path, by_folder):
+    """Without a name of the family in it too, which nothing but the import of its class makes known."""
+    model = save_config(tmp_path / "model", ConvNetConfig(widths=(4,))) if by_folder else "convnet"
+    flags = ("--steps=1", "--warmup_steps=0", "--widths=4", "--hidden_act=gelu", f"--model={model}")
+    run_here(vision_train, tmp_path / "run", cache, *SHORT, *flags)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "run" / "README.md").read_text(), re.DOTALL)
+    assert "registers the model" in code
+    code += "\nassert type(model.layers[1]).__name__ == 'GELUActivation', model; processor.size"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+DIVERGING = (
+    *("--widths=4", "--steps=1", "--warmup_steps=0", "--optimizer=sgd", "--learning_rate=1e25", "--grad_clip=0"),
+    "--report_to=none",
+)
+
+
+def refuse(constant):
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def check_diverged(folder):
+    record = json.loads((folder / "record.json").read_text(), parse_constant=refuse)
+    assert (record["status"], record["result"]["validation_loss"]) == ("diverged", None)
+    assert record["result"]["best_validation_loss"] == record["result"]["initial_validation_loss"] > 0
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+    assert not (folder / "config.json").exists()
+    assert not list((folder / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip", "rollback"])
+def test_a_run_that_diverges_at_its_last_update_has_not_finished(cache, tmp_path, on_nonfinite):
+    with pytest.raises(TrainingError, match="stopped being finite"):
+        run_here(vision_train, tmp_path, cache, *DIVERGING, f"--on_nonfinite={on_nonfinite}")
+    check_diverged(tmp_path)
+
+
+def test_all_processes_agree_that_a_run_has_diverged(cache, tmp_path):
+    flags = (cache, *DIVERGING, f"--output_dir={tmp_path}", "--micro_batch_size=32")
+    code, output = finish(start(*flags, recipe=VISION, launcher=launch(2), **ON_CPU))
+    assert code == 1, output
+    assert output.count("error: the loss or the gradient stopped being finite at or before step 1") == 2
+    check_diverged(tmp_path)
+
+
 @pytest.mark.parametrize("extra", [("--eps=fit",), ("--eps=0.3", "--ema_decay=0.5", "--mixup=0.2", "--cutmix=1.0")])
 def test_fine_tuning(demo, cache, tmp_path, extra):
     flags = (cache, "--report_to=none", f"--model={demo[0]}", "--head_lr_ratio=2", *extra)
@@ -202,8 +318,20 @@ def test_the_cifar_presets_are_those_of_the_paper():
             "--own_gain must be false for models other than convnet",
         ),
         (vision_train, ["--widths=3,x"], "--widths must be numbers such as 32,64,128"),
+        (vision_train, ["--widths=8,0"], "--widths must be numbers such as 32,64,128, all above 0, got 8,0"),
+        (vision_train, ["--model=my-cifar", "--own_gain"], "--own_gain must be false for models other than convnet"),
+        (vision_train, [f"--output_dir={__file__}"], "--output_dir must be a folder, there or to be made"),
         (vision_finetune, ["--model=x", "--hidden_act=relu"], "--hidden_act must be of the family"),
-        (vision_finetune, ["--model=x", "--eps=small"], "--eps must be a number above 0, or fit"),
+        *[
+            (vision_finetune, ["--model=x", f"--eps={eps}"], "--eps must be a finite number above 0, or fit")
+            for eps in ("small", "inf", "nan", "-1")
+        ],
+        (vision_finetune, ["--model=x", "--hidden_act=gem", "--eps=0.01"], "gem has eps = 1, fixed; got eps=0.01"),
+        (
+            vision_finetune,
+            ["--model=x", "--eps=0.1", "--fit_per_layer"],
+            "--fit_per_layer must be false without --eps fit",
+        ),
         (vision_finetune, ["--model="], "--model must be timm/<name>"),
     ],
 )

@@ -225,6 +225,16 @@ def test_a_validation_set_too_small_names_its_share(prepare, tmp_path):
         prepare(write_documents(tmp_path / "data", "jsonl"), validation_fraction=1e-9)
 
 
+def test_a_validation_set_is_too_small_only_for_what_is_evaluated(prepare, tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.txt")
+    count = len(prepare(corpus).validation.tokens)
+    fields = {"block_size": 16, "vocab_size": 300, "validation_fraction": 0.2, "cache_dir": str(tmp_path / "c")}
+    config = TextConfig(dataset=str(corpus), **fields)
+    assert len(prepare_text(config, count).validation.tokens) == count
+    with pytest.raises(DataError, match=f"has {count} tokens, less than one block of 16 needs, {count + 1}"):
+        prepare_text(config, count + 1)
+
+
 def test_a_cache_that_cannot_be_written_is_an_error(prepare, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be cached"):

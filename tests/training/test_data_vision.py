@@ -66,6 +66,17 @@ def test_an_image_folder_with_splits(tmp_path):
     assert min(np.abs(image.permute(1, 2, 0).numpy() - expected).max() for image in got) < 1e-5
 
 
+@pytest.mark.parametrize("suffix", [".PNG", ".JPG", ".Jpeg"])
+@pytest.mark.parametrize("split", ["", "test"])
+def test_names_in_capitals_are_images_too(tmp_path, suffix, split):
+    for path in write_folder(tmp_path / "data" / split, per_class=6).rglob("*.png"):
+        Image.open(path).save(path.with_suffix(suffix))
+        path.unlink()
+    data = prepare(tmp_path, dataset=str(tmp_path / "data"), train_split=split or "train", validation_fraction=0.25)
+    assert (data.classes, len(data.train), len(data.validation)) == (["cat", "dog"], 9, 3)
+    assert data.train.batch(np.arange(9))["pixel_values"].shape == (9, 3, 12, 12)
+
+
 def test_parquet_with_columns_of_any_name(tmp_path):
     images = [np.full((6, 6), i, np.uint8) for i in range(20)]
     features = datasets.Features({"img": datasets.Image(), "kind": datasets.Value("string")})

@@ -400,6 +400,42 @@ def test_a_run_that_was_brought_here_goes_on_here(tmp_path):
         run(tmp_path / "c", resume=str(brought))
 
 
+def breaking_evaluation(*steps):
+    """An objective that evaluates to NaN the first time that it has trained some numbers of steps."""
+    left = set(steps)
+
+    class Breaking(Objective):
+        def forward(self, x, labels):
+            loss = super().forward(x, labels).loss
+            if not self.training and self.steps in left:
+                left.remove(self.steps)
+                loss = loss * math.nan
+            return Output(loss)
+
+    return Breaking
+
+
+@pytest.mark.parametrize("step", [3, 6])
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+def test_a_validation_loss_that_is_not_finite_ends_a_run(tmp_path, step, on_nonfinite):
+    with pytest.raises(TrainingError, match="stopped being finite at or before step"):
+        run(tmp_path, make_task(breaking_evaluation(step)), save_every=3, on_nonfinite=on_nonfinite)
+    record = json.loads((tmp_path / "record.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert (record["status"], record["step"], record["result"]["validation_loss"]) == ("diverged", step, None)
+    saved = [path.name for path in (tmp_path / "checkpoints").glob("step_*")]
+    assert saved == (["step_00000003"] if step == 6 else [])
+    assert run(tmp_path, save_every=3)[0]["status"] == "finished"  # mended, the same command goes on
+
+
+def test_a_validation_loss_that_is_not_finite_can_be_rolled_back(tmp_path, capsys):
+    task = make_task(breaking_evaluation(6))
+    record, _ = run(tmp_path, task, on_nonfinite="rollback")
+    assert (record["status"], record["nonfinite"]["rollbacks"]) == ("finished", 1)
+    assert "back to step 4, passing over 2 batches" in capsys.readouterr().out
+    assert [step for step, _ in record["curves"]["validation_loss"]] == [0, 3, 6]
+    assert math.isfinite(record["result"]["validation_loss"])
+
+
 def test_a_stop_file_saves_and_stops(tmp_path, monkeypatch):
     file = tmp_path / "stop"
     monkeypatch.setenv("HF_GEM_STOP_FILE", str(file))
@@ -468,8 +504,9 @@ def test_a_folder_with_a_readme_of_its_own_is_refused(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(TrainingError, match=r"cannot write to .*another --output_dir"):
-        run(tmp_path / "file" / "run")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(TrainingError, match=r"cannot write to .*another --output_dir"):
+            run(folder)
 
 
 def test_a_tracker_that_is_not_installed_is_an_error(tmp_path):

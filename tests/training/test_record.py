@@ -1,6 +1,7 @@
 """Logs and records."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -33,6 +34,18 @@ def test_a_record_is_replaced_whole(tmp_path):
     with pytest.raises(TypeError):
         write_record(tmp_path / "record.json", {"status": object()})
     assert json.loads((tmp_path / "record.json").read_text())["status"] == "finished"
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    values = {"loss": math.nan, "curve": [(1, math.inf), (2, 0.5)], "inner": {"low": -math.inf, "text": "NaN"}}
+    null = {"loss": None, "curve": [[1, None], [2, 0.5]], "inner": {"low": None, "text": "NaN"}}
+    write_record(tmp_path / "record.json", values)
+    assert json.loads((tmp_path / "record.json").read_text()) == {"schema": 1, **null}
+    log = MetricsLog(tmp_path / "log.jsonl")
+    log.start([{"step": 0, **values}])
+    log.add(step=1, **values)
+    assert [json.loads(line) for line in log.path.read_text().splitlines()] == [{"step": i, **null} for i in (0, 1)]
+    assert math.isnan(log.entries[1]["loss"])  # in memory it is what it was
 
 
 def test_the_environment_names_what_decides_a_result(monkeypatch):
