@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run_recipe(lambda: print(arguments.run(arguments)))
     except ModuleNotFoundError as error:
-        parser.exit(1, f'error: {error}; pip install "hf-gem[train]" brings what this needs\n')
+        parser.exit(1, f'error: {error}; pip install -e ".[train]" in the clone of hf_gem brings what this needs\n')
 
 
 def _report(arguments: argparse.Namespace) -> str:

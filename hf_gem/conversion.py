@@ -1,7 +1,7 @@
 """Conversions as data: modules of the family in place of a model's own activations, written down, replayed, undone.
 
 A conversion lives in the model: every module that stands in for something else keeps it. Its plan, what a config can
-hold, is read off the model:
+hold, is read off the model, with what was put into it by hand:
 
     {"version": 1, "model": "ResNetModel", "base": "", "parts": ["embedder", "encoder", "pooler"],
      "activations": {"gem_n2": ["embedder.embedder.activation", ...]}, "fields": {"hidden_act": "relu"}}
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .spec import is_claimed, parse
+from .spec import GemSpec, is_claimed, parse
 
 PLAN = "hf_gem"  # the key of a plan in a config
+BUILT = "_hf_gem_built"  # an attribute of the activations that come with their model when it is built again
 _VERSION = 1
 _PACKED = "used_nested_tensor"  # an attribute; see `match_nested_tensors`
 _HALF_HARD_CODED = {"hgnet_v2", "resnet", "rt_detr_resnet", "uvdoc"}  # model types; see `complete`
@@ -105,6 +106,8 @@ def replace(
             if written_down:
                 # In a tuple, which hides it from the model; the first one, where a conversion is converted.
                 vars(new)["replaces"] = getattr(old, "replaces", (old,))
+            else:
+                vars(new)[BUILT] = True
             ready.append((slot, new.train(slot.owner.training)))
     for slot, new in ready:
         slot.put(new)
@@ -152,6 +155,28 @@ def converted(model: nn.Module) -> Iterator[Slot]:
                 yield Slot(join(path, key), module, key)
 
 
+def added(model: nn.Module) -> Iterator[Slot]:
+    """The slots with an activation of the family that does not come with the model: converted, or put in by hand."""
+    for path, module in model.named_modules():
+        for key, child in module._modules.items():
+            # Duck typing: in a checkpoint this file stands beside another class of activations.
+            if isinstance(getattr(child, "spec", None), GemSpec) and BUILT not in vars(child):
+                yield Slot(join(path, key), module, key)
+
+
+def unnamed(model: nn.Module) -> str | None:
+    """What is wrong with saving a model by the names of its activations; None where nothing is."""
+    for slot in added(model):
+        module: Any = slot.occupant
+        if module.num_parameters != 1:
+            return (
+                f"{slot.path} has num_parameters={module.num_parameters}, which no config can hold: it names an eps "
+                "for the whole layer only, and what is saved by it cannot be loaded. Set num_parameters=1, or keep "
+                "model.state_dict(), or let a class of your own build the activation, before its self.post_init()"
+            )
+    return None
+
+
 def undo(model: nn.Module) -> list[str]:
     """Puts back what conversions replaced, and returns the paths."""
     slots = list(converted(model))
@@ -164,14 +189,14 @@ def undo(model: nn.Module) -> list[str]:
 
 
 def plan_of(model: nn.Module, without: tuple[str, ...] = ()) -> dict[str, Any] | None:
-    """The conversion of a model as JSON values, or None where there is none.
+    """The conversion of a model, and what was put in by hand, as JSON values, or None where there is none.
 
     Args:
         model: The model.
         without: What the paths in parts start with that keep a plan of their own, as `parts_inside` gives it.
     """
     activations: dict[str, list[str]] = {}
-    for slot in converted(model):
+    for slot in added(model):
         if not slot.path.startswith(without):
             module: Any = slot.occupant
             activations.setdefault(module.spec.name, []).append(slot.path)
@@ -218,16 +243,16 @@ def parts_inside(parts: dict[str, Any], path: str) -> tuple[str, ...]:
     return tuple(join(other.removeprefix(start), "") for other in parts if other.startswith(start) and other != path)
 
 
-def apply_plans(model: nn.Module, make: Callable[[str], nn.Module], unfinished: bool = False) -> list[str]:
+def apply_plans(model: nn.Module, make: Callable[[str], nn.Module], unfinished: bool = False) -> dict[str, str]:
     """Replays the conversions in the configs of a transformers model and its parts; see `apply_plan`."""
-    missing = []
+    missing: dict[str, str] = {}
     applied: list[tuple[str, Any]] = []
     for path, part in parts_of(model).items():
         plan = vars(part.config).get(PLAN)
         if plan is None or any(path.startswith(outer) and plan == theirs for outer, theirs in applied):
             continue  # T5's stacks are built from copies of its config
         start = join(path, "")
-        missing += [start + left for left in apply_plan(plan, part, make, unfinished)]
+        missing |= {start + left: name for left, name in apply_plan(plan, part, make, unfinished).items()}
         applied.append((start, plan))
     return missing
 
@@ -248,7 +273,7 @@ def check_plan(given: Any) -> None:
 
 def apply_plan(
     plan: dict[str, Any], model: nn.Module, make: Callable[[str], nn.Module], unfinished: bool = False
-) -> list[str]:
+) -> dict[str, str]:
     """Replays a conversion on a freshly built model, before its weights are loaded.
 
     A transformers model is also found in another class of its family: the path `resnet.encoder.x` of a model with a
@@ -262,7 +287,7 @@ def apply_plan(
         unfinished: Whether parts of the model may still be to come, so that what is not found is left out.
 
     Returns:
-        What was left out.
+        What was left out: path -> name.
 
     Raises:
         ValueError: the plan is of another version or malformed, or the model lacks what was replaced. Nothing is
@@ -277,7 +302,7 @@ def apply_plan(
     is_excerpt = not same_class and parts < set(plan["parts"])  # T5EncoderModel has no decoder
 
     slots: dict[str, list[Slot]] = {}
-    missing = []
+    missing = {}
     for name, paths in plan["activations"].items():
         for path in paths:
             in_head = not path.startswith(theirs)
@@ -286,16 +311,16 @@ def apply_plan(
                 slot = slot_at(model, here)
             except KeyError:
                 if not in_head and not (is_excerpt and path.removeprefix(theirs).split(".")[0] not in parts):
-                    missing.append((path, name))
+                    missing[path] = name
                 continue
             if getattr(slot.occupant, "spec", None) != parse(name):
                 slots.setdefault(name, []).append(slot)
     if missing and not unfinished:
-        path, name = missing[0]
+        path, name = next(iter(missing.items()))
         raise ValueError(
             f"{type(model).__name__} has no activation at {path!r}, which {plan['model']} had when it was converted to "
             f"{name!r}: it was built by other code. Convert the original model again, or remove the key {PLAN!r} from "
             "its config to load it unconverted"
         )
     replace(model, slots, make)
-    return [path for path, _ in missing]
+    return missing

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .spec import DEFAULT_EPS, GemSpec, check_eps, check_n, parse
+from .spec import DEFAULT_EPS, FORMS, GemSpec, check_eps, check_n, parse
 
 # In log eps. A value x enters the error as x^2 (gate - c)^2, and its gate is a logistic function of log eps with the
 # poles pi away whatever x and n are: a ripple with a period of two steps has less than 1e-8 of the error's size.
@@ -235,7 +235,7 @@ def _evaluate(histogram: Histogram, target: Target) -> tuple[Tensor, Tensor, Ten
 
 
 def _cost(family: str, n: int, values: Tensor, wanted: Tensor, shares: Tensor) -> Callable[[float], float]:
-    formula = reference.segem if family == "segem" else reference.egem
+    formula = {"egem": reference.egem, "segem": reference.segem}[FORMS[family]]
     return lambda eps: _mean_square(formula(values, n, eps) - wanted, shares)
 
 

@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 from . import _kernels as kernels
 from . import reference
 from ._kernels import formulas
-from .spec import DEFAULT_EPS, GemSpec, check_eps, check_n
+from .spec import DEFAULT_EPS, FORMS, GemSpec, check_eps, check_n
 
 
 def gem(x: Tensor, n: int = 1, save: str = "auto") -> Tensor:
@@ -108,7 +108,7 @@ def gem_glu(gate: Tensor, up: Tensor, family: str = "egem", n: int = 1, eps: flo
         return handle_torch_function(gem_glu, (gate, up, eps), gate, up, family=family, n=n, eps=eps)
     spec_eps = None if isinstance(eps, Tensor) else eps
     spec = GemSpec(family, n, spec_eps, learnable=isinstance(eps, Tensor))  # type: ignore[arg-type]
-    form = "segem" if family == "segem" else "egem"
+    form = FORMS[family]
     n, eps = _check(gate, spec.n, eps if isinstance(eps, Tensor) else spec.eps, "gate")
     _check_tensor(up, "up")
     if (gate.shape, gate.dtype, gate.device) != (up.shape, up.dtype, up.device):

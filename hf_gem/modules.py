@@ -190,7 +190,7 @@ def module_factory(spec: GemSpec) -> Callable[..., nn.Module]:
     """A picklable callable that builds a new module for `spec`; takes `inplace` like the activation classes of timm."""
     if spec.family == "gem":
         return functools.partial(GEM, n=spec.n)
-    cls = EGEM if spec.family == "egem" else SEGEM
+    cls = {"egem": EGEM, "segem": SEGEM}[spec.family]
     return functools.partial(cls, n=spec.n, eps=spec.eps, learnable=spec.learnable)
 
 

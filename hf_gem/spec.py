@@ -13,8 +13,9 @@ import re
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-# README.md says where else a new family goes.
-FAMILIES = ("gem", "egem", "segem")
+# Family -> the form in which it is computed: GEM is E-GEM with eps = 1. README.md says where else a new family goes.
+FORMS = {"gem": "egem", "egem": "egem", "segem": "segem"}
+FAMILIES = tuple(FORMS)
 DEFAULT_EPS = 1e-4
 MAX_N = 32
 # The gate's scale eps**(1/2n) stays inside 2**±100, where float32 holds it and its reciprocal.
@@ -22,9 +23,9 @@ MAX_LOG2_SCALE = 100
 LEARNABLE_RANGE = (1e-37, 1e37)  # of a learnable eps, also while it is trained: what float32 holds
 
 _NUMBER = r"\d+(?:\.\d*)?(?:em?[+-]?\d+)?"
-_NAME = re.compile(rf"(gem|egem|segem)(?:_n(\d+))?(?:_eps({_NUMBER}))?(_learnable)?", re.ASCII)
+_NAME = re.compile(rf"({'|'.join(FAMILIES)})(?:_n(\d+))?(?:_eps({_NUMBER}))?(_learnable)?", re.ASCII)
 _CLAIMED = re.compile(r"(?:s?e[\W_]?)?gem(?:n?\d.*|[\W_].*)?", re.DOTALL)
-_GRAMMAR = "gem[_n<N>], egem[_n<N>][_eps<E>][_learnable], segem[_n<N>][_eps<E>][_learnable]"
+_GRAMMAR = ", ".join(["gem[_n<N>]", *(f"{family}[_n<N>][_eps<E>][_learnable]" for family in FAMILIES[1:])])
 
 
 def check_n(n: int) -> int:
@@ -185,7 +186,7 @@ def _nearest(name: str) -> str:
     """The valid name that keeps what can be understood of `name`."""
     text = name.lower()
     letters = re.sub(r"[\W_]", "", text)
-    family = next((f for f in ("segem", "egem") if letters.startswith(f)), "gem")
+    family = next((f for f in FAMILIES if letters.startswith(f)), "gem")
     n = re.search(r"n\W*_?(\d{1,3})", text)
     # Past the family's own letters, so that the "e" of "egem" is not taken for an eps.
     eps = re.search(rf"(?<![a-z])e(?:ps(?:ilon)?)?[\s_=:]*({_NUMBER})", text)

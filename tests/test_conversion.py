@@ -253,6 +253,21 @@ def test_a_plan_replayed():
     assert occupants(fresh).keys() == occupants(model()).keys()
 
 
+def test_a_plan_of_what_was_put_in_by_hand():
+    net = model()
+    net[2].act = hf_gem.GEM(2)
+    replace(net, "egem", ["0.act"])
+    plan = plan_of(net)
+    assert plan["activations"] == {"egem": ["0.act"], "gem_n2": ["2.act"]}
+    assert undo(net) == ["0.act"]
+    assert plan_of(net)["activations"] == {"gem_n2": ["2.act"]}
+    fresh = model()
+    conversion.apply_plan(plan, fresh, hf_gem.get_activation)
+    assert plan_of(fresh) == plan
+    undo(fresh)  # where both were put in by the plan
+    assert plan_of(fresh) is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from hf_gem import EGEM, GemSpec, egem, gem, parse
-from hf_gem.spec import check_eps, check_n, is_claimed, is_name
+from hf_gem.fit import Histogram, error
+from hf_gem.functional import gem_glu
+from hf_gem.modules import module_factory
+from hf_gem.spec import FAMILIES, check_eps, check_n, is_claimed, is_name
 
 CANONICAL = {
     "gem": ("gem", 1, 1.0, False),
@@ -191,6 +194,19 @@ def test_gem_has_no_eps_of_its_own(arguments):
 def test_unknown_family():
     with pytest.raises(ValueError, match="gem, egem, segem, got 'gelu'"):
         GemSpec("gelu")
+
+
+def test_a_family_that_is_nowhere_else_is_no_other(monkeypatch):
+    monkeypatch.setattr("hf_gem.spec.FAMILIES", (*FAMILIES, "xgem"))
+    spec = GemSpec("xgem")
+    with pytest.raises(KeyError, match="xgem"):
+        module_factory(spec)
+    with pytest.raises(KeyError, match="xgem"):
+        gem_glu(torch.ones(1), torch.ones(1), "xgem")
+    histogram = Histogram()
+    histogram.update(torch.ones(1))
+    with pytest.raises(KeyError, match="xgem"):
+        error(spec, histogram, torch.relu)
 
 
 def test_specs_are_values():

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from ..conversion import apply_plans, complete
 from ..reference import egem, egem_tensor, segem, segem_tensor
-from ..spec import parse
+from ..spec import FORMS, parse
 from .fields import mask, unmask
+
+_FORMULAS = {"egem": (egem, egem_tensor), "segem": (segem, segem_tensor)}
 
 
 class Activation(nn.Module):
@@ -34,11 +36,12 @@ class Activation(nn.Module):
         self.log_ratio = nn.Parameter(torch.zeros(1)) if self.spec.learnable else None
 
     def forward(self, x: Tensor) -> Tensor:
-        n, eps, signed = self.spec.n, self.spec.eps, self.spec.family == "segem"
+        n, eps = self.spec.n, self.spec.eps
+        number, tensor = _FORMULAS[FORMS[self.spec.family]]
         if self.log_ratio is None:
-            return segem(x, n, eps) if signed else egem(x, n, eps)
+            return number(x, n, eps)
         learned = eps * self.log_ratio.to(torch.promote_types(self.log_ratio.dtype, torch.float32)).exp().view([])
-        return segem_tensor(x, n, learned) if signed else egem_tensor(x, n, learned)
+        return tensor(x, n, learned)
 
     def extra_repr(self) -> str:
         return self.spec.name

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..conversion import unnamed
 from ..spec import is_claimed, parse
 from .fields import activation_fields, plain_name
 
@@ -122,6 +123,8 @@ def _check(model: Any) -> tuple[list[str], dict[str, str]]:
             f"{home}.{type(model).__name__} is not a class of transformers, so its own code has to come along: use "
             "register_for_auto_class and save_pretrained, and import hf_gem in that code"
         )
+    if (problem := unnamed(model)) is not None:
+        raise ValueError(problem)
     modules = {module.spec.name for module in model.modules() if hasattr(module, "spec")}
     fields = {plain_name(field.value) for field in activation_fields(model.config)}
     names = sorted(modules | {parse(name).name for name in fields if is_claimed(name)})

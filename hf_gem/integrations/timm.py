@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .. import functional
-from ..conversion import PLAN, apply_plan, plan_of
+from ..conversion import BUILT, PLAN, apply_plan, plan_of, unnamed
 from ..init import gain
 from ..modules import GemActivation, get_activation, module_factory
-from ..spec import GemSpec, is_claimed, parse
+from ..spec import FORMS, GemSpec, is_claimed, parse
 from ..stock import is_stock, kind, stock_slots
 from .registry import Installer, NameLookup, lookups, patch
 
@@ -43,7 +43,7 @@ class ActName(str):
 
 def _function(x: Tensor, n: int, eps: float, family: str, inplace: bool = False) -> Tensor:
     """An activation function as timm calls it: `inplace` is accepted, and the input never overwritten."""
-    return functional.segem(x, n, eps) if family == "segem" else functional.egem(x, n, eps)
+    return {"egem": functional.egem, "segem": functional.segem}[FORMS[family]](x, n, eps)
 
 
 def _make_function(spec: GemSpec) -> Callable[..., Tensor]:
@@ -91,6 +91,8 @@ def _build_model(original: Any, model_cls: Any, *args: Any, **kwargs: Any) -> nn
         for module in model.modules():
             if isinstance(module, GemActivation):  # timm gives its device to every layer but activations
                 module.to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
+                if "replaces" not in vars(module) and module.spec.name in names.values():
+                    vars(module)[BUILT] = True  # not by a class as act_layer, which no config holds
         _warn_of_what_is_left(names, model)
         return model
 
@@ -144,7 +146,9 @@ def _save_config(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """Saves the names that a model was built with, and how it has been converted since."""
+    """Saves the names that a model was built with, and how it has been changed since."""
+    if (problem := unnamed(model)) is not None:
+        warnings.warn(problem, stacklevel=2)
     recorded: Any = getattr(model, "_model_args", {})
     recorded.pop(PLAN, None)  # the conversion it was loaded with; what counts is the one it has now
     ours: dict[str, Any] = {key: value for key, value in recorded.items() if is_claimed(value)}

@@ -14,7 +14,7 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-from ..conversion import PLAN, apply_plans, complete, join, parts_inside, parts_of, plan_of
+from ..conversion import BUILT, PLAN, apply_plans, complete, join, parts_inside, parts_of, plan_of, unnamed
 from ..modules import GemActivation, get_activation, module_factory
 from ..spec import is_claimed, parse
 from ..stock import is_stock, kind, stock_slots
@@ -145,6 +145,7 @@ def _model_init(original: Any, model: Any, config: Any, *args: Any, **kwargs: An
 def _model_post_init(original: Any, model: Any) -> None:
     """Conversions are part of building a model: weights are loaded, or initialised, after them."""
     constructors = _constructors()
+    _mark_built(model)
     outermost = all(built is model for built in constructors)
     unfinished = len(constructors) > 1  # a subclass goes on when this constructor returns
     if outermost:
@@ -156,20 +157,37 @@ def _model_post_init(original: Any, model: Any) -> None:
         _say_what_a_plan_leaves(model)
 
 
-def _expect(model: Any, missing: list[str]) -> None:
+def _mark_built(model: Any) -> None:
+    """Tells the activations that a model comes with from those that are put in by hand later.
+
+    A part with a config of its own was marked by its own `post_init`, and may have been changed before it got here.
+    """
+    inner = parts_inside(parts_of(model), "")
+    for path, module in model.named_modules():
+        if isinstance(module, GemActivation) and "replaces" not in vars(module) and not path.startswith(inner):
+            vars(module)[BUILT] = True
+
+
+def _expect(model: Any, missing: dict[str, str]) -> None:
     """Stops a model from running while its conversion is incomplete: its class adds parts and never says it is done."""
     handle = vars(model).pop("_hf_gem_missing", None)
     if handle is not None:
         handle.remove()
     if missing:
-        model._hf_gem_missing = model.register_forward_pre_hook(functools.partial(_refuse, missing[0]))
+        model._hf_gem_missing = model.register_forward_pre_hook(functools.partial(_refuse, missing))
 
 
-def _refuse(path: str, model: Any, _: Any) -> None:
-    raise ValueError(
-        f"{type(model).__name__} was converted at {path!r} when it was saved, and built again without it: call "
-        f"self.post_init() at the end of {type(model).__name__}.__init__, after the parts it adds, and load it again"
-    )
+def _refuse(missing: dict[str, str], model: Any, _: Any) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, name in missing.items():
+        module = modules.get(path)
+        if not isinstance(module, GemActivation) or module.spec.name != name:  # unless its own code put it there
+            raise ValueError(
+                f"{type(model).__name__} was converted at {path!r} when it was saved, and built again without it: call "
+                f"self.post_init() at the end of {type(model).__name__}.__init__, after the parts it adds, and load it "
+                "again"
+            )
+    _expect(model, {})
 
 
 def _constructors() -> list[Any]:
@@ -302,6 +320,8 @@ def _config_to_dict(original: Any, config: Any) -> dict[str, Any]:
 
 def _save_pretrained(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     """Saved from the model as it is: a part of a converted model has no plan in its config yet."""
+    if (problem := unnamed(model)) is not None:
+        warnings.warn(problem, stacklevel=2)  # no error: this may be the end of a training run
     inner = configs(model.config).values()
     before = [vars(config).get(PLAN) for config in inner]
     write_plan(model)

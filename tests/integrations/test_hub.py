@@ -13,7 +13,7 @@ from torch import nn
 
 import hf_gem
 from hf_gem.integrations.hub import loading_notes
-from tests.integrations.test_round_trips import GPT2, TEXT, build, disturb, run
+from tests.integrations.test_round_trips import GPT2, TEXT, build, by_hand, disturb, run
 
 transformers = pytest.importorskip("transformers")
 
@@ -22,6 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 # Of test_round_trips: how their activations come about differs, and so do the ways in which configs name them.
 FAMILIES = ["gpt2", "bert", "gated t5", "resnet", "wav2vec2", "clip", "timm"]
 FAMILIES += [f"converted {name}" for name in ("gpt2", "bart", "t5", "bloom", "llama", "convnext", "resnet", "clip")]
+FAMILIES += ["by hand"]
 
 LOAD = """
 import json, os, sys, torch
@@ -85,7 +86,7 @@ def checkpoints(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     for family in FAMILIES:
         folder = root / family.replace(" ", "_")
-        model, inputs = build(family)
+        model, inputs = (by_hand(), TEXT) if family == "by hand" else build(family)
         if family == "bert":
             hf_gem.set_activation(model.config, "egem_learnable")
             model = disturb(type(model)(model.config))
@@ -95,7 +96,8 @@ def checkpoints(tmp_path_factory):
 
 
 def load_elsewhere(way, root, cache):
-    environment = {**os.environ, "HF_MODULES_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    threads = str(torch.get_num_threads())  # on which rounding depends
+    environment = {**os.environ, "HF_MODULES_CACHE": str(cache), "OMP_NUM_THREADS": threads, "PYTHONPATH": os.getcwd()}
     arguments = [sys.executable, "-c", LOAD, way, str(root)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr

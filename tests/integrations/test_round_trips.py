@@ -265,6 +265,22 @@ def test_timm(name, tmp_path):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
 
 
+def test_timm_by_hand(tmp_path):
+    x = IMAGE["pixel_values"]
+    model = timm.create_model("resnet10t", act_layer="gem_n2", num_classes=3)
+    model.layer1[0].act2 = hf_gem.SEGEM(learnable=True)
+    by_class = timm.create_model("resnet10t", act_layer=hf_gem.GEM, num_classes=3)
+    for net, arguments in ((model, None), (by_class, {"act_layer": "relu"})):  # timm asks for something in JSON there
+        save_for_hf(disturb(net), tmp_path, model_args=arguments, safe_serialization=True)
+        loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        assert activations(loaded) == activations(net)
+        with torch.no_grad():
+            assert torch.equal(loaded(x), net(x))
+    model.act1 = hf_gem.EGEM(learnable=True, num_parameters=64)
+    with pytest.warns(UserWarning, match="act1 has num_parameters=64, which no config can hold"):
+        save_for_hf(model, tmp_path / "channels", safe_serialization=True)
+
+
 # ---- parts of models
 
 
@@ -342,6 +358,117 @@ def test_a_part_saved_alone_leaves_the_whole_as_it_was(tmp_path):
     plan = model.config.hf_gem
     saved(model.model.decoder, tmp_path)
     assert model.config.hf_gem == plan
+
+
+# ---- activations put in by hand
+
+
+def by_hand(name="gem_n2"):
+    model = GPT2LMHeadModel(GPT2Config(**GPT2))
+    for block in model.transformer.h:
+        block.mlp.act = hf_gem.get_activation(name)
+    return disturb(model)
+
+
+@pytest.mark.parametrize("name", ["gem_n2", "segem_learnable"])
+def test_put_in_by_hand(name, tmp_path):
+    model = by_hand(name)
+    loaded = AutoModelForCausalLM.from_pretrained(saved(model, tmp_path / "saved"))
+    assert not hasattr(model.config, "hf_gem")
+    assert same(model, loaded, TEXT)
+    assert same(model.transformer, GPT2Model.from_pretrained(tmp_path / "saved"), TEXT)
+    loaded.transformer.h[0].mlp.act = hf_gem.EGEM(3)  # over a conversion
+    assert same(loaded, GPT2LMHeadModel.from_pretrained(saved(loaded, tmp_path / "again")), TEXT)
+    with without_hf_gem(), pytest.raises(KeyError, match="gem"):
+        GPT2LMHeadModel.from_pretrained(tmp_path / "saved")
+
+
+def test_by_hand_and_converted(tmp_path):
+    model = by_hand()
+    model.transformer.h[1].mlp.act = nn.ReLU()
+    report = hf_gem.convert(model, "gem_n2", inputs=IDS)
+    assert [r.path for r in report.replaced] == ["transformer.h.1.mlp.act"]
+    assert same(model, GPT2LMHeadModel.from_pretrained(saved(model, tmp_path)), TEXT)
+    assert hf_gem.revert(model) == ["transformer.h.1.mlp.act"]
+    assert model.config.hf_gem["activations"] == {"gem_n2": ["transformer.h.0.mlp.act"]}
+
+
+def test_by_hand_where_the_config_names_the_same_elsewhere(tmp_path):
+    model = disturb(BertModel(BertConfig(**WORDS, hidden_act="gem_n2")))
+    saved(model, tmp_path / "by name")
+    assert "hf_gem" not in json.loads((tmp_path / "by name" / "config.json").read_text())
+    model.pooler.activation = hf_gem.GEM(2)
+    assert same(model, BertModel.from_pretrained(saved(model, tmp_path / "by hand")), TEXT)
+
+
+def test_by_hand_in_parts(tmp_path):
+    model = clip()
+    model.vision_model.encoder.layers[0].mlp.activation_fn = hf_gem.GEM(2)
+    folder = saved(disturb(model), tmp_path / "clip")
+    assert same(model, AutoModel.from_pretrained(folder), TEXT | IMAGE)
+    assert same(model.text_model, CLIPTextModel.from_pretrained(folder), TEXT)
+    assert same(model.vision_model, CLIPVisionModel.from_pretrained(folder), IMAGE)
+    encoder = BertModel(BertConfig(**WORDS))
+    decoder = transformers.BertLMHeadModel(BertConfig(**WORDS, is_decoder=True, add_cross_attention=True))
+    encoder.encoder.layer[0].intermediate.intermediate_act_fn = hf_gem.GEM(2)  # before it becomes a part
+    model = disturb(EncoderDecoderModel(encoder=encoder, decoder=decoder))
+    assert same(model, EncoderDecoderModel.from_pretrained(saved(model, tmp_path / "both")), BOTH_SIDES)
+
+
+def test_by_hand_where_nothing_was(tmp_path):
+    model = by_hand()
+    model.transformer.ln_f = nn.Sequential(model.transformer.ln_f, hf_gem.GEM())
+    saved(model, tmp_path)
+    with pytest.raises(ValueError, match=r"no activation at 'transformer\.ln_f\.1'"):
+        GPT2LMHeadModel.from_pretrained(tmp_path)
+
+
+def test_by_hand_with_an_eps_for_each_channel(tmp_path):
+    """No training is lost by an error when it saves, and nothing is loaded as something else."""
+    model = by_hand()
+    model.transformer.h[1].mlp.act = hf_gem.EGEM(learnable=True, num_parameters=64, channel_dim=-1)
+    told = r"h\.1\.mlp\.act has num_parameters=64, which no config can hold"
+    with pytest.raises(ValueError, match=told):
+        hf_gem.save_for_hub(model, tmp_path / "hub")
+    assert not (tmp_path / "hub").exists()
+    with pytest.warns(UserWarning, match=told):
+        saved(model, tmp_path)
+    with pytest.raises(RuntimeError, match=r"log_ratio.*size|size.*log_ratio|mismatch"):
+        GPT2LMHeadModel.from_pretrained(tmp_path)
+
+
+class InItsCode(GPT2LMHeadModel):
+    """Has an activation of the family whatever the config says."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.transformer.h:
+            block.mlp.act = hf_gem.EGEM(learnable=True)
+
+
+class InItsCodeWithChannels(InItsCode):
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.transformer.h:
+            block.mlp.act = hf_gem.EGEM(learnable=True, num_parameters=64, channel_dim=-1)
+        self.post_init()
+
+
+class InAPartOfItsOwn(GPT2LMHeadModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.extra = nn.Sequential(nn.Linear(32, 32), hf_gem.GEM(2))
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = self.extra(out.logits)
+        return out
+
+
+@pytest.mark.parametrize("cls", [InItsCode, InItsCodeWithChannels, InAPartOfItsOwn])
+def test_in_the_code_of_a_class(cls, tmp_path):
+    model = disturb(cls(GPT2Config(**GPT2)))
+    assert same(model, cls.from_pretrained(saved(model, tmp_path)), TEXT)
 
 
 # ---- configs that change
