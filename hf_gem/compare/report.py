@@ -262,16 +262,15 @@ def _tuning_spread(study: Study, arm: str) -> float | None:
 
 def _by_chance(study: Study, arm: str) -> bool:
     """Whether the second best of an arm in tuning was nearer than the seeds of the best were to each other."""
-    (act, rate), second, apart = study.choices()[arm], study.runner_up(arm), _tuning_spread(study, arm)
-    return second is not None and apart is not None and abs(second[1] - study.tuned(act)[rate]) < apart
+    second, apart = study.runner_up(arm), _tuning_spread(study, arm)
+    return second is not None and apart is not None and abs(second[1] - study.trials(arm)[study.choices()[arm]]) < apart
 
 
 def _tuning_parts(study: Study) -> list[Part]:
     plan = study.plan
     rows, choices = [], study.choices()
-    for arm, acts in plan.arms.items():
-        means = {(act, rate): mean for act in acts for rate, mean in study.tuned(act).items()}
-        (act, rate), second = choices[arm], study.runner_up(arm)
+    for arm, (act, rate) in choices.items():
+        means, second = study.trials(arm), study.runner_up(arm)
         finished = [mean for mean in means.values() if math.isfinite(mean)]
         tries = [k for k in (1, 2, 4, 8, 16) if k < len(finished)] + [len(finished)] if finished else []
         few = ", ".join(f"{k}: {number(expected_best_of(finished, k, plan.higher_is_better))}" for k in tries)

@@ -177,11 +177,8 @@ class Study:
             )
         if not plan.tunes:
             return {arm: (acts[0], plan.learning_rates[0]) for arm, acts in plan.arms.items()}
-        chosen = {}
-        for arm, acts in plan.arms.items():
-            means = {(act, rate): mean for act in acts for rate, mean in self.tuned(act).items()}
-            chosen[arm] = plan.best(means, key=lambda key, means=means: means[key])
-        return chosen
+        trials = {arm: self.trials(arm) for arm in plan.arms}
+        return {arm: plan.best(means, key=means.__getitem__) for arm, means in trials.items()}
 
     def rates(self) -> list[float]:
         """The grid of learning rates, as far as it has been extended, ascending."""
@@ -197,11 +194,14 @@ class Study:
         means = {rate: float(np.mean([self.outcome(run) for run in part])) for rate, part in done.items()}
         return {rate: mean if math.isfinite(mean) else self.plan.worst for rate, mean in means.items()}
 
+    def trials(self, arm: str) -> dict[tuple[str, float], float]:
+        """Activation and learning rate -> mean outcome, of all that an arm chooses from; see `tuned`."""
+        return {(act, rate): mean for act in self.plan.arms[arm] for rate, mean in self.tuned(act).items()}
+
     def runner_up(self, arm: str) -> tuple[tuple[str, float], float] | None:
         """The second best activation and learning rate of an arm in tuning, and its mean; None where none finished."""
         chosen = self.choices()[arm]
-        means = {(act, rate): mean for act in self.plan.arms[arm] for rate, mean in self.tuned(act).items()}
-        others = {key: mean for key, mean in means.items() if key != chosen and math.isfinite(mean)}
+        others = {key: mean for key, mean in self.trials(arm).items() if key != chosen and math.isfinite(mean)}
         return self.plan.best(others.items(), key=lambda item: item[1]) if others else None
 
     def final_runs(self) -> dict[str, list[Run]]:
