@@ -29,7 +29,7 @@ from benchmarks.common import (
     random_batches,
     write,
 )
-from hf_gem import reference
+from hf_gem.family import reference
 from hf_gem.functional import egem, gem, gem_glu, segem
 
 FAMILY = {

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import hf_gem
 from hf_gem._kernels import cpu
-from hf_gem.training.files import write_atomically
+from hf_gem.files import write_atomically
 from hf_gem.training.record import environment, hardware
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Goal, built_kernels, make_parser, pick_device, write
-from hf_gem import _kernels, parse, reference
+from hf_gem import _kernels, parse
 from hf_gem._kernels import formulas
+from hf_gem.family import reference
 
 TINY = 2.0**-126  # the smallest normal number
 _CHUNKS = {"cpu": 2**16, "cuda": 2**24}  # inputs at a time; on a CPU, what is computed with stays in its cache

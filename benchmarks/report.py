@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS
-from hf_gem.training.files import write_atomically
+from hf_gem.files import write_atomically
 
 README = Path(__file__).resolve().parent / "README.md"
 START, END = "<!-- results -->\n", "<!-- end of results -->"

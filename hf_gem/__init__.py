@@ -5,17 +5,17 @@ timm, whether they are imported before or after it.
 """
 
 from ._kernels import kernels
-from .audit import Audit, audit
-from .convert import Conversion, convert, revert
+from .family.names import GemSpec, parse
 from .functional import egem, gem, segem
-from .glu import GluPatch, patch_glu, unpatch_glu
 from .init import gain
 from .integrations import register, unregister
-from .integrations.fields import set_activation
 from .integrations.hub import save_for_hub
 from .integrations.timm import create_timm_model
 from .modules import EGEM, GEM, SEGEM, get_activation
-from .spec import GemSpec, parse
+from .surgery.audit import Audit, audit
+from .surgery.convert import Conversion, convert, revert
+from .surgery.fields import set_activation
+from .surgery.glu import GluPatch, patch_glu, unpatch_glu
 
 __version__ = "0.1.0"
 

@@ -37,13 +37,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def _report(arguments: argparse.Namespace) -> str:
     from .compare.report import write_report
-    from .compare.run import Study
+    from .compare.study import Study
 
     return f"Report: {write_report(Study(arguments.study), arguments.baseline)}"
 
 
 def _summary(arguments: argparse.Namespace) -> str:
-    from .compare.run import Study
+    from .compare.study import Study
     from .compare.summary import write_summary
 
     studies = [Study(folder) for folder in arguments.study]
@@ -52,7 +52,7 @@ def _summary(arguments: argparse.Namespace) -> str:
 
 def _card(arguments: argparse.Namespace) -> str:
     from .compare.card import add_comparison
-    from .compare.run import Study
+    from .compare.study import Study
     from .training.errors import ConfigError
 
     card, record = arguments.folder / "README.md", arguments.record or arguments.folder / "record.json"

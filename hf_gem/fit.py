@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import reference
-from .spec import DEFAULT_EPS, FORMS, GemSpec, check_eps, check_n, parse
+from .family import reference
+from .family.names import DEFAULT_EPS, FORMS, GemSpec, check_eps, check_n, parse
 
 # In log eps. A value x enters the error as x^2 (gate - c)^2, and its gate is a logistic function of log eps with the
 # poles pi away whatever x and n are: a ripple with a period of two steps has less than 1e-8 of the error's size.

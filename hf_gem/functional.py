@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from . import _kernels as kernels
-from . import reference
 from ._kernels import formulas
-from .spec import DEFAULT_EPS, FORMS, GemSpec, check_eps, check_n
+from .family import reference
+from .family.names import DEFAULT_EPS, FORMS, GemSpec, check_eps, check_n
 
 
 def gem(x: Tensor, n: int = 1, save: str = "auto") -> Tensor:

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from .family.names import parse
 from .modules import get_activation
-from .spec import parse
 
 
 def gain(activation: str | Callable[[Tensor], Tensor], centered: bool = False) -> float:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from . import functional, reference
+from . import functional
 from ._kernels import check_save
-from .spec import DEFAULT_EPS, GemSpec, parse
+from .family import reference
+from .family.names import DEFAULT_EPS, GemSpec, parse
 
 
 def _eps_at(log_ratio: Tensor, init_eps: float) -> Tensor:

@@ -12,11 +12,11 @@ from transformers.activations import ACT2FN
 
 from hf_gem.init import init_feed_forward_
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
-from hf_gem.training.data_text import TextConfig, prepare_text
+from hf_gem.training.data.masking import MaskedBlocks
+from hf_gem.training.data.text import TextConfig, prepare_text
 from hf_gem.training.errors import run_recipe
 from hf_gem.training.loop import Task, make_accelerator, train
 from hf_gem.training.loss import MaskedLMLoss
-from hf_gem.training.masking import MaskedBlocks
 from hf_gem.training.report import print_summary, save_results
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"

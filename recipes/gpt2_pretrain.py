@@ -13,12 +13,12 @@ from transformers.activations import ACT2FN
 
 from hf_gem.init import init_feed_forward_
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
-from hf_gem.training.data_text import TextConfig, prepare_text
+from hf_gem.training.data.text import TextConfig, prepare_text
 from hf_gem.training.errors import run_recipe
 from hf_gem.training.loop import Task, make_accelerator, train
 from hf_gem.training.loss import CausalLMLoss
-from hf_gem.training.metrics import decoder_flops_per_token
 from hf_gem.training.report import print_summary, save_results
+from hf_gem.training.throughput import decoder_flops_per_token
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
 

@@ -16,15 +16,15 @@ from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 import hf_gem
+from hf_gem.family.names import GemSpec, is_name, parse
 from hf_gem.modules import GemActivation
-from hf_gem.spec import GemSpec, is_name, parse
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
-from hf_gem.training.data_vision import ImageData, VisionConfig, image_processor, prepare_images, preprocessing_of
+from hf_gem.training.data.order import SampleOrder
+from hf_gem.training.data.vision import ImageData, VisionConfig, image_processor, prepare_images, preprocessing_of
 from hf_gem.training.errors import ConfigError, run_recipe
 from hf_gem.training.image_models import ConvNetForImageClassification  # noqa: F401  # registers those of vision_train
 from hf_gem.training.loop import Task, evaluate, make_accelerator, train
 from hf_gem.training.loss import ClassificationLoss
-from hf_gem.training.order import SampleOrder
 from hf_gem.training.report import image_card, import_of, print_summary, save_results
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from hf_gem import GemSpec, get_activation
+from hf_gem.family.reference import egem
 from hf_gem.fit import Fit, Histogram, error, fit
-from hf_gem.reference import egem
 
 SPREAD = 2**17
 

@@ -9,7 +9,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import hf_gem
-from hf_gem import egem, gem, reference, segem
+from hf_gem import egem, gem, segem
+from hf_gem.family import reference
 from hf_gem.functional import gem_glu
 from tests import oracle
 from tests.helpers import needs_compiler

@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 
 from hf_gem.compare.card import add_comparison
-from hf_gem.compare.run import Study
+from hf_gem.compare.study import Study
 from hf_gem.training.report import write_card
 from recipes import bert_pretrain, gpt2_pretrain, vision_train
 from tests.helpers import ROOT

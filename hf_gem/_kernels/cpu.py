@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..cache import cache_folder
+from ..family import reference
+from ..files import cache_folder
 from . import build
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.nn import Parameter
 
-from .. import reference
+from ..family import reference
 from . import cpu, formulas
 
 BACKENDS = ("auto", "eager", "compiled", "triton")

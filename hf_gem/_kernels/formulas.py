@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import reference
+from ..family import reference
 
 _VALUE = {"egem": (reference.egem, reference.egem_tensor), "segem": (reference.segem, reference.segem_tensor)}
 _SLOPE = {"egem": reference.egem_slope, "segem": reference.segem_slope}

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
+from ..family import reference
 
 _BYTES_A_PROGRAM = 4096  # of each tensor: two loads of 16 bytes for each of 128 threads
 _NUM_WARPS = 4

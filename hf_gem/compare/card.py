@@ -8,7 +8,7 @@ from typing import Any
 from ..training.config import TrainConfig
 from ..training.errors import ConfigError
 from .report import Part, Table, markdown, mean, number, pairing, sentence, signed, span, spread
-from .run import Study
+from .study import Study
 
 _HEADING = "\n## Compared with other activations\n"
 _NEXT = "\n## Use\n"

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from transformers.activations import ACT2FN
 
-from ..spec import is_claimed, parse
+from ..family.names import is_claimed, parse
 from ..training.errors import ConfigError
 
 METRICS = {"validation_loss": False, "validation_perplexity": False, "validation_accuracy": True}  # higher is better

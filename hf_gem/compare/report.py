@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ..spec import is_name, parse
-from ..training.files import to_json, write_atomically
+from ..family.names import is_name, parse
+from ..files import to_json, write_atomically
 from .plan import Plan, Run
-from .run import Study
 from .stats import Comparison, expected_best_of, minimum_detectable_effect, t_interval
+from .study import Study
 
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"

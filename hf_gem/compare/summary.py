@@ -11,8 +11,8 @@ import numpy as np
 
 from .plan import PlanError
 from .report import Part, Picture, Table, cell, forest, span, write_pages
-from .run import Study
 from .stats import Comparison, interquartile_mean
+from .study import Study
 
 # Approximations that differ from what they stand for by less than 0.0005, and other names.
 _SAME = {"gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "gelu_fast": "gelu", "gelu_python": "gelu", "swish": "silu"}

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion import apply_plans, complete
-from ..reference import egem, egem_tensor, segem, segem_tensor
-from ..spec import FORMS, parse
-from .fields import mask, unmask
+from ..family.names import FORMS, parse
+from ..family.reference import egem, egem_tensor, segem, segem_tensor
+from ..surgery.fields import mask, unmask
+from ..surgery.plans import apply_plans, complete
 
 _FORMULAS = {"egem": (egem, egem_tensor), "segem": (segem, segem_tensor)}
 

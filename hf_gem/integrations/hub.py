@@ -10,12 +10,18 @@ from typing import Any
 
 from torch import nn
 
-from ..conversion import unnamed
-from ..spec import is_claimed, parse
-from .fields import activation_fields, plain_name
+from ..family.names import is_claimed, parse
+from ..surgery.fields import activation_fields, plain_name
+from ..surgery.plans import unnamed
 
 _ROOT = Path(__file__).parent.parent
-_FALLBACK = ("spec.py", "reference.py", "conversion.py", "integrations/fields.py", "integrations/fallback.py")
+_FALLBACK = (
+    "family/names.py",
+    "family/reference.py",
+    "surgery/plans.py",
+    "surgery/fields.py",
+    "integrations/fallback.py",
+)
 _CODE = "modeling_gem"
 _OWN = "image_models"  # the file of hf_gem with models that transformers does not have
 _START, _END = "<!-- loading: written by hf_gem -->", "<!-- /loading -->"
@@ -66,7 +72,9 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
     for file in _FALLBACK:
         source = (_ROOT / file).read_text(encoding="utf-8")
         name = f"gem_{Path(file).name}"
-        written[folder / name] = re.sub(r"^from \.+(\w+) import", r"from .gem_\1 import", source, flags=re.MULTILINE)
+        written[folder / name] = re.sub(
+            r"^from \.+(?:\w+\.)*(\w+) import", r"from .gem_\1 import", source, flags=re.MULTILINE
+        )
     card = folder / "README.md"
     auto = next(auto for auto, cls in auto_map.items() if cls == type(model).__name__)
     saved = activation_fields(type(config).from_pretrained(folder))

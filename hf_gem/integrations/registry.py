@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from ..spec import GemSpec, is_claimed, is_name, parse
+from ..family.names import GemSpec, is_claimed, is_name, parse
 
 # What registers with a module that has just been imported, and what takes it back.
 Installer = tuple[Callable[[ModuleType], None], Callable[[ModuleType], None]]

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .. import functional
-from ..conversion import BUILT, PLAN, apply_plan, plan_of, unnamed
+from ..family.names import FORMS, GemSpec, is_claimed, parse
 from ..init import gain
 from ..modules import GemActivation, get_activation, module_factory
-from ..spec import FORMS, GemSpec, is_claimed, parse
-from ..stock import is_stock, kind, stock_slots
+from ..surgery.plans import BUILT, PLAN, apply_plan, plan_of, unnamed
+from ..surgery.stock import is_stock, kind, stock_slots
 from .registry import Installer, NameLookup, lookups, patch
 
 if TYPE_CHECKING:
-    from ..convert import Conversion
+    from ..surgery.convert import Conversion
 
 
 class ActName(str):
@@ -178,7 +178,7 @@ def create_timm_model(name: str, act: str, **kwargs: Any) -> tuple[nn.Module, Co
     """
     import timm
 
-    from ..convert import convert  # which builds on the integrations
+    from ..surgery.convert import convert  # which builds on the integrations
 
     parse(act)
     if "act_layer" in kwargs:

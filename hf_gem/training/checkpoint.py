@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
+from ..files import flush, sha256, write_atomically
 from .errors import CheckpointError
-from .files import flush, sha256, write_atomically
 
 _COMPLETE = "COMPLETE"
 _STATE = "state.json"

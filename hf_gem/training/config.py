@@ -17,7 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.activations import ACT2FN
 
-from ..spec import is_claimed, parse
+from ..family.names import is_claimed, parse
 
 Config = TypeVar("Config", bound="TrainConfig")
 

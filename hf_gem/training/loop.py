@@ -34,13 +34,13 @@ from tqdm.auto import tqdm
 
 from .checkpoint import CheckpointStore
 from .config import TrainConfig, trajectory
+from .data.order import SampleOrder
 from .errors import ConfigError, DataError, Interrupted, TrainingError
 from .loss import IGNORE
-from .metrics import FLOP_COUNT, peak_flops
 from .optim import learning_rate, make_optimizer
-from .order import SampleOrder
 from .push import CheckpointPusher
 from .record import MetricsLog, environment, hash_tensors, hash_weights, write_record
+from .throughput import FLOP_COUNT, peak_flops
 
 _CANNOT_WRITE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
@@ -243,7 +243,7 @@ def evaluate(objective: nn.Module, task: Task, batch_size: int, accelerator: Acc
     gathered = gather_object([mine]) if world > 1 else [mine]
     if not accelerator.is_main_process:
         return {}
-    from .evaluation import METRICS  # evaluate takes seconds to import
+    from .evaluate import METRICS  # evaluate takes seconds to import
 
     losses, targets, predictions, references = ([value for part in gathered for value in part[key]] for key in rows)
     metric = METRICS[task.metric](keep_in_memory=True)

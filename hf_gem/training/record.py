@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files import to_json, write_atomically
 from ..modules import GemActivation
-from .files import to_json, write_atomically
 
 SCHEMA = 1
 _PACKAGES = ("hf-gem", "transformers", "accelerate", "datasets", "tokenizers", "timm", "triton", "numpy")

@@ -8,10 +8,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import SafetensorError
 
+from ..family.names import is_name
+from ..files import save_pretrained
 from ..integrations.hub import loading_notes, save_for_hub
-from ..spec import is_name
 from .errors import CheckpointError
-from .files import save_pretrained
 from .push import push_run
 
 

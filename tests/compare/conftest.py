@@ -3,7 +3,7 @@
 import pytest
 
 from hf_gem.compare.plan import Plan
-from hf_gem.compare.run import Study, freeze
+from hf_gem.compare.study import Study, freeze
 
 # A recipe whose loss is lowest at a learning rate of 0.01, and lower with gem_n2; it counts how often it was started.
 TOY = """

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hf_gem.compare.report import write_report
-from hf_gem.compare.run import Study
+from hf_gem.compare.study import Study
 from tests.helpers import ROOT
 
 STUDIES = sorted(path.parent for path in (ROOT / "results").glob("*/plan.json"))

@@ -17,10 +17,10 @@ import pytest
 from filelock import FileLock
 
 from hf_gem import cli
-from hf_gem.compare import run as run_module
+from hf_gem.compare import study as run_module
 from hf_gem.compare.plan import Plan, PlanError, Run, load_plan
 from hf_gem.compare.report import write_report
-from hf_gem.compare.run import StudyError
+from hf_gem.compare.study import StudyError
 from hf_gem.training.record import environment
 from recipes import compare as compare_recipe
 from tests.compare.conftest import PLAN

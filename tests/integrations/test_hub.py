@@ -160,7 +160,7 @@ def test_the_files(tmp_path):
     written = hf_gem.save_for_hub(model, tmp_path / "model", safe_serialization=True)
     assert {path.name for path in (tmp_path / "model").iterdir()} >= {
         *("config.json", "model.safetensors", "README.md", "modeling_gem.py"),
-        *(f"gem_{name}.py" for name in ("fallback", "fields", "conversion", "reference", "spec")),
+        *(f"gem_{name}.py" for name in ("fallback", "fields", "plans", "reference", "names")),
     }
     assert set(written) == {*(tmp_path / "model").glob("*.py"), tmp_path / "model" / "README.md"}
     auto_map = json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"]

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import hf_gem
-from hf_gem import conversion
 from hf_gem.integrations.timm import ActName
 from hf_gem.modules import GemActivation
+from hf_gem.surgery import plans as conversion
 
 timm = pytest.importorskip("timm")
 feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")

@@ -53,7 +53,7 @@ from transformers import (
     activations,
 )
 
-from hf_gem.integrations.fields import activation_fields
+from hf_gem.surgery.fields import activation_fields
 
 NAMES = ["gem", "gem_n3", "GEM_N2", "egem_n2_eps1em6", "egem_eps0.00001", "segem_eps0.01", "segem_n2_learnable"]
 TINY_GPT2 = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 16, "vocab_size": 32}

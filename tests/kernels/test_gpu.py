@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import hf_gem
-from hf_gem import egem, reference
+from hf_gem import egem
 from hf_gem._kernels import formulas, run
+from hf_gem.family import reference
 from tests import oracle
 from tests.kernels.test_cpu import NUM_INPUTS, OPERATIONS, numbers
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
 
 import hf_gem
-from hf_gem.integrations.fields import activation_fields
+from hf_gem.surgery.fields import activation_fields
 from tests.sweeps.look import (
     ALL,
     NAME,

@@ -19,11 +19,11 @@ from torch import nn
 
 from hf_gem.training import loop
 from hf_gem.training.config import TrainConfig
+from hf_gem.training.data.order import SampleOrder
 from hf_gem.training.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
 from hf_gem.training.loop import Task, make_accelerator, train
 from hf_gem.training.loss import IGNORE, Output
 from hf_gem.training.optim import learning_rate
-from hf_gem.training.order import SampleOrder
 from tests.helpers import losses
 
 CLASSES, WIDTH, LENGTH = 5, 4, 6

@@ -1,0 +1,119 @@
+"""All private torch that hf_gem uses: what to look at when a new version of torch breaks something.
+
+Nothing of hf_gem is imported here, so that the build of the kernels can load this file by itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = [
+    "TorchDispatchMode",
+    "children",
+    "compiler_is_loaded",
+    "compile_cpp",
+    "has_hooks",
+    "in_dispatch_mode",
+    "in_forward_ad",
+    "in_functorch_transform",
+    "is_local_scalar",
+    "lacks_own_memory",
+    "module_buffers",
+    "reset_compiler",
+    "tree_leaves",
+    "tree_map",
+    "uncompiled",
+]
+
+
+# ---- modes
+
+
+def in_dispatch_mode() -> bool:
+    """Whether a `TorchDispatchMode` is active: fake tensors, counters, `hf_gem.audit`."""
+    return bool(torch._C._len_torch_dispatch_stack() > 0)
+
+
+def in_functorch_transform() -> bool:
+    """Whether a transform of torch.func is active."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def in_forward_ad() -> bool:
+    """Whether a level of forward-mode differentiation is open."""
+    return bool(torch.autograd.forward_ad._current_level >= 0)
+
+
+# ---- tensors
+
+
+def lacks_own_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's memory does not hold its values, or is not there.
+
+    Such are lazily negated tensors, zero tensors of autograd, and the batches of `jacobian(vectorize=True)`.
+    """
+    return tensor.is_neg() or tensor._is_zerotensor() or is_legacy_batchedtensor(tensor)
+
+
+def is_local_scalar(operation: Any) -> bool:
+    """Whether an operation of aten reads one number of a tensor, as `tensor.item()` does."""
+    return operation is torch.ops.aten._local_scalar_dense.default
+
+
+# ---- modules
+
+
+def children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The submodules of a module by name, as the dict that it keeps."""
+    return module._modules
+
+
+def module_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers of a module by name, as the dict that it keeps."""
+    return module._buffers
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks watch the calls of a module, its own or global ones."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or _has_any_global_hook()
+
+
+# ---- the compiler, which is slow to import, and is there where anything is compiled
+
+
+def uncompiled(model: nn.Module) -> nn.Module | None:
+    """What `torch.compile` has wrapped; None where a module is no such wrapper."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None or not isinstance(model, dynamo.OptimizedModule):
+        return None
+    wrapped: nn.Module = model._orig_mod
+    return wrapped
+
+
+def compiler_is_loaded() -> bool:
+    """Whether anything has imported the compiler."""
+    return "torch._dynamo" in sys.modules
+
+
+def reset_compiler() -> None:
+    """Forgets everything that was compiled."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+
+
+def compile_cpp(source: str) -> str:
+    """Compiles C++ with the flags that Inductor uses on this machine, and returns the path of the library."""
+    from torch._inductor.codecache import CppCodeCache
+
+    path: str = CppCodeCache.load(source)._name
+    return path

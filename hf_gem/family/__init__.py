@@ -1,0 +1,1 @@
+"""The families of activations: what they are called, and what they compute."""

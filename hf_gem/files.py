@@ -1,0 +1,75 @@
+"""Files: the cache folder, and writing so that a kill or a power cut leaves the old or the new, and nothing between."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def cache_folder() -> Path:
+    """Where things are kept that take time to make again: `$HF_GEM_CACHE`, or `~/.cache/hf_gem`."""
+    return Path(os.environ.get("HF_GEM_CACHE") or Path.home() / ".cache" / "hf_gem").expanduser()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file's content in one step."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # its own: several machines may share a folder
+    partial.write_text(text, encoding="utf-8")
+    flush(partial)
+    os.replace(partial, path)
+    flush(path.parent)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON with null for NaN and infinity, which it lacks."""
+    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save_pretrained(thing: Any, folder: Path) -> None:
+    """Calls `thing.save_pretrained`, for tokenizers and processors, whose libraries raise a bare Exception.
+
+    Raises:
+        OSError: it failed, whatever it raised.
+    """
+    try:
+        thing.save_pretrained(folder)
+    except Exception as error:
+        raise OSError(str(error)) from error
+
+
+def flush(path: Path) -> None:
+    """Forces a file's content, or the renames inside a folder, to the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return  # systems that cannot open a folder cannot flush it either
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():
+            raise  # some network file systems refuse it, for folders
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Everything that looks at a finished model or changes one."""

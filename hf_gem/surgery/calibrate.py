@@ -1,0 +1,284 @@
+"""Choosing n and eps for a whole model: what its activations receive, and what each choice does to its output."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..family.names import GemSpec
+from ..fit import EPS_RANGE, Fit, Histogram, error, fit, fit_together
+from ..modules import get_activation
+from . import plans as conversion
+from .audit import copied_buffers, evaluating, unwrapped
+from .plans import Slot
+from .stock import describe
+
+_STEP = 10**0.5  # between the eps that are tried on the model
+_Sample = tuple[Histogram, Callable[..., Tensor]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` chose.
+
+    Attributes:
+        fits: Path -> the member, with its error in place of the activation there; None where the data did not reach it.
+        unfitted_errors: Path -> the error of the given member.
+        members: Path -> the member.
+        output_change: Relative root-mean-square change of the model's output on the first batch; None where outputs
+            before and after cannot be compared.
+        unfitted_output_change: The same for the given member everywhere.
+    """
+
+    fits: dict[str, Fit | None]
+    unfitted_errors: dict[str, float]
+    members: dict[str, GemSpec]
+    output_change: float | None
+    unfitted_output_change: float | None
+
+
+def calibrate(
+    model: nn.Module,
+    slots: dict[str, Slot],
+    given: GemSpec,
+    ns: tuple[int, ...],
+    batches: Iterable[Any],
+    per_layer: bool,
+    fit_to: str,
+) -> Calibration:
+    """The members of a family that change a model least in place of its activations, which stay where they are.
+
+    To `"activations"`: those with the smallest expected squared difference from what they replace, over the values that
+    arrive there. These errors may add up through the layers, so to `"output"`: what changes the output on the first
+    batch least among these, the given member, and members of every n with eps from 1e-6 to 10 in steps of sqrt(10); and
+    then, per layer, that with each activation's own closest member, or its neighbours in eps, one after the other.
+
+    Args:
+        model: The model.
+        slots: Path -> place of an activation.
+        given: The family, and the member to compare with.
+        ns: The values of n to choose from.
+        batches: As `convert` takes them; at least one.
+        per_layer: Whether every activation gets a member of its own.
+        fit_to: "activations" or "output".
+
+    Raises:
+        ValueError: the model does not run on a batch, or an activation is not one function of a number.
+    """
+    given = dataclasses.replace(given, learnable=False)  # what it starts as
+    batches = iter(batches)
+    first = next(batches)
+    before = outputs(model, first)
+    recorders = _record(model, slots, itertools.chain([first], batches))
+    samples, unfitted = _samples(recorders, given)
+    common = fit_together(_pooled(recorders, samples), given.family, ns=ns).spec
+    own = {path: fit(*sample, given.family, ns=ns).spec if per_layer else common for path, sample in samples.items()}
+    members = {path: own.get(path, common) for path in slots}
+
+    changes: dict[tuple[GemSpec, ...], float | None] = {}
+
+    def change(members: dict[str, GemSpec]) -> float | None:
+        key = tuple(members[path] for path in slots)
+        if key not in changes:
+            with put_back(model, slots.values()):
+                replace_all(model, slots, members)
+                changes[key] = relative_change(before, outputs(model, first))
+        return changes[key]
+
+    unfitted_change = change(dict.fromkeys(slots, given))
+    if fit_to == "output" and unfitted_change is not None:
+        together: dict[int, list[str]] = {}
+        for path, recorder in recorders.items():
+            together.setdefault(id(recorder), []).append(path)
+        members = _settle(change, given, common, ns, members, list(together.values()) if per_layer else [])
+    fits = {path: _as_fit(members[path], samples[path]) if path in samples else None for path in slots}
+    return Calibration(fits, unfitted, members, change(members), unfitted_change)
+
+
+def _settle(
+    change: Callable[[dict[str, GemSpec]], float | None],
+    given: GemSpec,
+    common: GemSpec,
+    ns: tuple[int, ...],
+    own: dict[str, GemSpec],
+    groups: list[list[str]],
+) -> dict[str, GemSpec]:
+    """The members for which `change` was seen to be smallest; groups of paths may differ from each other."""
+
+    def cost(members: dict[str, GemSpec]) -> float:
+        found = change(members)
+        return math.inf if found is None or math.isnan(found) else found
+
+    num_steps = round(math.log(EPS_RANGE[1] / EPS_RANGE[0], _STEP))
+    grid = [EPS_RANGE[0] * _STEP**k for k in range(num_steps + 1)]
+    whole = [given, common, *(_member(given.family, n, eps) for n in ns for eps in grid)]
+    members = min((dict.fromkeys(own, member) for member in whole), key=cost)
+    least = cost(members)
+    for paths in groups:
+        now = members[paths[0]]
+        near = [_member(now.family, now.n, now.eps * step) for step in (1 / _STEP, _STEP)]
+        for member in (own[paths[0]], given, *near):
+            trial = {**members, **dict.fromkeys(paths, member)}
+            if (found := cost(trial)) < least:
+                members, least = trial, found
+    return members
+
+
+def _member(family: str, n: int, eps: float) -> GemSpec:
+    """The member with an eps near this one: of three digits and in the range, or 1 for GEM."""
+    low, high = EPS_RANGE
+    return GemSpec(family, n) if family == "gem" else GemSpec(family, n, float(f"{min(max(eps, low), high):.3g}"))
+
+
+def _as_fit(member: GemSpec, sample: _Sample) -> Fit:
+    own, relative = (error(member, *sample, relative=flag) for flag in (False, True))
+    return Fit(member, own, relative, member.family != "gem" and member.eps in EPS_RANGE)
+
+
+def replace_all(model: nn.Module, slots: dict[str, Slot], members: dict[str, GemSpec]) -> None:
+    """Puts a module for each member into its slot."""
+    by_name: dict[str, list[Slot]] = {}
+    for path, member in members.items():
+        by_name.setdefault(member.name, []).append(slots[path])
+    conversion.replace(model, by_name, get_activation)
+
+
+def _samples(recorders: dict[str, _Recorder], given: GemSpec) -> tuple[dict[str, _Sample], dict[str, float]]:
+    """Path -> what arrived there, with the function that it entered; and path -> the error of the given member."""
+    samples: dict[str, _Sample] = {}
+    unfitted: dict[str, float] = {}
+    for path, recorder in recorders.items():
+        if recorder.histogram.num_values:
+            try:
+                samples[path] = recorder.histogram, _as_function(recorder.recorded[0])
+                unfitted[path] = error(given, *samples[path])
+            except Exception as cause:
+                what = describe(recorder.recorded[0])
+                raise ValueError(
+                    f"the {what} at {path} is not one function of a number, and no other can be fitted "
+                    f"to it ({type(cause).__name__}: {cause}); leave it out with skip={path!r}, or give a number as eps"
+                ) from cause
+    if not samples:
+        raise ValueError("none of the activations ran on data=, or on NaN only; give batches that reach them")
+    return samples, unfitted
+
+
+def _record(model: nn.Module, chosen: dict[str, Slot], batches: Iterable[Any]) -> dict[str, _Recorder]:
+    """Runs the batches; path -> what was recorded there, in one recorder where one module is shared."""
+    recorders: dict[str, _Recorder] = {}
+    shared: dict[int, _Recorder] = {}
+    for path, slot in chosen.items():
+        own = _Recorder(slot.occupant)
+        recorders[path] = shared.setdefault(id(slot.occupant), own) if isinstance(slot.occupant, nn.Module) else own
+    modes = {recorder: getattr(recorder.recorded[0], "training", False) for recorder in recorders.values()}
+    with put_back(model, chosen.values()) as stack:
+        for recorder, training in modes.items():
+            if training:  # out of the model, it does not follow the model's mode
+                stack.callback(setattr, recorder.recorded[0], "training", True)
+                recorder.recorded[0].training = False  # type: ignore[attr-defined]
+        for path, slot in chosen.items():
+            slot.put(recorders[path])
+        for batch in batches:
+            run(model, batch)
+    return recorders
+
+
+def _pooled(recorders: dict[str, _Recorder], samples: dict[str, _Sample]) -> Iterable[_Sample]:
+    """The samples, those of equal functions as one: it takes less time, and nothing else changes."""
+    probe = torch.arange(-(2**15), 2**15, dtype=torch.int16, device="cpu").view(torch.bfloat16).double()
+    distinct = {id(recorders[path]): sample for path, sample in samples.items()}  # one for a shared module
+    pooled: dict[bytes, _Sample] = {}
+    for histogram, target in distinct.values():
+        with torch.no_grad():
+            values = target(probe.clone()).to(probe).numpy().tobytes()
+        before = pooled[values][0] if values in pooled else Histogram()
+        pooled[values] = before + histogram, target
+    return pooled.values()
+
+
+def _as_function(activation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    if not isinstance(activation, nn.Module):
+        return activation
+    return copy.deepcopy(activation).to("cpu", torch.float64).eval().forward  # not its hooks
+
+
+# ---- running a model on data
+
+
+def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
+    """The positional and keyword arguments that a batch stands for, or TypeError."""
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    raise TypeError(f"a batch is a tensor, a tuple of arguments or a dict of keyword ones, got {type(batch).__name__}")
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """What a model returns for a batch, which leaves no trace on it: no statistics, flags or caches."""
+    args, kwargs = arguments(batch)
+    model = unwrapped(model)
+    try:
+        with evaluating(model):
+            return torch.func.functional_call(model, copied_buffers(model), args, kwargs)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} does not run on a batch of data= ({type(error).__name__}: {error}); a batch is a "
+            "tensor, a tuple of the positional or a dict of the keyword arguments of the model, on its device, without "
+            "what the model does not take, such as labels"
+        ) from error
+
+
+def outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    """The floating-point tensors that a model returns for a batch."""
+    leaves = torch.utils._pytree.tree_leaves(run(model, batch))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def relative_change(before: list[Tensor], after: list[Tensor]) -> float | None:
+    """Root mean square of the change over that of `before`, where that is finite; None if the shapes differ."""
+    if [b.shape for b in before] != [a.shape for a in after]:
+        return None
+    change = size = 0.0
+    for b, a in zip(before, after, strict=True):
+        kept = b.isfinite()
+        if not kept.all():  # masked scores
+            a, b = a[kept], b[kept]
+        wide = torch.promote_types(b.dtype, torch.float32)
+        change += float((a.to(wide) - b.to(wide)).square().sum(dtype=torch.float64))
+        size += float(b.to(wide).square().sum(dtype=torch.float64))
+    return (change / size) ** 0.5 if size else float(change > 0)
+
+
+@contextlib.contextmanager
+def put_back(model: nn.Module, slots: Iterable[Slot]) -> Iterator[contextlib.ExitStack]:
+    """Puts the occupants of slots back on leaving, unless the stack is emptied."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(conversion.match_nested_tensors, model)
+        for slot in slots:
+            stack.callback(slot.put, slot.occupant)
+        yield stack
+
+
+class _Recorder(nn.Module):
+    """Stands in for an activation and counts what enters it."""
+
+    def __init__(self, activation: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.recorded = (activation,)  # in a tuple, so that it is put back as it was
+        self.histogram = Histogram()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.histogram.update(x)
+        return self.recorded[0](x, *args, **kwargs)

@@ -1,0 +1,120 @@
+"""What other activations look like: recognised by the field's names, wherever a module or function was written."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..family.names import FAMILIES
+from ..modules import GemActivation
+from .plans import Slot, join
+
+# Ends of names: StarReLU, ReLUSquared, GELUTanh, leaky_relu, NewGELU, XIELU ...
+_ACTIVATION = re.compile(r".*(relu6?|gelu|silu|swish|mish|[a-z]elu|^elu)(squared|tanh|new)?")
+_GATE = re.compile(r"(h|hard|log)?sigmoid|(hard)?tanh|softsign|softplus|sqrtsoftplus|laplace")
+
+
+def kind(occupant: Any) -> str | None:
+    """The name of an activation as lower-case letters, such as `relu`, `gelutanh`, `hardswish`; None for anything else.
+
+    A module counts unless it has submodules that are none, or is a layer with weights. A class, kept to be
+    instantiated, does not, nor does what needs more than one argument.
+    """
+    if isinstance(occupant, GemActivation):
+        return occupant.family
+    if isinstance(occupant, nn.Module):
+        name, call = "" if _is_layer(occupant) else type(occupant).__name__, occupant.forward
+    else:
+        call, inner = occupant, _without_partials(occupant)
+        name = getattr(inner, "__name__", "") if inspect.isroutine(inner) and not inspect.ismethod(inner) else ""
+    name = re.sub(r"(activation|me|jit)$", "", name.lower().replace("_", ""))
+    if not (_ACTIVATION.fullmatch(name) or _GATE.fullmatch(name)) or _num_required(call) > 1:
+        return None
+    return "silu" if name == "swish" else name
+
+
+def _without_partials(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module does more than apply a function: its name may end in ReLU for what it applies at the end."""
+    homes = {cls.__module__.rpartition(".")[2] for cls in type(module).__mro__ if "torch.nn.modules." in cls.__module__}
+    if homes - {"module", "activation"} or any(kind(child) is None for child in module.children()):
+        return True
+    return any(parameter.numel() != 1 for parameter in module.parameters()) and not isinstance(module, nn.PReLU)
+
+
+def _num_required(function: Callable[..., Any]) -> int:
+    """How many arguments a call needs: two where a bias is added before the activation, say; 0 if that is unknown."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of C
+        return 0
+    return sum(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+def is_elementwise(occupant: Any) -> bool:
+    """Whether an activation does what its name says to each value by itself, and nothing else, as far as a try tells.
+
+    Those of torch, transformers and timm do; somebody's `GatedGELU` may halve the channels, and a `NormGELU` normalise.
+    """
+    inner = _without_partials(occupant)
+    home = getattr(type(inner) if isinstance(inner, nn.Module) else inner, "__module__", None) or ""
+    if home.partition(".")[0] in ("", "torch", "transformers", "timm", "hf_gem"):
+        return True
+    x = torch.linspace(-2.0, 2.0, 48).reshape(2, 4, 6)
+    other = x.clone()
+    other[0, 0, 0] += 1.0
+    try:
+        with torch.no_grad():
+            y, changed = occupant(x), occupant(other)
+    except Exception:  # it wants something else of its input, which a replacement will not mind
+        return True
+    if not isinstance(y, torch.Tensor) or y.shape != x.shape:
+        return False
+    return torch.allclose(y.flatten()[1:], changed.flatten()[1:])
+
+
+def describe(occupant: Any) -> str:
+    """What a report calls an activation: a full name for one of ours, else its kind."""
+    return occupant.spec.name if isinstance(occupant, GemActivation) else kind(occupant) or type(occupant).__name__
+
+
+def is_gate(kind: str) -> bool:
+    """Whether this is a bounded function or a softplus, which networks use as gates, not between layers."""
+    return _GATE.fullmatch(kind) is not None
+
+
+def is_stock(occupant: Any) -> bool:
+    """Whether this is an activation of another family than ours, and no gate."""
+    what = kind(occupant)
+    return what is not None and what not in FAMILIES and not is_gate(what)
+
+
+def stock_slots(model: nn.Module, also: tuple[type, ...] = ()) -> Iterator[Slot]:
+    """Every place that holds an activation: submodules, those in containers too, and attributes that are functions.
+
+    A place in a module that is there twice counts once, under its first path.
+
+    Args:
+        model: Any model.
+        also: Classes of modules that count whatever they are called.
+    """
+    for path, owner in model.named_modules():
+        if kind(owner) is not None:
+            continue  # what an activation is made of
+        for key, occupant in [*owner._modules.items(), *vars(owner).items()]:
+            # torch.compile keeps what it compiled apart from what it calls.
+            if key != "_orig_mod" and (
+                isinstance(occupant, also) or (occupant is not None and kind(occupant) is not None)
+            ):
+                yield Slot(join(path, key), owner, key)

@@ -1,0 +1,1 @@
+"""Data by index: where it comes from, how it becomes batches, and in which order."""

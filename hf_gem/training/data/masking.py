@@ -1,0 +1,83 @@
+"""Masked language modelling: blocks of tokens with some of them hidden, as in BERT (arXiv 1810.04805, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import DataError
+from ..loss import IGNORE
+from .order import uniforms
+
+
+@dataclass
+class MaskedBlocks:
+    """`[CLS] tokens [SEP]` with a fixed share of the tokens chosen for prediction.
+
+    The tokens are consecutive ones of a flat array, documents one after the other, so nothing is padded. Of the chosen,
+    80 % are replaced by `[MASK]`, 10 % by any token, and 10 % stay. The choice is a function of the seed and the number
+    of the draw; in evaluation, of the block alone.
+
+    Attributes:
+        tokens: All ids, in which the separator stands between documents.
+        block_size: Tokens in a block, the two at its ends counted.
+        tokenizer: Names the special tokens.
+        probability: Share of tokens that are chosen.
+        seed: Of the choice in training.
+    """
+
+    tokens: np.ndarray
+    block_size: int
+    tokenizer: PreTrainedTokenizerBase
+    probability: float = 0.15
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        tokenizer = self.tokenizer
+        missing = [name for name in ("cls_token", "sep_token", "mask_token") if getattr(tokenizer, name) is None]
+        if missing:
+            raise DataError(
+                f"the tokenizer has no {', '.join(missing)}, which masked language modelling needs; take one made for "
+                "BERT, or leave --tokenizer out to have one trained"
+            )
+        self._special = np.array(sorted(tokenizer.all_special_ids))
+        self._ordinary = np.setdiff1d(np.array(sorted(set(tokenizer.get_vocab().values()))), self._special)
+        self._body = self.block_size - 2
+        self.num_chosen = max(1, round(self.probability * self._body))
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self._body
+
+    def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+        """Some blocks.
+
+        Returns:
+            `input_ids`, int64 of shape (blocks, block_size); `positions` in them and `labels` there, int64 of shape
+            (blocks, num_chosen). Where a block has fewer ordinary tokens than that, the rest of the labels is `IGNORE`.
+        """
+        ids = np.empty((len(indices), self.block_size), dtype=np.int64)
+        ids[:, 0], ids[:, -1] = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        for row, index in enumerate(indices):
+            ids[row, 1:-1] = self.tokens[index * self._body : (index + 1) * self._body]
+        random = self._random(indices, draws)
+        rank, action, other = random[:, 0], random[:, 1], random[:, 2]
+        rank[np.isin(ids, self._special)] = 2.0  # after all others
+        positions = np.sort(np.argpartition(rank, self.num_chosen - 1, axis=1)[:, : self.num_chosen], axis=1)
+        labels = np.take_along_axis(ids, positions, 1)
+        ordinary = np.take_along_axis(rank, positions, 1) < 2
+        action, other = (np.take_along_axis(part, positions, 1) for part in (action, other))
+        anything = self._ordinary[(other * len(self._ordinary)).astype(np.int64)]
+        shown = np.where(action < 0.8, self.tokenizer.mask_token_id, np.where(action < 0.9, anything, labels))
+        np.put_along_axis(ids, positions, np.where(ordinary, shown, labels), 1)
+        labels = np.where(ordinary, labels, IGNORE)
+        return {
+            name: torch.from_numpy(a) for name, a in (("input_ids", ids), ("positions", positions), ("labels", labels))
+        }
+
+    def _random(self, indices: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
+        """Uniform numbers, three for each token."""
+        key, counters = ((self.seed, 0), draws) if draws is not None else ((0, 1), indices)
+        return uniforms(key, counters, (3, self.block_size))

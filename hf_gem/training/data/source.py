@@ -1,0 +1,196 @@
+"""Where data come from, datasets of the Hub and local files, and the cache of what is made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from filelock import FileLock
+
+from ...files import cache_folder, flush
+from ..config import option, require
+from ..errors import DataError
+
+_META = "meta.json"
+
+
+@dataclass
+class SourceConfig:
+    """The dataset, its splits, and the cache."""
+
+    # What they amount to, a hash of the data, is compared instead when a run is resumed.
+    runtime: ClassVar[frozenset[str]] = frozenset(
+        (
+            "dataset",
+            "dataset_config",
+            "dataset_revision",
+            "train_split",
+            "validation_split",
+            "validation_fraction",
+            "cache_dir",
+        )
+    )
+    builtin: ClassVar[str] = ""  # the name of the dataset that needs no files
+    builders: ClassVar[dict[str, str]] = {}  # suffix of a local file, in lower case -> what `datasets` opens it with
+
+    dataset: str = option("", "Hub dataset id, or local folder or file.")
+    dataset_config: str | None = option(None, "Configuration name of a Hub dataset.")
+    dataset_revision: str | None = option(None, "Revision of a Hub dataset.")
+    train_split: str = option("train", "Split to train on.")
+    validation_split: str = option(
+        "validation", "Split to evaluate on; where there is none, part of train is held out."
+    )
+    validation_fraction: float = option(0.05, "Share of train held out when the dataset has no validation split.")
+    cache_dir: str | None = option(None, "Cache of prepared data; by default $HF_GEM_CACHE or ~/.cache/hf_gem.")
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the dataset is one of the Hub."""
+        return self.dataset != self.builtin and not Path(self.dataset).exists()
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the field, when a value makes no sense."""
+        require(0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "between 0 and 1")
+
+
+def load_splits(config: SourceConfig, streaming: bool = False) -> dict[str, Any]:
+    """The splits of a dataset that is not the built-in one, by name.
+
+    Raises:
+        DataError: it cannot be read, or has no such split to train on.
+    """
+    from datasets import load_dataset
+
+    path = Path(config.dataset)
+    try:
+        if path.exists():
+            loaded = load_dataset(**_local_arguments(path, config.builders), streaming=streaming)
+        else:
+            loaded = load_dataset(
+                config.dataset, config.dataset_config, revision=config.dataset_revision, streaming=streaming
+            )
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises whatever its readers do
+        raise DataError(
+            f"the dataset {config.dataset!r} cannot be read: {type(error).__name__}: {error}. --dataset takes a "
+            f"Hub dataset id, a local folder or file ({', '.join(config.builders)}), or {config.builtin!r}"
+        ) from error
+    if config.train_split not in loaded:
+        raise DataError(
+            f"{config.dataset!r} has no split {config.train_split!r}; --train_split can be {' or '.join(loaded)}"
+        )
+    return dict(loaded)
+
+
+def _local_arguments(path: Path, builders: dict[str, str]) -> dict[str, Any]:
+    """How `load_dataset` opens a local file or folder."""
+    if path.is_file():
+        if path.suffix.lower() not in builders:
+            raise DataError(f"{path} has suffix {path.suffix!r}; a file can be one of {', '.join(builders)}")
+        files = {"train": [path]}
+    else:
+        files = {}
+        for file in sorted(path.rglob("*")):
+            if file.suffix.lower() in builders and file.stem.lower() not in ("readme", "license"):
+                files.setdefault(_split_of(file.relative_to(path)), []).append(file)
+    kinds = {builders[file.suffix.lower()] for group in files.values() for file in group}
+    if len(kinds) != 1:
+        raise DataError(
+            f"the folder {path} must hold files of one kind out of {', '.join(builders)}; found "
+            f"{', '.join(sorted(kinds)) or 'none'}"
+        )
+    kind = kinds.pop()
+    if kind == "imagefolder" and path.is_dir():
+        return {"path": kind, "data_dir": str(path)}  # which takes labels from the names of folders
+    return {
+        "path": kind,
+        "data_files": {split: [str(file) for file in group] for split, group in files.items()},
+        **({"sample_by": "document"} if kind == "text" else {}),  # a text file is one document, not one a line
+    }
+
+
+def _split_of(file: Path) -> str:
+    """The split a file belongs to by the words of its path, as on the Hub; train, where none says otherwise."""
+    words = set(re.split(r"[^a-z]+", file.as_posix().lower()))
+    for split, names in (("validation", {"validation", "valid", "val", "dev"}), ("test", {"test", "testing"})):
+        if words & names:
+            return split
+    return "train"
+
+
+def fingerprint(name: str) -> list[Any] | None:
+    """The state of a local file, or of all files in a local folder; None where there is neither."""
+    path = Path(name)
+    if not path.exists():
+        return None
+    return [file_state(p) for p in ([path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()))]
+
+
+def file_state(path: Path) -> list[Any]:
+    """A file's place, size and time of change."""
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def source_state(config: SourceConfig) -> list[Any]:
+    """What identifies a dataset that is not the built-in one: the state of its files, or its revision on the Hub."""
+    where = fingerprint(config.dataset) or [config.dataset, config.dataset_config, config.dataset_revision]
+    return [where, config.train_split, config.validation_split, config.validation_fraction]
+
+
+def cached(config: SourceConfig, kind: str, key: Any, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, Any]:
+    """The folder of prepared data, built at the first time. Processes that ask at once wait for the first.
+
+    Args:
+        config: Names the cache.
+        kind: Of data; a folder of the cache.
+        key: All that decides the content, as JSON.
+        build: Fills a folder, and returns what is to be known of it, as JSON.
+
+    Returns:
+        The folder and what `build` returned.
+
+    Raises:
+        DataError: the cache cannot be written.
+    """
+    root = Path(config.cache_dir or cache_folder()) / kind
+    folder = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not _is_whole(folder):
+                _build(folder, build)
+            return folder, json.loads((folder / _META).read_text())["content"]
+    except OSError as error:
+        raise DataError(f"what is made of {config.dataset!r} cannot be cached in {root}: {error}") from error
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / _META).read_text())["bytes"]
+        return bool({name: (folder / name).stat().st_size for name in sizes} == sizes)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
+    work = folder.with_name(f".{folder.name}.building")
+    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+    work.mkdir()
+    try:
+        content = build(work)
+        sizes = {path.relative_to(work).as_posix(): path.stat().st_size for path in work.rglob("*") if path.is_file()}
+        (work / _META).write_text(json.dumps({"content": content, "bytes": sizes}, indent=2))
+        for path in work.iterdir():
+            flush(path)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,260 @@
+"""Names and parameters: one canonical spelling, and errors that say what came, what is allowed and what was meant."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hf_gem import EGEM, GemSpec, egem, gem, parse
+from hf_gem.family.names import FAMILIES, check_eps, check_n, is_claimed, is_name
+from hf_gem.fit import Histogram, error
+from hf_gem.functional import gem_glu
+from hf_gem.modules import module_factory
+
+CANONICAL = {
+    "gem": ("gem", 1, 1.0, False),
+    "gem_n2": ("gem", 2, 1.0, False),
+    "gem_n32": ("gem", 32, 1.0, False),
+    "egem": ("egem", 1, 1e-4, False),
+    "egem_n3": ("egem", 3, 1e-4, False),
+    "egem_eps1": ("egem", 1, 1.0, False),
+    "egem_n2_eps1em6": ("egem", 2, 1e-6, False),
+    "egem_eps1.5em7": ("egem", 1, 1.5e-7, False),
+    "egem_n4_eps1e30": ("egem", 4, 1e30, False),
+    "egem_learnable": ("egem", 1, 1e-4, True),
+    "segem": ("segem", 1, 1e-4, False),
+    "segem_eps0.01": ("segem", 1, 0.01, False),
+    "segem_n2_eps0.01_learnable": ("segem", 2, 0.01, True),
+}
+
+
+@pytest.mark.parametrize(("name", "parameters"), CANONICAL.items())
+def test_canonical_names(name, parameters):
+    spec = parse(name)
+    assert (spec.family, spec.n, spec.eps, spec.learnable) == parameters
+    assert spec.name == str(spec) == name
+    assert GemSpec(*parameters).name == name
+
+
+def test_every_spec_survives_its_name():
+    generator = np.random.default_rng(0)
+    for _ in range(500):
+        family = str(generator.choice(["gem", "egem", "segem"]))
+        n = int(generator.integers(1, 33))
+        if family == "gem":
+            spec = GemSpec(family, n)
+        else:
+            limit = min(200 * n * math.log10(2), 307)
+            learnable = bool(generator.integers(2))
+            limit = min(limit, 37) if learnable else limit
+            spec = GemSpec(family, n, 10 ** generator.uniform(-limit, limit), learnable)
+        assert parse(spec.name) == spec
+        assert parse(spec.name.upper()) == spec
+        assert "-" not in spec.name
+        assert "+" not in spec.name
+
+
+@pytest.mark.parametrize("number", ["1em6", "1e-6", "1e-06", "1em06", "0.000001", "1.0e-6", "1.e-6", "10e-7", "01e-6"])
+def test_spellings_of_one_number(number):
+    assert parse(f"egem_n2_eps{number}").name == "egem_n2_eps1em6"
+
+
+@pytest.mark.parametrize(
+    ("spelling", "canonical"),
+    [
+        ("GEM_N2", "gem_n2"),
+        ("SeGem_EPS1E-2_Learnable", "segem_eps0.01_learnable"),
+        ("gem_n1", "gem"),
+        ("gem_n02", "gem_n2"),
+        ("egem_n1_eps0.0001", "egem"),
+        ("segem_eps1em4_learnable", "segem_learnable"),
+        ("egem_eps1e+3", "egem_eps1000"),
+    ],
+)
+def test_spellings_of_one_function(spelling, canonical):
+    assert parse(spelling).name == canonical
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("gem_n0", "gem"),
+        ("gem_n33", "gem_n32"),
+        ("gem_2", None),
+        ("gem_n2 ", "gem_n2"),
+        ("gem-n2", "gem_n2"),
+        ("gemn2", "gem_n2"),
+        ("gem_n-2", "gem_n2"),
+        ("gem_n2.5", "gem_n2"),
+        ("gem_eps0.1", "egem_eps0.1"),
+        ("gem_learnable", "egem_learnable"),
+        ("egem_eps0", "egem"),
+        ("egem_eps-1", "egem"),
+        ("egem_epsnan", "egem"),
+        ("egem_eps1e999", "egem"),
+        ("egem_eps", "egem"),
+        ("egem_n2_1e-6", None),
+        ("egem_n2_epsilon=0.5", "egem_n2_eps0.5"),
+        ("egem_eps0.5_n2", "egem_n2_eps0.5"),
+        ("e-gem_n2", "egem_n2"),
+        ("se-gem", "segem"),
+        ("segem_learned", "segem_learnable"),
+        ("segem_learnable_n3", "segem_n3_learnable"),
+        ("", "gem"),
+    ],
+)
+def test_malformed_names(name, nearest):
+    with pytest.raises(ValueError, match="Did you mean") as error:
+        parse(name)
+    message = str(error.value)
+    assert repr(name) in message
+    assert "egem[_n<N>][_eps<E>][_learnable]" in message
+    suggestion = message.rsplit("Did you mean ", 1)[1].strip("'?")
+    assert parse(suggestion).name == suggestion
+    if nearest is not None:
+        assert suggestion == nearest
+    assert not is_name(name)
+
+
+@pytest.mark.parametrize("name", [None, 2, b"gem", ["gem"]])
+def test_a_name_is_a_string(name):
+    with pytest.raises(TypeError, match="must be a string") as error:
+        parse(name)
+    assert repr(name) in str(error.value)
+    assert not is_name(name)
+    assert not is_claimed(name)
+
+
+@pytest.mark.parametrize("n", [1, 32, np.int64(3), np.uint8(2)])
+def test_good_n(n):
+    checked = check_n(n)
+    assert type(checked) is int
+    assert checked == n
+
+
+@pytest.mark.parametrize("n", [True, False, 2.0, 1.5, np.float64(2), "2", None, 1j])
+def test_n_of_another_type(n):
+    for call in (check_n, lambda n: GemSpec("gem", n), lambda n: EGEM(n), lambda n: gem(torch.ones(1), n)):
+        with pytest.raises(TypeError, match="n must be an integer from 1 to 32") as error:
+            call(n)
+        assert repr(n) in str(error.value)
+
+
+@pytest.mark.parametrize("n", [0, -1, 33, 10**30])
+def test_n_out_of_range(n):
+    for call in (check_n, lambda n: GemSpec("gem", n), lambda n: EGEM(n), lambda n: gem(torch.ones(1), n)):
+        with pytest.raises(ValueError, match=f"n must be an integer from 1 to 32, got {n}"):
+            call(n)
+
+
+@pytest.mark.parametrize("eps", [1, 0.5, np.float32(0.5), np.int64(3), 1e-60, 1e60])
+def test_good_eps(eps):
+    checked = check_eps(eps)
+    assert type(checked) is float
+    assert checked == eps
+
+
+EPS_TAKERS = (
+    check_eps,
+    lambda e: GemSpec("egem", 1, e),
+    lambda e: EGEM(eps=e),
+    lambda e: egem(torch.ones(1), eps=e),
+)
+
+
+@pytest.mark.parametrize("eps", [True, "0.1", b"1", 1j, [1.0]])
+def test_eps_of_another_type(eps):
+    for call in EPS_TAKERS:
+        with pytest.raises(TypeError, match="eps must be a positive number") as error:
+            call(eps)
+        assert repr(eps) in str(error.value)
+
+
+@pytest.mark.parametrize("eps", [0, 0.0, -1e-4, math.nan, math.inf, -math.inf, 1e-61, 1e61, np.float64("nan")])
+def test_eps_out_of_range(eps):
+    for call in EPS_TAKERS:
+        with pytest.raises(ValueError, match="eps must") as error:
+            call(eps)
+        assert repr(float(eps)) in str(error.value)
+
+
+def test_limits_of_eps_widen_with_n():
+    assert check_eps(1e-100, 2) == 1e-100
+    with pytest.raises(ValueError, match="between 1e-60 and 1e60 for n=1"):
+        check_eps(1e-100, 1)
+
+
+@pytest.mark.parametrize("arguments", [("gem", 1, 0.5), ("gem", 2, None, True)])
+def test_gem_has_no_eps_of_its_own(arguments):
+    with pytest.raises(ValueError, match="family 'egem' has others"):
+        GemSpec(*arguments)
+
+
+def test_unknown_family():
+    with pytest.raises(ValueError, match="gem, egem, segem, got 'gelu'"):
+        GemSpec("gelu")
+
+
+def test_a_family_that_is_nowhere_else_is_no_other(monkeypatch):
+    monkeypatch.setattr("hf_gem.family.names.FAMILIES", (*FAMILIES, "xgem"))
+    spec = GemSpec("xgem")
+    with pytest.raises(KeyError, match="xgem"):
+        module_factory(spec)
+    with pytest.raises(KeyError, match="xgem"):
+        gem_glu(torch.ones(1), torch.ones(1), "xgem")
+    histogram = Histogram()
+    histogram.update(torch.ones(1))
+    with pytest.raises(KeyError, match="xgem"):
+        error(spec, histogram, torch.relu)
+
+
+def test_specs_are_values():
+    assert GemSpec("egem", 2) == parse("egem_n2")
+    assert len({GemSpec("gem"), parse("gem"), parse("gem_n1")}) == 1
+    with pytest.raises(AttributeError):
+        parse("gem").n = 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma",
+        "gemma2",
+        "gemma3n",
+        "gemini",
+        "gemm",
+        "gemv",
+        "gems",
+        "germ",
+        "gelu",
+        "gelu_new",
+        "egemma",
+        "stegem",
+        "",
+    ],
+)
+def test_words_that_are_not_ours(name):
+    assert not is_claimed(name)
+
+
+@pytest.mark.parametrize("name", ["gem", "gem_n0", "GEM-N2", "gemn2", "gem2", "e-gem", "segem_eps", "egem n2", "gem!"])
+def test_words_that_can_only_be_ours(name):
+    assert is_claimed(name)
+
+
+def test_no_stock_activation_is_claimed():
+    create_act = pytest.importorskip("timm.layers.create_act")
+    activations = pytest.importorskip("transformers.activations")
+    dicts = (activations.ACT2FN, activations.ACT2CLS, create_act._ACT_LAYER_DEFAULT, create_act._ACT_FN_DEFAULT)
+    dicts += (create_act._ACT_LAYER_ME, create_act._ACT_FN_ME)
+    names = {name for registry in dicts for name in registry}
+    assert {"gelu", "silu", "hard_swish"} <= names
+    assert not [name for name in names if is_claimed(name)]
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu_new", "my act"])
+def test_names_of_others_have_no_nearest(name):
+    with pytest.raises(ValueError, match=r"which is none of the family.*hf_gem\.set_activation") as error:
+        parse(name)
+    assert "Did you mean" not in str(error.value)

@@ -1,0 +1,393 @@
+"""What `hf_gem.audit` reports, and that it leaves no trace on the model."""
+
+import importlib
+import json
+import re
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+import hf_gem
+from hf_gem.surgery import audit
+
+TOKENS = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
+
+
+def gpt2(**fields):
+    ends = {"eos_token_id": 1, "bos_token_id": 1}
+    config = transformers.GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=50, **ends, **fields)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def llama(**fields):
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, num_key_value_heads=2, **fields))
+
+
+def bert(**fields):
+    return transformers.BertModel(transformers.BertConfig(**SMALL, **fields))
+
+
+def resnet(**fields):
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 2], image_size=32, **fields)
+    return transformers.ResNetForImageClassification(config)
+
+
+def swin(**fields):
+    """Takes its activation from the config in its blocks, and has ReLU in its position biases."""
+    small = {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "image_size": 32, "window_size": 4}
+    return transformers.Swinv2Model(transformers.Swinv2Config(**small, **fields))
+
+
+def function(f, size=(2, 8)):
+    """The audit of one function, as part of a model."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(size[-1], size[-1])
+
+        def forward(self, x):
+            return f(self.linear(x))
+
+    return audit(Model(), torch.randn(size))
+
+
+def counts(report, kind=None):
+    """Function -> number of calls, of all kinds or one."""
+    total = {}
+    for call in report.calls:
+        if kind in (None, call.kind):
+            total[call.function] = total.get(call.function, 0) + call.count
+    return total
+
+
+@pytest.mark.parametrize(
+    ("build", "fields", "name", "calls"),
+    [
+        (gpt2, {"hidden_act": "gem_n2"}, "gem_n2", 3),
+        (gpt2, {"hidden_act": "egem_n2_eps0.01_learnable"}, "egem_n2_eps0.01_learnable", 3),
+        (bert, {"hidden_act": "segem_eps1em6"}, "segem_eps1em6", 2),
+        (llama, {"hidden_act": "egem"}, "egem", 2),
+    ],
+)
+def test_a_model_of_transformers_with_gem(build, fields, name, calls):
+    report = audit(build(**fields))
+    assert counts(report, "gem") == {name: calls}
+    assert (report.num_gem, report.num_other, report.complete) == (calls, 0, True)
+
+
+@pytest.mark.parametrize(
+    ("build", "fields", "name", "calls"),
+    [
+        (gpt2, {}, "gelu_new", 3),
+        (gpt2, {"activation_function": "relu2"}, "relu2", 3),
+        (gpt2, {"activation_function": "quick_gelu"}, "quick_gelu", 3),
+        (gpt2, {"activation_function": "gelu_pytorch_tanh"}, "gelu_tanh", 3),
+        (bert, {}, "gelu", 2),
+        (llama, {}, "silu", 2),
+        (llama, {"hidden_act": "xielu"}, "xielu", 2),
+        (resnet, {}, "relu", 10),
+    ],
+)
+def test_a_stock_model_of_transformers(build, fields, name, calls):
+    report = audit(build(**fields))
+    assert counts(report, "activation") == {name: calls}
+    assert (report.num_gem, report.num_other, report.complete) == (0, calls, False)
+
+
+@pytest.mark.filterwarnings("ignore:.* in the config does not reach")
+def test_activations_that_a_model_hard_codes_are_located():
+    report = audit(swin(hidden_act="gem_n2"))
+    assert report.num_gem == 3
+    assert {call.function for call in report.others} == {"relu"}
+    assert sum(call.count for call in report.others) == 3
+    (location,) = {call.location for call in report.others}
+    file, line = location.split(":")
+    assert file == "transformers/models/swinv2/modeling_swinv2.py"
+    source = importlib.import_module("transformers.models.swinv2.modeling_swinv2").__file__
+    with open(source) as lines:
+        assert "self.continuous_position_bias_mlp(" in list(lines)[int(line) - 1]
+    path = "encoder.layers.0.blocks.0.attention.self.continuous_position_bias_mlp.1"
+    assert report.others[0].module == path
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "gem", "others", "gates"),
+    [
+        ("resnet18", {"act_layer": "egem"}, {"egem": 17}, {}, {}),
+        ("swin_tiny_patch4_window7_224", {}, {}, {"gelu": 12}, {}),
+        ("vit_tiny_patch16_224", {"img_size": 64, "in_chans": 1, "depth": 2}, {}, {"gelu": 2}, {}),
+        ("mobilenetv3_small_100", {"act_layer": "gem"}, {"gem": 33}, {}, {"hardsigmoid": 9}),
+        ("mobilenetv3_small_100", {}, {}, {"hardswish": 19, "relu": 14}, {"hardsigmoid": 9}),
+        ("dm_nfnet_f0", {}, {}, {"gelu": 52, "relu": 12}, {"sigmoid": 12}),
+    ],
+)
+def test_a_model_of_timm(name, options, gem, others, gates):
+    report = audit(timm.create_model(name, **options))
+    assert [counts(report, kind) for kind in ("gem", "activation", "gate")] == [gem, others, gates]
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.relu(x) * 2
+
+
+@torch.jit.script
+def scripted(x):
+    return F.silu(x) + torch.relu(x)
+
+
+@pytest.mark.parametrize(
+    ("f", "found"),
+    [
+        (lambda x: x.relu_(), {"relu": 1}),
+        (lambda x: F.relu6(x) + F.hardtanh(x), {"relu6": 1, "hardtanh": 1}),
+        (lambda x: F.gelu(x) + F.gelu(x, approximate="tanh"), {"gelu": 1, "gelu_tanh": 1}),
+        (lambda x: F.elu(x) + F.selu(x) + F.celu(x), {"elu": 1, "selu": 1, "celu": 1}),
+        (lambda x: F.prelu(x, torch.ones(1)) + F.rrelu(x), {"prelu": 1, "rrelu": 1}),
+        (lambda x: F.softsign(x) + F.tanhshrink(x), {"softsign": 1, "tanhshrink": 1}),
+        (lambda x: F.threshold(x, 0, 0) + F.threshold(x, 1, 0), {"relu": 1, "threshold": 1}),
+        (lambda x: x.clamp(min=0) + torch.clamp_min(x, 0), {"relu (hand-written)": 2}),
+        (lambda x: x.clamp(0, 1) + x.clamp(min=1e-5) + x.long().clamp(min=0), {}),
+        (lambda x: Double.apply(x), {"relu": 1}),
+        (scripted, {"silu": 1, "relu": 1}),
+        (timm.layers.activations_me.swish_me, {"silu (hand-written)": 1}),
+        (lambda x: hf_gem.gem(x) + hf_gem.egem(x, 2, 1e-6), {"gem": 1, "egem_n2_eps1em6": 1}),
+        (lambda x: hf_gem.egem(x, 2, torch.ones(8)), {"egem_n2_learnable (eps is a tensor)": 1}),
+    ],
+)
+def test_nothing_that_runs_escapes(f, found):
+    assert counts(function(f)) == found
+
+
+@pytest.mark.parametrize(
+    ("f", "name"),
+    [
+        (lambda x: x * torch.sigmoid(x), "silu"),
+        (lambda x: x.sigmoid().mul_(x), "silu"),
+        (lambda x: x * torch.sigmoid(1.702 * x), "silu"),
+        (lambda x: 0.5 * x * (1 + torch.tanh(0.79788 * (x + 0.044715 * x**3))), "gelu_tanh"),
+        (lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)), "gelu"),
+        (lambda x: (x.double() * 0.5 * (1 + torch.erf(x.double() / 2**0.5))).to(x.dtype), "gelu"),
+        (lambda x: x * torch.tanh(F.softplus(x)), "mish"),
+        (lambda x: x * F.relu6(x + 3) / 6, "hardswish"),
+        (lambda x: x * F.hardsigmoid(x), "hardswish"),
+    ],
+)
+def test_formulas_written_by_hand_count_once(f, name):
+    assert counts(function(f)) == {f"{name} (hand-written)": 1}
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.sigmoid(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+        lambda x: x * torch.sigmoid(x.mean(-1, keepdim=True)),
+        lambda x: torch.sigmoid(x) * (1 - torch.sigmoid(x)),
+        lambda x: 50 * torch.tanh(x / 50),
+        lambda x: torch.sigmoid(x @ x.T) @ x,
+    ],
+)
+def test_gates_are_no_activations(f):
+    report = function(f)
+    assert report.num_other == 0
+    assert len(report.gates) > 0
+
+
+@pytest.mark.parametrize(
+    ("module", "found"),
+    [
+        (nn.LSTM(8, 8, num_layers=2), {"lstm": 1}),
+        (nn.GRU(8, 8), {"gru": 1}),
+        (nn.RNN(8, 8, nonlinearity="relu"), {"rnn_relu": 1}),
+        (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2), {"relu": 2}),
+        (nn.TransformerEncoderLayer(8, 2, 16, activation="gelu", batch_first=True), {"gelu": 1}),
+        (nn.Sequential(nn.Linear(8, 8), nn.Sigmoid()), {"sigmoid": 1}),
+        (nn.Sequential(nn.Linear(8, 8)), {}),
+        (
+            nn.Sequential(timm.layers.activations.QuickGELU(), timm.layers.activations_me.SwishMe()),
+            {"quickgelu": 1, "swish": 1},
+        ),
+        (
+            nn.Sequential(timm.layers.activations.Tanh(), transformers.activations.LaplaceActivation()),
+            {"tanh": 1, "laplace": 1},
+        ),
+    ],
+)
+def test_modules_of_torch(module, found):
+    for training in (True, False):
+        assert counts(audit(module.train(training), torch.randn(2, 3, 8))) == found
+
+
+def test_scores_of_a_router_are_gates():
+    report = audit(nn.Sequential(transformers.activations.ACT2FN["sqrtsoftplus"]), torch.randn(2, 3))
+    assert [(call.function, call.kind) for call in report.calls] == [("sqrtsoftplus", "gate")]
+
+
+def test_a_shared_module_counts_each_time_under_its_first_path():
+    act = hf_gem.GEM()
+    (call,) = audit(nn.Sequential(act, nn.Linear(8, 8), act, act), torch.randn(2, 8)).calls
+    assert (call.function, call.kind, call.module, call.count) == ("gem", "gem", "0", 3)
+
+
+def test_modules_that_did_not_run_are_listed():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused, self.norm = nn.ReLU(), nn.ModuleList([hf_gem.EGEM(), nn.GELU()]), nn.Softmax()
+
+        def forward(self, x):
+            return self.used(x)
+
+    report = audit(Model(), torch.randn(2))
+    assert report.not_run == ("unused.0", "unused.1")
+    assert report.stock_not_run == ("unused.1",)
+    assert "2 activation modules did not run, 1 of them not GEM: unused.*" in str(report)
+    model = Model()
+    model.used = hf_gem.EGEM()
+    assert not audit(model, torch.randn(2)).complete
+    model.unused[1] = nn.Sigmoid()
+    assert audit(model, torch.randn(2)).complete
+
+
+@pytest.mark.parametrize("build", [gpt2, llama, bert, resnet])
+def test_made_up_inputs_on_the_meta_device_find_what_real_ones_do(build):
+    model = build()
+    inputs = TOKENS if build is not resnet else {"pixel_values": torch.randn(1, 3, 32, 32)}
+    assert audit(model) == audit(model, **inputs)
+    with torch.device("meta"):
+        assert audit(build()) == audit(model)
+
+
+class Stateful(nn.Module):
+    """Everything a forward pass may leave behind, and an exception when it is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.dropout, self.act = nn.BatchNorm1d(8), nn.Dropout(), nn.ReLU().eval()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("cache", None)
+
+    def forward(self, x, fail=False):
+        self.calls += 1
+        self.cache, self.seen = x, x
+        self.register_buffer("late", x)
+        x = self.act(self.norm(x)) + torch.rand(())
+        if fail:
+            raise KeyError("asked for")
+        return x
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_the_model_is_left_as_it_was(fail):
+    model = Stateful()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    if fail:
+        with pytest.raises(KeyError, match="asked for"):
+            audit(model, torch.randn(4, 8, generator=torch.Generator()), fail=True)
+    else:
+        assert counts(audit(model, torch.randn(4, 8, generator=torch.Generator()))) == {"relu": 1}
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [m.training for m in model.modules()] == [True, True, True, False]
+    assert model.cache is None
+    assert not hasattr(model, "seen")
+    assert not hasattr(model, "late")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_caught_exception_does_not_confuse_the_paths():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.act = Stateful(), nn.ReLU()
+
+        def forward(self, x):
+            with pytest.raises(KeyError):
+                self.inner(x, fail=True)
+            return F.gelu(x) + self.act(x)
+
+    calls = audit(Model(), torch.randn(4, 8)).calls
+    assert [(call.function, call.module) for call in calls] == [("relu", "inner.act"), ("gelu", ""), ("relu", "act")]
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_wrapped_models_are_looked_into(wrap):
+    model = llama()
+    assert audit(wrap(model)) == audit(model)
+
+
+def test_a_model_that_compiles_itself_runs_uncompiled():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    expected = audit(model, torch.randn(2, 8))
+    model.compile()
+    assert audit(model, torch.randn(2, 8)) == expected
+
+
+def test_values_that_only_a_real_forward_has():
+    class Values(nn.Module):
+        main_input_name = "input_ids"
+        config = transformers.GPT2Config()
+
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(60_000, 4)
+
+        def forward(self, input_ids):
+            return torch.relu(self.table(input_ids[:, : torch.tensor([3.0]).numpy()[0].astype(int)]).cpu().numpy() * 0)
+
+    class Model(Values):
+        def forward(self, input_ids):
+            return torch.relu(torch.from_numpy(self.table(input_ids).numpy()))
+
+    assert audit(Model()).num_other == 1
+    with pytest.raises(RuntimeError, match=r"Model does not run on the made-up inputs input_ids \(1, 16\), and"):
+        audit(Model().to("meta"))
+    with pytest.raises(RuntimeError, match=r"Values does not run .*pass real ones: audit\(model, \.\.\.\)"):
+        audit(Values())
+
+
+def test_wrong_models():
+    with pytest.raises(TypeError, match=r"audit takes a torch\.nn\.Module, got str; pass the model itself"):
+        audit("gpt2")
+    with pytest.raises(TypeError, match=r"of which it is scripted; audit the model before torch\.jit does"):
+        audit(torch.jit.script(hf_gem.GEM()), torch.randn(2))
+    with pytest.raises(TypeError, match="its submodule '1' is scripted"):
+        audit(nn.Sequential(nn.ReLU(), torch.jit.script(nn.ReLU())), torch.randn(2))
+    with torch.device("meta"):
+        vision = transformers.Qwen2VLForConditionalGeneration(transformers.Qwen2VLConfig()).model.visual
+    with pytest.raises(ValueError, match=r"needs .*grid_thw, which cannot be made up; pass the inputs"):
+        audit(vision)
+    with pytest.raises(ValueError, match=r"no inputs can be made up for Linear.*audit\(model, x\)"):
+        audit(nn.Linear(2, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.* in the config does not reach")
+def test_the_table():
+    report = audit(swin(hidden_act="gem_n2"))
+    assert re.sub(r":\d+ +", ":LINE ", re.sub(r"where +", "where ", str(report))) == (
+        "3 of 6 activation calls are GEM: 3 x gem_n2\n"
+        "  calls  other  where modules\n"
+        "      3  relu   transformers/models/swinv2/modeling_swinv2.py:LINE "
+        "encoder.layers.*.blocks.*.attention.self.continuous_position_bias_mlp.*\n"
+        "Gates, not counted: 3 x sigmoid"
+    )
+    assert str(audit(bert(hidden_act="egem"))) == (
+        "2 of 2 activation calls are GEM: 2 x egem\nGates, not counted: 1 x tanh"
+    )
+    assert str(audit(nn.Linear(2, 2), torch.randn(2))) == "No activation ran"
+
+
+def test_the_data_go_to_json():
+    data = audit(bert(hidden_act="egem")).to_dict()
+    assert (data["num_gem"], data["num_other"], data["complete"]) == (2, 0, True)
+    assert data["calls"][0]["module"] == "encoder.layer.0.intermediate.intermediate_act_fn"
+    assert json.loads(json.dumps(data))["calls"][-1]["function"] == "tanh"

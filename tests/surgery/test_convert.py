@@ -1,0 +1,957 @@
+"""`convert` and `revert`: what is reached, reported and restored, in plain models and those of two libraries."""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hf_gem
+from hf_gem import revert
+from hf_gem.fit import Histogram, error, fit_together
+from hf_gem.surgery import convert
+from hf_gem.surgery.stock import kind, stock_slots
+
+timm = pytest.importorskip("timm")
+transformers = pytest.importorskip("transformers")
+
+
+class Block(nn.Module):
+    def __init__(self, act, width=4):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.act = act
+
+    def forward(self, x):
+        return self.act(self.linear(x))
+
+
+class GatedGELU(nn.Module):
+    def forward(self, x):
+        up, gate = x.chunk(2, -1)
+        return up * F.gelu(gate)
+
+
+class NormGELU(nn.Module):
+    def forward(self, x):
+        return F.gelu(F.layer_norm(x, x.shape[-1:]))
+
+
+class MyGELU(nn.Module):
+    def forward(self, x):
+        return F.gelu(x)
+
+
+def test_what_does_more_than_its_name_says_is_left_alone():
+    layers = [nn.Linear(4, 8), GatedGELU(), nn.Linear(4, 4), NormGELU(), nn.Linear(4, 4), MyGELU()]
+    model = nn.Sequential(*layers)
+    x = torch.randn(2, 4)
+    report = convert(model, "gem", inputs=(x,))
+    assert [r.path for r in report.replaced] == ["5"]
+    assert [(path, reason) for path, _, reason in report.left] == [
+        (path, "which does more than its name says, unless replace= asks for it") for path in ("1", "3")
+    ]
+    assert model(x).shape == (2, 4)
+    assert [r.path for r in convert(model, "gem", replace=NormGELU, inputs=(x,)).replaced] == ["3"]
+
+
+class Everything(nn.Module):
+    """Modules, functions, containers, gates, and what cannot be reached."""
+
+    def __init__(self):
+        super().__init__()
+        shared = nn.ReLU(inplace=True)
+        self.stem = nn.Sequential(nn.Linear(4, 4), shared)
+        self.norm = nn.BatchNorm1d(4)
+        self.blocks = nn.ModuleList([Block(shared), Block(nn.GELU()), Block(F.silu)])
+        self.partial = functools.partial(F.leaky_relu, negative_slope=0.1)
+        self.bound = self.square
+        self.gate = nn.Sigmoid()
+        self.cls = nn.ReLU
+        self.table = {"gelu": nn.GELU()}
+        self.rows = [F.relu]
+        self.by_hand = lambda x: F.elu(x)
+
+    def square(self, x):
+        return F.relu(x).square()
+
+    def forward(self, x):
+        x = self.norm(self.stem(x))
+        for block in self.blocks:
+            x = block(x)
+        x = self.partial(x) * self.gate(x)
+        for act in (self.bound, self.cls(), self.table["gelu"], self.rows[0], self.by_hand):
+            x = act(x)
+        return x
+
+
+REACHED = {
+    "stem.1": "relu",
+    "blocks.0.act": "relu",
+    "blocks.1.act": "gelu",
+    "blocks.2.act": "silu",
+    "partial": "leakyrelu",
+}
+X = torch.linspace(-3, 3, 32).reshape(8, 4)
+
+
+def snapshot(model):
+    """All that a caller could see change, but values of tensors, which come as copies."""
+    return [
+        (
+            path,
+            module.training,
+            {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"},
+            dict(module._modules),
+            {k: id(v) for k, v in module._parameters.items()},
+            {k: id(v) for k, v in module._buffers.items()},
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+        )
+        for path, module in model.named_modules()
+    ]
+
+
+def same(model, before, state):
+    now = model.state_dict()
+    return snapshot(model) == before and all(torch.equal(now[key], value) for key, value in state.items())
+
+
+@contextlib.contextmanager
+def unchanged(model):
+    before, state = snapshot(model), copy.deepcopy(model.state_dict())
+    yield
+    assert same(model, before, state)
+
+
+def replaced(report):
+    return {r.path: r.old for r in report.replaced}
+
+
+# ---- what is replaced, and what the report says
+
+
+@pytest.mark.parametrize("name", ["gem_n2", "egem_eps0.01", "segem_learnable"])
+def test_everything(name):
+    model = Everything()
+    x = X.clone()
+    before, state, stock = snapshot(model), copy.deepcopy(model.state_dict()), model.eval()(x)
+    model.train()
+    report = convert(model, name, inputs=x)
+    assert replaced(report) == REACHED
+    assert {r.new for r in report.replaced} == {name}
+    assert report.left == (("gate", "sigmoid", "a gate"),)
+    assert {call.function for call in report.unreached} == {"relu", "gelu", "elu"}
+    assert (report.audit.num_gem, report.audit.num_other, report.audit.complete) == (5, 5, False)
+    assert "5 of 10 activation calls are GEM" in str(report)
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["left"] == [["gate", "sigmoid", "a gate"]]
+    assert model.training
+    assert model.norm.num_batches_tracked == 0
+    assert not torch.allclose(model.eval()(x), stock)
+    assert sorted(revert(model)) == sorted(REACHED)
+    assert torch.equal(model(x), stock)
+    assert same(model.train(), before, state)
+
+
+def test_what_is_chosen():
+    def paths(**choice):
+        return set(replaced(convert(Everything(), "gem", inputs=X, **choice)))
+
+    assert paths(replace="ReLU") == paths(replace=nn.ReLU) == {"stem.1", "blocks.0.act"}
+    assert paths(replace=["leaky_relu", nn.GELU]) == {"blocks.1.act", "partial"}
+    assert paths(replace=("sigmoid",)) == {"gate"}
+    assert paths(skip="blocks") == {"stem.1", "partial"}
+    assert paths(skip=["*.act", "part*"]) == {"stem.1"}
+    assert paths(skip=nn.ReLU) == REACHED.keys() - {"stem.1", "blocks.0.act"}
+    assert paths(replace=nn.ReLU, skip="stem") == {"blocks.0.act"}
+
+
+def test_a_part_of_what_shares_a_module():
+    model = Everything()
+    report = convert(model, "gem", skip="stem", inputs=X)
+    assert ("stem.1", "relu", "as asked for by skip=") in report.left
+    assert type(model.stem[1]) is nn.ReLU
+    assert convert(model, "gem", replace="relu", inputs=X).audit.num_gem == 5
+    revert(model)
+    assert model.stem[1] is model.blocks[0].act
+
+
+def test_a_second_conversion():
+    model = Everything()
+    before = snapshot(model)
+    convert(model, "gem", inputs=X)
+    again = convert(model, "gem", inputs=X)
+    assert (again.replaced, {reason for *_, reason in again.left}) == ((), {"there already", "a gate"})
+    third = convert(model, "egem", eps=0.5, replace="gem", skip="partial", inputs=X)
+    assert {(r.old, r.new) for r in third.replaced} == {("gem", "egem_eps0.5")}
+    revert(model)
+    assert snapshot(model) == before
+
+
+def test_eps_given_as_a_number():
+    assert convert(Everything(), "egem_n2_eps0.1", eps=1e-6, inputs=X).replaced[0].new == "egem_n2_eps1em6"
+
+
+def test_without_a_forward_pass():
+    for inputs, reason in ((None, "no inputs can be made up"), (torch.zeros(3, 5), "RuntimeError: mat1 and mat2")):
+        model = Everything()
+        report = convert(model, "gem", inputs=inputs)
+        assert replaced(report) == REACHED
+        assert reason in report.not_audited
+        assert (report.audit, report.unreached) == (None, ())
+        assert f"what else runs is unknown, no forward pass was possible: {report.not_audited}" in str(report)
+        json.dumps(report.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "wrap", [tuple, list, lambda x: {"x": x[0]}, lambda x: transformers.BatchEncoding({"x": x[0]})]
+)
+def test_kinds_of_batches(wrap):
+    batch = wrap([X])
+    assert convert(Everything(), "gem", inputs=batch).audit.num_gem == 5
+    for data in ([batch], iter([batch, batch]), (batch for _ in range(3)), {0: batch}.values()):
+        report = convert(Everything(), "egem", eps="fit", data=data)
+        assert report.audit.num_gem == 5
+        assert report.output_change > 0
+
+
+def test_data_without_fitting_is_read_up_to_the_first_batch():
+    def endless():
+        while True:
+            yield X
+
+    assert convert(Everything(), "gem", data=endless()).audit.num_gem == 5
+
+
+class Parallel(nn.ModuleList):
+    def forward(self, x):
+        return sum(block(x * 1.05**i) for i, block in enumerate(self))
+
+
+def test_a_report_on_many_layers_is_short():
+    model = Parallel(Block(nn.GELU()) for _ in range(100))
+    data = [torch.randn(16, 4)]
+    whole = str(convert(model, "gem", data=data))
+    assert "100 activations replaced\n  gelu -> gem: 100 at *.act\n" in whole
+    assert len(whole.splitlines()) == 3
+    revert(model)
+    report = convert(model, "segem_n1", eps="fit", data=data, per_layer=True, fit_to="activations")
+    assert len({r.new for r in report.replaced}) > 20
+    lines = str(report).splitlines()
+    assert len(lines) < 12
+    assert lines[1] == "  gelu -> segem_*: 100 at *.act"
+    assert "95 more" in str(report)
+    assert max(map(len, lines)) < 150
+    assert str(convert(model, "gem")).splitlines()[1] == "  segem_* -> gem: 100 at *.act"
+    assert len(json.dumps(report.to_dict(), allow_nan=False)) > 5000
+
+
+# ---- wrong use: errors, and nothing changed
+
+
+def quantised(fuse):
+    from torch.ao import quantization
+
+    layers = [quantization.QuantStub(), nn.Conv2d(3, 4, 1), nn.ReLU(), quantization.DeQuantStub()]
+    model = nn.Sequential(*layers).eval()
+    if fuse:
+        quantization.fuse_modules(model, [["1", "2"]], inplace=True)
+    model.qconfig = quantization.get_default_qconfig("onednn")
+    quantization.prepare(model, inplace=True)(torch.randn(1, 3, 2, 2))
+    return quantization.convert(model)
+
+
+def fused_only():
+    return nn.Sequential(torch.ao.nn.intrinsic.ConvReLU2d(nn.Conv2d(3, 4, 1), nn.ReLU()), nn.ReLU())
+
+
+def scripted():
+    return nn.Sequential(nn.ReLU(), torch.jit.script(nn.Linear(4, 4)))
+
+
+ERRORS = {
+    "class of a model": (lambda: Everything, ["gem"], {}, TypeError, r"got type \(a class: build it first\)"),
+    "config": (
+        lambda: transformers.GPT2Config(),
+        ["gem"],
+        {},
+        TypeError,
+        "got GPT2Config; a config is .*set_activation",
+    ),
+    "class as name": (Everything, [nn.ReLU], {}, TypeError, "name must be a string such as 'gem_n2'"),
+    "typo": (Everything, ["gem-n2"], {}, ValueError, "got activation name 'gem-n2'.*Did you mean 'gem_n2'"),
+    "stock name": (Everything, ["gelu"], {}, ValueError, "got activation name 'gelu'"),
+    "fit_to": (Everything, ["egem"], {"eps": "fit", "data": [X], "fit_to": "x"}, ValueError, "fit_to must be 'output'"),
+    "eps": (Everything, ["egem"], {"eps": "auto"}, ValueError, "eps must be a number or 'fit', got 'auto'"),
+    "negative eps": (Everything, ["egem"], {"eps": -1}, ValueError, "eps must be positive"),
+    "eps of gem": (Everything, ["gem"], {"eps": 0.1}, ValueError, "gem has eps = 1"),
+    "no data": (Everything, ["egem"], {"eps": "fit"}, ValueError, "eps='fit' needs data="),
+    "empty data": (Everything, ["egem"], {"eps": "fit", "data": iter([])}, ValueError, "data= holds no batch"),
+    "tensor": (Everything, ["egem"], {"eps": "fit", "data": X}, TypeError, r"got Tensor; write data=\[batch\]"),
+    "dict": (Everything, ["egem"], {"eps": "fit", "data": {"x": X}}, TypeError, r"got dict; write data=\[batch\]"),
+    "number": (Everything, ["egem"], {"eps": "fit", "data": 5}, TypeError, "got int"),
+    "batches": (Everything, ["egem"], {"eps": "fit", "data": ["text"]}, TypeError, "a batch is a tensor.*got str"),
+    "labels": (
+        Everything,
+        ["egem"],
+        {"eps": "fit", "data": [(X, X)]},
+        ValueError,
+        "does not run on a batch .*TypeError",
+    ),
+    "inputs": (Everything, ["gem"], {"inputs": "text"}, TypeError, "a batch is a tensor.*got str"),
+    "per_layer": (Everything, ["gem"], {"per_layer": True}, ValueError, "needs eps='fit'"),
+    "function": (Everything, ["gem"], {"replace": F.relu}, TypeError, "take strings and classes.*<function relu"),
+    "instance": (Everything, ["gem"], {"skip": [nn.ReLU()]}, TypeError, r"take strings and classes.*ReLU\(\)"),
+    "unknown": (
+        Everything,
+        ["gem"],
+        {"replace": "mish"},
+        ValueError,
+        "'mish' matches no activation of Everything.*gelu",
+    ),
+    "unmatched": (Everything, ["gem"], {"skip": ["stem", "head*"]}, ValueError, r"'head\*' matches no activation"),
+    "absent class": (Everything, ["gem"], {"replace": nn.ELU}, ValueError, "ELU'> matches no activation"),
+    "nothing left": (Everything, ["gem"], {"skip": "*"}, ValueError, "nothing to replace.*by skip="),
+    "gates": (lambda: nn.Sequential(nn.Tanh()), ["gem"], {}, ValueError, r"nothing to replace.*tanh \(a gate\)"),
+    "no activation": (lambda: nn.Linear(2, 2), ["gem"], {}, ValueError, "Linear has no activation modules"),
+    "activation itself": (nn.ReLU, ["gem"], {}, ValueError, "ReLU is an activation itself"),
+    "script": (scripted, ["gem"], {}, ValueError, "1 is torch.jit._script.*before scripting"),
+    "fused": (fused_only, ["gem"], {}, ValueError, "ConvReLU2d, a ReLU fused with its layer"),
+    "quantised": (lambda: quantised(False), ["gem"], {}, ValueError, "makes quantised tensors"),
+    "quantised, fused": (lambda: quantised(True), ["gem"], {}, ValueError, "convert the model before quantising"),
+}
+
+
+@pytest.mark.parametrize("case", list(ERRORS))
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_wrong_use(case):
+    build, args, kwargs, expected, message = ERRORS[case]
+    model = build()
+    checked = unchanged(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
+    with checked, pytest.raises(expected, match=message):
+        convert(model, *args, **kwargs)
+
+
+def test_what_a_model_without_slots_runs():
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=8, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2Model(config)
+    model.h[0].mlp.act = None
+    model.h[0].mlp.forward = lambda x: F.relu(x)
+    with pytest.raises(ValueError, match=r"its own code calls relu at .*test_convert\.py:\d+"):
+        convert(model, "gem")
+
+
+# ---- models that are wrapped, compiled, quantised, on several devices
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_dynamically_quantised():
+    model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), {nn.Linear})
+    stock = model(X)
+    assert convert(model, "egem_eps1em12", inputs=X).audit.complete
+    torch.testing.assert_close(model(X), stock, rtol=0, atol=0.5e-6)  # sqrt(eps) / 2
+    revert(model)
+    assert torch.equal(model(X), stock)
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "Module.compile"])
+def test_compiled(how):
+    model = nn.Sequential(Block(nn.ReLU()), Block(F.gelu)).eval()
+    compiled = torch.compile(model, backend="eager") if how == "torch.compile" else model
+    if how == "Module.compile":
+        model.compile(backend="eager")
+    with torch.no_grad():
+        stock = compiled(X)
+        report = convert(compiled, "segem_eps1", eps="fit", data=[X])
+        assert report.audit.complete
+        for name in (None, "egem_eps0.5", "egem_eps0.25"):
+            if name:
+                assert convert(compiled, name, inputs=X).audit.complete
+            torch.testing.assert_close(compiled(X), copy.deepcopy(model).forward(X))
+            assert not torch.allclose(compiled(X), stock, rtol=1e-3)
+        revert(compiled)
+        assert torch.equal(compiled(X), stock)
+
+
+@pytest.fixture
+def process_group():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_ddp():
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(Block(nn.ReLU()), Block(nn.PReLU())))
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"the model is .*DistributedDataParallel.* the new parameters"),
+    ):
+        convert(model, "egem_learnable", inputs=X)
+    with unchanged(model), pytest.raises(ValueError, match=r"know that the parameters of module\.1\.act are gone"):
+        convert(model, "egem", inputs=X)
+    report = convert(model, "segem_eps1", eps="fit", data=[X], replace=nn.ReLU)
+    assert report.audit.num_gem == 1
+    model(X).sum().backward()
+    revert(model)
+    assert type(model.module[0].act) is nn.ReLU
+
+
+def test_half_of_the_model_elsewhere():
+    model = nn.Sequential(Block(nn.ReLU()), Block(nn.ReLU()).to("meta"))
+    report = convert(model, "egem_learnable")
+    assert len(report.replaced) == 2
+    assert [block.act.log_ratio.device.type for block in model] == ["cpu", "meta"]
+    assert "no inputs can be made up" in report.not_audited
+
+
+def test_bfloat16():
+    model = nn.Sequential(Block(nn.GELU()), Block(F.relu)).bfloat16()
+    x = X.bfloat16()
+    report = convert(model, "egem_learnable", eps="fit", data=[x])
+    assert report.audit.complete
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(x).dtype == torch.bfloat16
+
+
+def test_fx():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block(nn.ReLU())
+
+        def forward(self, x):
+            return F.relu(self.block(x) - 1)
+
+    graph = torch.fx.symbolic_trace(Mixed())
+    report = convert(graph, "gem", inputs=X)
+    assert replaced(report) == {"block.act": "relu"}
+    assert [(call.function, call.count) for call in report.unreached] == [("relu", 1)]
+    assert torch.equal(graph(X), F.relu(hf_gem.gem(graph.block.linear(X)) - 1))
+    exported = torch.export.export(graph, (X,)).module()
+    with pytest.raises(ValueError, match=r"GraphModule has no activation modules.*its own code calls .*relu at"):
+        convert(exported, "gem", inputs=X)
+
+
+def test_layers_that_are_not_there_yet():
+    model = nn.Sequential(nn.LazyLinear(4), nn.ReLU())
+    assert len(convert(model, "egem_learnable").replaced) == 1
+    assert model(X).shape == X.shape
+
+
+def test_in_inference_mode():
+    model = Block(nn.ReLU())
+    with torch.inference_mode():
+        convert(model, "egem_learnable", eps="fit", data=[X])
+    model(X).sum().backward()
+    assert model.act.log_ratio.grad.any()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("eps", [1.0, "fit"])
+def test_encoders_of_torch(eps):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, activation="gelu")
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(2, 5, 8)
+    batch = {"src": x, "src_key_padding_mask": torch.tensor([[False] * 3 + [True] * 2, [False] * 5])}
+    with torch.no_grad():
+        stock = model(**batch)
+        report = convert(model, "segem", eps=eps, data=[batch])
+        assert report.audit.complete
+        converted = model(**batch)
+    torch.testing.assert_close(converted, model(**batch))  # with gradients, so not fused
+    revert(model)
+    with torch.no_grad():
+        assert torch.equal(model(**batch), stock)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: torch.load(save(m), weights_only=False)], ids=["copy", "save"]
+)
+def test_copies(copied):
+    model = nn.Sequential(Block(nn.ReLU()), Block(F.gelu))
+    stock = model(X)
+    convert(model, "egem_learnable", inputs=X)
+    twin = copied(model)
+    assert torch.equal(twin(X), model(X))
+    assert not torch.equal(twin(X), stock)
+    assert revert(twin) == ["0.act", "1.act"]
+    assert torch.equal(twin(X), stock)
+    assert isinstance(model[0].act, hf_gem.EGEM)
+
+
+def save(model):
+    import io
+
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return file
+
+
+# ---- fitting
+
+
+class Recorded(nn.Module):
+    """Keeps what enters an activation."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.seen = []
+        self.wrapped = (act,)
+
+    def forward(self, x):
+        self.seen.append(x.clone())
+        return self.wrapped[0](x)
+
+
+def histograms(model, data):
+    """Path -> histogram of what enters that activation, and the activation."""
+    twin = copy.deepcopy(model).eval()
+    recorders = {slot.path: (slot, Recorded(slot.occupant)) for slot in stock_slots(twin)}
+    for slot, recorder in recorders.values():
+        slot.put(recorder)
+    found = {}
+    with torch.no_grad():
+        for x in data:
+            twin(x)
+    for path, (_, recorder) in recorders.items():
+        histogram = Histogram()
+        histogram.update(torch.cat(recorder.seen))
+        found[path] = histogram, recorder.wrapped[0]
+    return found
+
+
+def fittable():
+    return nn.Sequential(Block(nn.GELU()), Block(F.gelu), Block(F.gelu), Block(nn.SiLU()), Block(nn.GELU("tanh")))
+
+
+DATA = [torch.randn(64, 4, generator=torch.Generator().manual_seed(i)) * 2 for i in range(3)]
+
+
+@pytest.mark.parametrize(("name", "n"), [("segem", None), ("egem_n2", 2), ("segem_n1_learnable", 1)])
+def test_one_fit_for_the_whole_model(name, n):
+    model = fittable()
+    expected = histograms(model, DATA)
+    best = fit_together(expected.values(), hf_gem.parse(name).family, n=n)
+    report = convert(model, name, eps="fit", data=iter(DATA), fit_to="activations")
+    wanted = dataclasses.replace(best.spec, learnable=name.endswith("learnable"))
+    assert {r.new for r in report.replaced} == {wanted.name} == {block.act.spec.name for block in model}
+    for r in report.replaced:
+        assert r.fit.spec == best.spec
+        assert r.fit.error == pytest.approx(error(best.spec, *expected[r.path]), rel=1e-12)
+        assert r.unfitted_error == pytest.approx(error(name, *expected[r.path]), rel=1e-12)
+    assert sum(r.fit.error for r in report.replaced) <= sum(r.unfitted_error for r in report.replaced)
+
+
+def test_a_fit_for_each_layer():
+    model = fittable()
+    expected = histograms(model, DATA)
+    report = convert(model, "egem", eps="fit", data=DATA, per_layer=True, fit_to="activations")
+    assert len({r.new for r in report.replaced}) > 1
+    for r in report.replaced:
+        assert r.fit == fit_together([expected[r.path]], "egem")
+        assert r.fit.error <= r.unfitted_error
+    together = convert(fittable_like(model), "egem", eps="fit", data=DATA, fit_to="activations")
+    ours, theirs = (sum(r.fit.error for r in each.replaced) for each in (report, together))
+    assert ours <= theirs * (1 + 1e-2)  # eps is rounded to three digits
+
+
+def fittable_like(converted):
+    twin = copy.deepcopy(converted)
+    revert(twin)
+    return twin
+
+
+def test_layers_that_share_a_module_are_fitted_as_one():
+    act = nn.GELU()
+    model = nn.Sequential(Block(act), Block(act), Block(nn.GELU()))
+    report = convert(model, "egem", eps="fit", data=DATA, per_layer=True)
+    assert report.replaced[0].new == report.replaced[1].new
+    assert model[0].act is model[1].act is not model[2].act
+
+
+def test_equal_names_do_not_make_equal_functions():
+    class Scaled(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, x):
+            return self.scale * F.gelu(x)
+
+    ScaledGELU = type("ScaledGELU", (Scaled,), {})
+    model = nn.Sequential(Block(ScaledGELU(1.0)), Block(ScaledGELU(3.0)))
+    expected = histograms(model, DATA)
+    report = convert(model, "egem", eps="fit", data=DATA, fit_to="activations")
+    assert report.replaced[0].fit.spec == fit_together(expected.values(), "egem").spec
+
+
+def test_the_change_of_the_output():
+    model = fittable().eval()
+    stock = model(DATA[0])
+    report = convert(model, "segem", eps="fit", data=DATA)
+    change = (model(DATA[0]) - stock).norm() / stock.norm()
+    assert report.output_change == pytest.approx(change.item(), rel=1e-5)
+    plain = convert(fittable_like(model), "segem", data=DATA)
+    assert plain.output_change is None
+
+
+def change_by_hand(model, members):
+    """The relative change of the output when the activations of the blocks are replaced."""
+    twin = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        stock = twin(DATA[0])
+        for block, member in zip(twin, members, strict=True):
+            block.act = hf_gem.get_activation(member)
+        return ((twin(DATA[0]) - stock).norm() / stock.norm()).item()
+
+
+@pytest.mark.parametrize(("name", "ns"), [("egem", (1, 2, 3)), ("segem_n2", (2,)), ("gem", (1, 2, 3))])
+def test_a_fit_to_the_output_changes_it_least(name, ns):
+    model = fittable()
+    stock = copy.deepcopy(model)
+    family = hf_gem.parse(name).family
+    report = convert(model, name, eps="fit", data=DATA)
+    (chosen,) = {r.new for r in report.replaced}
+    found = change_by_hand(stock, [chosen] * 5)
+    assert report.output_change == pytest.approx(found, rel=1e-4)
+    assert report.unfitted_output_change == pytest.approx(change_by_hand(stock, [name] * 5), rel=1e-4)
+    assert report.output_change <= report.unfitted_output_change
+    scales = [None] if family == "gem" else [10.0**k for k in range(-6, 2)]
+    rivals = [hf_gem.GemSpec(family, n, eps).name for n in ns for eps in scales]
+    assert found <= min(change_by_hand(stock, [rival] * 5) for rival in rivals) * (1 + 1e-4)
+    for r in report.replaced:
+        assert r.fit.error == pytest.approx(error(chosen, *histograms(stock, DATA)[r.path]), rel=1e-12)
+
+
+def test_layers_of_their_own_change_the_output_less():
+    model = fittable()
+    stock = copy.deepcopy(model)
+    whole = convert(model, "egem", eps="fit", data=DATA)
+    revert(model)
+    own = convert(model, "egem", eps="fit", data=DATA, per_layer=True)
+    assert own.output_change < whole.output_change
+    assert own.output_change == pytest.approx(change_by_hand(stock, [r.new for r in own.replaced]), rel=1e-4)
+    assert len({r.new for r in own.replaced}) > 1
+    text = f"at the given name -> fitted: {own.unfitted_output_change:.3g} -> {own.output_change:.3g}"
+    assert text in str(own)
+
+
+def test_outputs_that_cannot_be_compared():
+    class Selecting(Block):
+        def forward(self, x):
+            y = super().forward(x)
+            return y[y > 0.1]
+
+    model = Selecting(nn.GELU())
+    expected = histograms(model, DATA)
+    report = convert(model, "segem", eps="fit", data=DATA)
+    assert report.output_change is None
+    assert report.replaced[0].fit.spec == fit_together(expected.values(), "segem").spec
+
+
+def test_the_output_of_a_model_that_draws_and_masks():
+    class Noisy(Block):
+        def forward(self, x):
+            y = super().forward(x) + torch.randn_like(x)
+            return y.masked_fill(torch.eye(*x.shape, dtype=torch.bool), -math.inf)
+
+    model = Noisy(nn.ReLU())
+    state = torch.get_rng_state()
+    report = convert(model, "egem", eps="fit", data=[X])
+    assert torch.equal(torch.get_rng_state(), state)
+    # The smallest eps tried is 1e-6, and nothing but the activation differs: by sqrt(eps) / 2, on outputs around 1.
+    assert 0 < report.output_change < math.sqrt(1e-6)
+
+
+def test_what_the_data_does_not_reach():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = Block(nn.GELU()), Block(nn.GELU())
+
+        def forward(self, x):
+            return self.used(x)
+
+    for per_layer in (False, True):
+        model = Unused()
+        report = convert(model, "segem", eps="fit", data=DATA, per_layer=per_layer)
+        used, unused = report.replaced
+        assert used.new == unused.new == model.unused.act.spec.name
+        assert (unused.fit, unused.unfitted_error) == (None, None)
+        assert "not reached by data=, so given the eps of all: 1 at unused.act" in str(report)
+        assert report.audit.not_run == ("unused.act",)
+    with pytest.raises(ValueError, match="none of the activations ran"):
+        convert(Unused(), "segem", eps="fit", data=DATA, skip="used")
+
+
+@pytest.mark.parametrize(
+    "act", [nn.PReLU(), nn.RReLU(), timm.models.metaformer.StarReLU(), hf_gem.SEGEM(eps=0.1)], ids=repr
+)
+def test_activations_with_parameters_and_modes(act):
+    model = nn.Sequential(Block(act)).train()
+    before = copy.deepcopy(act.state_dict())
+    report = convert(model, "segem", eps="fit", data=DATA)
+    assert report.replaced[0].fit.error <= report.replaced[0].unfitted_error
+    if kind(act) == "segem":
+        assert (report.replaced[0].new, report.output_change) == ("segem_eps0.1", 0)
+    assert revert(model) == ["0.act"]
+    assert model[0].act is act
+    assert act.training
+    assert act.state_dict() == before
+
+
+def test_xielu():
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.LlamaConfig(**small, vocab_size=32, hidden_act="xielu")
+    model = transformers.LlamaForCausalLM(config)
+    report = convert(model, "segem", eps="fit", data=[{"input_ids": torch.arange(8)[None]}])
+    assert replaced(report) == {f"model.layers.{i}.mlp.act_fn": "xielu" for i in range(2)}
+    assert report.audit.complete
+
+
+def test_one_that_differs_by_channel():
+    model = nn.Sequential(Block(nn.GELU()), Block(nn.PReLU(4)))
+    with unchanged(model), pytest.raises(ValueError, match=r"the prelu at 1\.act is not one function.*skip='1\.act'"):
+        convert(model, "egem", eps="fit", data=DATA)
+    assert len(convert(model, "egem", eps="fit", data=DATA, skip="1.act").replaced) == 1
+    assert convert(model, "egem", inputs=X).audit.complete
+    assert "1.act.weight" not in model.state_dict()
+    revert(model)
+    assert "1.act.weight" in model.state_dict()
+
+
+def failing(case):
+    """Data that breaks off in the middle."""
+    yield X
+    if case == "data":
+        raise OSError("the disk is gone")
+    yield torch.zeros(2, 5)
+
+
+@pytest.mark.parametrize("case", ["data", "model"])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_exception_in_the_middle_of_fitting(case, training):
+    model = Everything().train(training)
+    model.blocks[1].train(not training)
+    model.stem[1].register_forward_hook(lambda *args: None)
+    expected = (OSError, "the disk is gone") if case == "data" else (ValueError, r"does not run on .*RuntimeError")
+    with unchanged(model), pytest.raises(expected[0], match=expected[1]):
+        convert(model, "egem", eps="fit", data=failing(case))
+
+
+def test_a_model_that_runs_only_as_it_was():
+    class Asks(Block):
+        def forward(self, x):
+            return super().forward(x) * self.act.inplace
+
+    model = nn.Sequential(Asks(nn.ReLU()))
+    with unchanged(model), pytest.raises(ValueError, match=r"does not run on a batch.*no attribute 'inplace'"):
+        convert(model, "egem", eps="fit", data=DATA)
+    assert "no attribute 'inplace'" in convert(model, "egem", inputs=X).not_audited
+
+
+def test_fitting_leaves_no_statistics():
+    class Counts(Block):
+        def __init__(self, act):
+            super().__init__(act)
+            self.register_buffer("calls", torch.zeros(()))
+            self.norm = nn.BatchNorm1d(4)
+            self.merged = False
+
+        def train(self, mode=True):
+            self.merged = not mode  # as adapters do
+            return super().train(mode)
+
+        def forward(self, x):
+            self.calls += 1
+            return self.norm(super().forward(x))
+
+    model = Counts(nn.GELU())
+    norm, state = model.norm, copy.deepcopy(model.state_dict())
+    convert(model, "egem", eps="fit", data=DATA)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    assert (model.merged, model.training, norm.training, model.norm) == (False, True, True, norm)
+
+
+# ---- models with ReLU keep what they compute
+
+
+def test_the_distance_of_outputs_is_bounded():
+    """With |egem - relu| <= sqrt(eps) / 2 and ReLU's slope at most 1, an error e of an input becomes at most
+    e + sqrt(eps) / 2 past an activation, and |W| e past a linear layer: a pass through absolute weights bounds it."""
+    layers = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(4 * 16, 3)).double()
+    x = (
+        torch.randn(16, 2, 8, 8, dtype=torch.float64)
+        * torch.logspace(-6, 0, 16, dtype=torch.float64)[:, None, None, None]
+    )
+    model.train()(x)
+    model.eval()
+    stock = model(x)
+    for eps in (1e-2, 1e-6, 1e-10):
+        absolute = copy.deepcopy(model)
+        for module in absolute:
+            for name, value in [*module.named_parameters(), *module.named_buffers()]:
+                value.data = torch.zeros_like(value) if name in ("bias", "running_mean") else value.abs()
+        absolute[2] = absolute[4] = Add(math.sqrt(eps) / 2)
+        bound = absolute(torch.zeros(1, 2, 8, 8, dtype=torch.float64))
+        convert(model, "egem", eps=eps, inputs=x)
+        distance = (model(x) - stock).abs()
+        assert (distance <= bound * (1 + 1e-9)).all()
+        assert distance.any()
+        revert(model)
+
+
+class Add(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        return x + self.value
+
+
+@pytest.mark.parametrize("zero_init_last", [True, False])
+def test_resnet18_keeps_its_logits(zero_init_last):
+    """On standard normal inputs, E(egem - relu)^2 = eps^1.5 / sqrt(2 pi) * pi / 4 + O(eps^2), and E relu^2 = 1 / 2: the
+    output of one activation changes by 0.79 eps^(3/4) of its size. Normalisation makes inputs standard; the changes of
+    17 activations, passed on by layers that on average keep relative ones, add up to at most 17 times as much."""
+    model = timm.create_model("resnet18", zero_init_last=zero_init_last)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # statistics of these images
+    x = torch.randn(8, 3, 64, 64)
+    with torch.no_grad():
+        model.train()(x)
+        stock = model.eval()(x)
+        for eps in (1e-4, 1e-6, 1e-8):
+            assert len(convert(model, "egem", eps=eps).replaced) == 17
+            logits = model(x)
+            assert (logits - stock).norm() <= 17 * 0.79 * eps**0.75 * stock.norm()
+            assert torch.equal(logits.argmax(1), stock.argmax(1))
+            revert(model)
+        assert torch.equal(model(x), stock)
+
+
+# ---- models of transformers and timm, as their audits see them
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+IMAGES = {**SIZES, "image_size": 32, "patch_size": 8}
+TRANSFORMERS = {
+    "GPT2LMHeadModel": (
+        {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 32, "bos_token_id": 0, "eos_token_id": 0},
+        2,
+    ),
+    "BertModel": ({**SIZES, "vocab_size": 32}, 2),
+    "AlbertModel": ({**SIZES, "vocab_size": 32, "embedding_size": 8}, 1),
+    "BloomForCausalLM": ({"n_layer": 2, "hidden_size": 16, "n_head": 2, "vocab_size": 32}, 2),
+    "ResNetForImageClassification": ({"embedding_size": 8, "hidden_sizes": [8, 8, 8, 8], "image_size": 64}, 49),
+    "SwinModel": ({"image_size": 32, "window_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}, 2),
+    "BeitModel": (IMAGES, 2),
+    "ViTModel": (IMAGES, 2),
+    "MobileNetV2Model": ({"image_size": 32, "depth_multiplier": 0.25}, 35),
+    "Wav2Vec2Model": (
+        {**SIZES, "conv_dim": (8,) * 7, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2},
+        10,
+    ),
+    "T5ForConditionalGeneration": (
+        {
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+            "vocab_size": 32,
+            "decoder_start_token_id": 0,
+        },
+        4,
+    ),
+}
+GATES = {"BertModel": "pooler.activation", "ViTModel": "pooler.activation", "AlbertModel": "pooler_activation"}
+
+
+@pytest.mark.parametrize("name", list(TRANSFORMERS))
+def test_models_of_transformers(name):
+    fields, number = TRANSFORMERS[name]
+    cls = getattr(transformers, name)
+    with torch.device("meta"):
+        model = cls(cls.config_class(**fields))
+    keys = list(model.state_dict())
+    config = model.config.to_dict()
+    report = convert(model, "gem_n2")
+    assert len(report.replaced) == number
+    assert report.audit.complete
+    assert report.audit.num_gem == (2 if name == "AlbertModel" else number)  # whose layers are one
+    assert report.left == (((GATES[name], "tanh", "a gate"),) if name in GATES else ())
+    assert list(model.state_dict()) == keys
+    assert model.config.hf_gem["activations"] == {"gem_n2": [r.path for r in report.replaced]}
+    revert(model)
+    assert model.config.to_dict() == config
+
+
+TIMM = {
+    "resnet18": 17,
+    "seresnet50": 65,
+    "vit_tiny_patch16_224": 12,
+    "swin_tiny_patch4_window7_224": 12,
+    "beit_base_patch16_224": 12,
+    "eva02_tiny_patch14_224": 12,
+    "hiera_tiny_224": 12,
+    "mixnet_s": 46,
+    "mobilenetv3_small_050": 33,
+    "efficientnet_b0": 49,
+    "dm_nfnet_f0": 64,
+    "nf_resnet26": 25,
+    "caformer_s18": 25,
+    "res2net50_26w_4s": 17,
+}
+SHARED = {"res2net50_26w_4s": 81}  # calls, where a module is called several times
+
+
+@pytest.mark.parametrize("name", list(TIMM))
+def test_models_of_timm(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    keys = list(model.state_dict())
+    before = [(slot.path, slot.occupant) for slot in stock_slots(model)]
+    report = convert(model, "egem_learnable" if name == "mobilenetv3_small_050" else "egem")
+    assert len(report.replaced) == TIMM[name]
+    assert (report.audit.num_gem, report.audit.num_other) == (SHARED.get(name, TIMM[name]), 0)
+    assert {reason for *_, reason in report.left} <= {"a gate"}
+    added = set(model.state_dict()) - set(keys)
+    assert added == ({f"{r.path}.log_ratio" for r in report.replaced} if name == "mobilenetv3_small_050" else set())
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    revert(model)
+    assert [(slot.path, slot.occupant) for slot in stock_slots(model)] == before
+    assert list(model.state_dict()) == keys
+
+
+class Squareplus(nn.Module):
+    def forward(self, x):
+        return (x + (x * x + 4).sqrt()) / 2
+
+
+def test_a_class_of_the_users_own():
+    model = nn.Sequential(nn.Linear(4, 4), Squareplus(), nn.ReLU())
+    assert [r.old for r in convert(model, "egem", inputs=X).replaced] == ["relu"]
+    revert(model)
+    report = convert(model, "egem", replace=Squareplus, inputs=X)
+    assert [(r.path, r.old) for r in report.replaced] == [("1", "Squareplus")]
+    assert isinstance(model[2], nn.ReLU)
+    revert(model)
+    assert isinstance(model[1], Squareplus)
+
+
+@pytest.mark.parametrize("wrong", [None, transformers.BertConfig(), nn.ReLU])
+def test_reverting_what_is_no_model(wrong):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got"):
+        revert(wrong)
