@@ -1,4 +1,4 @@
-"""Files: the cache folder, and writing so that a kill or a power cut leaves the old or the new, and nothing between."""
+"""Files: the cache folder, writing that a kill or a power cut cannot leave half done, and parts of Markdown files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +73,22 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, without a line break at its end."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def replace_between(text: str, start: str, end: str, content: str) -> str:
+    """`text` with `content` in place of what stands between two markers, which stay.
+
+    Raises:
+        ValueError: the markers are not there in this order.
+    """
+    head, found_start, rest = text.partition(start)
+    _, found_end, tail = rest.partition(end)
+    if not (found_start and found_end):
+        raise ValueError(f"the text has no {start.strip()!r} followed by {end.strip()!r}, between which to write")
+    return head + start + content + end + tail
