@@ -29,22 +29,24 @@ from benchmarks.common import (
     random_batches,
     write,
 )
-from hf_gem.family import reference
+from hf_gem.family.egem import EGEM
+from hf_gem.family.formulas import forward
+from hf_gem.family.segem import SEGEM
 from hf_gem.functional import egem, gem, gem_glu, segem
 
 FAMILY = {
-    "egem": Contestant(egem, lambda x: reference.egem(x, 1, 1e-4)),
-    "gem_n2": Contestant(lambda x: gem(x, 2), lambda x: reference.egem(x, 2, 1.0)),
-    "segem": Contestant(segem, lambda x: reference.segem(x, 1, 1e-4)),
+    "egem": Contestant(egem, lambda x: forward(EGEM, 1, 1e-4, x)),
+    "gem_n2": Contestant(lambda x: gem(x, 2), lambda x: forward(EGEM, 2, 1.0, x)),
+    "segem": Contestant(segem, lambda x: forward(SEGEM, 1, 1e-4, x)),
 }
 STOCK = {f.__name__: Contestant(f, f) for f in (F.gelu, F.relu, F.silu)}
 PLAIN_SWIGLU = "silu(gate) * up"
 GATED = {
     "gem_glu": Contestant(
-        lambda gate, up: gem_glu(gate, up, "gem", 2), lambda gate, up: reference.egem(gate, 2, 1.0) * up
+        lambda gate, up: gem_glu(gate, up, "gem", 2), lambda gate, up: forward(EGEM, 2, 1.0, gate) * up
     ),
     "gem(gate) * up": Contestant(
-        lambda gate, up: gem(gate, 2) * up, lambda gate, up: reference.egem(gate, 2, 1.0) * up, num_roundings=4
+        lambda gate, up: gem(gate, 2) * up, lambda gate, up: forward(EGEM, 2, 1.0, gate) * up, num_roundings=4
     ),
     PLAIN_SWIGLU: Contestant(lambda gate, up: F.silu(gate) * up, lambda gate, up: F.silu(gate) * up, num_roundings=4),
 }

@@ -39,7 +39,7 @@ _CHUNK = 2**22  # elements that are compared in float64 at a time
 _SLEEP = 400_000  # GPU cycles a call, some 200 us: longer than Python takes to launch one
 
 
-class WrongResult(RuntimeError):
+class WrongResultError(RuntimeError):
     """A contestant does not compute what it should."""
 
 
@@ -275,7 +275,7 @@ def race(
         clock: Tells the time on a CPU.
 
     Raises:
-        WrongResult: one of them is wrong; nothing has been timed then.
+        WrongResultError: one of them is wrong; nothing has been timed then.
     """
     for name, contestant in contestants.items():
         require_right(name, contestant, batches[0])
@@ -293,7 +293,7 @@ def require_right(name: str, contestant: Contestant, batch: Batch) -> None:
     rounds between its steps may be off by that many spacings of the greater of 1 and the exact result.
 
     Raises:
-        WrongResult: they differ by more, or in shape or dtype.
+        WrongResultError: they differ by more, or in shape or dtype.
     """
     dtype = batch.grad.dtype
     several = contestant.num_roundings > 1
@@ -301,7 +301,7 @@ def require_right(name: str, contestant: Contestant, batch: Batch) -> None:
     leaves = [x.clone().requires_grad_() for x in batch.inputs]
     y = contestant.function(*leaves)
     if (y.shape, y.dtype) != (batch.grad.shape, dtype):
-        raise WrongResult(f"{name} returns {tuple(y.shape)} {y.dtype} for {tuple(batch.grad.shape)} {dtype}")
+        raise WrongResultError(f"{name} returns {tuple(y.shape)} {y.dtype} for {tuple(batch.grad.shape)} {dtype}")
     results = [t.detach().reshape(-1) for t in (y, *torch.autograd.grad(y, leaves, batch.grad))]
     for start in range(0, batch.grad.numel(), _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -317,21 +317,24 @@ def require_right(name: str, contestant: Contestant, batch: Batch) -> None:
             error = (got[part].double() - exact).abs()
             worst = int((error / allowed).argmax())  # argmax takes NaN for the greatest
             if not error[worst] <= allowed[worst]:
-                raise WrongResult(
+                raise WrongResultError(
                     f"{name} is wrong and not timed: its {kind} is off by {error[worst]:.3g} where {exact[worst]:.3g} "
                     f"is right, allowed is {allowed[worst]:.3g}"
                 )
 
 
 @contextlib.contextmanager
-def built_kernels(device: torch.device, ns: Sequence[int] = (1, 2)) -> Iterator[None]:
-    """The kernels users get, on a CPU built for some n before anything is timed.
+def built_kernels(
+    device: torch.device, names: Sequence[str] = ("egem", "egem_n2", "segem", "segem_n2")
+) -> Iterator[None]:
+    """The kernels users get, on a CPU built for some activations before anything is timed.
 
     Raises:
         RuntimeError: they cannot be built, and only the formulas could be timed.
     """
     with hf_gem.kernels("compiled"):
-        if device.type == "cpu" and not all(cpu.library(n).ready(0, wait=True) for n in ns):
+        specs = [hf_gem.parse(name) for name in names]
+        if device.type == "cpu" and not all(cpu.library(s.definition, s.n).ready(0, wait=True) for s in specs):
             raise RuntimeError("the C++ kernels cannot be built here (the warning says why): there is nothing to time")
         yield
 
@@ -378,7 +381,8 @@ def _dirty() -> bool:
     """Whether the code differs from the commit; records that a run before this one left do not count."""
     made = [f":(exclude){path}" for path in ("benchmarks/results", "benchmarks/README.md")]
     command = ["git", "status", "--porcelain", "--", ".", *made]
-    return bool(subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent.parent).stdout.strip())
+    done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent.parent, check=False)
+    return bool(done.stdout.strip())
 
 
 def write(

@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.common import Goal, built_kernels, make_parser, pick_device, write
 from hf_gem import _kernels, parse
 from hf_gem._kernels import formulas
-from hf_gem.family import reference
+from hf_gem.family.formulas import slope_at
 
 TINY = 2.0**-126  # the smallest normal number
 _CHUNKS = {"cpu": 2**16, "cuda": 2**24}  # inputs at a time; on a CPU, what is computed with stays in its cache
@@ -80,14 +80,14 @@ class Check:
 
     def __init__(self, name: str, device: torch.device) -> None:
         spec = parse(name)
-        self.device, self.form, self.n = device, "segem" if spec.family == "segem" else "egem", spec.n
+        self.device, self.family, self.n = device, spec.definition, spec.n
         assert not isinstance(spec.eps, Tensor)
         self.eps = eps = float(spec.eps)
         self.smallest = {"value": TINY, "slope": TINY}
-        if self.form == "egem" and reference.invertible(self.n, eps, torch.float32):
+        if self.family.slope_at is not None and self.family.invertible(self.n, eps, torch.float32):
             # Outputs below 2^-40 eps^(1/2n) count with a slope that is too small; in ulp from twice the slope there.
             y = torch.tensor(2.0**-40 * eps ** (1 / (2 * self.n)), dtype=torch.float64)
-            self.smallest["slope from the output"] = 2 * reference.egem_slope_at(y, self.n, eps).item()
+            self.smallest["slope from the output"] = 2 * slope_at(self.family, self.n, eps, y).item()
         self.errors = {side: {q: Errors(s) for q, s in self.smallest.items()} for side in ("kernels", "formulas")}
         self.differing = dict.fromkeys(self.smallest, 0)
         self.inputs = 0
@@ -120,19 +120,19 @@ class Check:
     def _exact(self, wide: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Value and slope in float64, and the sizes whose ulp counts."""
         truths = {
-            "value": formulas.run("forward", self.form, self.n, self.eps, wide),
-            "slope": formulas.run("backward", self.form, self.n, self.eps, torch.ones_like(wide), wide),
+            "value": formulas.run("forward", self.family, self.n, self.eps, wide),
+            "slope": formulas.run("backward", self.family, self.n, self.eps, torch.ones_like(wide), wide),
         }
         sizes = {quantity: truth.abs() for quantity, truth in truths.items()}
-        if self.form == "segem":  # (1 - s) - 2n s (1 - s), and 1 - s is value / x
+        if self.family.name == "segem":  # (1 - s) - 2n s (1 - s), and 1 - s is value / x
             sizes["slope"] = torch.fmax(sizes["slope"], (truths["value"] / wide).abs())
         return truths, sizes
 
     def _results(self, run: Callable[..., Tensor], x: Tensor) -> dict[str, Tensor]:
-        y, one = run("forward", self.form, self.n, self.eps, x), torch.ones_like(x)
-        results = {"value": y, "slope": run("backward", self.form, self.n, self.eps, one, x)}
+        y, one = run("forward", self.family, self.n, self.eps, x), torch.ones_like(x)
+        results = {"value": y, "slope": run("backward", self.family, self.n, self.eps, one, x)}
         if "slope from the output" in self.smallest:
-            results["slope from the output"] = run("backward_at", self.form, self.n, self.eps, one, y)
+            results["slope from the output"] = run("backward_at", self.family, self.n, self.eps, one, y)
         return results
 
 
@@ -189,7 +189,7 @@ def run(name: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], list[
     stride = 1_000_003 if arguments.quick else arguments.stride
     if not 1 <= stride < 2**31:
         raise ValueError(f"--stride must be from 1, for all inputs, to 2^31 - 1, got {stride}")
-    with built_kernels(device, [parse(name).n]):
+    with built_kernels(device, [name]):
         result = check(name, stride, device)
     goals = []
     for quantity, found in result["kernels"].items():

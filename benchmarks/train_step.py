@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import hf_gem
 from benchmarks.common import (
     Goal,
-    WrongResult,
+    WrongResultError,
     built_kernels,
     make_parser,
     pick_device,
@@ -100,14 +100,14 @@ def require_right(name: str, objective: Callable[..., Tensor], plain: Objective,
     """Compares loss and gradient with those of the formulas in eager mode.
 
     Raises:
-        WrongResult: they differ by more than sums in another order, and with autocast in bf16, explain.
+        WrongResultError: they differ by more than sums in another order, and with autocast in bf16, explain.
     """
     with hf_gem.kernels("eager"):
         expected = loss_and_norm(plain, plain, data)
     got = loss_and_norm(objective, plain, data)
     allowed = 5e-2 if plain.autocast else 1e-3
     if not torch.allclose(got, expected, rtol=allowed, atol=0.0):  # NaN is not
-        raise WrongResult(
+        raise WrongResultError(
             f"{name} is wrong and not timed: loss and norm of the gradient are {got.tolist()}, the formulas give "
             f"{expected.tolist()}, allowed is {allowed:.1%}"
         )
@@ -130,7 +130,7 @@ def measure(
     Also what it holds for the backward pass in eager mode, and on a GPU the peak of the memory that tensors take.
 
     Raises:
-        WrongResult: a loss is not what the formulas give; nothing has been timed then.
+        WrongResultError: a loss is not what the formulas give; nothing has been timed then.
     """
     data = random_data(model, size, device)
     steps, peaks, held = {}, {}, {}

@@ -6,12 +6,14 @@ timm, whether they are imported before or after it.
 
 from ._kernels import kernels
 from .family.names import GemSpec, parse
-from .functional import egem, gem, segem
+from .family.table import Family
+from .functional import activation, egem, gem, segem
 from .init import gain
 from .integrations import register, unregister
+from .integrations.families import register_family
 from .integrations.hub import save_for_hub
 from .integrations.timm import create_timm_model
-from .modules import EGEM, GEM, SEGEM, get_activation
+from .modules import EGEM, GEM, SEGEM, GemActivation, get_activation
 from .surgery.audit import Audit, audit
 from .surgery.convert import Conversion, convert, revert
 from .surgery.fields import set_activation
@@ -25,8 +27,11 @@ __all__ = [
     "SEGEM",
     "Audit",
     "Conversion",
+    "Family",
+    "GemActivation",
     "GemSpec",
     "GluPatch",
+    "activation",
     "audit",
     "convert",
     "create_timm_model",
@@ -38,6 +43,7 @@ __all__ = [
     "parse",
     "patch_glu",
     "register",
+    "register_family",
     "revert",
     "save_for_hub",
     "segem",

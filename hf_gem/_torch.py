@@ -18,13 +18,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 __all__ = [
     "TorchDispatchMode",
     "children",
-    "compiler_is_loaded",
     "compile_cpp",
+    "compiler_is_loaded",
     "has_hooks",
     "in_dispatch_mode",
     "in_forward_ad",
     "in_functorch_transform",
     "is_local_scalar",
+    "is_tracing",
     "lacks_own_memory",
     "module_buffers",
     "reset_compiler",
@@ -50,6 +51,11 @@ def in_functorch_transform() -> bool:
 def in_forward_ad() -> bool:
     """Whether a level of forward-mode differentiation is open."""
     return bool(torch.autograd.forward_ad._current_level >= 0)
+
+
+def is_tracing() -> bool:
+    """Whether `torch.jit.trace` runs."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 # ---- tensors
@@ -84,7 +90,7 @@ def module_buffers(module: nn.Module) -> dict[str, Tensor | None]:
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks watch the calls of a module, its own or global ones."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or _has_any_global_hook()
+    return bool(own or _has_any_global_hook())
 
 
 # ---- the compiler, which is slow to import, and is there where anything is compiled

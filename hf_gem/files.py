@@ -22,7 +22,7 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # its own: several machines may share a folder
     partial.write_text(text, encoding="utf-8")
     flush(partial)
-    os.replace(partial, path)
+    partial.replace(path)
     flush(path.parent)
 
 

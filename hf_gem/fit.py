@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .family import reference
-from .family.names import DEFAULT_EPS, FORMS, GemSpec, check_eps, check_n, parse
+from .family.formulas import forward
+from .family.names import GemSpec, check_eps, check_n, parse
+from .family.table import DEFAULT_EPS, family_named
 
 # In log eps. A value x enters the error as x^2 (gate - c)^2, and its gate is a logistic function of log eps with the
 # poles pi away whatever x and n are: a ripple with a period of two steps has less than 1e-8 of the error's size.
@@ -129,7 +130,7 @@ def fit(
         histogram: Of the values that enter the activation.
         target: f, an elementwise function of a float64 tensor on the CPU, such as `torch.nn.functional.gelu`; of a
             module with parameters, a float64 copy.
-        family: `egem` or `segem`, or `gem`, where eps is 1 and only n is chosen.
+        family: By name; of one with a fixed eps, such as `gem`, only n is chosen.
         n: The paper's N, if it is not to be chosen.
         eps_range: Smallest and largest eps.
         ns: The values of N to choose from.
@@ -158,7 +159,7 @@ def fit_together(
     Args:
         samples: (histogram, target) of each. The others, what is returned and what is raised are as for `fit`.
     """
-    GemSpec(family)
+    fixed = family_named(family).fixed_eps
     orders = sorted({check_n(order) for order in (ns if n is None else (n,))})
     if not orders:
         raise ValueError("ns must hold at least one integer, got none; the paper uses ns=(1, 2, 3)")
@@ -168,16 +169,16 @@ def fit_together(
     best: tuple[float, int, float] | None = None
     for order in orders:
         cost = _cost(family, order, *points)
-        eps, value = (1.0, cost(1.0)) if family == "gem" else _minimise(cost, low, high, _TIE * scale)
+        eps, value = (fixed, cost(fixed)) if fixed is not None else _minimise(cost, low, high, _TIE * scale)
         if best is None or value < best[0] - _TIE * scale:
             best = value, order, eps
     assert best is not None
     _, order, eps = best
-    if family != "gem":
+    if fixed is None:
         eps = min(max(float(f"{eps:.3g}"), low), high)
     found = _cost(family, order, *points)(eps)
     spec = GemSpec(family, order, eps)
-    return Fit(spec, found, _ratio(found, scale), family != "gem" and eps in (low, high))
+    return Fit(spec, found, _ratio(found, scale), fixed is None and eps in (low, high))
 
 
 def error(spec: GemSpec | str, histogram: Histogram, target: Target, *, relative: bool = False) -> float:
@@ -235,8 +236,8 @@ def _evaluate(histogram: Histogram, target: Target) -> tuple[Tensor, Tensor, Ten
 
 
 def _cost(family: str, n: int, values: Tensor, wanted: Tensor, shares: Tensor) -> Callable[[float], float]:
-    formula = {"egem": reference.egem, "segem": reference.segem}[FORMS[family]]
-    return lambda eps: _mean_square(formula(values, n, eps) - wanted, shares)
+    definition = family_named(family)
+    return lambda eps: _mean_square(forward(definition, n, eps, values) - wanted, shares)
 
 
 def _mean_square(y: Tensor, shares: Tensor) -> float:

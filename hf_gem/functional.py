@@ -1,4 +1,4 @@
-"""The activation functions with their derivatives: `gem`, `egem`, `segem`, and `gem_glu` for gated MLPs.
+"""The activation functions with their derivatives: `gem`, `egem`, `segem`, `activation` for any family, and `gem_glu`.
 
 In eager mode they run as a `torch.autograd.Function` with closed-form derivatives, computed by kernels where there are
 any, which saves one tensor and supports double backward. When the graph itself is wanted (torch.compile, torch.export,
@@ -16,8 +16,13 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 
 from . import _kernels as kernels
 from ._kernels import formulas
-from .family import reference
-from .family.names import DEFAULT_EPS, FORMS, GemSpec, check_eps, check_n
+from ._torch import in_forward_ad, in_functorch_transform, is_tracing
+from .family.arithmetic import working
+from .family.egem import EGEM, GEM
+from .family.formulas import eps_slope, forward, inverse, slope
+from .family.names import GemSpec, check_eps, check_n
+from .family.segem import SEGEM
+from .family.table import DEFAULT_EPS, Family, family_named
 
 
 def gem(x: Tensor, n: int = 1, save: str = "auto") -> Tensor:
@@ -39,7 +44,7 @@ def gem(x: Tensor, n: int = 1, save: str = "auto") -> Tensor:
     """
     if has_torch_function_unary(x):
         return handle_torch_function(gem, (x,), x, n=n, save=save)
-    return _activate("egem", x, n, 1.0, save)
+    return _activate(GEM, x, n, 1.0, save)
 
 
 def egem(x: Tensor, n: int = 1, eps: float | Tensor = DEFAULT_EPS, save: str = "auto") -> Tensor:
@@ -69,7 +74,7 @@ def egem(x: Tensor, n: int = 1, eps: float | Tensor = DEFAULT_EPS, save: str = "
     """
     if has_torch_function_variadic(x, eps):
         return handle_torch_function(egem, (x, eps), x, n=n, eps=eps, save=save)
-    return _activate("egem", x, n, eps, save)
+    return _activate(EGEM, x, n, eps, save)
 
 
 def segem(x: Tensor, n: int = 1, eps: float | Tensor = DEFAULT_EPS, save: str = "auto") -> Tensor:
@@ -82,20 +87,45 @@ def segem(x: Tensor, n: int = 1, eps: float | Tensor = DEFAULT_EPS, save: str = 
     """
     if has_torch_function_variadic(x, eps):
         return handle_torch_function(segem, (x, eps), x, n=n, eps=eps, save=save)
-    return _activate("segem", x, n, eps, save)
+    return _activate(SEGEM, x, n, eps, save)
+
+
+def activation(
+    x: Tensor, family: str = "egem", n: int = 1, eps: float | Tensor | None = None, save: str = "auto"
+) -> Tensor:
+    """The activation of any family by its name, one that was registered too.
+
+    Args:
+        x: Floating-point tensor of any shape.
+        family: `gem`, `egem`, `segem`, or the name of a registered `Family`.
+        n: The paper's N, 1 to 32.
+        eps: As for `egem`; by default that of the family.
+        save: What the backward pass keeps; see `egem`.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of x. float16 and bfloat16 are computed in float32.
+
+    Raises:
+        TypeError: as for `egem`.
+        ValueError: the family is unknown, or as for `egem`.
+    """
+    if has_torch_function_variadic(x, eps):
+        return handle_torch_function(activation, (x, eps), x, family=family, n=n, eps=eps, save=save)
+    definition, eps = _member(family, n, eps)
+    return _activate(definition, x, n, eps, save)
 
 
 def gem_glu(gate: Tensor, up: Tensor, family: str = "egem", n: int = 1, eps: float | Tensor | None = None) -> Tensor:
-    """The inside of a gated MLP, `f(gate) up`, in one pass: f is gem, egem or segem.
+    """The inside of a gated MLP, `f(gate) up`, in one pass, for f of any family.
 
     Rounded once, where `egem(gate) * up` is rounded twice. The backward pass keeps gate and up.
 
     Args:
         gate: Floating-point tensor of any shape.
         up: One of the same shape, dtype and device.
-        family: `gem`, `egem` or `segem`.
+        family: As for `activation`.
         n: The paper's N, 1 to 32.
-        eps: As for `egem`; by default 1e-4, and 1 for gem.
+        eps: As for `activation`.
 
     Returns:
         A tensor of the shape, dtype and memory format of gate.
@@ -106,33 +136,46 @@ def gem_glu(gate: Tensor, up: Tensor, family: str = "egem", n: int = 1, eps: flo
     """
     if has_torch_function_variadic(gate, up, eps):
         return handle_torch_function(gem_glu, (gate, up, eps), gate, up, family=family, n=n, eps=eps)
-    spec_eps = None if isinstance(eps, Tensor) else eps
-    spec = GemSpec(family, n, spec_eps, learnable=isinstance(eps, Tensor))  # type: ignore[arg-type]
-    form = FORMS[family]
-    n, eps = _check(gate, spec.n, eps if isinstance(eps, Tensor) else spec.eps, "gate")
+    definition, eps = _member(family, n, eps)
+    n, eps = _check(gate, n, eps, "gate")
     _check_tensor(up, "up")
     if (gate.shape, gate.dtype, gate.device) != (up.shape, up.dtype, up.device):
         raise ValueError(
             "gate and up must have one shape, dtype and device, got "
             + " and ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (gate, up))
         )
+    product: Tensor
     if _wants_formula():
-        return formulas.run("glu", form, n, eps, gate, up)
-    if isinstance(eps, Tensor):
-        return (_activate(form, reference.working(gate), n, eps, "input") * up).to(gate.dtype)
-    if not torch.is_grad_enabled() or not (gate.requires_grad or up.requires_grad):
-        return kernels.run("glu", form, n, eps, gate, up)
-    return _Glu.apply(gate, up, form, n, eps)
+        product = formulas.run("glu", definition, n, eps, gate, up)
+    elif isinstance(eps, Tensor):
+        product = (_activate(definition, working(gate), n, eps, "input") * up).to(gate.dtype)
+    elif torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        product = _Glu.apply(gate, up, definition, n, eps)
+    else:
+        product = kernels.run("glu", definition, n, eps, gate, up)
+    return product
 
 
-def _activate(form: str, x: Tensor, n: int, eps: float | Tensor, save: str) -> Tensor:
+def _member(family: str, n: int, eps: float | Tensor | None) -> tuple[Family, float | Tensor]:
+    """A family by name and an eps that it has."""
+    definition = family_named(family)
+    if eps is None:
+        return definition, definition.default_eps
+    if definition.fixed_eps is not None and (isinstance(eps, Tensor) or eps != definition.fixed_eps):
+        GemSpec(family, n, 0.5 if isinstance(eps, Tensor) else eps, isinstance(eps, Tensor))  # raises
+    return definition, eps
+
+
+def _activate(family: Family, x: Tensor, n: int, eps: float | Tensor, save: str) -> Tensor:
     n, eps = _check(x, n, eps, "x")
-    output = kernels.keeps_output(form, n, eps, x, save)
-    if _wants_formula():
-        return formulas.run("forward", form, n, eps, x)
+    output = kernels.keeps_output(family, n, eps, x, save)
+    if _wants_formula() or (isinstance(eps, Tensor) and family.eps_slope is None):
+        return forward(family, n, eps, x)
     if not torch.is_grad_enabled() or not (x.requires_grad or (isinstance(eps, Tensor) and eps.requires_grad)):
-        return kernels.run("forward", form, n, eps, x)
-    return _Activation.apply(x, eps, form, n, output)
+        y: Tensor = kernels.run("forward", family, n, eps, x)
+    else:
+        y = _Activation.apply(x, eps, family, n, output)
+    return y
 
 
 def _check(x: Tensor, n: int, eps: float | Tensor, name: str) -> tuple[int, float | Tensor]:
@@ -163,18 +206,13 @@ def _check_tensor(x: Tensor, name: str) -> None:
 
 def _wants_formula() -> bool:
     """Whether the graph is being captured, or derivatives are taken that nest a Function wrongly: torch.func's."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return torch.compiler.is_compiling() or is_tracing() or in_functorch_transform() or in_forward_ad()
 
 
 def _check_eps_tensor(eps: Tensor, x: Tensor) -> None:
     if not eps.is_floating_point():
         raise TypeError(f"a tensor eps must be floating-point, got {eps.dtype}; convert it first, e.g. eps.float()")
-    if torch.jit.is_tracing():
+    if is_tracing():
         return  # shapes are tensors there
     if eps.ndim > x.ndim or any(a not in (1, b) for a, b in zip(eps.shape[::-1], x.shape[::-1], strict=False)):
         raise ValueError(
@@ -190,32 +228,33 @@ class _Activation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, eps, form, n, output):
-        y = kernels.run("forward", form, n, eps, x)
-        ctx.form, ctx.n, ctx.output = form, n, output
+    def forward(ctx: Any, x: Tensor, eps: float | Tensor, family: Family, n: int, output: bool) -> Tensor:
+        y: Tensor = kernels.run("forward", family, n, eps, x)
+        ctx.family, ctx.n, ctx.output = family, n, output
         ctx.eps = None if isinstance(eps, Tensor) else eps
         ctx.save_for_backward(y if output else x, *((eps,) if isinstance(eps, Tensor) else ()))
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         saved, *rest = _saved(ctx)
-        form, n, eps = ctx.form, ctx.n, rest[0] if rest else ctx.eps
+        family, n, eps = ctx.family, ctx.n, rest[0] if rest else ctx.eps
         if torch.is_grad_enabled() or ctx.needs_input_grad[1]:
-            x = _Inverse.apply(saved, eps, n) if ctx.output else saved
+            x = _Inverse.apply(saved, eps, family, n) if ctx.output else saved
             grad_x = grad_eps = None
             if ctx.needs_input_grad[0]:
-                grad_x = formulas.run("backward", form, n, eps, grad, x)
+                grad_x = formulas.run("backward", family, n, eps, grad, x)
             if ctx.needs_input_grad[1]:
-                grad_eps = (grad * formulas.eps_slope(form, x, n, eps)).sum_to_size(eps.shape).to(eps.dtype)
+                grad_eps = (grad * eps_slope(family, n, eps, x)).sum_to_size(eps.shape).to(eps.dtype)
             return grad_x, grad_eps, None, None, None
         operation = "backward_at" if ctx.output else "backward"
-        return kernels.run(operation, form, n, eps, grad, saved), None, None, None, None
+        return kernels.run(operation, family, n, eps, grad, saved), None, None, None, None
 
 
 def _saved(ctx: Any) -> tuple[Tensor, ...]:
     try:
-        return ctx.saved_tensors
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        return saved
     except RuntimeError as error:
         if ctx.output and "inplace operation" in str(error):
             raise RuntimeError(
@@ -229,35 +268,35 @@ class _Inverse(torch.autograd.Function):
     """x from y = egem(x), for derivatives of the backward pass. y and eps are where they come from in the graph."""
 
     @staticmethod
-    def forward(ctx, y, eps, n):
-        x = reference.egem_inverse(y, n, eps)
-        ctx.n, ctx.eps = n, None if isinstance(eps, Tensor) else eps
+    def forward(ctx: Any, y: Tensor, eps: float | Tensor, family: Family, n: int) -> Tensor:
+        x = inverse(family, n, eps, y)
+        ctx.family, ctx.n, ctx.eps = family, n, None if isinstance(eps, Tensor) else eps
         ctx.save_for_backward(x, *((eps,) if isinstance(eps, Tensor) else ()))
         ctx.dtype = y.dtype
         return x
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, *rest = ctx.saved_tensors
         eps = rest[0] if rest else ctx.eps
-        slope = reference.egem_slope(x, ctx.n, eps)
-        grad_y = torch.where(slope > 0, grad / slope, 0.0)
+        steepness = slope(ctx.family, ctx.n, eps, x)
+        grad_y = torch.where(steepness != 0, grad / steepness, 0.0)
         grad_eps = None
         if ctx.needs_input_grad[1]:
-            grad_eps = (-grad_y * formulas.eps_slope("egem", x, ctx.n, eps)).sum_to_size(eps.shape).to(eps.dtype)
-        return grad_y.to(ctx.dtype), grad_eps, None
+            grad_eps = (-grad_y * eps_slope(ctx.family, ctx.n, eps, x)).sum_to_size(eps.shape).to(eps.dtype)
+        return grad_y.to(ctx.dtype), grad_eps, None, None
 
 
 class _Glu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up, form, n, eps):
-        ctx.form, ctx.n, ctx.eps = form, n, eps
+    def forward(ctx: Any, gate: Tensor, up: Tensor, family: Family, n: int, eps: float) -> Any:
+        ctx.family, ctx.n, ctx.eps = family, n, eps
         ctx.save_for_backward(gate, up)
-        return kernels.run("glu", form, n, eps, gate, up)
+        return kernels.run("glu", family, n, eps, gate, up)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         run = formulas.run if torch.is_grad_enabled() else kernels.run
-        grads = run("glu_backward", ctx.form, ctx.n, ctx.eps, grad, *ctx.saved_tensors)
+        grads = run("glu_backward", ctx.family, ctx.n, ctx.eps, grad, *ctx.saved_tensors)
         wanted = (gradient if needed else None for gradient, needed in zip(grads, ctx.needs_input_grad, strict=False))
         return *wanted, None, None, None

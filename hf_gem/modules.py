@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import functional
 from ._kernels import check_save
-from .family import reference
-from .family.names import DEFAULT_EPS, GemSpec, parse
+from .family.arithmetic import scale, scale_tensor, working
+from .family.names import GemSpec, parse
+from .family.table import DEFAULT_EPS
 
 
 def _eps_at(log_ratio: Tensor, init_eps: float) -> Tensor:
@@ -23,36 +24,50 @@ def _eps_at(log_ratio: Tensor, init_eps: float) -> Tensor:
         return handle_torch_function(_eps_at, (log_ratio,), log_ratio, init_eps)
     if log_ratio.dtype != torch.float64:
         log_ratio = log_ratio.to(torch.float32)
-    # Within spec.LEARNABLE_RANGE, which TorchScript could not look up, and where exp itself is finite.
+    # Within LEARNABLE_RANGE, which TorchScript could not look up, and where exp itself is finite.
     low, high = max(math.log(1e-37 / init_eps), -87.0), min(math.log(1e37 / init_eps), 87.0)
     return init_eps * torch.exp(log_ratio.clamp(low, high))
 
 
 class GemActivation(nn.Module):
-    """What the modules share. n and eps are plain numbers, so that building on the meta device loses nothing.
+    """An activation of any family. n and eps are plain numbers, so that building on the meta device loses nothing.
 
     Calls take `inplace` as `torch.nn.functional.relu` does, in whose place they stand after a conversion, and never
     overwrite their input. `save` may be changed at any time, `module.save = "input"`.
 
     A learnable eps is `init_eps * exp(log_ratio)`: positive whatever the optimizer does, and exactly `init_eps` at
     `log_ratio = 0`, also when the module is cast to bfloat16.
-    """
 
-    __jit_unused_properties__: ClassVar[list[str]] = ["eps", "spec"]
-    family: str
+    Args:
+        family: `gem`, `egem`, `segem`, or the name of a registered `Family`.
+        n: The paper's N, 1 to 32.
+        eps: Positive number, by default that of the family; the initial value where it is learnable.
+        learnable: Makes eps a positive Parameter, `eps * exp(log_ratio)`. Leave `log_ratio` out of weight decay.
+        num_parameters: 1, or C for an eps of its own for each channel.
+        channel_dim: The dimension of the channels: 1 for images (N, C, ...), -1 for sequences (..., C).
+        inplace: Accepted for timm and torch signatures; the input is never overwritten.
+        save: What the backward pass keeps, "auto", "input" or "output"; see `hf_gem.functional.egem`.
+
+    Raises:
+        TypeError: n, eps, num_parameters or channel_dim is not a number, or learnable not a bool.
+        ValueError: one of them is out of range; when called, the input has another number of channels.
+        IndexError: when called, the input has no dimension `channel_dim`.
+    """
 
     def __init__(
         self,
+        family: str,
         n: int = 1,
-        eps: Any = None,
+        eps: float | None = None,
         learnable: bool = False,
         num_parameters: int = 1,
         channel_dim: int = 1,
+        inplace: bool = False,
         save: str = "auto",
     ) -> None:
         super().__init__()
         check_save(save)
-        spec = GemSpec(self.family, n, eps, learnable)
+        spec = GemSpec(family, n, eps, learnable)  # type: ignore[arg-type]  # None stands for the family's own
         for name, value in (("num_parameters", num_parameters), ("channel_dim", channel_dim)):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
@@ -60,6 +75,7 @@ class GemActivation(nn.Module):
             raise ValueError(f"num_parameters must be 1 or the number of channels, got {num_parameters}")
         if num_parameters != 1 and not learnable:
             raise ValueError(f"num_parameters={num_parameters} needs learnable=True: a fixed eps has no parameters")
+        self.family = spec.family
         self.n = spec.n
         self.init_eps = spec.eps
         self.num_parameters = num_parameters
@@ -86,9 +102,20 @@ class GemActivation(nn.Module):
         """Family, n, initial eps and learnability."""
         return GemSpec(self.family, self.n, self.init_eps, self.log_ratio is not None)
 
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        if self.log_ratio is None:
+            return functional.activation(x, self.family, self.n, self.init_eps, self.save)
+        eps = _eps_at(self.log_ratio, self.init_eps)
+        if self.num_parameters == 1:
+            return functional.activation(x, self.family, self.n, eps.view([]), self.save)
+        x = x.movedim(self.channel_dim, -1)
+        return functional.activation(x, self.family, self.n, eps, self.save).movedim(-1, self.channel_dim)
+
     def extra_repr(self) -> str:
-        parts = [f"n={self.n}"]
-        if self.family != "gem":
+        definition = self.spec.definition
+        parts = [] if type(self) is not GemActivation else [self.family]
+        parts.append(f"n={self.n}")
+        if definition.fixed_eps is None:
             parts.append(f"eps={self.init_eps:g}")
         if self.log_ratio is not None:
             parts.append("learnable=True")
@@ -97,6 +124,45 @@ class GemActivation(nn.Module):
         if self.save != "auto":
             parts.append(f"save={self.save!r}")
         return ", ".join(parts)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        vars(self).setdefault("family", type(self).__name__.lower())  # pickles of version 0.1.0 lack it
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles in place of this."""
+        return _Scriptable(self)
+
+
+class _Scriptable(nn.Module):
+    """An activation for TorchScript, which takes the formula of the family as it is, with tensors for r and e."""
+
+    def __init__(self, activation: GemActivation) -> None:
+        super().__init__()
+        self.formula = activation.spec.definition.value  # a function as attribute, which TorchScript compiles too
+        self.n = activation.n
+        self.init_eps = activation.init_eps
+        self.r, self.e = scale(activation.init_eps, activation.n)
+        self.per_channel = activation.num_parameters > 1
+        self.channel_dim = activation.channel_dim
+        self.log_ratio: nn.Parameter | None
+        self.register_parameter("log_ratio", activation.log_ratio)
+        self.train(activation.training)
+
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        z = working(x)
+        log_ratio = self.log_ratio
+        if log_ratio is None:
+            r = torch.full([], self.r, dtype=z.dtype, device=z.device)
+            e = torch.full([], self.e, dtype=z.dtype, device=z.device)
+            return self.formula(z, self.n, r, e).to(x.dtype)
+        eps = _eps_at(log_ratio, self.init_eps).to(z.dtype)
+        if not self.per_channel:
+            r, e = scale_tensor(eps.view([]), self.n)
+            return self.formula(z, self.n, r, e).to(x.dtype)
+        r, e = scale_tensor(eps, self.n)
+        y = self.formula(z.movedim(self.channel_dim, -1), self.n, r, e)
+        return y.movedim(-1, self.channel_dim).to(x.dtype)
 
 
 class GEM(GemActivation):
@@ -108,36 +174,17 @@ class GEM(GemActivation):
         save: What the backward pass keeps, "auto", "input" or "output"; see `hf_gem.functional.egem`.
     """
 
-    family = "gem"
-
     def __init__(self, n: int = 1, inplace: bool = False, save: str = "auto") -> None:
-        super().__init__(n, save=save)
-
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        if torch.jit.is_scripting():
-            return reference.egem(x, self.n, 1.0)
-        return functional.gem(x, self.n, self.save)
+        super().__init__("gem", n, save=save)
 
 
 class EGEM(GemActivation):
     """E-GEM, `x t / (t + eps)` with `t = x^(2n)` for x > 0, else 0; see `hf_gem.functional.egem`.
 
-    Args:
-        n: The paper's N, 1 to 32.
-        eps: Positive number; the initial value where it is learnable.
-        learnable: Makes eps a positive Parameter, `eps * exp(log_ratio)`. Leave `log_ratio` out of weight decay.
-        num_parameters: 1, or C for an eps of its own for each channel.
-        channel_dim: The dimension of the channels: 1 for images (N, C, ...), -1 for sequences (..., C).
-        inplace: Accepted for timm and torch signatures; the input is never overwritten.
-        save: What the backward pass keeps, "auto", "input" or "output"; see `hf_gem.functional.egem`.
-
-    Raises:
-        TypeError: n, eps, num_parameters or channel_dim is not a number, or learnable not a bool.
-        ValueError: one of them is out of range; when called, the input has another number of channels.
-        IndexError: when called, the input has no dimension `channel_dim`.
+    Args and errors are those of `GemActivation`, without the family.
     """
 
-    family = "egem"
+    _name = "egem"
 
     def __init__(
         self,
@@ -149,49 +196,23 @@ class EGEM(GemActivation):
         inplace: bool = False,
         save: str = "auto",
     ) -> None:
-        super().__init__(n, eps, learnable, num_parameters, channel_dim, save)
-
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        log_ratio = self.log_ratio
-        if log_ratio is None:
-            return self._fixed(x)
-        eps = _eps_at(log_ratio, self.init_eps)
-        if self.num_parameters == 1:
-            return self._learned(x, eps.view([]))
-        return self._learned(x.movedim(self.channel_dim, -1), eps).movedim(-1, self.channel_dim)
-
-    def _fixed(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return reference.egem(x, self.n, self.init_eps)
-        return functional.egem(x, self.n, self.init_eps, self.save)
-
-    def _learned(self, x: Tensor, eps: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return reference.egem_tensor(x, self.n, eps)
-        return functional.egem(x, self.n, eps, self.save)
+        super().__init__(self._name, n, eps, learnable, num_parameters, channel_dim, inplace, save)
 
 
 class SEGEM(EGEM):
     """SE-GEM, `x` for x >= 0 and `x eps / (x^(2n) + eps)` for x < 0; see `hf_gem.functional.segem`. Args as EGEM."""
 
-    family = "segem"
+    _name = "segem"
 
-    def _fixed(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return reference.segem(x, self.n, self.init_eps)
-        return functional.segem(x, self.n, self.init_eps, self.save)
 
-    def _learned(self, x: Tensor, eps: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return reference.segem_tensor(x, self.n, eps)
-        return functional.segem(x, self.n, eps, self.save)
+_CLASSES: dict[str, type[GemActivation]] = {"egem": EGEM, "segem": SEGEM}
 
 
 def module_factory(spec: GemSpec) -> Callable[..., nn.Module]:
     """A picklable callable that builds a new module for `spec`; takes `inplace` like the activation classes of timm."""
     if spec.family == "gem":
         return functools.partial(GEM, n=spec.n)
-    cls = {"egem": EGEM, "segem": SEGEM}[spec.family]
+    cls = _CLASSES.get(spec.family) or functools.partial(GemActivation, spec.family)
     return functools.partial(cls, n=spec.n, eps=spec.eps, learnable=spec.learnable)
 
 

@@ -17,6 +17,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported: they run on the CPU then
 
 
+import hf_gem
+from tests.family.dgem import DGEM
+
+hf_gem.register_family(DGEM)  # a family that is not ours is there in all tests
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

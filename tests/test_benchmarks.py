@@ -16,7 +16,7 @@ from benchmarks.common import (
     Contestant,
     Goal,
     Timings,
-    WrongResult,
+    WrongResultError,
     pick_device,
     race,
     random_batches,
@@ -106,7 +106,7 @@ def test_nothing_is_timed_beside_a_wrong_contestant(function, message):
         raise AssertionError("something was timed")
 
     contestants = {"right": Contestant(F.relu, F.relu), "wrong": Contestant(function, F.relu)}
-    with pytest.raises(WrongResult, match=message) as error:
+    with pytest.raises(WrongResultError, match=message) as error:
         race(contestants, random_batches((64, 32), torch.float32, CPU), CPU, clock=clock)
     assert str(error.value).startswith("wrong ")
 
@@ -114,7 +114,7 @@ def test_nothing_is_timed_beside_a_wrong_contestant(function, message):
 def test_rounding_to_a_half_type_is_allowed_once_unless_more_is_announced():
     batches = random_batches((64, 32), torch.bfloat16, CPU)
     in_steps = Contestant(lambda x: 3 * (x + 1) - 3, lambda x: 3 * x)
-    with pytest.raises(WrongResult, match="allowed"):
+    with pytest.raises(WrongResultError, match="allowed"):
         race({"in steps": in_steps}, batches, CPU, rounds=1)
     race({"in steps": dataclasses.replace(in_steps, num_roundings=4)}, batches, CPU, rounds=1)
 
@@ -144,7 +144,7 @@ def test_a_training_step_with_a_wrong_gradient_is_refused():
     train_step.require_right("right", plain, plain, data)
     off = [lambda *data: 1.01 * plain(*data), lambda *data: plain(*data) + 0.2 * (z := plain(*data)) - 0.2 * z.detach()]
     for objective in off:
-        with pytest.raises(WrongResult, match="not timed"):
+        with pytest.raises(WrongResultError, match="not timed"):
             train_step.require_right("wrong", objective, plain, data)
 
 
@@ -153,7 +153,7 @@ def test_each_element_is_checked():
         return torch.where(torch.arange(x.numel()).view_as(x) == x.numel() - 1, x + 1, x.relu())
 
     x = torch.ones(2**22 + 5)  # more than are compared at a time
-    with pytest.raises(WrongResult):
+    with pytest.raises(WrongResultError):
         race({"wrong": Contestant(off_in_one, F.relu)}, [Batch((x,), x)], CPU)
 
 

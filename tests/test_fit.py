@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_gem import GemSpec, get_activation
-from hf_gem.family.reference import egem
+from hf_gem import GemSpec, egem, get_activation
 from hf_gem.fit import Fit, Histogram, error, fit
 
 SPREAD = 2**17

@@ -1,20 +1,17 @@
-"""Compiles the C++ kernels: `python build.py N TARGET`, with the flags that Inductor uses on this machine.
+"""Compiles C++ kernels: `python build.py TARGET`, with the source on standard input and the flags of Inductor.
 
 `cpu.py` starts it as a process of its own, so that neither Inductor nor the compiler slows the program down. Nothing of
-hf_gem is imported, and torch only where there is something to build.
+hf_gem is imported but one file, and torch only where there is something to build.
 """
 
 import os
+import runpy
 import shutil
 import sys
 from pathlib import Path
 
 
-def source(n: int) -> str:
-    return f"#define GEM_N {n}\n" + Path(__file__).with_name("cpu.cpp").read_text(encoding="utf-8")
-
-
-def main(n: int, target: Path) -> None:
+def main(target: Path, source: str) -> None:
     from filelock import FileLock  # which torch depends on
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -22,16 +19,14 @@ def main(n: int, target: Path) -> None:
     with FileLock(f"{target}.lock"):
         if target.exists():
             return
-        from torch._inductor.codecache import CppCodeCache
-
-        library = CppCodeCache.load(source(n))
+        private = runpy.run_path(str(Path(__file__).parent.parent / "_torch.py"))
         unfinished = target.with_suffix(f".{os.getpid()}")
-        shutil.copyfile(library._name, unfinished)
-        os.replace(unfinished, target)
+        shutil.copyfile(private["compile_cpp"](source), unfinished)
+        unfinished.replace(target)
 
 
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder, whose files are no modules of their own
     if hasattr(os, "nice"):
         os.nice(5)
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.stdin.read())

@@ -1,8 +1,8 @@
 """The C++ kernels for CPUs: found, built where that pays, loaded, launched.
 
-A library holds all kernels for one n. It is built once for a machine, by a process of its own, into a cache of the
-user; programs load it from there with ctypes. Its results are those of the formulas to the bit, so it does not matter
-when a program changes over from one to the other.
+A library holds all kernels of a family for one n. It is built once for a machine, by a process of its own, into a cache
+of the user; programs load it from there with ctypes. Its results are those of the formulas to the bit, so it does not
+matter when a program changes over from one to the other.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..family import reference
+from ..family.arithmetic import scale
+from ..family.table import Family, family_named
 from ..files import cache_folder
 from . import build
+from .printer import DTYPES, cpp_source
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Elements through backward passes of the formulas before a build is started for an n: a second or so of their time,
 # against some ten seconds of one core, once. Forward passes count less (`dispatch`): a few inferences never start it.
 WORTH_BUILDING = 2**26
@@ -36,13 +38,14 @@ _NUM_TENSORS = {"forward": 2, "backward": 3, "backward_at": 3, "glu": 3, "glu_ba
 
 
 class Library:
-    """The kernels for one n, whether they are there, being built, or not to be had."""
+    """The kernels of a family for one n, whether they are there, being built, or not to be had."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, family: Family, n: int) -> None:
+        self.family = family
         self.n = n
-        self._functions: dict[tuple[str, str, torch.dtype], Callable[..., None]] | None = None
+        self._functions: dict[tuple[str, torch.dtype], Callable[..., None]] | None = None
         self._work = 0.0
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._started_by = 0
         self._looked = False
         self._failed = False
@@ -77,14 +80,14 @@ class Library:
             return self._load()
         return self._fail(f"building them failed: {self._last_words()}")
 
-    def function(self, operation: str, form: str, dtype: torch.dtype) -> Callable[..., None]:
+    def function(self, operation: str, dtype: torch.dtype) -> Callable[..., None]:
         """The kernel, once `ready`."""
         assert self._functions is not None
-        return self._functions[operation, form, dtype]
+        return self._functions[operation, dtype]
 
     @property
     def path(self) -> Path:
-        return cache_folder() / f"cpu-n{self.n}-{_fingerprint(self.n)}.so"
+        return cache_folder() / f"cpu-{self.family.name}-n{self.n}-{_fingerprint(self.family, self.n)}.so"
 
     def _start(self) -> None:
         if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
@@ -95,12 +98,15 @@ class Library:
         self._started_by = os.getpid()
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, build.__file__, str(self.n), str(self.path)],
-                stdin=subprocess.DEVNULL,
+                [sys.executable, build.__file__, str(self.path)],
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is meant for the program; the build is done in seconds
             )
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as source:  # it ended, and its log says why
+            source.write(cpp_source(self.family, self.n).encode())
 
     def _last_words(self) -> str:
         text = self.path.with_suffix(".log").read_text(encoding="utf-8", errors="replace").strip()
@@ -113,13 +119,8 @@ class Library:
             return self._fail(f"{self.path} cannot be loaded: {error}; delete it to have it built again")
         with contextlib.suppress(OSError):  # none there, or a folder that can only be read
             self.path.with_suffix(".log").unlink()
-        self._functions = {
-            (operation, form, dtype): _function(library, operation, form, dtype)
-            for operation in _NUM_TENSORS
-            for form in ("egem", "segem")
-            for dtype in DTYPES
-            if (operation, form) != ("backward_at", "segem")
-        }
+        operations = [name for name in _NUM_TENSORS if name != "backward_at" or self.family.slope_at is not None]
+        self._functions = {(name, dtype): _function(library, name, dtype) for name in operations for dtype in DTYPES}
         return True
 
     def _fail(self, reason: str) -> bool:
@@ -132,17 +133,16 @@ class Library:
         return False
 
 
-def _function(library: ctypes.CDLL, operation: str, form: str, dtype: torch.dtype) -> Callable[..., None]:
-    name = f"{form}_{str(dtype).removeprefix('torch.')}"
-    function = getattr(library, name if operation == "forward" else f"{name}_{operation}")
-    numbers = [ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_float, ctypes.c_float]
+def _function(library: ctypes.CDLL, operation: str, dtype: torch.dtype) -> Callable[..., None]:
+    function = getattr(library, f"{operation}_{str(dtype).removeprefix('torch.')}")
+    numbers = [ctypes.c_int64, ctypes.c_int, ctypes.c_double, ctypes.c_double]
     function.argtypes = [*numbers, *[ctypes.c_void_p] * _NUM_TENSORS[operation]]
     function.restype = None
-    return function
+    return cast("Callable[..., None]", function)
 
 
 @functools.cache
-def _fingerprint(n: int) -> str:
+def _fingerprint(family: Family, n: int) -> str:
     """Of all that a library depends on: the source, torch, the compiler and the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -150,7 +150,7 @@ def _fingerprint(n: int) -> str:
     except OSError:
         processor = platform.processor()
     parts = (
-        build.source(n),
+        cpp_source(family, n),
         torch.__version__,
         torch.backends.cpu.get_cpu_capability(),
         platform.machine(),
@@ -160,13 +160,25 @@ def _fingerprint(n: int) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-library = functools.cache(Library)
+@functools.cache
+def _library(kernels: str, n: int) -> Library:
+    return Library(family_named(kernels), n)
 
 
-def launch(operation: str, form: str, n: int, eps: float, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+def library(family: Family, n: int) -> Library:
+    """The library of a family for one n, always the same one; GEM and E-GEM share theirs."""
+    return _library(family.kernels, n)
+
+
+_scale = functools.lru_cache(maxsize=4096)(scale)
+
+
+def launch(
+    operation: str, family: Family, n: int, eps: float, outputs: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> None:
     """Runs one kernel; the tensors are dense, of one shape, layout and dtype, and on the CPU."""
     numel = inputs[0].numel()
     threads = torch.get_num_threads() if numel >= _PARALLEL else 1
-    function = library(n).function(operation, form, inputs[0].dtype)
+    function = _library(family.kernels, n).function(operation, inputs[0].dtype)
     pointers = [tensor.data_ptr() for tensor in (*outputs, *inputs)]
-    function(numel, threads, *reference.scale_and_bound(n, eps), *pointers)
+    function(numel, threads, *_scale(eps, n), *pointers)

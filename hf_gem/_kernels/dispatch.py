@@ -12,16 +12,16 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 from torch.nn import Parameter
 
-from ..family import reference
+from .._torch import in_dispatch_mode, in_functorch_transform, lacks_own_memory
+from ..family.table import Family
 from . import cpu, formulas
+from .printer import DTYPES
 
 BACKENDS = ("auto", "eager", "compiled", "triton")
 _GPUS = ("cuda", "xpu")
@@ -69,32 +69,35 @@ def kernels(backend: str) -> Iterator[None]:
         _selected = before
 
 
-def run(operation: str, form: str, n: int, eps: float | Tensor, *inputs: Tensor) -> Any:
-    """Computes one operation of the family, for `form` "egem" or "segem".
+def run(operation: str, family: Family, n: int, eps: float | Tensor, *inputs: Tensor) -> Any:
+    """Computes one operation of a family.
 
     Args:
-        operation: `forward` (x), `backward` (grad, x), `backward_at` (grad, y) for egem alone, `glu` (gate, up) or
-            `glu_backward` (grad, gate, up).
+        operation: `forward` (x), `backward` (grad, x), `backward_at` (grad, y) for a family with `slope_at`, `glu`
+            (gate, up) or `glu_backward` (grad, gate, up).
+        family: Any.
+        n: The paper's N.
+        eps: A positive number, or a tensor, which the formulas take.
         inputs: Tensors of one shape.
 
     Returns:
         One tensor; of `glu_backward`, the gradients of gate and up. Strides are those that torch gives to elementwise
         results.
     """
-    backend = _kernels_for(operation, n, eps, inputs)
+    backend = _kernels_for(operation, family, n, eps, inputs)
     if backend is None:
-        return formulas.run(operation, form, n, eps, *inputs)
+        return formulas.run(operation, family, n, eps, *inputs)
     outputs = [torch.empty_like(inputs[k]) for k in _OUTPUTS_LIKE[operation]]
     # A dense tensor is one run of memory. Others are copied into one first: the buffer of a result has such strides.
     strides = outputs[0].stride()
     dense = [x if x.stride() == strides else torch.empty_like(outputs[0]).copy_(x) for x in inputs]
     if len(outputs) == 2 and outputs[1].stride() != strides:
         outputs[1] = torch.empty_like(outputs[0])
-    backend.launch(operation, form, n, eps, outputs, dense)
+    backend.launch(operation, family, n, eps, outputs, dense)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-def keeps_output(form: str, n: int, eps: float | Tensor, x: Tensor, save: str) -> bool:
+def keeps_output(family: Family, n: int, eps: float | Tensor, x: Tensor, save: str) -> bool:
     """Whether the backward pass is to keep the output of `forward`, by the rule of `hf_gem.functional.egem`.
 
     Raises:
@@ -103,12 +106,12 @@ def keeps_output(form: str, n: int, eps: float | Tensor, x: Tensor, save: str) -
     check_save(save)
     if save == "input":
         return False
-    possible = form == "egem" and reference.invertible(n, eps, x.dtype)
+    possible = family.slope_at is not None and family.invertible(n, eps, x.dtype)
     if save == "output" and not possible:
         raise ValueError(
-            f"save='output' needs E-GEM, which is monotone where SE-GEM is not, n up to {reference.MAX_INVERTIBLE_N}, "
-            f"and outputs that do not underflow: in float16, an eps that is a number, at n = 1 of 7e-5 or more; got "
-            f"{form}, n={n}, eps={eps!r}, {x.dtype}. Use save='auto' or 'input'"
+            f"save='output' is not available for {family.name}, n={n}, eps={eps!r}, {x.dtype}. It requires a family "
+            "that can be inverted, such as GEM and E-GEM with n <= 4; in float16 their eps must also be a plain "
+            "number, at least 7e-5 for n=1. Use save='auto' or 'input'"
         )
     if save == "output":
         return True
@@ -116,7 +119,7 @@ def keeps_output(form: str, n: int, eps: float | Tensor, x: Tensor, save: str) -
     if not possible or torch.compiler.is_compiling():
         return False
     # On a CPU, the arithmetic costs more than the pass over memory that it saves.
-    return x.device.type in _GPUS and _kernels_for("forward", n, eps, (x,)) is not None
+    return x.device.type in _GPUS and _kernels_for("forward", family, n, eps, (x,)) is not None
 
 
 def check_save(save: str) -> None:
@@ -124,25 +127,24 @@ def check_save(save: str) -> None:
         raise ValueError(f"save must be 'auto', 'input' or 'output', got {save!r}")
 
 
-def _kernels_for(operation: str, n: int, eps: float | Tensor, inputs: tuple[Tensor, ...]) -> ModuleType | None:
-    if _selected == "eager" or isinstance(eps, Tensor) or torch._C._len_torch_dispatch_stack() > 0:
+def _kernels_for(operation: str, family: Family, n: int, eps: float | Tensor, inputs: tuple[Tensor, ...]) -> Any:
+    if _selected == "eager" or isinstance(eps, Tensor) or in_dispatch_mode():
         return None
     x = inputs[0]
     numel, dtype, device = x.numel(), x.dtype, x.device
-    if numel == 0 or dtype not in cpu.DTYPES or torch._C._are_functorch_transforms_active():
+    if numel == 0 or dtype not in DTYPES or in_functorch_transform():
         return None
     for other in inputs:
         if type(other) not in (Tensor, Parameter) or other.dtype != dtype or other.device != device:
             return None
-        # Their memory does not hold their values, or is not there: jacobian(vectorize=True) has batches of gradients.
-        if other.is_neg() or other._is_zerotensor() or is_legacy_batchedtensor(other):
+        if lacks_own_memory(other):
             return None
     if device.type == "cpu":
         if _selected == "triton":
             return _interpreter()
         # Training is known by its backward passes. Inference has to go on for longer before a build pays.
         work = numel if "backward" in operation else numel / 16
-        return cpu if cpu.library(n).ready(work, wait=_selected == "compiled") else None
+        return cpu if cpu.library(family, n).ready(work, wait=_selected == "compiled") else None
     return _triton() if device.type in _GPUS else None
 
 

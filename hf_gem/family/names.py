@@ -1,31 +1,49 @@
-"""Names and parameters of the family: one string names one function completely.
+"""Names and parameters of the families: one string names one function completely.
 
 Grammar (case-insensitive)::
 
     gem[_n<N>]    egem[_n<N>][_eps<E>][_learnable]    segem[_n<N>][_eps<E>][_learnable]
+
+and like the last two for every family that is registered.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import re
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-# Family -> the form in which it is computed: GEM is E-GEM with eps = 1. README.md says where else a new family goes.
-FORMS = {"gem": "egem", "egem": "egem", "segem": "segem"}
-FAMILIES = tuple(FORMS)
-DEFAULT_EPS = 1e-4
+from .arithmetic import LEARNABLE_RANGE
+from .table import FAMILIES, Family, family_named
+
 MAX_N = 32
 # The gate's scale eps**(1/2n) stays inside 2**±100, where float32 holds it and its reciprocal.
 MAX_LOG2_SCALE = 100
-LEARNABLE_RANGE = (1e-37, 1e37)  # of a learnable eps, also while it is trained: what float32 holds
 
 _NUMBER = r"\d+(?:\.\d*)?(?:em?[+-]?\d+)?"
-_NAME = re.compile(rf"({'|'.join(FAMILIES)})(?:_n(\d+))?(?:_eps({_NUMBER}))?(_learnable)?", re.ASCII)
-_CLAIMED = re.compile(r"(?:s?e[\W_]?)?gem(?:n?\d.*|[\W_].*)?", re.DOTALL)
-_GRAMMAR = ", ".join(["gem[_n<N>]", *(f"{family}[_n<N>][_eps<E>][_learnable]" for family in FAMILIES[1:])])
+
+
+@functools.cache
+def _patterns(names: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What a name of some families looks like, and what can only have been meant as one."""
+    # "E-GEM" may be written e_gem, and gem2 is a slip; gemma and gems are other words.
+    titles = (re.sub("-", r"[\\W_]?", FAMILIES[name].title.lower()) for name in names)
+    name = re.compile(rf"({'|'.join(names)})(?:_n(\d+))?(?:_eps({_NUMBER}))?(_learnable)?", re.ASCII)
+    return name, re.compile(rf"(?:{'|'.join(titles)})(?:n?\d.*|[\W_].*)?", re.DOTALL)
+
+
+def _match(name: str) -> re.Match[str] | None:
+    return _patterns(tuple(FAMILIES))[0].fullmatch(name.lower())
+
+
+def _grammar() -> str:
+    parameters = (
+        "[_n<N>]" if family.fixed_eps is not None else "[_n<N>][_eps<E>][_learnable]" for family in FAMILIES.values()
+    )
+    return ", ".join(name + rest for name, rest in zip(FAMILIES, parameters, strict=True))
 
 
 def check_n(n: int) -> int:
@@ -71,8 +89,8 @@ class GemSpec:
     """One member of the family.
 
     Attributes:
-        family: `gem`, `egem` or `segem`.
-        n: The paper's N, 1 to 32; the function is C^(2n).
+        family: `gem`, `egem`, `segem` or one that was registered.
+        n: The paper's N, 1 to 32; our functions are C^(2n).
         eps: Scale of the gate, `t / (t + eps)` with `t = x^(2n)`; 1 for `gem`. For a learnable one, its initial value.
         learnable: Whether eps is a Parameter, owned by each layer.
 
@@ -87,13 +105,13 @@ class GemSpec:
     learnable: bool = False
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {self.family!r}")
+        family = family_named(self.family)
         n = check_n(self.n)
-        eps = (1.0 if self.family == "gem" else DEFAULT_EPS) if self.eps is None else check_eps(self.eps, n)
-        if self.family == "gem" and (eps != 1.0 or self.learnable):
+        eps = family.default_eps if self.eps is None else check_eps(self.eps, n)
+        if family.fixed_eps is not None and (eps != family.fixed_eps or self.learnable):
             raise ValueError(
-                f"gem has eps = 1, fixed; got eps={eps!r}, learnable={self.learnable}. The family 'egem' has others"
+                f"{self.family} has eps = {family.fixed_eps:g}, fixed; got eps={eps!r}, learnable={self.learnable}. "
+                f"The family {family.kernels!r} has others"
             )
         if not isinstance(self.learnable, bool):
             raise TypeError(f"learnable must be True or False, got {self.learnable!r}")
@@ -105,13 +123,18 @@ class GemSpec:
     @property
     def name(self) -> str:
         """The canonical name: defaults left out, no hyphen; `parse(spec.name) == spec`."""
-        default_eps = self.family == "gem" or self.eps == DEFAULT_EPS
+        default_eps = self.eps == self.definition.default_eps
         return (
             self.family
             + (f"_n{self.n}" if self.n != 1 else "")
             + ("" if default_eps else f"_eps{_print_eps(self.eps)}")
             + ("_learnable" if self.learnable else "")
         )
+
+    @property
+    def definition(self) -> Family:
+        """The family with its formulas."""
+        return family_named(self.family)
 
     def __str__(self) -> str:
         return self.name
@@ -135,7 +158,7 @@ def parse(name: str) -> GemSpec:
         raise TypeError(
             f"an activation name must be a string such as 'gem_n2', got {name!r} of type {type(name).__name__}"
         )
-    match = _NAME.fullmatch(name.lower())
+    match = _match(name)
     if match is None:
         raise _malformed(name, "it does not follow the grammar")
     family, n, eps, learnable = match.groups()
@@ -147,7 +170,7 @@ def parse(name: str) -> GemSpec:
 
 def is_name(name: object) -> bool:
     """Whether `name` is a well-formed name of the family."""
-    if not isinstance(name, str) or _NAME.fullmatch(name.lower()) is None:
+    if not isinstance(name, str) or _match(name) is None:
         return False
     try:
         parse(name)
@@ -158,7 +181,7 @@ def is_name(name: object) -> bool:
 
 def is_claimed(name: object) -> TypeGuard[str]:
     """Whether `name` can only have been meant as one of ours: `gem_n0`, `egem-n2`, but not `gemma` or `gelu`."""
-    return isinstance(name, str) and _CLAIMED.fullmatch(name.lower()) is not None
+    return isinstance(name, str) and _patterns(tuple(FAMILIES))[1].fullmatch(name.lower()) is not None
 
 
 def _print_eps(eps: float) -> str:
@@ -174,12 +197,15 @@ def _read_eps(text: str | None) -> Any:
 
 
 def _malformed(name: str, reason: str) -> ValueError:
-    if name and "gem" not in re.sub(r"[\W_]", "", name.lower()):
+    letters = re.sub(r"[\W_]", "", name.lower())
+    if name and not any(family in letters for family in FAMILIES):
         return ValueError(
-            f"got activation name {name!r}, which is none of the family. Allowed: {_GRAMMAR}. For others, such as a "
+            f"got activation name {name!r}, which is none of the family. Allowed: {_grammar()}. For others, such as a "
             "baseline's, there are hf_gem.set_activation and timm's act_layer; hf_gem.gain takes a function"
         )
-    return ValueError(f"got activation name {name!r}: {reason}. Allowed: {_GRAMMAR}. Did you mean {_nearest(name)!r}?")
+    return ValueError(
+        f"got activation name {name!r}: {reason}. Allowed: {_grammar()}. Did you mean {_nearest(name)!r}?"
+    )
 
 
 def _nearest(name: str) -> str:
@@ -191,7 +217,7 @@ def _nearest(name: str) -> str:
     # Past the family's own letters, so that the "e" of "egem" is not taken for an eps.
     eps = re.search(rf"(?<![a-z])e(?:ps(?:ilon)?)?[\s_=:]*({_NUMBER})", text)
     learnable = "learn" in text
-    if family == "gem" and (eps or learnable):
+    if FAMILIES[family].fixed_eps is not None and (eps or learnable):
         family = "egem"
     order = min(max(int(n[1]), 1), MAX_N) if n else 1
     try:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..family.names import FORMS, parse
-from ..family.reference import egem, egem_tensor, segem, segem_tensor
+from ..family.egem import EGEM  # noqa: F401  # puts itself into the table
+from ..family.formulas import forward
+from ..family.names import parse
+from ..family.segem import SEGEM  # noqa: F401
 from ..surgery.fields import mask, unmask
 from ..surgery.plans import apply_plans, complete
-
-_FORMULAS = {"egem": (egem, egem_tensor), "segem": (segem, segem_tensor)}
 
 
 class Activation(nn.Module):
@@ -36,12 +36,11 @@ class Activation(nn.Module):
         self.log_ratio = nn.Parameter(torch.zeros(1)) if self.spec.learnable else None
 
     def forward(self, x: Tensor) -> Tensor:
-        n, eps = self.spec.n, self.spec.eps
-        number, tensor = _FORMULAS[FORMS[self.spec.family]]
-        if self.log_ratio is None:
-            return number(x, n, eps)
-        learned = eps * self.log_ratio.to(torch.promote_types(self.log_ratio.dtype, torch.float32)).exp().view([])
-        return tensor(x, n, learned)
+        eps: float | Tensor = self.spec.eps
+        if self.log_ratio is not None:
+            wide = torch.promote_types(self.log_ratio.dtype, torch.float32)
+            eps = eps * self.log_ratio.to(wide).exp().view([])
+        return forward(self.spec.definition, self.spec.n, eps, x)
 
     def extra_repr(self) -> str:
         return self.spec.name

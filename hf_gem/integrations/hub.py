@@ -16,11 +16,8 @@ from ..surgery.plans import unnamed
 
 _ROOT = Path(__file__).parent.parent
 _FALLBACK = (
-    "family/names.py",
-    "family/reference.py",
-    "surgery/plans.py",
-    "surgery/fields.py",
-    "integrations/fallback.py",
+    *(f"family/{name}.py" for name in ("arithmetic", "table", "egem", "segem", "formulas", "names")),
+    *("surgery/plans.py", "surgery/fields.py", "integrations/fallback.py"),
 )
 _CODE = "modeling_gem"
 _OWN = "image_models"  # the file of hf_gem with models that transformers does not have

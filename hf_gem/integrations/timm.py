@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .. import functional
-from ..family.names import FORMS, GemSpec, is_claimed, parse
+from ..family.names import GemSpec, is_claimed, parse
 from ..init import gain
 from ..modules import GemActivation, get_activation, module_factory
 from ..surgery.plans import BUILT, PLAN, apply_plan, plan_of, unnamed
@@ -43,7 +43,7 @@ class ActName(str):
 
 def _function(x: Tensor, n: int, eps: float, family: str, inplace: bool = False) -> Tensor:
     """An activation function as timm calls it: `inplace` is accepted, and the input never overwritten."""
-    return {"egem": functional.egem, "segem": functional.segem}[FORMS[family]](x, n, eps)
+    return functional.activation(x, family, n, eps)
 
 
 def _make_function(spec: GemSpec) -> Callable[..., Tensor]:

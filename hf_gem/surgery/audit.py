@@ -55,7 +55,13 @@ _HAND_WRITTEN = {
 # Functions of torch made of several operations, none of which is the activation.
 _COMPOSED = {F.softsign: "softsign", F.tanhshrink: "tanhshrink"}
 # Function -> its family, unless that is an argument.
-_OURS = {functional.gem: "gem", functional.egem: "egem", functional.segem: "segem", functional.gem_glu: "egem"}
+_OURS = {
+    functional.gem: "gem",
+    functional.egem: "egem",
+    functional.segem: "segem",
+    functional.activation: "egem",
+    functional.gem_glu: "egem",
+}
 # Modules of these files are one activation each, whatever operations they are made of.
 _LIBRARIES = ("transformers.activations", "timm.layers.activations", "timm.layers.activations_me")
 _LIBRARY_FILES = tuple(name.replace(".", "/") + ".py" for name in _LIBRARIES)

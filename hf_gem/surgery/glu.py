@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional
-from ..modules import EGEM, GEM, SEGEM, GemActivation
+from ..modules import GemActivation
 from .audit import path_patterns
 from .stock import describe, stock_slots
 
@@ -153,14 +153,14 @@ def _described(act: Any) -> str:
 
 
 def _can_fuse(act: Any) -> bool:
-    return type(act) in (GEM, EGEM, SEGEM) and act.num_parameters == 1
+    return isinstance(act, GemActivation) and type(act).forward is GemActivation.forward and act.num_parameters == 1
 
 
 def _glu(*, act: Any, gate: Any, up: Any) -> Any:
     """`act(gate) * up`, by one call where that is the same but for rounding."""
     plain = type(gate) is Tensor and type(up) is Tensor and not torch.jit.is_tracing()  # not sharded, nested, of fx ...
     if plain and gate.shape == up.shape and gate.dtype == up.dtype and _can_fuse(act) and not _is_watched(act):
-        eps = None if act.family == "gem" else act.init_eps if act.log_ratio is None else act.eps.view([])
+        eps = act.init_eps if act.log_ratio is None else act.eps.view([])
         return functional.gem_glu(gate, up, family=act.family, n=act.n, eps=eps)
     return act(gate) * up
 

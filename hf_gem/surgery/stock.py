@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..family.names import FAMILIES
+from ..family.table import FAMILIES
 from ..modules import GemActivation
 from .plans import Slot, join
 

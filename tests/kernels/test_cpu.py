@@ -14,11 +14,16 @@ import torch
 import hf_gem
 from hf_gem import egem
 from hf_gem._kernels import build, cpu, formulas, run
+from hf_gem._kernels.printer import cpp_source
+from hf_gem.family.egem import EGEM
+from hf_gem.family.segem import SEGEM
+from tests.family.dgem import DGEM
 from tests.helpers import needs_compiler
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-OPERATIONS = [(op, form) for op in ("forward", "backward", "glu", "glu_backward") for form in ("egem", "segem")]
-OPERATIONS.append(("backward_at", "egem"))
+FAMILIES = [EGEM, SEGEM, DGEM]  # the last one is not ours
+OPERATIONS = [(op, family) for op in ("forward", "backward", "glu", "glu_backward") for family in FAMILIES]
+OPERATIONS.append(("backward_at", EGEM))
 NUM_INPUTS = {"forward": 1, "backward": 2, "backward_at": 2, "glu": 2, "glu_backward": 3}
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -37,10 +42,10 @@ def same_bits(a, b):
     return ((a.view(integer) == b.view(integer)) | (a.isnan() & b.isnan())).all()
 
 
-def assert_same(operation, form, n, eps, *inputs):
+def assert_same(operation, family, n, eps, *inputs):
     with hf_gem.kernels("compiled"):
-        got = run(operation, form, n, eps, *inputs)
-    expected = formulas.run(operation, form, n, eps, *inputs)
+        got = run(operation, family, n, eps, *inputs)
+    expected = formulas.run(operation, family, n, eps, *inputs)
     for a, b in zip(*((y,) if isinstance(y, torch.Tensor) else y for y in (got, expected)), strict=True):
         assert a.dtype == b.dtype
         assert a.stride() == b.stride()
@@ -51,26 +56,26 @@ def assert_same(operation, form, n, eps, *inputs):
 def fresh(monkeypatch, tmp_path):
     """As on a machine where nothing was ever built."""
     monkeypatch.setenv("HF_GEM_CACHE", str(tmp_path / "cache"))
-    cpu.library.cache_clear()
+    cpu._library.cache_clear()
     yield tmp_path / "cache"
-    cpu.library.cache_clear()
+    cpu._library.cache_clear()
 
 
-# ---- what they compute; test_reference says how right the formulas are
+# ---- what they compute; test_formulas says how right the formulas are
 
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("operation", "form", "n"),
+    ("operation", "family", "n"),
     [(*pair, n) for pair in OPERATIONS for n in (1, 2, 3, 4, 7) if n <= 4 or pair[0] != "backward_at"],
 )
 @dtypes
-def test_every_bit_is_that_of_the_formulas(operation, form, n, dtype):
+def test_every_bit_is_that_of_the_formulas(operation, family, n, dtype):
     x = numbers(dtype)
     others = [numbers(dtype) for _ in range(NUM_INPUTS[operation] - 1)]
     inputs = [*others, x] if operation.startswith("backward") else [x, *others]
     for eps in (1e-4, 1.0, 10.0):
-        assert_same(operation, form, n, eps, *inputs)
+        assert_same(operation, family, n, eps, *inputs)
 
 
 @needs_compiler
@@ -78,8 +83,8 @@ def test_every_bit_is_that_of_the_formulas(operation, form, n, dtype):
 def test_every_length(dtype):
     # Registers, rests of them, and shares of threads.
     for count in (*range(1, 70), cpu._PARALLEL - 1, cpu._PARALLEL, 3 * cpu._PARALLEL + 5):
-        assert_same("forward", "egem", 1, 0.1, torch.randn(count).to(dtype))
-        assert_same("glu_backward", "segem", 1, 0.1, *torch.randn(3, count).to(dtype))
+        assert_same("forward", EGEM, 1, 0.1, torch.randn(count).to(dtype))
+        assert_same("glu_backward", SEGEM, 1, 0.1, *torch.randn(3, count).to(dtype))
 
 
 @needs_compiler
@@ -89,7 +94,7 @@ def test_several_threads():
     try:
         for threads in (1, 2, 7):
             torch.set_num_threads(threads)
-            assert_same("backward", "egem", 1, 0.1, grad, x)
+            assert_same("backward", EGEM, 1, 0.1, grad, x)
     finally:
         torch.set_num_threads(before)
 
@@ -101,25 +106,25 @@ def test_several_threads():
 def test_built_in_the_background_once_it_pays(fresh, monkeypatch):
     monkeypatch.setattr(cpu, "WORTH_BUILDING", 60)
     x = torch.randn(400)
-    expected = formulas.run("forward", "egem", 2, 0.1, x)
+    expected = formulas.run("forward", EGEM, 2, 0.1, x)
     with warnings.catch_warnings(), hf_gem.kernels("auto"):
         warnings.simplefilter("error")
         for _ in range(2):
             assert torch.equal(egem(x, 2, 0.1), expected)
         assert not fresh.exists()
         deadline = time.monotonic() + 240
-        while cpu.library(2)._functions is None:
+        while cpu.library(EGEM, 2)._functions is None:
             assert time.monotonic() < deadline
             assert torch.equal(egem(x, 2, 0.1), expected)
             time.sleep(0.1)
         assert torch.equal(egem(x, 2, 0.1), expected)
     assert {path.suffix for path in fresh.iterdir()} <= {".so", ".lock"}
     # The next process finds them.
-    cpu.library.cache_clear()
+    cpu._library.cache_clear()
     with hf_gem.kernels("auto"):
         egem(x, 2, 0.1)
-    assert cpu.library(2)._functions is not None
-    assert cpu.library(2)._process is None
+    assert cpu.library(EGEM, 2)._functions is not None
+    assert cpu.library(EGEM, 2)._process is None
 
 
 def test_what_counts_towards_a_build(fresh, monkeypatch):
@@ -143,9 +148,9 @@ def test_what_counts_towards_a_build(fresh, monkeypatch):
 def test_a_fork_while_its_parent_builds(fresh, monkeypatch, tmp_path):
     script = tmp_path / "slow.py"
     script.write_text("import time; time.sleep(60)")
-    monkeypatch.setattr(cpu, "build", SimpleNamespace(__file__=str(script), source=build.source))
+    monkeypatch.setattr(cpu, "build", SimpleNamespace(__file__=str(script)))
     monkeypatch.setenv("CXX", sys.executable)  # anything that is there
-    library = cpu.library(1)
+    library = cpu.library(EGEM, 1)
     assert not library.ready(cpu.WORTH_BUILDING, wait=False)
     parents = library._process
     child = os.fork()
@@ -166,7 +171,11 @@ def test_a_fork_while_its_parent_builds(fresh, monkeypatch, tmp_path):
 @needs_compiler
 def test_processes_that_start_at_once(fresh):
     target = fresh / "cpu.so"
-    processes = [subprocess.Popen([sys.executable, build.__file__, "1", str(target)]) for _ in range(3)]
+    command = [sys.executable, build.__file__, str(target)]
+    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, text=True) for _ in range(3)]
+    for process in processes:
+        process.stdin.write(cpp_source(EGEM, 1))
+        process.stdin.close()
     assert [process.wait(timeout=240) for process in processes] == [0, 0, 0]
     assert {path.name for path in fresh.iterdir()} <= {"cpu.so", "cpu.so.lock"}
     assert target.exists()
@@ -183,7 +192,7 @@ def fails(match):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             second = egem(x, 3, 0.1)
-    assert torch.equal(first, formulas.run("forward", "egem", 3, 0.1, x))
+    assert torch.equal(first, formulas.run("forward", EGEM, 3, 0.1, x))
     assert torch.equal(second, first)
 
 
@@ -234,7 +243,7 @@ def test_a_user_without_a_home(fresh, monkeypatch):
 
 @needs_compiler
 def test_a_cache_that_can_only_be_read(monkeypatch):
-    assert cpu.Library(1).ready(0, wait=True)
+    assert cpu.Library(EGEM, 1).ready(0, wait=True)
 
     def read_only(path, **options):
         raise OSError(30, "Read-only file system", str(path))
@@ -242,30 +251,30 @@ def test_a_cache_that_can_only_be_read(monkeypatch):
     monkeypatch.setattr(Path, "unlink", read_only)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert cpu.Library(1).ready(0, wait=False)
+        assert cpu.Library(EGEM, 1).ready(0, wait=False)
 
 
 def test_a_build_whose_exit_status_is_lost(fresh, monkeypatch, tmp_path):
     # Python then takes it for 0.
     script = tmp_path / "fails.py"
     script.write_text("print('no licence today')")
-    monkeypatch.setattr(cpu, "build", SimpleNamespace(__file__=str(script), source=build.source))
+    monkeypatch.setattr(cpu, "build", SimpleNamespace(__file__=str(script)))
     monkeypatch.setenv("CXX", sys.executable)  # anything that is there
     fails("building them failed: no licence today")
 
 
 def test_a_library_that_cannot_be_loaded(fresh):
-    path = cpu.library(3).path
+    path = cpu.library(EGEM, 3).path
     path.parent.mkdir(parents=True)
     path.write_bytes(b"not a library")
     fails("cannot be loaded")
 
 
 def test_another_compiler_or_torch_gets_another_library(fresh, monkeypatch):
-    first = cpu.library(1).path
+    first = cpu.library(EGEM, 1).path
     cpu._fingerprint.cache_clear()
     monkeypatch.setattr(torch, "__version__", "0.0")
-    second = cpu.library(1).path
+    second = cpu.library(EGEM, 1).path
     cpu._fingerprint.cache_clear()
     assert first != second
-    assert first != cpu.library(2).path
+    assert first != cpu.library(EGEM, 2).path

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hf_gem
 from hf_gem import egem, segem
 from hf_gem._kernels import BACKENDS, cpu, dispatch, formulas
+from hf_gem.family.egem import EGEM
+from hf_gem.family.segem import SEGEM
 from tests.helpers import needs_compiler
 
 
@@ -51,9 +53,8 @@ def test_the_environment_variable(monkeypatch, value, selected):
 
 
 def test_a_wrong_environment_variable():
-    done = subprocess.run(
-        [sys.executable, "-c", "import hf_gem"], env={"HF_GEM_KERNELS": "fast"}, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", "import hf_gem"]
+    done = subprocess.run(command, env={"HF_GEM_KERNELS": "fast"}, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "HF_GEM_KERNELS must be one of 'auto', 'eager', 'compiled', 'triton', got 'fast'" in done.stderr
 
@@ -96,14 +97,14 @@ def test_layouts(backend, layout):
     x = LAYOUTS[layout]
     grad = torch.randn(x.shape)
     up = torch.randn(*x.shape, 2)[..., 0]
-    cases = [("forward", "egem", x), ("backward", "egem", grad, x), ("glu_backward", "segem", grad, x, up)]
+    cases = [("forward", EGEM, x), ("backward", EGEM, grad, x), ("glu_backward", SEGEM, grad, x, up)]
     if x.dim():
-        cases.append(("backward", "egem", grad[..., :1].expand_as(x), x))
+        cases.append(("backward", EGEM, grad[..., :1].expand_as(x), x))
     close = {"rtol": 2.0**-20, "atol": 2.0**-40} if backend == "triton" else {"rtol": 0, "atol": 0}
-    for operation, form, *inputs in cases:
+    for operation, family, *inputs in cases:
         with hf_gem.kernels(backend):
-            got = dispatch.run(operation, form, 1, 0.1, *inputs)
-        expected = formulas.run(operation, form, 1, 0.1, *inputs)
+            got = dispatch.run(operation, family, 1, 0.1, *inputs)
+        expected = formulas.run(operation, family, 1, 0.1, *inputs)
         for y, right in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, expected)), strict=True):
             torch.testing.assert_close(y, right, **close)
         if operation != "glu_backward":
@@ -172,14 +173,14 @@ def test_zeros_without_memory():
     zeros = torch._efficientzerotensor(4)
     with hf_gem.kernels("compiled"):
         assert torch.equal(hf_gem.gem(zeros), torch.zeros(4))
-        assert torch.equal(dispatch.run("backward", "segem", 1, 0.1, zeros, torch.randn(4)), torch.zeros(4))
+        assert torch.equal(dispatch.run("backward", SEGEM, 1, 0.1, zeros, torch.randn(4)), torch.zeros(4))
 
 
 def test_compilers_do_not_see_the_choice(monkeypatch):
     monkeypatch.setattr(dispatch, "_GPUS", ("cpu",))  # where `save="auto"` depends on it
     x = torch.randn(8, requires_grad=True)
     compiled = torch.compile(lambda x: egem(x) + segem(x), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), formulas.run("forward", "egem", 1, 1e-4, x) + segem(x))
+    torch.testing.assert_close(compiled(x), formulas.run("forward", EGEM, 1, 1e-4, x) + segem(x))
 
 
 @needs_compiler
@@ -187,7 +188,7 @@ def test_mixed_dtypes_of_gradients():
     # A hook may hand over a gradient of another dtype than autograd asks for.
     x, grad = torch.randn(8), torch.randn(8, dtype=torch.float64)
     with hf_gem.kernels("compiled"):
-        assert dispatch.run("backward", "egem", 1, 0.1, grad, x).dtype == torch.float32
+        assert dispatch.run("backward", EGEM, 1, 0.1, grad, x).dtype == torch.float32
 
 
 # ---- where they cannot be had
@@ -202,7 +203,7 @@ def one_warning(backend, match):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert torch.equal(egem(x), y)
-    assert torch.equal(y, formulas.run("forward", "egem", 1, 1e-4, x))
+    assert torch.equal(y, formulas.run("forward", EGEM, 1, 1e-4, x))
 
 
 @pytest.fixture

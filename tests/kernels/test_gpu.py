@@ -1,6 +1,6 @@
 """The Triton kernels: on the CPU through Triton's interpreter, on a GPU where there is one.
 
-Bounds as in test_reference, with two more roundings for each division, which GPUs do only nearly right.
+Bounds as in test_formulas, with two more roundings for each division, which GPUs do only nearly right.
 """
 
 import pytest
@@ -9,7 +9,9 @@ import torch
 import hf_gem
 from hf_gem import egem
 from hf_gem._kernels import formulas, run
-from hf_gem.family import reference
+from hf_gem.family.egem import EGEM
+from hf_gem.family.formulas import slope as exact_slope
+from hf_gem.family.segem import SEGEM
 from tests import oracle
 from tests.kernels.test_cpu import NUM_INPUTS, OPERATIONS, numbers
 
@@ -22,32 +24,32 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def value_bound(form, n):
-    return 4 * n + 9 if form == "segem" else 2 * n + 5
+def value_bound(family, n):
+    return 4 * n + 9 if family is SEGEM else 2 * n + 5
 
 
-def slope_bound(form, n):
-    return 6 * n + 15 if form == "segem" else max(4 * n + 4, 8 * n - 1) + 4 * n
+def slope_bound(family, n):
+    return 6 * n + 15 if family is SEGEM else max(4 * n + 4, 8 * n - 1) + 4 * n
 
 
 def bound_at(n):
-    """From the output; see test_reference.test_slope_from_the_output."""
+    """From the output; see test_formulas.test_slope_from_the_output."""
     return (2 * n - 1) * (4 * n + 10) + 2 * n + 4
 
 
-def assert_right(operation, form, n, eps, *inputs):
+def assert_right(operation, family, n, eps, *inputs):
     """Against the formulas in float64, whose own errors do not count beside these."""
     with hf_gem.kernels("triton"):
-        got = run(operation, form, n, eps, *inputs)
+        got = run(operation, family, n, eps, *inputs)
     wide = [x.double() for x in inputs]
-    expected = formulas.run(operation, form, n, eps, *wide)
+    expected = formulas.run(operation, family, n, eps, *wide)
     x = wide[-1] if operation.startswith("backward") else wide[operation == "glu_backward"]
-    slopes = (bound_at(n) if operation == "backward_at" else slope_bound(form, n), None)
-    if form == "segem":  # the slope is a difference, c - 2n c s, so measured on the scale of the sum
-        c = (formulas.run("forward", "segem", n, eps, x) / x).nan_to_num(1.0)
+    slopes = (bound_at(n) if operation == "backward_at" else slope_bound(family, n), None)
+    if family is SEGEM:  # the slope is a difference, c - 2n c s, so measured on the scale of the sum
+        c = (formulas.run("forward", SEGEM, n, eps, x) / x).nan_to_num(1.0)
         factor = wide[0] * wide[2] if operation == "glu_backward" else wide[0]
         slopes = (slopes[0], (factor * c * (1 + 2 * n * (1 - c))).abs())
-    values = (value_bound(form, n), None)
+    values = (value_bound(family, n), None)
     kinds = {"forward": [values], "glu": [values], "glu_backward": [slopes, values]}.get(operation, [slopes])
     dtype = inputs[0].dtype
     # The interpreter cuts float32 off to bfloat16 where hardware rounds.
@@ -68,36 +70,38 @@ def assert_right(operation, form, n, eps, *inputs):
         assert not wrong.any(), [t[wrong][:3].tolist() for t in (*inputs, y, exact, allowed)]
 
 
-@pytest.mark.parametrize(("operation", "form"), OPERATIONS)
+@pytest.mark.parametrize(("operation", "family"), OPERATIONS)
 @pytest.mark.parametrize("n", [1, 2, 4])
 @dtypes
-def test_against_the_formulas(operation, form, n, dtype):
+def test_against_the_formulas(operation, family, n, dtype):
     for eps in (1e-3, 1.0):
         x = numbers(dtype, 4000)[:6000]
         x = torch.cat([x, (torch.randn(2000) * eps ** (0.5 / n)).to(dtype)]).to(DEVICE)
         others = [torch.randn(len(x)).to(dtype).to(DEVICE) for _ in range(NUM_INPUTS[operation] - 1)]
         if operation == "glu_backward":
-            assert_right(operation, form, n, eps, others[0], x, others[1])
+            assert_right(operation, family, n, eps, others[0], x, others[1])
         else:
-            assert_right(operation, form, n, eps, *([*others, x] if operation.startswith("backward") else [x, *others]))
+            assert_right(
+                operation, family, n, eps, *([*others, x] if operation.startswith("backward") else [x, *others])
+            )
 
 
-@pytest.mark.parametrize("form", ["egem", "segem"])
+@pytest.mark.parametrize("family", [EGEM, SEGEM])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_half_precision_number(form, dtype):
+def test_every_half_precision_number(family, dtype):
     x = numbers(dtype).to(DEVICE)
-    assert_right("forward", form, 1, 1e-4, x)
-    assert_right("backward", form, 1, 1e-4, torch.ones_like(x), x)
-    if form == "egem":
-        assert_right("backward_at", form, 1, 1e-4, torch.ones_like(x), x)
+    assert_right("forward", family, 1, 1e-4, x)
+    assert_right("backward", family, 1, 1e-4, torch.ones_like(x), x)
+    if family is EGEM:
+        assert_right("backward_at", family, 1, 1e-4, torch.ones_like(x), x)
 
 
 @dtypes
 def test_every_length(dtype):
     block = 4096 // torch.empty((), dtype=dtype).element_size()
     for count in (1, 2, 127, block - 1, block, block + 1, 3 * block + 5):
-        assert_right("forward", "egem", 1, 0.1, torch.randn(count).to(dtype).to(DEVICE))
-        assert_right("glu_backward", "segem", 1, 0.1, *torch.randn(3, count).to(dtype).to(DEVICE))
+        assert_right("forward", EGEM, 1, 0.1, torch.randn(count).to(dtype).to(DEVICE))
+        assert_right("glu_backward", SEGEM, 1, 0.1, *torch.randn(3, count).to(dtype).to(DEVICE))
 
 
 @pytest.mark.parametrize("save", ["input", "output"])
@@ -106,9 +110,9 @@ def test_autograd(save):
     with hf_gem.kernels("triton"):
         y = egem(x, 2, 0.1, save=save)
         (slope,) = torch.autograd.grad(y.sum(), x)  # an expanded gradient
-    exact = reference.egem_slope(x.detach().double(), 2, 0.1)
+    exact = exact_slope(EGEM, 2, 0.1, x.detach().double())
     # From the output, its rounding counts too: (2n + 5) units in it are at most 2n times as many in the slope.
-    bound = slope_bound("egem", 2) if save == "input" else bound_at(2) + 4 * value_bound("egem", 2)
+    bound = slope_bound(EGEM, 2) if save == "input" else bound_at(2) + 4 * value_bound(EGEM, 2)
     torch.testing.assert_close(slope.double(), exact, rtol=bound * 2.0**-24, atol=2.0**-27)
 
 

@@ -21,15 +21,18 @@ import numpy as np
 import pytest
 import torch
 
-from hf_gem.family import reference
+from hf_gem.family import formulas
+from hf_gem.family.arithmetic import scale, scale_tensor
+from hf_gem.family.egem import EGEM
+from hf_gem.family.egem import value as egem_value
+from hf_gem.family.segem import SEGEM
+from hf_gem.family.segem import value as segem_value
 from tests import oracle
 
 ORDERS = [1, 2, 3, 4]
 EPSILONS = [1e-30, 1e-6, 1e-4, 0.01, 1.0, 10.0, 1e30]
 WORKING_DTYPES = [torch.float32, torch.float64]
-FORMULAS = {"egem": (reference.egem, reference.egem_tensor), "segem": (reference.segem, reference.segem_tensor)}
-SLOPES = {"egem": reference.egem_slope, "segem": reference.segem_slope}
-EPS_SLOPES = {"egem": reference.egem_eps_slope, "segem": reference.segem_eps_slope}
+OURS = {"egem": EGEM, "segem": SEGEM}
 EXACT = {"egem": oracle.egem, "segem": oracle.segem}
 EXACT_SLOPES = {"egem": oracle.egem_slope, "segem": oracle.segem_slope}
 EXACT_EPS_SLOPES = {"egem": oracle.egem_eps_slope, "segem": oracle.segem_eps_slope}
@@ -47,7 +50,7 @@ def slope_at_bound(n):
 
 everywhere = pytest.mark.parametrize("eps", EPSILONS)
 orders = pytest.mark.parametrize("n", ORDERS)
-families = pytest.mark.parametrize("family", list(FORMULAS))
+families = pytest.mark.parametrize("family", list(OURS))
 working_dtypes = pytest.mark.parametrize("dtype", WORKING_DTYPES)
 
 
@@ -92,9 +95,9 @@ def assert_within(got, x, exact, scale, bound, dtype, absolute=0.0):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_values(family, n, eps, dtype, sign):
     x = samples(dtype, n, eps, sign)
-    number, tensor = FORMULAS[family]
     eps_tensor = torch.tensor(eps, dtype=dtype)
-    for got, true_eps in ((number(x, n, eps), eps), (tensor(x, n, eps_tensor), eps_tensor.item())):
+    for given, true_eps in ((eps, eps), (eps_tensor, eps_tensor.item())):
+        got = formulas.forward(OURS[family], n, given, x)
 
         def exact(v, true_eps=true_eps):
             return EXACT[family](v, n, Fraction(true_eps))
@@ -122,7 +125,9 @@ def test_slopes(family, n, eps, dtype):
         return (1 - s) * (1 + 2 * n * s) if family == "segem" else exact(v)
 
     bound = 6 * n + 9 if family == "segem" else egem_slope_bound(n)
-    assert_within(SLOPES[family](x, n, eps), x, exact, scale, bound, dtype, 2 * n * oracle.min_normal(dtype))
+    assert_within(
+        formulas.slope(OURS[family], n, eps, x), x, exact, scale, bound, dtype, 2 * n * oracle.min_normal(dtype)
+    )
 
 
 @orders
@@ -146,29 +151,29 @@ def test_slope_from_the_output(n, eps, dtype):
     floor = 0.15 * (1 + 2 * n) * tiny / (2.0**-n * tiny) ** (1 / (2 * n + 1))
     bound = slope_at_bound(n) + n
     floor = floor / (bound * oracle.unit_roundoff(dtype))
-    assert_within(reference.egem_slope_at(y, n, eps), x, exact, exact, bound, dtype, floor)
+    assert_within(formulas.slope_at(EGEM, n, eps, y), x, exact, exact, bound, dtype, floor)
     eps_tensor = torch.tensor(eps, dtype=dtype)
-    assert_within(reference.egem_slope_at(y, n, eps_tensor), x, exact, exact, bound + 1, dtype, floor)
+    assert_within(formulas.slope_at(EGEM, n, eps_tensor, y), x, exact, exact, bound + 1, dtype, floor)
     # Where y is normal it tells x. Far below the gate's scale x is a power of y, and a rounding of the exponent counts
     # as often as |log y|.
     x, y = x[y >= oracle.min_normal(dtype)], y[y >= oracle.min_normal(dtype)]
     bound = 4 * n + 9 + abs(math.log(oracle.min_normal(dtype)))
-    assert_within(reference.egem_inverse(y, n, eps), x, Fraction, Fraction, bound, dtype)
+    assert_within(formulas.inverse(EGEM, n, eps, y), x, Fraction, Fraction, bound, dtype)
 
 
 @orders
 @pytest.mark.parametrize("eps", [1e-6, 1e-4, 0.01, 1.0, 10.0])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_slope_from_every_half_precision_output(n, eps, dtype):
-    if not reference.invertible(n, eps, dtype):
+    if not EGEM.invertible(n, eps, dtype):
         assert (n, eps, dtype) == (1, 1e-6, torch.float16)
         return
     y = torch.arange(1, 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     y = y[torch.isfinite(y)]
-    exact = reference.egem_slope(reference.egem_inverse(y.double(), n, eps), n, eps)
+    exact = formulas.slope(EGEM, n, eps, formulas.inverse(EGEM, n, eps, y.double()))
     # Fewer steps than in float32 leave less than a quarter of a rounding.
     bound = oracle.unit_roundoff(dtype) / 4 + slope_at_bound(n) * 2.0**-24
-    torch.testing.assert_close(reference.egem_slope_at(y, n, eps).double(), exact, rtol=bound, atol=2.0**-27)
+    torch.testing.assert_close(formulas.slope_at(EGEM, n, eps, y).double(), exact, rtol=bound, atol=2.0**-27)
 
 
 @orders
@@ -180,8 +185,8 @@ def test_inverse_of_special_values(n, dtype, tensor_eps):
     eps = torch.tensor(1.0) if tensor_eps else 1.0
     largest = y[-1:].double().tolist()
     for got, expected in (
-        (reference.egem_slope_at(y, n, eps), [1.0, nan, 0.0, 0.0, 0.0, 1.0]),
-        (reference.egem_inverse(y, n, eps), [inf, nan, 0.0, 0.0, 0.0, *largest]),
+        (formulas.slope_at(EGEM, n, eps, y), [1.0, nan, 0.0, 0.0, 0.0, 1.0]),
+        (formulas.inverse(EGEM, n, eps, y), [inf, nan, 0.0, 0.0, 0.0, *largest]),
     ):
         torch.testing.assert_close(got.double(), torch.tensor(expected, dtype=torch.float64), equal_nan=True)
 
@@ -192,11 +197,11 @@ def test_where_outputs_underflow(n, eps):
     # The slope at the input against the slope from the rounded output, over all inputs of float16.
     x = torch.arange(1, 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     x = x[torch.isfinite(x)].double()
-    y = reference.egem(x, n, eps).to(torch.float16)
-    lost = (reference.egem_slope_at(y, n, eps).double() - reference.egem_slope(x, n, eps)).abs().max().item()
+    y = formulas.forward(EGEM, n, eps, x).to(torch.float16)
+    lost = (formulas.slope_at(EGEM, n, eps, y).double() - formulas.slope(EGEM, n, eps, x)).abs().max().item()
     steepest = (1 + 2 * n) ** 2 / (8 * n)
     # A rounding of y, n times at most in the slope, and half a step more of the iteration; or more where y underflows.
-    assert (lost <= (n + 1) * 2.0**-11 * steepest) == reference.invertible(n, eps, torch.float16)
+    assert (lost <= (n + 1) * 2.0**-11 * steepest) == EGEM.invertible(n, eps, torch.float16)
 
 
 @families
@@ -214,7 +219,7 @@ def test_slope_in_eps(family, n, eps, dtype):
         return EXACT_EPS_SLOPES[family](v, n, true_eps)
 
     absolute = oracle.min_normal(dtype) / eps
-    assert_within(EPS_SLOPES[family](x, n, eps_tensor), x, exact, exact, 4 * n + 9, dtype, absolute)
+    assert_within(formulas.eps_slope(OURS[family], n, eps_tensor, x), x, exact, exact, 4 * n + 9, dtype, absolute)
 
 
 @families
@@ -231,8 +236,7 @@ def test_autograd_of_the_plain_formula(family, n, eps, dtype, tensor_eps):
     x = samples(dtype, n, eps, -1 if family == "segem" else 1).requires_grad_()
     eps_tensor = torch.tensor(eps, dtype=dtype)
     true_eps = Fraction(eps_tensor.item()) if tensor_eps else Fraction(eps)
-    number, tensor = FORMULAS[family]
-    y = tensor(x, n, eps_tensor) if tensor_eps else number(x, n, eps)
+    y = formulas.forward(OURS[family], n, eps_tensor if tensor_eps else eps, x)
     (slope,) = torch.autograd.grad(y.sum(), x)
 
     def exact(v):
@@ -254,12 +258,11 @@ def test_autograd_of_the_plain_formula(family, n, eps, dtype, tensor_eps):
 def test_every_half_precision_number(family, n, eps, dtype):
     x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x[torch.isfinite(x)]
-    number, _ = FORMULAS[family]
-    got = number(x, n, eps)
+    got = formulas.forward(OURS[family], n, eps, x)
     assert got.dtype == dtype
     got = got.double().numpy()
     # test_values shows float64 to be right to a few 2^-53, which for this purpose is exact.
-    exact = number(x.double(), n, eps).numpy()
+    exact = formulas.forward(OURS[family], n, eps, x.double()).numpy()
     # Rounding is monotonic: a float32 value inside exact ± error is rounded to between where the two ends round.
     unit = oracle.unit_roundoff(torch.float32)
     error = VALUE_BOUNDS[family](n) * unit * np.maximum(np.abs(exact), oracle.min_normal(torch.float32))
@@ -277,27 +280,27 @@ def test_every_half_precision_number(family, n, eps, dtype):
 def test_special_values(family, n, eps, dtype, tensor_eps):
     inf, nan = torch.inf, torch.nan
     x = torch.tensor([inf, -inf, nan, 0.0, -0.0], dtype=dtype, requires_grad=True)
-    number, tensor = FORMULAS[family]
     eps_argument = torch.tensor(eps) if tensor_eps else eps
-    y = tensor(x, n, eps_argument) if tensor_eps else number(x, n, eps)
+    y = formulas.forward(OURS[family], n, eps_argument, x)
     expected = torch.tensor([inf, 0.0, nan, 0.0, 0.0], dtype=dtype)
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
     if family == "segem":
         assert torch.signbit(y[[1, 4]]).all()
     slopes = torch.tensor([1.0, 0.0, 0.0, 0.0] if family == "egem" else [1.0, 0.0, 1.0, 1.0])
     (plain,) = torch.autograd.grad(y.sum(), x)
-    for got in (plain, SLOPES[family](x.detach(), n, eps_argument)):
+    for got in (plain, formulas.slope(OURS[family], n, eps_argument, x.detach())):
         assert torch.equal(got[[0, 1, 3, 4]].float(), slopes)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("formula", [f for pair in FORMULAS.values() for f in pair], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("formula", [egem_value, segem_value], ids=["egem", "segem"])
 @orders
-@pytest.mark.parametrize("dtype", list(oracle.FORMATS))
+@pytest.mark.parametrize("dtype", WORKING_DTYPES)
 def test_torchscript(formula, n, dtype):
     x = torch.cat([torch.randn(100) * 10.0 ** torch.randint(-9, 9, (100,)), torch.tensor([torch.inf, -torch.inf, 0])])
     x = x.to(dtype)
-    eps = torch.tensor(0.01) if formula.__name__.endswith("tensor") else 0.01
     scripted = torch.jit.script(formula)
-    for _ in range(3):  # the profiling executor optimises after the first calls
-        assert torch.equal(scripted(x, n, eps), formula(x, n, eps))
+    for r, e in (scale(0.01, n), scale(1e-6, n), scale_tensor(torch.tensor(0.01, dtype=dtype), n)):
+        r_tensor, e_tensor = (torch.as_tensor(number, dtype=dtype) for number in (r, e))
+        for _ in range(3):  # the profiling executor optimises after the first calls
+            assert torch.equal(scripted(x, n, r_tensor, e_tensor), formula(x, n, r, e))

@@ -1,0 +1,248 @@
+"""Writes the formulas of a family as C++ (`at::vec`) and as Triton, each distinct operation once."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from ..family.arithmetic import digits
+from ..family.table import Family
+from .symbols import Symbol, Traced, trace
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that kernels take
+_INDENT = "  "
+
+
+class _Printer:
+    """Statements for some symbols, in the order in which they are asked for.
+
+    Attributes:
+        operations: Operation -> its text for vectors, with operands as {0}, {1} ...
+    """
+
+    operations: ClassVar[dict[str, str]]
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._names: dict[str, str] = {}  # text of an operation -> the variable that holds it
+        self._printed: dict[Symbol, str] = {}
+        self._count = itertools.count()
+
+    def operand(self, x: Any, like: Symbol) -> str:
+        """A symbol or number as operand of an operation on vectors of the type of `like`."""
+        if not isinstance(x, Symbol):
+            return self.literal(x, like.dtype)
+        return self.broadcast(self.scalar(x)) if x.scalar else self.name(x)
+
+    def scalar(self, x: Any) -> str:
+        """A number made of r and e, as an expression in double precision."""
+        if not isinstance(x, Symbol):
+            return repr(float(x))
+        return f"({f' {x.op} '.join(map(self.scalar, x.args))})" if x.args else x.op
+
+    def name(self, x: Symbol) -> str:
+        """The variable that holds a symbol, made if need be."""
+        if x not in self._printed:
+            self._printed[x] = self._assign(x)
+        return self._printed[x]
+
+    def _assign(self, x: Symbol) -> str:
+        if not x.args:
+            return x.op
+        if x.op == "rarely":
+            return self.rarely(x)
+        like = next((a for a in x.args if isinstance(a, Symbol) and a.dtype != torch.bool), x)
+        operands = [self.operand(a, like) for a in x.args]
+        return self.variable(self.operations[self.key(x)].format(*operands), x)
+
+    def variable(self, text: str, x: Symbol) -> str:
+        if text not in self._names:
+            self._names[text] = f"v{next(self._count)}"
+            self.lines.append(self.statement(self._names[text], text, x))
+        return self._names[text]
+
+    def key(self, x: Symbol) -> str:
+        """Of `operations`."""
+        return f"{x.op} {_NAMES[x.dtype]}" if x.op in ("bits", "convert") else x.op
+
+    # ---- what languages differ in
+
+    def literal(self, value: float, dtype: torch.dtype) -> str:
+        raise NotImplementedError
+
+    def broadcast(self, expression: str) -> str:
+        raise NotImplementedError
+
+    def statement(self, name: str, text: str, x: Symbol) -> str:
+        raise NotImplementedError
+
+    def rarely(self, x: Symbol) -> str:
+        raise NotImplementedError
+
+
+_NAMES = {torch.float32: "float", torch.int32: "int", torch.bool: "bool"}
+_BINARY = {op: f"({{0}} {op} {{1}})" for op in ("+", "-", "*", "/", "<", "<=", ">", ">=")}
+
+
+def _single(value: float) -> float:
+    """The float32 that torch makes of a number beside a tensor."""
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+class _Cpp(_Printer):
+    """C++ of `at::vec`.
+
+    Attributes:
+        constants: Expression of r and e -> the member of `Constants` that holds it, in all lanes.
+        rare: What is needed rarely, of all that will be printed.
+    """
+
+    operations: ClassVar[dict[str, str]] = {
+        **_BINARY,
+        "neg": "{0}.neg()",
+        "abs": "{0}.abs()",
+        "where": "V::blendv({2}, {1}, {0})",
+        "max": "at::vec::maximum({0}, {1})",
+        "min": "at::vec::minimum({0}, {1})",
+        "clamp_min": "at::vec::clamp_min({0}, {1})",
+        "clamp_max": "at::vec::clamp_max({0}, {1})",
+        "bits int": "bits<VInt>({0})",
+        "bits float": "bits<V>({0})",
+        "convert int": "at::vec::convert<int32_t>({0})",
+        "convert float": "at::vec::convert<float>({0})",
+    }
+
+    def __init__(self, constants: dict[str, str], outputs: Iterable[Symbol]) -> None:
+        super().__init__()
+        self.constants = constants
+        self.rare = [symbol for symbol in _below(*outputs) if symbol.op == "rarely"]
+
+    def literal(self, value: float, dtype: torch.dtype) -> str:
+        return f"VInt({int(value)})" if dtype == torch.int32 else f"V({_single(value).hex()}f)"
+
+    def broadcast(self, expression: str) -> str:
+        return f"k.{self.constants.setdefault(expression, f'c{len(self.constants)}')}"
+
+    def statement(self, name: str, text: str, x: Symbol) -> str:
+        return f"const {'VInt' if x.dtype == torch.int32 else 'V'} {name} = {text};"
+
+    def rarely(self, x: Symbol) -> str:
+        """A branch, in which all stands that has the same condition."""
+        mask = self.name(x.args[0])
+        together = [x, *(y for y in self.rare if y is not x and y not in self._printed and self._can_join(y, x))]
+        for y in together:
+            usual = self.operand(y.args[2], y)
+            self._printed[y] = f"v{next(self._count)}"
+            self.lines.append(f"V {self._printed[y]} = {usual};")
+        outside, self.lines = self.lines, []
+        names, printed = dict(self._names), dict(self._printed)
+        for y in together:
+            inside = self.operand(y.args[1], y)
+            self.lines.append(f"{printed[y]} = V::blendv({printed[y]}, {inside}, {mask});")
+        body, self.lines = self.lines, outside
+        self._names, self._printed = names, printed  # what stands in the branch is not there behind it
+        self.lines += _block(f"if ({mask}.zero_mask() != (1 << V::size()) - 1) {{", body, "}")
+        return self._printed[x]
+
+    def _can_join(self, y: Symbol, x: Symbol) -> bool:
+        return self.name(y.args[0]) == self.name(x.args[0]) and x not in _below(y)
+
+
+def _below(*symbols: Symbol) -> dict[Symbol, None]:
+    """Some symbols and all that they are made of."""
+    found: dict[Symbol, None] = {}
+    todo = list(symbols)
+    while todo:
+        symbol = todo.pop()
+        if symbol not in found:
+            found[symbol] = None
+            todo += [arg for arg in symbol.args if isinstance(arg, Symbol)]
+    return found
+
+
+class _Triton(_Printer):
+    operations: ClassVar[dict[str, str]] = {
+        **_BINARY,
+        "neg": "(-{0})",
+        "abs": "tl.abs({0})",
+        "where": "tl.where({0}, {1}, {2})",
+        "max": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+        "min": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+        "clamp_min": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+        "clamp_max": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+        "bits int": "{0}.to(tl.int32, bitcast=True)",
+        "bits float": "{0}.to(tl.float32, bitcast=True)",
+        "convert int": "{0}.to(tl.int32)",
+        "convert float": "{0}.to(tl.float32)",
+    }
+
+    def literal(self, value: float, dtype: torch.dtype) -> str:
+        return repr(int(value) if dtype == torch.int32 else _single(value))
+
+    def broadcast(self, expression: str) -> str:
+        return expression
+
+    def statement(self, name: str, text: str, x: Symbol) -> str:
+        return f"{name} = {text}"
+
+    def rarely(self, x: Symbol) -> str:
+        condition, then, otherwise = x.args
+        operands = self.name(condition), self.operand(then, x), self.operand(otherwise, x)
+        return self.variable(self.operations["where"].format(*operands), x)
+
+
+@functools.cache
+def _traced(family: Family, n: int) -> Traced:
+    return trace(family, n, sorted({digits(dtype) for dtype in DTYPES}))
+
+
+def cpp_source(family: Family, n: int) -> str:
+    """The C++ file of all kernels of a family for one n: `cpu.cpp` with the formulas in their place."""
+    found = _traced(family, n)
+    constants: dict[str, str] = {}
+    functions = []
+    for name, outputs in _functions(found).items():
+        printer = _Cpp(constants, outputs.values())
+        results = [(output, printer.name(symbol)) for output, symbol in outputs.items()]
+        lines = [*printer.lines, *(f"{output} = {result};" for output, result in results)]
+        parameters = ", ".join(["V z", "const Constants& k", *(f"V& {output}" for output in outputs)])
+        functions.append(_block(f"inline void {name}({parameters}) {{", lines, "}"))
+    lines = [f"V {', '.join(constants.values())};"] if constants else []
+    lines += _block(
+        "Constants(double r, double e) {", [f"{c} = V((float){text});" for text, c in constants.items()], "}"
+    )
+    formulas = [_block("struct Constants {  // of all lanes", lines, "};"), *functions]
+    text = Path(__file__).with_name("cpu.cpp").read_text(encoding="utf-8")
+    flag = f"#define HAS_SLOPE_AT {int(bool(found.slope_at))}"
+    return text.replace("// FORMULAS", "\n\n".join([flag, *("\n".join(block) for block in formulas)]))
+
+
+def _functions(found: Traced) -> dict[str, dict[str, Symbol]]:
+    """Name of a function -> its outputs."""
+    slopes_at = {f"slope_at_{count}": {"slope": symbol} for count, symbol in found.slope_at.items()}
+    return {"value_and_slope": {"value": found.value, "slope": found.slope}, **slopes_at}
+
+
+def _block(head: str, lines: list[str], tail: str = "") -> list[str]:
+    return [head, *(f"    {line}" for line in lines), tail]
+
+
+def triton_source(family: Family, n: int) -> str:
+    """The Python file with the formulas of a family for one n as functions of Triton."""
+    text = f'"""{family.title}, n = {n}."""\n\nimport triton\nimport triton.language as tl\n'
+    for name, outputs in _functions(_traced(family, n)).items():
+        printer = _Triton()
+        results = ", ".join([printer.name(symbol) for symbol in outputs.values()])
+        block = _block(f"def {name}(z, r, e):", [*printer.lines, f"return {results}"])
+        text += "\n\n@triton.jit\n" + "\n".join(block)
+    return text
+
+
+def check(family: Family, n: int) -> None:
+    """Raises TypeError where a formula of a family, which need not be in the table, cannot be written as kernels."""
+    trace(family, n, [digits(torch.float32)])

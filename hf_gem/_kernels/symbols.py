@@ -1,0 +1,174 @@
+"""Reads a formula: it is run on symbols in place of tensors, which record the operations of torch that it applies.
+
+What comes out is a graph for `printer` to write as C++ or Triton. Only operations that both languages compute with the
+bits of torch are recorded; any other is an error that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..family.table import Family
+
+Operand = Any  # a Symbol or a number
+
+
+@dataclass(frozen=True, eq=False)
+class Symbol:
+    """One value for each lane, or one number for all of them.
+
+    Attributes:
+        op: `z`, `r` or `e` for what a formula is given, otherwise the operation.
+        args: Its operands.
+        dtype: float32, int32 for bits, or bool.
+        scalar: Whether this is one number, made of r and e alone, in double precision.
+    """
+
+    op: str
+    args: tuple[Operand, ...] = ()
+    dtype: torch.dtype = torch.float32
+    scalar: bool = False
+
+    def __add__(self, other: Operand) -> Symbol:
+        return _make("+", self, other)
+
+    def __radd__(self, other: Operand) -> Symbol:
+        return _make("+", other, self)
+
+    def __sub__(self, other: Operand) -> Symbol:
+        return _make("-", self, other)
+
+    def __rsub__(self, other: Operand) -> Symbol:
+        return _make("-", other, self)
+
+    def __mul__(self, other: Operand) -> Symbol:
+        return _make("*", self, other)
+
+    def __rmul__(self, other: Operand) -> Symbol:
+        return _make("*", other, self)
+
+    def __truediv__(self, other: Operand) -> Symbol:
+        if self.scalar and isinstance(other, Symbol) and not other.scalar:
+            return other.__rtruediv__(self)
+        return _make("/", self, other)
+
+    def __rtruediv__(self, other: Operand) -> Symbol:
+        if self.scalar:
+            return _make("/", other, self)
+        inverse = _make("/", 1.0, self)
+        return inverse if other == 1 else inverse * other  # as torch divides a number by a tensor
+
+    def __neg__(self) -> Symbol:
+        return _make("neg", self)
+
+    def __lt__(self, other: Operand) -> Symbol:
+        return _make("<", self, other, dtype=torch.bool)
+
+    def __gt__(self, other: Operand) -> Symbol:
+        return _make(">", self, other, dtype=torch.bool)
+
+    def __le__(self, other: Operand) -> Symbol:
+        return _make("<=", self, other, dtype=torch.bool)
+
+    def __ge__(self, other: Operand) -> Symbol:
+        return _make(">=", self, other, dtype=torch.bool)
+
+    def __bool__(self) -> bool:
+        raise TypeError("a formula cannot branch on the values of a tensor; use torch.where")
+
+    def __getattr__(self, name: str) -> Any:
+        raise TypeError(_unknown(name))
+
+    def abs(self) -> Symbol:
+        return _make("abs", self)
+
+    def clamp(self, min: float | None = None, max: float | None = None) -> Symbol:
+        low = self if min is None else _make("clamp_min", self, min)
+        return low if max is None else _make("clamp_max", low, max)
+
+    def rarely(self, then: Operand, otherwise: Operand) -> Symbol:
+        return _make("rarely", self, then, otherwise)
+
+    def contiguous(self) -> Symbol:
+        return self
+
+    def to(self, dtype: torch.dtype) -> Symbol:
+        return self if dtype == self.dtype else _make("convert", self, dtype=dtype)
+
+    def view(self, dtype: torch.dtype) -> Symbol:
+        return _make("bits", self, dtype=dtype)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Symbol:
+        if func not in _FUNCTIONS or kwargs:
+            raise TypeError(_unknown(getattr(func, "__name__", str(func))))
+        return _FUNCTIONS[func](*args)
+
+
+def _make(op: str, *args: Operand, dtype: torch.dtype | None = None) -> Symbol:
+    symbols = [arg for arg in args if isinstance(arg, Symbol)]
+    found = next((arg.dtype for arg in symbols if arg.dtype != torch.bool), torch.float32)
+    return Symbol(op, args, dtype or found, all(arg.scalar for arg in symbols))
+
+
+_FUNCTIONS: dict[Any, Callable[..., Symbol]] = {
+    torch.where: lambda *args: _make("where", *args),
+    torch.maximum: lambda *args: _make("max", *args),
+    torch.minimum: lambda *args: _make("min", *args),
+    torch.abs: Symbol.abs,
+    torch.clamp: Symbol.clamp,
+}
+
+
+def _unknown(name: str) -> str:
+    return (
+        f"kernels have no operation {name!r}. A formula can use + - * /, comparisons, abs, clamp, torch.where, "
+        "torch.maximum, torch.minimum, and what hf_gem.family.arithmetic has"
+    )
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The formulas of a family for one n.
+
+    Attributes:
+        value: Of the input z.
+        slope: Likewise.
+        slope_at: Digits -> the slope of the output z; empty where a family has none.
+    """
+
+    value: Symbol
+    slope: Symbol
+    slope_at: dict[int, Symbol]
+
+
+def trace(family: Family, n: int, digits: Sequence[int]) -> Traced:
+    """Reads the formulas of a family.
+
+    Args:
+        family: Any.
+        n: The paper's N.
+        digits: Of the dtypes for which the slope at an output is wanted.
+
+    Raises:
+        TypeError: a formula uses an operation that kernels do not have.
+    """
+    z = Symbol("z")
+    r, e = Symbol("r", scalar=True), Symbol("e", scalar=True)
+
+    def run(formula: Callable[..., Any], *more: Any) -> Symbol:
+        result = formula(z, n, r, e, *more)
+        if not isinstance(result, Symbol) or result.dtype != torch.float32:
+            raise TypeError(
+                f"a formula of {family.name!r} does not compute a tensor from its input, but {result!r:.60}"
+            )
+        return result
+
+    slope_at = {}
+    if family.slope_at is not None:
+        slope_at = {count: run(family.slope_at, count) for count in digits}
+    return Traced(run(family.value), run(family.slope), slope_at)

@@ -1,0 +1,139 @@
+"""What formulas of families are made of: scaling, powers and selections that neither overflow nor cancel.
+
+A formula is a function of z, n, r and e, in which x enters as z in the working dtype and eps as two numbers:
+
+- r, a power of two near eps^(-1/2n), and e = eps r^(2n), within a factor 2^n of 1. So `(z r)^(2n) / e` is
+  `x^(2n) / eps`. Multiplying by r is exact, and the powers of z r stay in range.
+- Past a bound the gate is 1 to rounding, and x no longer enters t. So t stays small, and autograd through the formulas
+  gives the slopes everywhere, at infinity too.
+- 1 - s is computed as e / (t + e), never as a difference, and keeps its relative accuracy down to underflow.
+
+r and e are plain numbers, or tensors of the working dtype where eps is learnable. Formulas use products, sums,
+divisions, selections, clamps and the functions below. The same code runs on tensors, is scripted by TorchScript, and is
+read by the printer of the kernels (`hf_gem/_kernels/symbols.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    Real = float | Tensor
+else:
+    Real = Tensor  # what TorchScript reads; modules hand it tensors only
+
+LEARNABLE_RANGE = (1e-37, 1e37)  # of a learnable eps, also while it is trained: what float32 holds
+ONE_BITS = 127 << 23  # of 1.0 in float32
+ROOT_BIAS = 350_000  # centres the error of a root taken on the bits, for all small n
+
+
+def working(x: Tensor) -> Tensor:
+    """x in the dtype that is computed in: float64 stays, everything else becomes float32."""
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def digits(dtype: torch.dtype) -> int:
+    """Significant bits of a floating-point dtype."""
+    return 1 - round(math.log2(torch.finfo(dtype).eps))
+
+
+# ---- eps
+
+
+def scale(eps: float, n: int) -> tuple[float, float]:
+    """r and e of an eps, exactly."""
+    k = math.floor(0.5 - math.log2(eps) / (2 * n))
+    return math.ldexp(1.0, k), math.ldexp(eps, 2 * n * k)
+
+
+def scale_tensor(eps: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """`scale` for a tensor in the working dtype. Only e carries a derivative: how eps is split changes nothing."""
+    eps = saturated(eps)
+    r = torch.pow(2.0, torch.floor(0.5 - torch.log2(eps.detach()) / (2 * n)))  # ONNX from TorchScript has no exp2
+    e = eps
+    for _ in range(2 * n):  # a factor at a time, since r^(2n) alone may overflow
+        e = e * r
+    return r, e
+
+
+def saturated(eps: Tensor) -> Tensor:
+    """An eps that runs away in training stays within LEARNABLE_RANGE, which TorchScript could not look up."""
+    return eps.clamp(1e-37, 1e37)
+
+
+def bound(n: int, dtype: torch.dtype) -> float:
+    """The |z r| past which the gate rounds to 1: a power of two whose 2n-th power exceeds e 2^(digits + 3)."""
+    num_digits = 53 if dtype == torch.float64 else 24
+    return 2.0 ** math.ceil((num_digits + 3 + n) / (2 * n))
+
+
+# ---- powers
+
+
+def power(x: Tensor, k: int) -> Tensor:
+    """x^k, k >= 1, by repeated squaring: at most k - 1 roundings. torch.pow would be autocast and is slower."""
+    base = x
+    result = x
+    k = k - 1
+    while k > 0:
+        if k % 2 == 1:
+            result = result * base
+        k = k // 2
+        if k > 0:
+            base = base * base
+    return result
+
+
+def gate_power(v: Tensor, n: int) -> Tensor:
+    """t = max(v, 0)^(2n) for the scaled v = z r, constant past the bound."""
+    return power(at_most(v, bound(n, v.dtype)).clamp(min=0.0), 2 * n)
+
+
+def at_most(v: Tensor, limit: float) -> Tensor:
+    """min(v, limit), by a selection: the derivative of clamp at its upper limit depends on the version of torch."""
+    if isinstance(v, Tensor):
+        return torch.where(v >= limit, limit, v)
+    else:  # noqa: RET505  # TorchScript leaves out a branch that is one, and not what follows a return
+        return v.clamp(max=limit)  # a symbol of the printer of kernels
+
+
+def positive(z: Tensor) -> Tensor:
+    """max(z, 0), finite: infinity times a vanishing gate would be NaN, in autograd's unselected branches too."""
+    largest = 1.7976931348623157e308 if z.dtype == torch.float64 else 3.4028234663852886e38
+    return z.clamp(0.0, largest)
+
+
+def beyond(z: Tensor, n: int, r: Real) -> Tensor:
+    """|z r| over the bound. Where z r overflows this does not, or all that it scales has vanished."""
+    return z * (r / bound(n, z.dtype))
+
+
+def excess(w: Tensor) -> Tensor:
+    """1 / w past the bound, where `beyond` is w >= 1; 1 before."""
+    return 1.0 / torch.where(w >= 1.0, w, 1.0)
+
+
+def remainder(z: Tensor, w: Tensor, n: int, c: Tensor) -> Tensor:
+    """`z (1 - s)` for z > 0, with w = `beyond` and c = 1 - s up to the bound, past which 1 - s falls as w^(-2n)."""
+    q = excess(w)
+    # Autograd looks into the branch that is not selected, where infinity times zero would be NaN; kernels do not.
+    near = positive(z) if isinstance(z, Tensor) else z
+    return rarely(w >= 1.0, (positive(z) * q) * c * power(q, 2 * n - 1), near * c)
+
+
+def rarely(condition: Tensor, then: Tensor, otherwise: Tensor) -> Tensor:
+    """`torch.where`, for a condition that hardly ever holds: kernels on a CPU skip `then` where no lane needs it."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, then, otherwise)
+    else:  # noqa: RET505  # as above
+        return condition.rarely(then, otherwise)
+
+
+def rough_root(h: Tensor, k: int) -> Tensor:
+    """h^(1/k) within 4 %: the bits of a float32, read as an integer, are all but its logarithm."""
+    logarithm = (h.contiguous().view(torch.int32) - ONE_BITS).to(torch.float32)
+    return ((logarithm * (1 / k)).to(torch.int32) + (ONE_BITS - ROOT_BIAS)).view(torch.float32)

@@ -1,0 +1,131 @@
+"""GEM and E-GEM: with t = x^(2n) and the gate s = t / (t + eps),
+
+    egem(x) = x s   for x > 0, else 0          slope s (1 + 2n (1 - s)) for x > 0, else 0
+
+and GEM is E-GEM with eps = 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arithmetic import Real, beyond, bound, gate_power, positive, power, remainder, rough_root
+from .table import Family, add
+
+MAX_INVERTIBLE_N = 4  # the iteration of _preimage reaches the accuracy of each dtype up to here
+
+
+def exact(x: Any, n: int, eps: Any) -> Any:
+    if not x > 0:
+        return x * 0
+    t = x ** (2 * n)
+    return x * t / (t + eps)
+
+
+def value(z: Tensor, n: int, r: Real, e: Real) -> Tensor:
+    t = gate_power(z * r, n)
+    if isinstance(e, Tensor):
+        # Past the bound x s rounds to x, but its derivative in eps does not round to zero.
+        far = z - remainder(z, beyond(z, n, r), n, e / (t + e))
+        return torch.where(z * r > bound(n, z.dtype), far, positive(z) * (t / (t + e)))
+    return z.clamp(min=0.0) * (t / (t + e))
+
+
+def slope(z: Tensor, n: int, r: Real, e: Real) -> Tensor:
+    t = gate_power(z * r, n)
+    s = t / (t + e)
+    return s * ((1 + 2 * n) - s * (2 * n))
+
+
+def eps_slope(z: Tensor, n: int, r: Real, e: Real) -> Tensor:
+    """-x s (1 - s) for x > 0, else 0."""
+    t = gate_power(z * r, n)
+    return -(remainder(z, beyond(z, n, r), n, e / (t + e)) * (t / (t + e)))
+
+
+def slope_at(y: Tensor, n: int, r: Real, e: Real, digits: int) -> Tensor:
+    """The slope where the function is y; 0 for y <= 0. For n up to MAX_INVERTIBLE_N.
+
+    E-GEM is strictly increasing for x > 0 and d log x / d log y <= 1, so what a rounded y says of the slope is as good
+    as what a rounded x says. y below 2^-40 eps^(1/2n) counts with a slope that is too small, by less than 2^-25.
+    """
+    w, v = _preimage(y, n, r, e, digits)
+    s = w / v
+    return s * ((1 + 2 * n) - s * (2 * n))
+
+
+def inverse(y: Tensor, n: int, r: Real, e: Real) -> Tensor:
+    """The x > 0 where the function is y; 0 for y <= 0. For n up to MAX_INVERTIBLE_N."""
+    w, v = _preimage(y, n, r, e, 53 if y.dtype == torch.float64 else 24)
+    # Far below the gate's scale y is x^(2n+1) / eps, far above it is x.
+    k = 1 / (2 * n + 1)
+    near_zero = y.clamp(min=0.0).pow(k) * (e**k * r ** (k - 1))
+    x = torch.where(w < _smallest(w.dtype), near_zero, v / r)
+    return torch.where(w < bound(n, w.dtype), x, y)
+
+
+def invertible(n: int, eps: float | Tensor, dtype: torch.dtype) -> bool:
+    """Whether the slope can be had from the output to within a rounding of `dtype`.
+
+    Within MAX_INVERTIBLE_N it can, where outputs do not underflow too early: one that errs by half the smallest
+    subnormal, h, has a slope that errs by 2n h / x, most where y is h itself and x = (eps h)^(1/(2n+1)). Only float16
+    has so little range that it matters, at n = 1 with eps below 7e-5. A tensor eps counts as of that kind.
+    """
+    if n > MAX_INVERTIBLE_N:
+        return False
+    if dtype != torch.float16:
+        return True
+    h = 2.0**-25
+    return not isinstance(eps, Tensor) and 2 * n * h / (eps * h) ** (1 / (2 * n + 1)) <= 2.0**-11
+
+
+def _preimage(y: Tensor, n: int, r: Real, e: Real, digits: int) -> tuple[Tensor, Tensor]:
+    """The scaled y, kept in [0, bound], and the v > 0 with v^(2n+1) = w (v^2n + e) for w the same kept above 0.
+
+    The equation has one solution, between max(w, rho) and w + rho with rho = (e w)^(1/(2n+1)). From a start within 10 %
+    of it, Halley's iteration on v - w - e w v^-2n = 0 cubes the error: 1e-3 at most after one step, 3e-9 after two.
+    """
+    w = (y * r).clamp(0.0, bound(n, y.dtype))
+    u = w.clamp(min=_smallest(y.dtype))
+    h = u * e
+    rho = h.pow(1 / (2 * n + 1)) if y.dtype == torch.float64 else rough_root(h, 2 * n + 1)
+    v = torch.maximum(u, rho) + torch.minimum(u, rho) * (0.1 + 0.3 / n)
+    for _ in range(_num_steps(n, digits)):
+        t = power(v, 2 * n)
+        b = t * v
+        p = b + h * (2 * n)
+        f = (b - t * u) - h
+        v = v - v * (f * p / (p * p + (h * f) * (n * (2 * n + 1))))
+    return w, v
+
+
+def _num_steps(n: int, digits: int) -> int:
+    """How many steps of `_preimage` leave less than a rounding to `digits` in the slope."""
+    if digits > 24:
+        return 3
+    return 1 if n == 1 and digits < 24 else 2
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """The scaled y from which on `_preimage` solves: the squares in it stay normal, and the slope there is nothing."""
+    return 2.0**-200 if dtype == torch.float64 else 2.0**-40
+
+
+EGEM = Family(
+    name="egem",
+    title="E-GEM",
+    formula="x t / (t + eps) with t = x^(2n) for x > 0, else 0",
+    exact=exact,
+    value=value,
+    slope=slope,
+    slope_at=slope_at,
+    inverse=inverse,
+    invertible=invertible,
+    eps_slope=eps_slope,
+)
+# GEM stands first, where names are listed.
+GEM = add(EGEM.fixed(eps=1.0, name="gem", title="GEM", formula="x^(2n+1) / (1 + x^(2n)) for x > 0, else 0"))
+add(EGEM)
