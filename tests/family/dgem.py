@@ -11,12 +11,12 @@ def exact(x, n, eps):
     return x * t / (t + eps)
 
 
-def value(z, n, r, e):
+def value(z, n: int, r, e):
     t = gate_power(torch.abs(z) * r, n)
     return z * (t / (t + e))
 
 
-def slope(z, n, r, e):
+def slope(z, n: int, r, e):
     t = gate_power(torch.abs(z) * r, n)
     s = t / (t + e)
     return s * ((1 + 2 * n) - s * (2 * n))

@@ -1,0 +1,223 @@
+"""What every family gets, ours and one that is not (`dgem.py`): by the same tests."""
+
+import copy
+import dataclasses
+import pickle
+from fractions import Fraction
+
+import pytest
+import timm
+import torch
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+import hf_gem
+from hf_gem import functional
+from hf_gem.family import formulas
+from hf_gem.family.check import check, exact_slope
+from hf_gem.family.table import FAMILIES, Family
+from hf_gem.fit import Histogram, fit
+from hf_gem.modules import GemActivation
+from tests import oracle
+from tests.family.dgem import DGEM
+
+families = pytest.mark.parametrize("family", list(FAMILIES.values()), ids=lambda family: family.name)
+SMALL = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 64, "n_positions": 16}
+TINY = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def eps_of(family: Family, eps: float = 0.3) -> float:
+    return eps if family.fixed_eps is None else family.fixed_eps
+
+
+def member(family: Family, n: int = 2, learnable: bool = False) -> hf_gem.GemSpec:
+    return hf_gem.GemSpec(family.name, n, eps_of(family, 0.25), learnable and family.fixed_eps is None)
+
+
+def test_the_families():
+    assert list(FAMILIES) == ["gem", "egem", "segem", "dgem"]
+    assert hf_gem.register_family(DGEM) is DGEM  # once more
+
+
+# ---- numbers
+
+
+@families
+def test_it_agrees_with_itself(family):
+    check(family)
+
+
+@families
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_value_and_slope_against_fractions(family, n, dtype):
+    x = torch.cat([torch.randn(200), torch.randn(50) * 1e3, torch.randn(50) * 1e-3]).to(dtype)
+    for eps in {eps_of(family, eps) for eps in (1e-4, 0.3, 10.0)}:
+        value = formulas.forward(family, n, eps, x).tolist()
+        slope = formulas.slope(family, n, eps, x).tolist()
+        # Counted in test_formulas: at most 4n + 7 roundings in a value; 6n + 9 in a slope, whose factor 1 - 2n s may
+        # vanish, so that they count on the scale of 1 + 2n.
+        unit = oracle.unit_roundoff(dtype)
+        for point, got, got_slope in zip(map(Fraction, x.tolist()), value, slope, strict=True):
+            exact = float(family.exact(point, n, Fraction(eps)))
+            assert abs(got - exact) <= (4 * n + 8) * unit * abs(exact) + oracle.min_normal(dtype)
+            exact = float(exact_slope(family, point, n, Fraction(eps)))
+            assert abs(got_slope - exact) <= (8 * n + 10) * unit * max(abs(exact), 1 + 2 * n)
+
+
+@families
+@pytest.mark.parametrize("n", [1, 2])
+def test_derivatives(family, n):
+    x = torch.randn(12, dtype=torch.float64)
+    x = (x + 0.05 * x.sign()).requires_grad_()
+    (slope,) = torch.autograd.grad(family.value(x, n, 1.0, eps_of(family)).sum(), x)
+    torch.testing.assert_close(formulas.slope(family, n, eps_of(family), x.detach()), slope)
+
+    def function(v):
+        return functional.activation(v, family.name, n, eps_of(family))
+
+    assert torch.autograd.gradcheck(function, x, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, x)
+    if family.fixed_eps is None:
+        eps = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda v, e: functional.activation(v, family.name, n, e), (x, eps))
+        assert torch.autograd.gradgradcheck(lambda v, e: functional.activation(v, family.name, n, e), (x, eps))
+
+
+# ---- names and modules
+
+
+@families
+@pytest.mark.parametrize("learnable", [False, True])
+def test_names_and_modules(family, learnable):
+    spec = member(family, learnable=learnable)
+    assert hf_gem.parse(spec.name) == hf_gem.parse(spec.name.upper()) == spec
+    module = hf_gem.get_activation(spec.name)
+    assert module.spec == spec
+    x = torch.randn(4, 6)
+    expected = formulas.forward(family, 2, spec.eps, x)
+    assert torch.equal(module(x), expected)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(x), expected)
+        assert other.spec == spec
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+
+
+@families
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_scripting(family):
+    module = hf_gem.get_activation(member(family).name)
+    x = torch.randn(30)
+    assert torch.equal(torch.jit.script(nn.Sequential(module))(x), module(x))
+
+
+@families
+def test_what_else_takes_a_family(family):
+    gate, up = torch.randn(2, 50, dtype=torch.float64)
+    eps = eps_of(family)
+    expected = formulas.forward(family, 1, eps, gate) * up
+    torch.testing.assert_close(functional.gem_glu(gate, up, family.name, 1, eps), expected)
+    assert hf_gem.gain(member(family).name) > 1
+    counts = Histogram()
+    counts.update(torch.randn(500))
+    found = fit(counts, hf_gem.get_activation(member(family).name), family.name, n=2)
+    assert found.relative_error < 1e-6
+
+
+# ---- models
+
+
+def logits(model):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return model.eval()(torch.arange(8)[None]).logits
+
+
+@families
+def test_transformers(family, tmp_path):
+    name = member(family).name
+    for config, cls in (
+        (GPT2Config(**SMALL, hidden_act=name), GPT2LMHeadModel),
+        (BertConfig(**TINY, hidden_act=name), BertForMaskedLM),
+    ):
+        model = cls(config)
+        found = hf_gem.audit(model)
+        assert {call.function for call in found.calls if call.kind == "gem"} == {name}
+        model.save_pretrained(tmp_path / cls.__name__)
+        again = cls.from_pretrained(tmp_path / cls.__name__)
+        assert torch.equal(logits(again), logits(model))
+
+
+@families
+def test_conversion(family, tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(**SMALL))
+    before = logits(model)
+    report = hf_gem.convert(model, member(family).name)
+    assert {entry.new for entry in report.replaced} == {member(family).name}
+    converted = logits(model)
+    assert not torch.equal(converted, before)
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(logits(GPT2LMHeadModel.from_pretrained(tmp_path / "model")), converted)
+    hf_gem.revert(model)
+    assert torch.equal(logits(model), before)
+
+
+@families
+def test_timm(family, tmp_path):
+    name = member(family).name
+    model = timm.create_model("test_resnet", act_layer=name)
+    modules = [module for module in model.modules() if isinstance(module, GemActivation)]
+    assert {module.spec.name for module in modules} == {name}
+    timm.models.save_for_hf(model, tmp_path / "model")
+    again = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(x), model.eval()(x))
+
+
+# ---- what is refused
+
+
+def changed(**changes):
+    return dataclasses.replace(DGEM, **{"name": "xgem", "title": "X-GEM", "kernels": "", **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"slope": lambda z, n, r, e: DGEM.slope(z, n, r, e) * 1.001},
+            r"at x = .* its slope is .*, and the derivative",
+        ),
+        ({"value": lambda z, n, r, e: DGEM.value(z, n, r, e) + 1e-6}, r"at x = .* its value is .*, and exact is"),
+        ({"value": lambda z, n, r, e: DGEM.value(z, n, r, e).sum()}, "each element by itself"),
+        ({"slope_at": lambda y, n, r, e, d: y, "inverse": lambda y, n, r, e: y}, "its slope_at is"),
+        ({"slope_at": lambda y, n, r, e, d: y}, "both slope_at and inverse"),
+        ({"name": "dgem", "title": "D-GEM", "formula": "another"}, "taken by the family 'x t / "),
+        ({"name": "relu", "title": "ReLU"}, r"taken by torch\.nn\.functional\.relu"),
+        ({"name": "X2"}, "lower-case letters, got 'X2'"),
+        ({"title": "other"}, "title must spell the name"),
+    ],
+)
+def test_a_family_that_contradicts_itself(changes, message):
+    with pytest.raises(ValueError, match=message):
+        hf_gem.register_family(changed(**changes))
+    assert "xgem" not in FAMILIES
+
+
+def test_what_kernels_do_not_have():
+    def value(z, n, r, e):
+        return DGEM.value(z, n, r, e) + 0.0 * torch.sin(z)
+
+    with pytest.raises(TypeError, match=r"no operation 'sin'. A formula can use .* torch\.where"):
+        hf_gem.register_family(changed(value=value))
+
+
+def test_a_name_that_another_library_has(monkeypatch):
+    from transformers.activations import ACT2FN
+
+    monkeypatch.setitem(ACT2FN, "xgem", nn.ReLU)
+    with pytest.raises(ValueError, match=r"ACT2FN\['xgem'\] is already"):
+        hf_gem.register_family(changed())
+    assert "xgem" not in FAMILIES
