@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "TorchDispatchMode",
     "children",
-    "compiler_is_loaded",
     "compile_cpp",
+    "compiler_is_loaded",
     "has_hooks",
     "in_dispatch_mode",
     "in_forward_ad",
@@ -29,7 +29,6 @@ __all__ = [
     "module_buffers",
     "reset_compiler",
     "tree_leaves",
-    "tree_map",
     "uncompiled",
 ]
 

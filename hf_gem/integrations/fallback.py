@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..family.names import FORMS, parse
 from ..family.reference import egem, egem_tensor, segem, segem_tensor
-from ..surgery.fields import mask, unmask
+from ..surgery.configs import mask, unmask
 from ..surgery.plans import apply_plans, complete
 
 _FORMULAS = {"egem": (egem, egem_tensor), "segem": (segem, segem_tensor)}
@@ -62,7 +62,7 @@ def register(*names: str) -> None:
 def _registered() -> Iterator[None]:
     from transformers.activations import ACT2CLS, ACT2FN
 
-    registries: list[tuple[dict, Callable[[str], Any]]] = [
+    registries: list[tuple[dict[str, Any], Callable[[str], Any]]] = [
         (ACT2FN, lambda name: (Activation, {"name": name})),
         (ACT2CLS, lambda name: functools.partial(Activation, name)),
     ]
@@ -81,7 +81,7 @@ def _registered() -> Iterator[None]:
 def base(cls: Any) -> Any:
     """A class of transformers that does what hf_gem adds to the building of a model, conversions above all."""
 
-    class Converted(cls):
+    class Converted(cls):  # type: ignore[misc]  # a class that is not known before
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             unmask(config)
             with _registered():

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from .._torch import uncompiled
 from ..family.names import is_claimed, parse
+from ..files import replace_between
 from ..surgery.fields import activation_fields, plain_name
 from ..surgery.plans import unnamed
 
@@ -18,8 +20,10 @@ _ROOT = Path(__file__).parent.parent
 _FALLBACK = (
     "family/names.py",
     "family/reference.py",
+    "surgery/slots.py",
     "surgery/plans.py",
     "surgery/fields.py",
+    "surgery/configs.py",
     "integrations/fallback.py",
 )
 _CODE = "modeling_gem"
@@ -48,7 +52,7 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
         ValueError: its class is neither of transformers nor of hf_gem or not built by an Auto class, it has no
             activation of the family, or `push_to_hub` is asked for.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper saves what it wraps too
+    model = uncompiled(model) or model  # torch.compile's wrapper saves what it wraps too
     if kwargs.get("push_to_hub"):
         raise ValueError(
             "save_for_hub got push_to_hub=True, which would push the weights before the files that it writes; push the "
@@ -66,15 +70,7 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
         if before is not None:
             config.auto_map = before
     own = _own_code(model)
-    written = {folder / f"{_CODE}.py": _modeling(auto_map, names, own is not None)}
-    if own is not None:
-        written[folder / f"gem_{_OWN}.py"] = own.read_text(encoding="utf-8")
-    for file in _FALLBACK:
-        source = (_ROOT / file).read_text(encoding="utf-8")
-        name = f"gem_{Path(file).name}"
-        written[folder / name] = re.sub(
-            r"^from \.+(?:\w+\.)*(\w+) import", r"from .gem_\1 import", source, flags=re.MULTILINE
-        )
+    written = {folder / name: code for name, code in _code(auto_map, names, own).items()}
     card = folder / "README.md"
     auto = next(auto for auto, cls in auto_map.items() if cls == type(model).__name__)
     saved = activation_fields(type(config).from_pretrained(folder))
@@ -173,6 +169,18 @@ def _auto_map(model: Any) -> dict[str, str]:
     return found
 
 
+def _code(auto_map: dict[str, str], names: list[str], own: Path | None) -> dict[str, str]:
+    """File -> source: all the code of a checkpoint, the files of hf_gem among it with imports from beside them."""
+    files = {f"{_CODE}.py": _modeling(auto_map, names, own is not None)}
+    if own is not None:
+        files[f"gem_{_OWN}.py"] = own.read_text(encoding="utf-8")
+    for file in _FALLBACK:
+        source = (_ROOT / file).read_text(encoding="utf-8")
+        imported = re.compile(r"^from \.+(?:\w+\.)*(\w+) import", re.MULTILINE)
+        files[f"gem_{Path(file).name}"] = imported.sub(r"from .gem_\1 import", source)
+    return files
+
+
 def _modeling(auto_map: dict[str, str], names: list[str], own: bool) -> str:
     classes = sorted({name for auto, name in auto_map.items() if auto != "AutoConfig"})
     origin = "" if own else "transformers."
@@ -199,8 +207,7 @@ except ImportError:
 
 def _with_notes(card: str, auto: str, notes: str, imported: str) -> str:
     if _START in card and _END in card:
-        head, _, rest = card.partition(_START)
-        return head + notes + rest.partition(_END)[2]
+        return replace_between(card, _START, _END, notes.removeprefix(_START).removesuffix(_END))
     return f"""{card.rstrip()}
 
 ## Use

@@ -14,9 +14,8 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
 import hf_gem
-from hf_gem import GluPatch, functional, patch_glu, revert, unpatch_glu
+from hf_gem import GluPatch, convert, functional, patch_glu, revert, unpatch_glu
 from hf_gem.modules import EGEM, GEM, SEGEM
-from hf_gem.surgery import convert
 
 transformers = pytest.importorskip("transformers")
 
@@ -175,9 +174,7 @@ def test_each_function_and_its_eps(name, fused):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "make", [lambda: GEM(2), lambda: EGEM(eps=0.01), lambda: SEGEM(), lambda: EGEM(learnable=True)]
-)
+@pytest.mark.parametrize("make", [lambda: GEM(2), lambda: EGEM(eps=0.01), SEGEM, lambda: EGEM(learnable=True)])
 def test_rounding(make, dtype, fused):
     """Result and gradients are within 3 half units of the unpatched ones.
 
