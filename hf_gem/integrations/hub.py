@@ -17,6 +17,7 @@ from ..surgery.fields import activation_fields, plain_name
 from ..surgery.plans import unnamed
 
 _ROOT = Path(__file__).parent.parent
+# Of hf_gem they import each other only; so they have no private torch, which another version may lack.
 _FALLBACK = (
     "family/names.py",
     "family/reference.py",

@@ -19,11 +19,11 @@ from ..modules import GemActivation, get_activation, module_factory
 from ..surgery.configs import mask, unmask, write_plan
 from ..surgery.fields import (
     activation_fields,
-    configs,
     declares,
     is_activation_key,
     is_body,
     is_config,
+    nested_configs,
     plain_name,
     set_activation,
 )
@@ -287,7 +287,7 @@ def _save_pretrained(original: Any, model: Any, *args: Any, **kwargs: Any) -> An
     """Saved from the model as it is: a part of a converted model has no plan in its config yet."""
     if (problem := unnamed(model)) is not None:
         warnings.warn(problem, stacklevel=2)  # no error: this may be the end of a training run
-    inner = configs(model.config).values()
+    inner = nested_configs(model.config).values()
     before = [vars(config).get(PLAN) for config in inner]
     write_plan(model)
     try:

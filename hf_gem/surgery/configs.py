@@ -1,7 +1,4 @@
-"""Conversions in the configs of transformers models: how they are written there, and what a converted config selects.
-
-This file goes into checkpoints; see `hf_gem.integrations.hub`.
-"""
+"""Conversions in the configs of transformers models: how they get there, and what a converted config selects."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..family.names import is_claimed
-from .fields import activation_fields, configs, declares, plain_name
+from .fields import activation_fields, declares, nested_configs, plain_name
 from .plans import PLAN, check_plan, parts_inside, parts_of, plan_of
 
 
@@ -29,7 +26,7 @@ def write_plan(model: Any) -> None:
 
     A part built from a config inside the config, such as a vision tower, has its own there, for it to be loaded alone.
     """
-    inner = {id(config): (prefix, config) for prefix, config in configs(model.config).items()}
+    inner = {id(config): (prefix, config) for prefix, config in nested_configs(model.config).items()}
     parts = {path: part for path, part in parts_of(model).items() if id(part.config) in inner}
     for _, config in inner.values():
         vars(config).pop(PLAN, None)
@@ -40,7 +37,7 @@ def write_plan(model: Any) -> None:
         if plan is None:
             continue
         owned = {id(other.config) for other in parts.values() if other is not part}
-        elsewhere = tuple(prefix for prefix, config in configs(part.config).items() if id(config) in owned)
+        elsewhere = tuple(prefix for prefix, config in nested_configs(part.config).items() if id(config) in owned)
         part.config.hf_gem = {
             **plan,
             "fields": {
@@ -91,7 +88,7 @@ def unmask(config: Any) -> None:
 
 
 def _plans(config: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
-    for part in configs(config).values():
+    for part in nested_configs(config).values():
         if (plan := vars(part).get(PLAN)) is not None:
             check_plan(plan)
             yield part, plan

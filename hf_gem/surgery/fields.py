@@ -149,12 +149,12 @@ def _parameters(config_class: Any) -> frozenset[str]:
     return frozenset(inspect.signature(config_class).parameters)  # a dataclass's fields, or a custom __init__'s
 
 
-def configs(config: Any, prefix: str = "") -> dict[str, Any]:
+def nested_configs(config: Any, prefix: str = "") -> dict[str, Any]:
     """Prefix of its fields (`""`, `"text_config."` ...) -> config, for a config and those in it, each once."""
     found = {prefix: config}
     for key, value in vars(config).items():
         if is_config(value) and not any(value is other for other in found.values()):
-            found |= configs(value, f"{prefix}{key}.")
+            found |= nested_configs(value, f"{prefix}{key}.")
     return found
 
 

@@ -1,7 +1,4 @@
-"""Places in a model that hold an activation: what is there, what is put there, and how that is undone.
-
-This file goes into checkpoints; see `hf_gem.integrations.hub`.
-"""
+"""Places in a model that hold an activation: what is there, what is put there, and how that is undone."""
 
 from __future__ import annotations
 

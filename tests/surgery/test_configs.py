@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_gem.surgery.configs import unmask
-from hf_gem.surgery.fields import activation_fields, configs
+from hf_gem.surgery.fields import activation_fields, nested_configs
 from tests.surgery.test_fields import neomme
 
 
@@ -48,8 +48,8 @@ def test_a_converted_config_comes_back_from_a_file(make):
 
     config = make()
     stock = body(config)
-    for part in configs(config).values():
-        inner = tuple(prefix for prefix in configs(part) if prefix)
+    for part in nested_configs(config).values():
+        inner = tuple(prefix for prefix in nested_configs(part) if prefix)
         own = {path: value for path, value in body(part).items() if not path.startswith(inner)}
         part.hf_gem = {"version": 1, "model": "", "base": "", "parts": [], "fields": own}
         part.hf_gem["activations"] = {"egem_learnable": ["act"], "segem": ["act2"]}
