@@ -10,7 +10,7 @@ from .family.table import Family
 from .functional import activation, egem, gem, segem
 from .init import gain
 from .integrations import register, unregister
-from .integrations.families import register_family
+from .integrations.families import load_families, register_family
 from .integrations.hub import save_for_hub
 from .integrations.timm import create_timm_model
 from .modules import EGEM, GEM, SEGEM, GemActivation, get_activation
@@ -53,3 +53,4 @@ __all__ = [
 ]
 
 register()
+load_families()

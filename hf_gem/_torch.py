@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "TorchDispatchMode",
@@ -30,7 +30,6 @@ __all__ = [
     "module_buffers",
     "reset_compiler",
     "tree_leaves",
-    "tree_map",
     "uncompiled",
 ]
 

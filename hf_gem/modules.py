@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,8 @@ class GemActivation(nn.Module):
         IndexError: when called, the input has no dimension `channel_dim`.
     """
 
+    __jit_unused_properties__: ClassVar[list[str]] = ["eps", "spec"]
+
     def __init__(
         self,
         family: str,
@@ -76,6 +78,7 @@ class GemActivation(nn.Module):
         if num_parameters != 1 and not learnable:
             raise ValueError(f"num_parameters={num_parameters} needs learnable=True: a fixed eps has no parameters")
         self.family = spec.family
+        self.formula = spec.definition.value  # for TorchScript, which compiles a function that is an attribute
         self.n = spec.n
         self.init_eps = spec.eps
         self.num_parameters = num_parameters
@@ -103,6 +106,8 @@ class GemActivation(nn.Module):
         return GemSpec(self.family, self.n, self.init_eps, self.log_ratio is not None)
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]  # torch does not declare it
+            return self._scripted(x)
         if self.log_ratio is None:
             return functional.activation(x, self.family, self.n, self.init_eps, self.save)
         eps = _eps_at(self.log_ratio, self.init_eps)
@@ -127,37 +132,21 @@ class GemActivation(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        vars(self).setdefault("family", type(self).__name__.lower())  # pickles of version 0.1.0 lack it
+        # Pickles of version 0.1.0 lack these.
+        vars(self).setdefault("family", type(self).__name__.lower())
+        vars(self).setdefault("formula", self.spec.definition.value)
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` compiles in place of this."""
-        return _Scriptable(self)
-
-
-class _Scriptable(nn.Module):
-    """An activation for TorchScript, which takes the formula of the family as it is, with tensors for r and e."""
-
-    def __init__(self, activation: GemActivation) -> None:
-        super().__init__()
-        self.formula = activation.spec.definition.value  # a function as attribute, which TorchScript compiles too
-        self.n = activation.n
-        self.init_eps = activation.init_eps
-        self.r, self.e = scale(activation.init_eps, activation.n)
-        self.per_channel = activation.num_parameters > 1
-        self.channel_dim = activation.channel_dim
-        self.log_ratio: nn.Parameter | None
-        self.register_parameter("log_ratio", activation.log_ratio)
-        self.train(activation.training)
-
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+    def _scripted(self, x: Tensor) -> Tensor:
+        """`forward` for TorchScript, which takes the formula as it is, with tensors for r and e."""
         z = working(x)
         log_ratio = self.log_ratio
         if log_ratio is None:
-            r = torch.full([], self.r, dtype=z.dtype, device=z.device)
-            e = torch.full([], self.e, dtype=z.dtype, device=z.device)
+            r_number, e_number = scale(self.init_eps, self.n)
+            r = torch.full([], r_number, dtype=z.dtype, device=z.device)
+            e = torch.full([], e_number, dtype=z.dtype, device=z.device)
             return self.formula(z, self.n, r, e).to(x.dtype)
         eps = _eps_at(log_ratio, self.init_eps).to(z.dtype)
-        if not self.per_channel:
+        if self.num_parameters == 1:
             r, e = scale_tensor(eps.view([]), self.n)
             return self.formula(z, self.n, r, e).to(x.dtype)
         r, e = scale_tensor(eps, self.n)

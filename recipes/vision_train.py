@@ -15,8 +15,8 @@ from transformers.activations import ACT2FN
 
 import hf_gem
 from hf_gem.family.names import is_name
-from hf_gem.surgery.audit import path_patterns
-from hf_gem.surgery.stock import describe, is_elementwise, is_gate, kind, stock_slots
+from hf_gem.surgery.kinds import describe, is_elementwise, is_gate, kind, stock_slots
+from hf_gem.surgery.reports import path_patterns
 from hf_gem.training.config import TrainConfig, option, parse_config, require
 from hf_gem.training.data.vision import ImageData, Preprocessing, VisionConfig, image_processor, prepare_images
 from hf_gem.training.errors import ConfigError, run_recipe

@@ -46,7 +46,7 @@ def digits(dtype: torch.dtype) -> int:
 
 def scale(eps: float, n: int) -> tuple[float, float]:
     """r and e of an eps, exactly."""
-    k = math.floor(0.5 - math.log2(eps) / (2 * n))
+    k = math.floor(0.5 - math.log(eps) / (2 * n * math.log(2.0)))  # TorchScript has no log2
     return math.ldexp(1.0, k), math.ldexp(eps, 2 * n * k)
 
 

@@ -18,7 +18,7 @@ from ..family.egem import EGEM  # noqa: F401  # puts itself into the table
 from ..family.formulas import forward
 from ..family.names import parse
 from ..family.segem import SEGEM  # noqa: F401
-from ..surgery.fields import mask, unmask
+from ..surgery.configs import mask, unmask
 from ..surgery.plans import apply_plans, complete
 
 
@@ -61,7 +61,7 @@ def register(*names: str) -> None:
 def _registered() -> Iterator[None]:
     from transformers.activations import ACT2CLS, ACT2FN
 
-    registries: list[tuple[dict, Callable[[str], Any]]] = [
+    registries: list[tuple[dict[str, Any], Callable[[str], Any]]] = [
         (ACT2FN, lambda name: (Activation, {"name": name})),
         (ACT2CLS, lambda name: functools.partial(Activation, name)),
     ]
@@ -80,7 +80,7 @@ def _registered() -> Iterator[None]:
 def base(cls: Any) -> Any:
     """A class of transformers that does what hf_gem adds to the building of a model, conversions above all."""
 
-    class Converted(cls):
+    class Converted(cls):  # type: ignore[misc]  # a class that is not known before
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             unmask(config)
             with _registered():

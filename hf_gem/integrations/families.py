@@ -1,8 +1,12 @@
-"""A family of one's own: `register_family`."""
+"""A family of one's own: `register_family`, and $HF_GEM_FAMILIES for programs that know nothing of it."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
 import sys
+from pathlib import Path
 
 import torch.nn.functional as F
 
@@ -53,3 +57,23 @@ def register_family(family: Family) -> Family:
         del FAMILIES[family.name]
         raise
     return family
+
+
+def load_families() -> None:
+    """Imports the modules in $HF_GEM_FAMILIES, names or paths of `.py` files with `os.pathsep` between them.
+
+    Importing hf_gem does this, so that recipes, studies and the processes that they start know their families.
+
+    Raises:
+        ImportError: there is no such module or file.
+    """
+    for entry in filter(None, os.environ.get("HF_GEM_FAMILIES", "").split(os.pathsep)):
+        path = Path(entry)
+        if path.suffix != ".py":
+            importlib.import_module(entry)
+        elif path.stem not in sys.modules:
+            found = importlib.util.spec_from_file_location(path.stem, path)
+            if found is None or found.loader is None or not path.is_file():
+                raise ImportError(f"HF_GEM_FAMILIES names {entry}, which is no file; give the path of a Python file")
+            module = sys.modules[path.stem] = importlib.util.module_from_spec(found)
+            found.loader.exec_module(module)

@@ -10,15 +10,21 @@ from typing import Any
 
 from torch import nn
 
+from .._torch import uncompiled
 from ..family.names import is_claimed, parse
+from ..family.table import Family
+from ..files import replace_between
 from ..surgery.fields import activation_fields, plain_name
 from ..surgery.plans import unnamed
 
 _ROOT = Path(__file__).parent.parent
+# Of hf_gem they import each other only; so they have no private torch, which another version may lack.
 _FALLBACK = (
     *(f"family/{name}.py" for name in ("arithmetic", "table", "egem", "segem", "formulas", "names")),
-    *("surgery/plans.py", "surgery/fields.py", "integrations/fallback.py"),
+    *(f"surgery/{name}.py" for name in ("slots", "plans", "fields", "configs")),
+    "integrations/fallback.py",
 )
+_IMPORT = re.compile(r"^from (?:\.+|hf_gem\.)(?:\w+\.)*(\w+) import", re.MULTILINE)
 _CODE = "modeling_gem"
 _OWN = "image_models"  # the file of hf_gem with models that transformers does not have
 _START, _END = "<!-- loading: written by hf_gem -->", "<!-- /loading -->"
@@ -45,7 +51,7 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
         ValueError: its class is neither of transformers nor of hf_gem or not built by an Auto class, it has no
             activation of the family, or `push_to_hub` is asked for.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper saves what it wraps too
+    model = uncompiled(model) or model  # torch.compile's wrapper saves what it wraps too
     if kwargs.get("push_to_hub"):
         raise ValueError(
             "save_for_hub got push_to_hub=True, which would push the weights before the files that it writes; push the "
@@ -63,15 +69,7 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
         if before is not None:
             config.auto_map = before
     own = _own_code(model)
-    written = {folder / f"{_CODE}.py": _modeling(auto_map, names, own is not None)}
-    if own is not None:
-        written[folder / f"gem_{_OWN}.py"] = own.read_text(encoding="utf-8")
-    for file in _FALLBACK:
-        source = (_ROOT / file).read_text(encoding="utf-8")
-        name = f"gem_{Path(file).name}"
-        written[folder / name] = re.sub(
-            r"^from \.+(?:\w+\.)*(\w+) import", r"from .gem_\1 import", source, flags=re.MULTILINE
-        )
+    written = {folder / name: code for name, code in _code(auto_map, names, own).items()}
     card = folder / "README.md"
     auto = next(auto for auto, cls in auto_map.items() if cls == type(model).__name__)
     saved = activation_fields(type(config).from_pretrained(folder))
@@ -170,24 +168,85 @@ def _auto_map(model: Any) -> dict[str, str]:
     return found
 
 
-def _modeling(auto_map: dict[str, str], names: list[str], own: bool) -> str:
+def _code(auto_map: dict[str, str], names: list[str], own: Path | None) -> dict[str, str]:
+    """File -> source: all the code of a checkpoint, the files of hf_gem among it with imports from beside them."""
+    families = {parse(name).family: parse(name).definition for name in names}
+    foreign = {name: family for name, family in families.items() if not family.value.__module__.startswith("hf_gem.")}
+    homes = {name: _home(family) for name, family in foreign.items()}
+    files = {
+        f"{_CODE}.py": _modeling(auto_map, names, own is not None, {name: key for name, (key, _) in homes.items()})
+    }
+    if own is not None:
+        files[f"gem_{_OWN}.py"] = own.read_text(encoding="utf-8")
+    for file in _FALLBACK:
+        source = (_ROOT / file).read_text(encoding="utf-8")
+        files[f"gem_{Path(file).name}"] = _IMPORT.sub(r"from .gem_\1 import", source)
+    for name, (_, source) in homes.items():
+        files[f"gem_family_{name}.py"] = source
+    return files
+
+
+def _home(family: Family) -> tuple[str, str]:
+    """What somebody's family is called in the file that defines it, and that file with imports from the checkpoint.
+
+    Raises:
+        ValueError: there is no such file, or it needs more of hf_gem than a checkpoint takes along.
+    """
+    name = family.value.__module__
+    module = sys.modules.get(name)
+    key = next((key for key, value in vars(module).items() if value is family), None) if module else None
+    file = getattr(module, "__file__", None)
+    if key is None or file is None:
+        raise ValueError(
+            f"the family {family.name!r} is defined in {name}, of which no file can go into the checkpoint; define it "
+            "in a file of its own, as a variable of a module that is imported"
+        )
+    source = Path(file).read_text(encoding="utf-8")
+    source = re.sub(r"^(?:import hf_gem|from hf_gem import register_family)\n", "", source, flags=re.MULTILINE)
+    source = re.sub(r"^(?:\w+ = )?(?:hf_gem\.)?register_family\(.*\)\n", "", source, flags=re.MULTILINE)
+    source = re.sub(r"^from hf_gem import Family\n", "from .gem_table import Family\n", source, flags=re.MULTILINE)
+    source = _IMPORT.sub(r"from .gem_\1 import", source)
+    if "hf_gem" in "".join(line for line in source.splitlines() if "import" in line):
+        raise ValueError(
+            f"{file} imports more of hf_gem than a checkpoint takes along; the file of a family may import Family, "
+            "register_family, and from hf_gem.family"
+        )
+    return key, source
+
+
+def _modeling(auto_map: dict[str, str], names: list[str], own: bool, families: dict[str, str]) -> str:
+    """The module that a checkpoint is loaded by.
+
+    Args:
+        auto_map: Auto class -> class.
+        names: Of the activations.
+        own: Whether the model is one of hf_gem.
+        families: Name of a family that is not ours -> what it is called in its file.
+    """
     classes = sorted({name for auto, name in auto_map.items() if auto != "AutoConfig"})
     origin = "" if own else "transformers."
     subclasses = "\n\n".join(f"class {name}(base({origin}{name})):\n    pass\n" for name in classes)
     library = f"from .gem_{_OWN} import {', '.join(sorted(auto_map.values()))}" if own else "import transformers"
+    # Where hf_gem is installed, a family that is not ours may still be one that nobody has registered there.
+    asked = "".join(f"    hf_gem.family.table.family_named({name!r})\n" for name in families)
+    added = "".join(
+        f"    from .gem_family_{name} import {key}\n    from .gem_table import add\n\n    add({key})\n"
+        for name, key in families.items()
+    )
     registered = ", ".join(f'"{name}"' for name in names)
     return f'''"""Loads this checkpoint with trust_remote_code=True, by hf_gem where it is installed."""
 
 {library}
 
 try:
-    import hf_gem  # noqa: F401  # takes part in building the model
+    import hf_gem{"" if families else "  # noqa: F401"}  # takes part in building the model
 
+{asked}
     def base(cls):
         return cls
-except ImportError:
+except {"(ImportError, ValueError)" if families else "ImportError"}:
     from .gem_fallback import base, register
-
+{added}
     register({registered})
 
 
@@ -196,8 +255,7 @@ except ImportError:
 
 def _with_notes(card: str, auto: str, notes: str, imported: str) -> str:
     if _START in card and _END in card:
-        head, _, rest = card.partition(_START)
-        return head + notes + rest.partition(_END)[2]
+        return replace_between(card, _START, _END, notes.removeprefix(_START).removesuffix(_END))
     return f"""{card.rstrip()}
 
 ## Use

@@ -15,7 +15,7 @@ from ..family.names import GemSpec, is_claimed, is_name, parse
 Installer = tuple[Callable[[ModuleType], None], Callable[[ModuleType], None]]
 
 
-class NameLookup(dict):
+class NameLookup(dict[str, Any]):
     """Mixin for a dict of activations: a missing key that is a name of the family is made on the fly.
 
     Subclasses set `make`. Keys that are there always win, so what the library registers itself is untouched; iteration

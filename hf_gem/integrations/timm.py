@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,12 +18,11 @@ from .. import functional
 from ..family.names import GemSpec, is_claimed, parse
 from ..init import gain
 from ..modules import GemActivation, get_activation, module_factory
-from ..surgery.plans import BUILT, PLAN, apply_plan, plan_of, unnamed
-from ..surgery.stock import is_stock, kind, stock_slots
+from ..surgery.convert import Conversion, convert
+from ..surgery.kinds import is_stock, kind, stock_slots
+from ..surgery.plans import PLAN, apply_plan, plan_of, unnamed
+from ..surgery.slots import BUILT
 from .registry import Installer, NameLookup, lookups, patch
-
-if TYPE_CHECKING:
-    from ..surgery.convert import Conversion
 
 
 class ActName(str):
@@ -81,7 +80,7 @@ def _build_model(original: Any, model_cls: Any, *args: Any, **kwargs: Any) -> nn
 
     def build(**kwargs: Any) -> nn.Module:
         try:
-            model = model_cls(**kwargs)
+            model: nn.Module = model_cls(**kwargs)
         except TypeError as error:
             if "act_layer" in names and "act_layer" in str(error):
                 raise TypeError(f"{error}; use hf_gem.create_timm_model, or convert the stock model") from error
@@ -96,11 +95,11 @@ def _build_model(original: Any, model_cls: Any, *args: Any, **kwargs: Any) -> nn
         _warn_of_what_is_left(names, model)
         return model
 
-    model = original(build, *args, **kwargs)
+    model: Any = original(build, *args, **kwargs)
     if names:
         # As create_model of timm 1.0.31 records arguments; this does it for older versions and without create_model.
         model._model_args = {**getattr(model, "_model_args", {}), **names}
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def _unfix(kwargs: dict[str, Any]) -> None:
@@ -177,8 +176,6 @@ def create_timm_model(name: str, act: str, **kwargs: Any) -> tuple[nn.Module, Co
         ValueError: the name of the activation is malformed, or the model has none to replace.
     """
     import timm
-
-    from ..surgery.convert import convert  # which builds on the integrations
 
     parse(act)
     if "act_layer" in kwargs:

@@ -16,21 +16,20 @@ from typing import Any
 
 from ..family.names import is_claimed, parse
 from ..modules import GemActivation, get_activation, module_factory
-from ..surgery.configs import own_config, write_plan
+from ..surgery.configs import mask, unmask, write_plan
 from ..surgery.fields import (
     activation_fields,
-    configs,
     declares,
     is_activation_key,
     is_body,
     is_config,
-    mask,
+    nested_configs,
     plain_name,
     set_activation,
-    unmask,
 )
-from ..surgery.plans import BUILT, PLAN, apply_plans, complete, join, parts_inside, parts_of, plan_of, unnamed
-from ..surgery.stock import is_stock, kind, stock_slots
+from ..surgery.kinds import is_stock, kind, stock_slots
+from ..surgery.plans import PLAN, apply_plans, complete, parts_inside, parts_of, unnamed
+from ..surgery.slots import BUILT, join
 from .registry import Installer, NameLookup, lookups, patch, refuse_conflicts, replace_everywhere
 
 
@@ -74,7 +73,8 @@ def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
     """One of our names under a keyword for an activation that is no field of this config sets what it really reads."""
     from_file = config.transformers_version is not None
     if type(config) is sys.modules["transformers.configuration_utils"].PreTrainedConfig:
-        return original(config, **kwargs)  # the bare base class, as which any file can be read
+        original(config, **kwargs)  # the bare base class, as which any file can be read
+        return
     # A file's other keys may be only what a config made of its fields; and `pooling="gem"` is generalised-mean pooling.
     asked = (key for key, value in kwargs.items() if is_claimed(value) and is_activation_key(key))
     keys = [key for key in asked if key == "hidden_act" or not from_file]
@@ -279,14 +279,15 @@ def _config_to_dict(original: Any, config: Any) -> dict[str, Any]:
     if PLAN in vars(config):
         config = copy.deepcopy(config)
         mask(config)
-    return original(config)
+    saved: dict[str, Any] = original(config)
+    return saved
 
 
 def _save_pretrained(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     """Saved from the model as it is: a part of a converted model has no plan in its config yet."""
     if (problem := unnamed(model)) is not None:
         warnings.warn(problem, stacklevel=2)  # no error: this may be the end of a training run
-    inner = configs(model.config).values()
+    inner = nested_configs(model.config).values()
     before = [vars(config).get(PLAN) for config in inner]
     write_plan(model)
     try:

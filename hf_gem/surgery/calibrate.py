@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..family.names import GemSpec
+from ..family.table import family_named
 from ..fit import EPS_RANGE, Fit, Histogram, error, fit, fit_together
 from ..modules import get_activation
-from . import plans as conversion
-from .audit import copied_buffers, evaluating, unwrapped
-from .plans import Slot
-from .stock import describe
+from .kinds import describe
+from .running import outputs, run
+from .slots import Slot, match_nested_tensors, replace
 
 _STEP = 10**0.5  # between the eps that are tried on the model
 _Sample = tuple[Histogram, Callable[..., Tensor]]
@@ -134,14 +134,16 @@ def _settle(
 
 
 def _member(family: str, n: int, eps: float) -> GemSpec:
-    """The member with an eps near this one: of three digits and in the range, or 1 for GEM."""
+    """The member with an eps near this one: of three digits and in the range, or the one that the family has fixed."""
     low, high = EPS_RANGE
-    return GemSpec(family, n) if family == "gem" else GemSpec(family, n, float(f"{min(max(eps, low), high):.3g}"))
+    if family_named(family).fixed_eps is not None:
+        return GemSpec(family, n)
+    return GemSpec(family, n, float(f"{min(max(eps, low), high):.3g}"))
 
 
 def _as_fit(member: GemSpec, sample: _Sample) -> Fit:
     own, relative = (error(member, *sample, relative=flag) for flag in (False, True))
-    return Fit(member, own, relative, member.family != "gem" and member.eps in EPS_RANGE)
+    return Fit(member, own, relative, member.definition.fixed_eps is None and member.eps in EPS_RANGE)
 
 
 def replace_all(model: nn.Module, slots: dict[str, Slot], members: dict[str, GemSpec]) -> None:
@@ -149,7 +151,7 @@ def replace_all(model: nn.Module, slots: dict[str, Slot], members: dict[str, Gem
     by_name: dict[str, list[Slot]] = {}
     for path, member in members.items():
         by_name.setdefault(member.name, []).append(slots[path])
-    conversion.replace(model, by_name, get_activation)
+    replace(model, by_name, get_activation)
 
 
 def _samples(recorders: dict[str, _Recorder], given: GemSpec) -> tuple[dict[str, _Sample], dict[str, float]]:
@@ -211,41 +213,6 @@ def _as_function(activation: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return copy.deepcopy(activation).to("cpu", torch.float64).eval().forward  # not its hooks
 
 
-# ---- running a model on data
-
-
-def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
-    """The positional and keyword arguments that a batch stands for, or TypeError."""
-    if isinstance(batch, Tensor):
-        return (batch,), {}
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, (tuple, list)):
-        return tuple(batch), {}
-    raise TypeError(f"a batch is a tensor, a tuple of arguments or a dict of keyword ones, got {type(batch).__name__}")
-
-
-def run(model: nn.Module, batch: Any) -> Any:
-    """What a model returns for a batch, which leaves no trace on it: no statistics, flags or caches."""
-    args, kwargs = arguments(batch)
-    model = unwrapped(model)
-    try:
-        with evaluating(model):
-            return torch.func.functional_call(model, copied_buffers(model), args, kwargs)
-    except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__} does not run on a batch of data= ({type(error).__name__}: {error}); a batch is a "
-            "tensor, a tuple of the positional or a dict of the keyword arguments of the model, on its device, without "
-            "what the model does not take, such as labels"
-        ) from error
-
-
-def outputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    """The floating-point tensors that a model returns for a batch."""
-    leaves = torch.utils._pytree.tree_leaves(run(model, batch))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
 def relative_change(before: list[Tensor], after: list[Tensor]) -> float | None:
     """Root mean square of the change over that of `before`, where that is finite; None if the shapes differ."""
     if [b.shape for b in before] != [a.shape for a in after]:
@@ -265,7 +232,7 @@ def relative_change(before: list[Tensor], after: list[Tensor]) -> float | None:
 def put_back(model: nn.Module, slots: Iterable[Slot]) -> Iterator[contextlib.ExitStack]:
     """Puts the occupants of slots back on leaving, unless the stack is emptied."""
     with contextlib.ExitStack() as stack:
-        stack.callback(conversion.match_nested_tensors, model)
+        stack.callback(match_nested_tensors, model)
         for slot in slots:
             stack.callback(slot.put, slot.occupant)
         yield stack

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
+import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,14 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from ..family.names import GemSpec, is_name, parse
+from ..files import to_json
 from ..fit import Fit
-from . import plans as conversion
-from .audit import ActivationCall, Audit, audit, path_patterns
-from .calibrate import Calibration, arguments, calibrate, replace_all
+from .audit import Audit, audit
+from .calibrate import Calibration, calibrate, replace_all
 from .configs import own_config, write_plan
-from .plans import Slot
-from .stock import describe, is_elementwise, is_gate, kind, stock_slots
+from .kinds import describe, is_elementwise, is_gate, kind, stock_slots
+from .reports import places
+from .running import arguments
+from .slots import Slot, undo
+from .tracer import ActivationCall
 
+_Wanted = tuple[str | type, ...]  # names or patterns, and classes
 _ALREADY = "there already"
 _MOST = 5  # lines of a kind in a report
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
@@ -86,9 +90,8 @@ class Conversion:
             ],
             "audit": self.audit and self.audit.to_dict(),
         }
-        return torch.utils._pytree.tree_map(
-            lambda value: None if isinstance(value, float) and not math.isfinite(value) else value, report
-        )
+        values: dict[str, Any] = json.loads(to_json(report))
+        return values
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.replaced)} activations replaced"]
@@ -96,7 +99,7 @@ class Conversion:
         columns = zip(_families([r.old for r in self.replaced]), _families([r.new for r in self.replaced]), strict=True)
         for r, key in zip(self.replaced, columns, strict=True):
             groups.setdefault(key, []).append(r.path)
-        lines += [f"  {old} -> {new}: {_places(paths)}" for (old, new), paths in groups.items()]
+        lines += [f"  {old} -> {new}: {places(paths)}" for (old, new), paths in groups.items()]
         fits = [(r.path, r.unfitted_error, r.fit) for r in self.replaced if r.fit is not None]
         fits.sort(key=lambda row: -row[2].error)
         if fits:
@@ -105,7 +108,7 @@ class Conversion:
             if len(fits) > _MOST:
                 lines.append(f"    and {len(fits) - _MOST} more, none larger; to_dict() has all")
             unseen = [r.path for r in self.replaced if r.fit is None]
-            lines += [f"  not reached by data=, so given the eps of all: {_places(unseen)}"] if unseen else []
+            lines += [f"  not reached by data=, so given the eps of all: {places(unseen)}"] if unseen else []
         if self.output_change is not None:
             lines.append(
                 "  relative change of the output on the first batch, at the given name -> fitted: "
@@ -114,7 +117,7 @@ class Conversion:
         left: dict[tuple[str, str], list[str]] = {}
         for path, what, reason in self.left:
             left.setdefault((what, reason), []).append(path)
-        lines += [f"  left alone, {reason}: {what}, {_places(paths)}" for (what, reason), paths in left.items()]
+        lines += [f"  left alone, {reason}: {what}, {places(paths)}" for (what, reason), paths in left.items()]
         if self.audit is None:
             lines.append(f"  what else runs is unknown, no forward pass was possible: {self.not_audited}")
         else:
@@ -212,7 +215,7 @@ def revert(model: nn.Module) -> list[str]:
         raise TypeError(
             f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model that was converted"
         )
-    paths = conversion.undo(model)
+    paths = undo(model)
     _write_plans(model)
     return paths
 
@@ -276,7 +279,7 @@ def _has_weights(slot: Slot) -> bool:
 
 
 def _choose(
-    model: nn.Module, spec: GemSpec | None, only: tuple, skip: tuple
+    model: nn.Module, spec: GemSpec | None, only: _Wanted, skip: _Wanted
 ) -> tuple[dict[str, Slot], list[tuple[str, str, str]]]:
     """The slots to replace by path, and (path, name, reason) of the others."""
     chosen: dict[str, Slot] = {}
@@ -311,7 +314,7 @@ def _choose(
     return chosen, left
 
 
-def _as_tuple(wanted: Any) -> tuple:
+def _as_tuple(wanted: Any) -> _Wanted:
     if wanted is None:
         return ()
     several = tuple(wanted) if isinstance(wanted, (list, tuple, set, frozenset)) else (wanted,)
@@ -382,7 +385,3 @@ def _families(names: list[str]) -> list[str]:
     """The names, those of the family as `egem_*` where there are many, as after a fit for each layer."""
     many = len(set(names)) > _MOST
     return [f"{parse(name).family}_*" if many and is_name(name) else name for name in names]
-
-
-def _places(paths: list[str]) -> str:
-    return f"{len(paths)} at {path_patterns(paths)}"

@@ -16,7 +16,6 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from ..family.names import is_claimed, parse
-from .plans import PLAN, check_plan
 
 _ACTIVATION_WORDS = {"act", "activation", "afn"}
 # Fields named otherwise, and the attribute, declared nowhere, in which the config keeps what it made of the field.
@@ -53,7 +52,8 @@ class ActivationField:
 
     @property
     def value(self) -> str:
-        return self.owner[self.key] if isinstance(self.owner, dict) else getattr(self.owner, self.key)
+        value: str = self.owner[self.key] if isinstance(self.owner, dict) else getattr(self.owner, self.key)
+        return value
 
     def set(self, name: str) -> FieldChange:
         """Writes a name, keeping T5's prefix; `name` may have it already."""
@@ -149,58 +149,12 @@ def _parameters(config_class: Any) -> frozenset[str]:
     return frozenset(inspect.signature(config_class).parameters)  # a dataclass's fields, or a custom __init__'s
 
 
-# In memory a converted config selects what its model is built from, before the plan is applied. Saved, it selects a
-# name of the plan instead (the first in the alphabet), so that transformers alone stops at a name it does not know,
-# where it would have loaded another function. The parts of a composite model keep plans in their own configs, which
-# they may be loaded from alone.
-
-
-def mask(config: Any) -> None:
-    """Makes a converted config, or what is converted in it, select its converted name where its class allows that."""
-    for part, plan in _plans(config):
-        for field in activation_fields(part):
-            old = field.value
-            if old == plan["fields"].get(field.path):
-                try:
-                    field.set(min(plan["activations"]))
-                    getattr(part, "validate", lambda: None)()
-                except Exception:  # huggingface_hub's validation: this field is for some values only
-                    field.set(old)
-
-
-def unmask(config: Any) -> None:
-    """Makes a converted config, or what is converted in it, select again what its model is built from.
-
-    Raises:
-        ValueError: an activation was set since it was saved, which the conversion would replace.
-    """
-    for part, plan in _plans(config):
-        name = min(plan["activations"])
-        stock = [(field, plan["fields"].get(field.path, field.value)) for field in activation_fields(part)]
-        for field, value in stock:
-            if plain_name(field.value) != name and field.value != value:
-                raise ValueError(
-                    f"{type(part).__name__} got {field.path}={field.value!r} for a model that was converted to "
-                    f"{name!r}; remove the conversion first with `del config.{PLAN}`, or convert the model after it is "
-                    "built"
-                )
-        for field, value in stock:  # one may set another, which comes after it
-            field.set(value)
-
-
-def _plans(config: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
-    for part in configs(config).values():
-        if (plan := vars(part).get(PLAN)) is not None:
-            check_plan(plan)
-            yield part, plan
-
-
-def configs(config: Any, prefix: str = "") -> dict[str, Any]:
+def nested_configs(config: Any, prefix: str = "") -> dict[str, Any]:
     """Prefix of its fields (`""`, `"text_config."` ...) -> config, for a config and those in it, each once."""
     found = {prefix: config}
     for key, value in vars(config).items():
         if is_config(value) and not any(value is other for other in found.values()):
-            found |= configs(value, f"{prefix}{key}.")
+            found |= nested_configs(value, f"{prefix}{key}.")
     return found
 
 
@@ -250,7 +204,8 @@ class _TimmField(ActivationField):
 
     @property
     def value(self) -> str:
-        return (self.owner.model_args or {}).get(self.key, "")
+        value: str = (self.owner.model_args or {}).get(self.key, "")
+        return value
 
     def set(self, name: str) -> FieldChange:
         old = self.value

@@ -16,14 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional
-from ..modules import GemActivation
-from .audit import path_patterns
-from .stock import describe, stock_slots
+from .._torch import has_hooks, is_tracing
+from ..modules import EGEM, GEM, SEGEM, GemActivation
+from .kinds import describe, stock_slots
+from .reports import path_patterns, places
 
 _FUSED = "_hf_gem_fused"  # on a patched class: the original one, and the names of its activations
 _CALL = "_hf_gem_glu"  # what rewritten code calls, a keyword argument with a default
@@ -47,7 +46,7 @@ class GluPatch:
         groups: dict[str, list[str]] = {}
         for path, reason in self.left:
             groups.setdefault(reason, []).append(path)
-        lines += [f"  left alone, {why}: {len(paths)} at {path_patterns(paths)}" for why, paths in groups.items()]
+        lines += [f"  left alone, {why}: {places(paths)}" for why, paths in groups.items()]
         return "\n".join(lines)
 
 
@@ -153,12 +152,12 @@ def _described(act: Any) -> str:
 
 
 def _can_fuse(act: Any) -> bool:
-    return isinstance(act, GemActivation) and type(act).forward is GemActivation.forward and act.num_parameters == 1
+    return type(act) in (GemActivation, GEM, EGEM, SEGEM) and act.num_parameters == 1
 
 
 def _glu(*, act: Any, gate: Any, up: Any) -> Any:
     """`act(gate) * up`, by one call where that is the same but for rounding."""
-    plain = type(gate) is Tensor and type(up) is Tensor and not torch.jit.is_tracing()  # not sharded, nested, of fx ...
+    plain = type(gate) is Tensor and type(up) is Tensor and not is_tracing()  # not sharded, nested, of fx ...
     if plain and gate.shape == up.shape and gate.dtype == up.dtype and _can_fuse(act) and not _is_watched(act):
         eps = act.init_eps if act.log_ratio is None else act.eps.view([])
         return functional.gem_glu(gate, up, family=act.family, n=act.n, eps=eps)
@@ -167,8 +166,7 @@ def _glu(*, act: Any, gate: Any, up: Any) -> Any:
 
 def _is_watched(act: nn.Module) -> bool:
     """Whether a call of this does more than its class says: hooks, or a forward in place of its own."""
-    hooks = act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(act) or _has_any_global_hook()
+    return has_hooks(act) or "forward" in vars(act)
 
 
 # ---- classes
@@ -202,14 +200,14 @@ def _fused(cls: Any, keys: frozenset[str]) -> Any:
     if not methods:
         return cls  # a pickle, of another version of its library
 
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+    def reduce_ex(self: Any, protocol: Any) -> Any:
         """Pickles find a class by its name, and that is the original one."""
         reduced = cls.__reduce_ex__(self, 2)
         return (_new, (cls, keys), *reduced[2:]) if type(self) is fused else reduced
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     functions = {name: function for name, (function, _) in methods.items()}
-    extra = {_FUSED: (cls, keys), "__reduce_ex__": __reduce_ex__}
+    extra = {_FUSED: (cls, keys), "__reduce_ex__": reduce_ex}
     fused = type(cls)(cls.__name__, (cls,), {**names, **functions, **extra})
     return fused
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -128,7 +128,7 @@ def _features(config: _Config) -> Tensor:
     return torch.zeros(1, _FRAMES, config.get(*names, default=80))
 
 
-_MAKERS = {
+_MAKERS: dict[str, Callable[[_Config], Tensor]] = {
     "input_ids": _ids,
     "attention_mask": lambda config: torch.ones(1, _TOKENS, dtype=torch.long),
     "bbox": lambda config: torch.zeros(1, _TOKENS, 4, dtype=torch.long),

@@ -2,8 +2,12 @@
 
 import copy
 import dataclasses
+import os
 import pickle
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import timm
@@ -19,6 +23,7 @@ from hf_gem.family.table import FAMILIES, Family
 from hf_gem.fit import Histogram, fit
 from hf_gem.modules import GemActivation
 from tests import oracle
+from tests.family import dgem
 from tests.family.dgem import DGEM
 
 families = pytest.mark.parametrize("family", list(FAMILIES.values()), ids=lambda family: family.name)
@@ -221,3 +226,44 @@ def test_a_name_that_another_library_has(monkeypatch):
     with pytest.raises(ValueError, match=r"ACT2FN\['xgem'\] is already"):
         hf_gem.register_family(changed())
     assert "xgem" not in FAMILIES
+
+
+# ---- where nobody has registered it
+
+
+def test_a_checkpoint_takes_its_family_along(tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(**SMALL, hidden_act="dgem_n2"))
+    expected = logits(model)
+    hf_gem.save_for_hub(model, tmp_path / "model")
+    script = f"""
+import sys, torch
+if {{block}}:
+    sys.modules["hf_gem"] = None  # as where it is not installed
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
+print(type(model.transformer.h[0].mlp.act).__name__, type(model.transformer.h[0].mlp.act).__module__)
+torch.save(model.eval()(torch.arange(8)[None]).logits.detach(), {str(tmp_path / "logits")!r})
+"""
+    for block in (True, False):  # hf_gem without the family, too
+        done = subprocess.run(
+            [sys.executable, "-c", script.format(block=block)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        torch.testing.assert_close(torch.load(tmp_path / "logits"), expected)
+
+
+def test_a_family_named_by_the_environment(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        Path(dgem.__file__).read_text() + "\nimport hf_gem\n\nhf_gem.register_family(DGEM)\n"
+    )
+    code = "import hf_gem; print(hf_gem.get_activation('dgem_n3'))"
+    for value, expected in (("mine.py", "GemActivation(dgem, n=3"), ("mine", "GemActivation"), ("none.py", "no file")):
+        env = {**os.environ, "HF_GEM_FAMILIES": value}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path, env=env
+        )
+        assert expected in done.stdout + done.stderr

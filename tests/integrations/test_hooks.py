@@ -236,7 +236,11 @@ def test_a_function_patch_under_that_of_somebody_else_goes_quiet():
     install, uninstall = patch("build", lambda original, x: original(x) + 1, "no sums")
     install(library)
     ours = library.build
-    library.build = theirs = lambda x: ours(x)
+
+    def theirs(x):
+        return ours(x)
+
+    library.build = theirs
     uninstall(library)
     assert library.build is theirs
     assert theirs(-3) == 3

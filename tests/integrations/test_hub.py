@@ -13,6 +13,7 @@ from torch import nn
 
 import hf_gem
 from hf_gem.integrations.hub import loading_notes
+from tests.helpers import ROOT
 from tests.integrations.test_round_trips import GPT2, TEXT, build, by_hand, disturb, run
 
 transformers = pytest.importorskip("transformers")
@@ -97,7 +98,12 @@ def checkpoints(tmp_path_factory):
 
 def load_elsewhere(way, root, cache):
     threads = str(torch.get_num_threads())  # on which rounding depends
-    environment = {**os.environ, "HF_MODULES_CACHE": str(cache), "OMP_NUM_THREADS": threads, "PYTHONPATH": os.getcwd()}
+    environment = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(cache),
+        "OMP_NUM_THREADS": threads,
+        "PYTHONPATH": str(ROOT),
+    }
     arguments = [sys.executable, "-c", LOAD, way, str(root)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
@@ -160,7 +166,7 @@ def test_the_files(tmp_path):
     written = hf_gem.save_for_hub(model, tmp_path / "model", safe_serialization=True)
     assert {path.name for path in (tmp_path / "model").iterdir()} >= {
         *("config.json", "model.safetensors", "README.md", "modeling_gem.py"),
-        *(f"gem_{name}.py" for name in ("fallback", "fields", "plans", "reference", "names")),
+        *(f"gem_{name}.py" for name in ("fallback", "configs", "fields", "plans", "slots", "formulas", "names")),
     }
     assert set(written) == {*(tmp_path / "model").glob("*.py"), tmp_path / "model" / "README.md"}
     auto_map = json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"]

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from hf_gem._torch import reset_compiler
 from hf_gem.modules import GemActivation
 from tests.helpers import needs_compiler, save_bytes_tokenizer
 
@@ -133,12 +134,12 @@ def test_gradient_checkpointing(act, use_reentrant):
         assert torch.equal(one.grad, two.grad)
 
 
-@needs_compiler
-def test_compile():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.slow])])
+def test_compile(backend):
     model = build(LEARNABLE, num_hidden_layers=1)
-    torch._dynamo.reset()
+    reset_compiler()
     with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True)(input_ids=IDS, use_cache=False).logits
+        compiled = torch.compile(model, fullgraph=True, backend=backend)(input_ids=IDS, use_cache=False).logits
     assert_close(compiled, logits(model), FORWARD)
 
 

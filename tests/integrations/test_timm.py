@@ -12,7 +12,8 @@ from torch import nn
 import hf_gem
 from hf_gem.integrations.timm import ActName
 from hf_gem.modules import GemActivation
-from hf_gem.surgery import plans as conversion
+from hf_gem.surgery.plans import plan_of
+from hf_gem.surgery.slots import replace, slot_at, undo
 
 timm = pytest.importorskip("timm")
 feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
@@ -31,7 +32,7 @@ from timm.models._hub import save_for_hf  # noqa: E402
 NAMES = ["gem", "gem_n3", "GEM_N2", "egem_n2_eps1em6", "egem_eps0.00001", "segem_eps0.01", "segem_n32_eps1e9"]
 LEARNABLE = ["egem_learnable", "segem_n2_eps0.5_learnable"]
 MODES = {
-    "default": lambda: set_layer_config(),
+    "default": set_layer_config,
     "scriptable": lambda: set_scriptable(True),
     "exportable": lambda: set_exportable(True),
     "no_jit": lambda: set_layer_config(no_jit=True),
@@ -237,10 +238,10 @@ def test_feature_extraction_by_fx(name):
 
 
 def convert(model, **activations):
-    conversion.undo(model)
-    slots = {name: [conversion.slot_at(model, path) for path in paths] for name, paths in activations.items()}
-    conversion.replace(model, slots, hf_gem.get_activation)
-    return conversion.plan_of(model)
+    undo(model)
+    slots = {name: [slot_at(model, path) for path in paths] for name, paths in activations.items()}
+    replace(model, slots, hf_gem.get_activation)
+    return plan_of(model)
 
 
 def disturb(model):
@@ -316,7 +317,7 @@ def test_a_conversion_is_saved_as_it_is_now(converted, tmp_path):
     plan = convert(loaded, gem=["act1"])
     assert plan != converted.plan
     assert save(loaded, tmp_path)["hf_gem"] == plan
-    conversion.undo(loaded)
+    undo(loaded)
     assert "hf_gem" not in save(loaded, tmp_path)
 
 

@@ -349,7 +349,7 @@ def test_the_trainer_does_not_decay_a_learnable_eps(tmp_path):
 
 def test_a_constructor_without_self(tmp_path):
     class Unusual(BertModel):
-        def __init__(this, config):
+        def __init__(this, config):  # noqa: N805
             super().__init__(config)
             this.extra = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU())
             this.post_init()

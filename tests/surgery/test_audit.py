@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,7 +13,8 @@ import transformers
 from torch import nn
 
 import hf_gem
-from hf_gem.surgery import audit
+from hf_gem import audit
+from tests.surgery.test_tracer import counts
 
 TOKENS = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
@@ -41,29 +43,6 @@ def swin(**fields):
     """Takes its activation from the config in its blocks, and has ReLU in its position biases."""
     small = {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "image_size": 32, "window_size": 4}
     return transformers.Swinv2Model(transformers.Swinv2Config(**small, **fields))
-
-
-def function(f, size=(2, 8)):
-    """The audit of one function, as part of a model."""
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(size[-1], size[-1])
-
-        def forward(self, x):
-            return f(self.linear(x))
-
-    return audit(Model(), torch.randn(size))
-
-
-def counts(report, kind=None):
-    """Function -> number of calls, of all kinds or one."""
-    total = {}
-    for call in report.calls:
-        if kind in (None, call.kind):
-            total[call.function] = total.get(call.function, 0) + call.count
-    return total
 
 
 @pytest.mark.parametrize(
@@ -110,8 +89,7 @@ def test_activations_that_a_model_hard_codes_are_located():
     file, line = location.split(":")
     assert file == "transformers/models/swinv2/modeling_swinv2.py"
     source = importlib.import_module("transformers.models.swinv2.modeling_swinv2").__file__
-    with open(source) as lines:
-        assert "self.continuous_position_bias_mlp(" in list(lines)[int(line) - 1]
+    assert "self.continuous_position_bias_mlp(" in Path(source).read_text().splitlines()[int(line) - 1]
     path = "encoder.layers.0.blocks.0.attention.self.continuous_position_bias_mlp.1"
     assert report.others[0].module == path
 
@@ -130,104 +108,6 @@ def test_activations_that_a_model_hard_codes_are_located():
 def test_a_model_of_timm(name, options, gem, others, gates):
     report = audit(timm.create_model(name, **options))
     assert [counts(report, kind) for kind in ("gem", "activation", "gate")] == [gem, others, gates]
-
-
-class Double(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return torch.relu(x) * 2
-
-
-@torch.jit.script
-def scripted(x):
-    return F.silu(x) + torch.relu(x)
-
-
-@pytest.mark.parametrize(
-    ("f", "found"),
-    [
-        (lambda x: x.relu_(), {"relu": 1}),
-        (lambda x: F.relu6(x) + F.hardtanh(x), {"relu6": 1, "hardtanh": 1}),
-        (lambda x: F.gelu(x) + F.gelu(x, approximate="tanh"), {"gelu": 1, "gelu_tanh": 1}),
-        (lambda x: F.elu(x) + F.selu(x) + F.celu(x), {"elu": 1, "selu": 1, "celu": 1}),
-        (lambda x: F.prelu(x, torch.ones(1)) + F.rrelu(x), {"prelu": 1, "rrelu": 1}),
-        (lambda x: F.softsign(x) + F.tanhshrink(x), {"softsign": 1, "tanhshrink": 1}),
-        (lambda x: F.threshold(x, 0, 0) + F.threshold(x, 1, 0), {"relu": 1, "threshold": 1}),
-        (lambda x: x.clamp(min=0) + torch.clamp_min(x, 0), {"relu (hand-written)": 2}),
-        (lambda x: x.clamp(0, 1) + x.clamp(min=1e-5) + x.long().clamp(min=0), {}),
-        (lambda x: Double.apply(x), {"relu": 1}),
-        (scripted, {"silu": 1, "relu": 1}),
-        (timm.layers.activations_me.swish_me, {"silu (hand-written)": 1}),
-        (lambda x: hf_gem.gem(x) + hf_gem.egem(x, 2, 1e-6), {"gem": 1, "egem_n2_eps1em6": 1}),
-        (lambda x: hf_gem.egem(x, 2, torch.ones(8)), {"egem_n2_learnable (eps is a tensor)": 1}),
-    ],
-)
-def test_nothing_that_runs_escapes(f, found):
-    assert counts(function(f)) == found
-
-
-@pytest.mark.parametrize(
-    ("f", "name"),
-    [
-        (lambda x: x * torch.sigmoid(x), "silu"),
-        (lambda x: x.sigmoid().mul_(x), "silu"),
-        (lambda x: x * torch.sigmoid(1.702 * x), "silu"),
-        (lambda x: 0.5 * x * (1 + torch.tanh(0.79788 * (x + 0.044715 * x**3))), "gelu_tanh"),
-        (lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)), "gelu"),
-        (lambda x: (x.double() * 0.5 * (1 + torch.erf(x.double() / 2**0.5))).to(x.dtype), "gelu"),
-        (lambda x: x * torch.tanh(F.softplus(x)), "mish"),
-        (lambda x: x * F.relu6(x + 3) / 6, "hardswish"),
-        (lambda x: x * F.hardsigmoid(x), "hardswish"),
-    ],
-)
-def test_formulas_written_by_hand_count_once(f, name):
-    assert counts(function(f)) == {f"{name} (hand-written)": 1}
-
-
-@pytest.mark.parametrize(
-    "f",
-    [
-        lambda x: torch.sigmoid(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
-        lambda x: x * torch.sigmoid(x.mean(-1, keepdim=True)),
-        lambda x: torch.sigmoid(x) * (1 - torch.sigmoid(x)),
-        lambda x: 50 * torch.tanh(x / 50),
-        lambda x: torch.sigmoid(x @ x.T) @ x,
-    ],
-)
-def test_gates_are_no_activations(f):
-    report = function(f)
-    assert report.num_other == 0
-    assert len(report.gates) > 0
-
-
-@pytest.mark.parametrize(
-    ("module", "found"),
-    [
-        (nn.LSTM(8, 8, num_layers=2), {"lstm": 1}),
-        (nn.GRU(8, 8), {"gru": 1}),
-        (nn.RNN(8, 8, nonlinearity="relu"), {"rnn_relu": 1}),
-        (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2), {"relu": 2}),
-        (nn.TransformerEncoderLayer(8, 2, 16, activation="gelu", batch_first=True), {"gelu": 1}),
-        (nn.Sequential(nn.Linear(8, 8), nn.Sigmoid()), {"sigmoid": 1}),
-        (nn.Sequential(nn.Linear(8, 8)), {}),
-        (
-            nn.Sequential(timm.layers.activations.QuickGELU(), timm.layers.activations_me.SwishMe()),
-            {"quickgelu": 1, "swish": 1},
-        ),
-        (
-            nn.Sequential(timm.layers.activations.Tanh(), transformers.activations.LaplaceActivation()),
-            {"tanh": 1, "laplace": 1},
-        ),
-    ],
-)
-def test_modules_of_torch(module, found):
-    for training in (True, False):
-        assert counts(audit(module.train(training), torch.randn(2, 3, 8))) == found
-
-
-def test_scores_of_a_router_are_gates():
-    report = audit(nn.Sequential(transformers.activations.ACT2FN["sqrtsoftplus"]), torch.randn(2, 3))
-    assert [(call.function, call.kind) for call in report.calls] == [("sqrtsoftplus", "gate")]
 
 
 def test_a_shared_module_counts_each_time_under_its_first_path():

@@ -1,7 +1,5 @@
 """set_activation: the fields of any config, what is left alone, and what is said where there is nothing to set."""
 
-import functools
-
 import pytest
 
 import hf_gem
@@ -25,8 +23,6 @@ from transformers import (
     TimmWrapperConfig,
     ViTConfig,
 )
-
-from hf_gem.surgery.fields import activation_fields, configs, unmask
 
 
 def changes(config, name="gem_n2", **kwargs):
@@ -122,14 +118,14 @@ def test_nothing_to_set():
 
 
 def test_a_field_that_refuses_the_name_leaves_everything_as_it_was():
-    config = EncoderDecoderConfig.from_encoder_decoder_configs(GPT2Config(), _neomme())
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(GPT2Config(), neomme())
     before = config.to_dict()
     with pytest.raises(ValueError, match=r"does not accept 'gem_n2' as decoder\.hidden_act"):
         hf_gem.set_activation(config, "gem_n2")
     assert config.to_dict() == before
 
 
-def _neomme():
+def neomme():
     return pytest.importorskip("transformers.models.neomme.configuration_neomme").NeoMMEConfig()
 
 
@@ -146,44 +142,3 @@ def _neomme():
 def test_bad_arguments(config, name, error, message):
     with pytest.raises(error, match=message):
         hf_gem.set_activation(config, name)
-
-
-# ---- what a converted config selects in memory and in a file
-
-
-def pop2piano():
-    return pytest.importorskip("transformers.models.pop2piano.configuration_pop2piano").Pop2PianoConfig()
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        LlamaConfig,
-        GPT2Config,
-        functools.partial(T5Config, feed_forward_proj="gated-gelu"),
-        DbrxConfig,
-        CLIPConfig,
-        LlavaConfig,
-        TimmWrapperConfig,
-        BloomConfig,
-        pop2piano,  # two fields, of which one sets the other
-        lambda: _neomme(),  # whose field takes one value
-    ],
-    ids=lambda make: getattr(make, "__name__", "gated T5"),
-)
-def test_a_converted_config_comes_back_from_a_file(make):
-    def body(config):
-        return {field.path: field.value for field in activation_fields(config) if field.is_body}
-
-    config = make()
-    stock = body(config)
-    for part in configs(config).values():
-        inner = tuple(prefix for prefix in configs(part) if prefix)
-        own = {path: value for path, value in body(part).items() if not path.startswith(inner)}
-        part.hf_gem = {"version": 1, "model": "", "base": "", "parts": [], "fields": own}
-        part.hf_gem["activations"] = {"egem_learnable": ["act"], "segem": ["act2"]}
-    loaded = type(config).from_dict(config.to_dict())
-    named = {path for path, value in body(loaded).items() if value.removeprefix("gated-") == "egem_learnable"}
-    assert named == (set() if type(config).__name__ == "NeoMMEConfig" else set(stock))
-    unmask(loaded)
-    assert body(loaded) == body(config) == stock

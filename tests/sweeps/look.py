@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from hf_gem import audit
 from hf_gem.modules import GemActivation
-from hf_gem.surgery import audit
-from hf_gem.surgery.stock import is_stock, kind, stock_slots
+from hf_gem.surgery.kinds import is_stock, kind, stock_slots
 
 NAME = "gem_n2"
 # What can come of it.

@@ -6,6 +6,7 @@ from collections import Counter
 from importlib.metadata import version
 from typing import Any
 
+from hf_gem.files import markdown_table
 from tests.helpers import ROOT
 from tests.sweeps.look import ALL, NO_BUILD, NO_MODEL, NOTHING, PARTLY, RAISES, SAYS_SO, SILENT
 
@@ -69,7 +70,7 @@ def render(transformers: dict[str, dict[str, Any]], timm: dict[str, dict[str, An
     """
     text = _INTRO.format(**{name: version(name).partition("+")[0] for name in ("torch", "transformers", "timm")})
     text += _TRANSFORMERS + _summary("model types", transformers)
-    text += _table(
+    text += markdown_table(
         ("model type", "sets", "result", "stays", "after convert"),
         [
             (key, _listed(row.get("fields", [])), _result(row), _stays(row), _after(row))
@@ -77,12 +78,13 @@ def render(transformers: dict[str, dict[str, Any]], timm: dict[str, dict[str, An
             if _outcome(row) in OUTCOMES
         ],
     )
-    text += "\n### Out of reach\n\n" + _out_of_reach(transformers)
+    text += "\n\n### Out of reach\n\n" + _out_of_reach(transformers) + "\n"
     text += _TIMM + _summary("modules", timm)
-    return text + _table(
+    text += markdown_table(
         ("module", "example", "act_layer", "stays", "after convert"),
         [(key, row.get("example", ""), _result(row), _stays(row), _after(row)) for key, row in sorted(timm.items())],
     )
+    return text + "\n"
 
 
 def _out_of_reach(rows: dict[str, dict[str, Any]]) -> str:
@@ -91,7 +93,8 @@ def _out_of_reach(rows: dict[str, dict[str, Any]]) -> str:
         if _outcome(row) not in OUTCOMES:
             why = "" if _outcome(row) == NO_MODEL else _cell(row.get("why") or row.get("error", ""))
             groups.setdefault((_outcome(row), why), []).append(key)
-    return _table(("model types", "result", "reason"), [(", ".join(keys), *group) for group, keys in groups.items()])
+    lines = [(", ".join(keys), *group) for group, keys in groups.items()]
+    return markdown_table(("model types", "result", "reason"), lines)
 
 
 def _outcome(row: dict[str, Any]) -> str:
@@ -103,16 +106,11 @@ def _summary(what: str, rows: dict[str, dict[str, Any]]) -> str:
     read = Counter(_outcome(row) for row in rows.values() if row.get("not_run"))
     meanings = {**OUTCOMES, **{key: text for key, text in OUT_OF_REACH.items() if counts[key]}}
     done = sum(row.get("after_gem", 0) > 0 and not row["after_convert"] for row in rows.values())
-    table = _table(
+    table = markdown_table(
         ("result", what, "of them °", "meaning"),
         [(key, str(counts[key]), str(read[key]), meaning) for key, meaning in meanings.items()],
     )
-    return f"{len(rows)} {what}; in {done} nothing but GEM is left after `convert`, if not before.\n\n{table}\n"
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{len(rows)} {what}; in {done} nothing but GEM is left after `convert`, if not before.\n\n{table}\n\n"
 
 
 def _result(row: dict[str, Any]) -> str:

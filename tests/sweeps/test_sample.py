@@ -53,10 +53,26 @@ MODULES = {
     "raises; stays relu": "dla hgnet selecsls senet",
     "raises; stays silu": "eva mlp_mixer",
 }
+# Of every outcome at least one that takes no time; the others are slow.
+QUICK = """
+    bert clip gpt2 llama mixtral hubert moonshine git textnet mamba cpmant xlm bloom levit ctrl step3p5 gpt_oss ibert
+    inkling_audio sam_mask_decoder
+    starnet vgg mobilenetv3 vision_transformer cpubone efficientvit_mit byobnet resnest coat visformer maxxvit selecsls
+    mlp_mixer
+"""
 
 
 def sampled(table):
-    return [pytest.param(key, outcome, id=key) for outcome, keys in table.items() for key in keys.split()]
+    return [
+        pytest.param(key, outcome, id=key, marks=[] if key in QUICK.split() else [pytest.mark.slow])
+        for outcome, keys in table.items()
+        for key in keys.split()
+    ]
+
+
+@pytest.mark.parametrize("table", [FAMILIES, MODULES], ids=["transformers", "timm"])
+def test_every_outcome_has_a_quick_one(table):
+    assert [outcome for outcome, keys in table.items() if not {*QUICK.split()} & {*keys.split()}] == []
 
 
 def outcome_of(row):

@@ -81,7 +81,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-class NoModel(Exception):
+class NoModelError(Exception):
     """A config from which no model is built."""
 
 
@@ -135,7 +135,7 @@ def _not_built(model_type: str, error: Exception) -> dict[str, Any]:
     """Whose fault it is: a model that cannot be built without the name either is out of reach of any."""
     try:
         build(model_type, {}, run=False)
-    except NoModel as stock:
+    except NoModelError as stock:
         return {"outcome": NO_MODEL, "why": str(stock)}
     except Exception as stock:
         return {"outcome": NO_BUILD, "why": first_line(stock)}
@@ -213,7 +213,7 @@ def model_classes(model_type: str, config: Any) -> Iterator[type[PreTrainedModel
     """The base model, then whichever classes an Auto class builds from this config, else the first that takes it.
 
     Raises:
-        NoModel: there is none, since the config belongs to a part of another model.
+        NoModelError: there is none, since the config belongs to a part of another model.
     """
     tables = [table for name, table in sorted(vars(modeling_auto).items()) if re.fullmatch(r"MODEL_\w+_NAMES", name)]
     package = f"transformers.models.{configuration_auto.model_type_to_module_name(model_type)}"
@@ -231,7 +231,7 @@ def model_classes(model_type: str, config: Any) -> Iterator[type[PreTrainedModel
                 if is_model and not name.endswith("PreTrainedModel") and cls.config_class is type(config):
                     yield cls
                     return
-    raise NoModel(f"{type(config).__name__} belongs to a part of another model")
+    raise NoModelError(f"{type(config).__name__} belongs to a part of another model")
 
 
 def _stays(model_type: str, config: Any, seen: Look, after: Look) -> list[list[str]]:

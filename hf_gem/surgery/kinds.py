@@ -1,4 +1,4 @@
-"""What other activations look like: recognised by the field's names, wherever a module or function was written."""
+"""Which modules and functions are activations, and of which kind: recognised by the usual names, whoever wrote them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._torch import children, uncompiled
 from ..family.table import FAMILIES
 from ..modules import GemActivation
-from .plans import Slot, join
+from .slots import Slot, join
 
 # Ends of names: StarReLU, ReLUSquared, GELUTanh, leaky_relu, NewGELU, XIELU ...
 _ACTIVATION = re.compile(r".*(relu6?|gelu|silu|swish|mish|[a-z]elu|^elu)(squared|tanh|new)?")
@@ -112,9 +113,9 @@ def stock_slots(model: nn.Module, also: tuple[type, ...] = ()) -> Iterator[Slot]
     for path, owner in model.named_modules():
         if kind(owner) is not None:
             continue  # what an activation is made of
-        for key, occupant in [*owner._modules.items(), *vars(owner).items()]:
-            # torch.compile keeps what it compiled apart from what it calls.
-            if key != "_orig_mod" and (
-                isinstance(occupant, also) or (occupant is not None and kind(occupant) is not None)
-            ):
+        compiled = uncompiled(owner)  # which torch.compile keeps apart from what it calls
+        for key, occupant in [*children(owner).items(), *vars(owner).items()]:
+            if occupant is None or occupant is compiled:
+                continue
+            if isinstance(occupant, also) or kind(occupant) is not None:
                 yield Slot(join(path, key), owner, key)

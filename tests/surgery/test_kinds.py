@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hf_gem
-from hf_gem.surgery.stock import is_gate, kind, stock_slots
+from hf_gem.surgery.kinds import is_gate, kind, stock_slots
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")

@@ -1,0 +1,60 @@
+"""Conversions in configs: what a converted config selects in memory and in a file."""
+
+import functools
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from transformers import (
+    BloomConfig,
+    CLIPConfig,
+    DbrxConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlavaConfig,
+    T5Config,
+    TimmWrapperConfig,
+)
+
+from hf_gem.surgery.configs import unmask
+from hf_gem.surgery.fields import activation_fields, nested_configs
+from tests.surgery.test_fields import neomme
+
+
+def pop2piano():
+    return pytest.importorskip("transformers.models.pop2piano.configuration_pop2piano").Pop2PianoConfig()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        LlamaConfig,
+        GPT2Config,
+        functools.partial(T5Config, feed_forward_proj="gated-gelu"),
+        DbrxConfig,
+        CLIPConfig,
+        LlavaConfig,
+        TimmWrapperConfig,
+        BloomConfig,
+        pop2piano,  # two fields, of which one sets the other
+        neomme,  # whose field takes one value
+    ],
+    ids=lambda make: getattr(make, "__name__", "gated T5"),
+)
+def test_a_converted_config_comes_back_from_a_file(make):
+    def body(config):
+        return {field.path: field.value for field in activation_fields(config) if field.is_body}
+
+    config = make()
+    stock = body(config)
+    for part in nested_configs(config).values():
+        inner = tuple(prefix for prefix in nested_configs(part) if prefix)
+        own = {path: value for path, value in body(part).items() if not path.startswith(inner)}
+        part.hf_gem = {"version": 1, "model": "", "base": "", "parts": [], "fields": own}
+        part.hf_gem["activations"] = {"egem_learnable": ["act"], "segem": ["act2"]}
+    loaded = type(config).from_dict(config.to_dict())
+    named = {path for path, value in body(loaded).items() if value.removeprefix("gated-") == "egem_learnable"}
+    assert named == (set() if type(config).__name__ == "NeoMMEConfig" else set(stock))
+    unmask(loaded)
+    assert body(loaded) == body(config) == stock
