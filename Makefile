@@ -1,4 +1,5 @@
-# make demo: a fresh clone to a trained GPT-2.   make test: the whole test suite that needs no GPU.
+# make demo: a fresh clone to a trained GPT-2.
+# make test: linters, types and the tests that one waits for.   make test-slow: those that take long.
 # make study: a small comparison of activations, from its plan to a report.
 # make bench: the benchmarks of the CPU and the table of their goals, in less than ten minutes.
 PYTHON ?= python3
@@ -12,7 +13,7 @@ DEMO_ARGS ?=
 RUN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test lint bench study setup clean
+.PHONY: demo test test-slow lint bench study setup clean
 
 # Without OMP_NUM_THREADS, accelerate's launcher gives a process one thread.
 demo: $(READY)
@@ -20,7 +21,10 @@ demo: $(READY)
 		recipes/gpt2_pretrain.py --preset demo --hidden_act gem_n2 $(DEMO_ARGS)
 
 test: lint
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) -m "not slow" $(TEST_ARGS)
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) -m slow $(TEST_ARGS)
 
 lint: $(READY)
 	$(RUN)/ruff check .

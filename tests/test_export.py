@@ -142,6 +142,7 @@ def test_trace(case):
     case.check(torch.jit.load(stored))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_ahead_of_time():
     case = Case("gpt2", num_layers=1)

@@ -727,6 +727,7 @@ def test_compile_traces_without_a_break(family, n, dtype):
     assert_compiled(compiled, family, n, EPS[family], dtype)
 
 
+@pytest.mark.slow
 def test_inductor():
     compiled = torch.compile(lambda x: segem(x, 2, 0.3), fullgraph=True)
     assert_compiled(compiled, "segem", 2, 0.3, torch.float32)
@@ -771,7 +772,7 @@ def test_export_round_trip(family, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@families
+@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.slow if f == "gem" else []) for f in FUNCTIONS])
 def test_onnx(family, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")

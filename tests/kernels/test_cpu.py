@@ -64,10 +64,21 @@ def fresh(monkeypatch, tmp_path):
 # ---- what they compute; test_formulas says how right the formulas are
 
 
+# Every family and n takes a build of some ten seconds.
+QUICK = [(EGEM, 1), (EGEM, 2), (SEGEM, 1), (SEGEM, 2), (DGEM, 2)]
+
+
 @needs_compiler
 @pytest.mark.parametrize(
     ("operation", "family", "n"),
-    [(*pair, n) for pair in OPERATIONS for n in (1, 2, 3, 4, 7) if n <= 4 or pair[0] != "backward_at"],
+    [
+        pytest.param(
+            op, family, n, marks=[] if (family, n) in QUICK else pytest.mark.slow, id=f"{op}-{family.name}-{n}"
+        )
+        for op, family in OPERATIONS
+        for n in (1, 2, 3, 4, 7)
+        if n <= 4 or op != "backward_at"
+    ],
 )
 @dtypes
 def test_every_bit_is_that_of_the_formulas(operation, family, n, dtype):
