@@ -39,3 +39,10 @@ def test_every_public_name_is_documented():
         thing = getattr(hf_gem, name)
         assert thing.__doc__, name
         assert thing.__doc__ is not type(thing).__doc__, name
+
+
+def test_the_family_of_ones_own_is_the_one_of_the_tests():
+    block = FUNCTIONS.split("## A family of your own")[1].split("```python\n")[1].split("```")[0]
+    source = (ROOT / "tests" / "family" / "dgem.py").read_text()
+    assert block == source
+    assert source.count("\n") <= 40

@@ -96,7 +96,7 @@ class Case:
             torch.testing.assert_close(function(x), expected, rtol=0, atol=FORWARD * expected.abs().max().item())
 
 
-@pytest.fixture(scope="module", params=["gpt2", "bert", "resnet"])
+@pytest.fixture(scope="module", params=[pytest.param("gpt2", marks=pytest.mark.slow), "bert", "resnet"])
 def case(request):
     return Case(request.param)
 

@@ -26,7 +26,13 @@ CPU_FLAGS = ("--mixed_precision=no", "--compile=false", "--dataset_config=")
 
 def run(arguments, **env):
     done = subprocess.run(
-        arguments, cwd=ROOT, env={**os.environ, **ON_CPU, **env}, capture_output=True, text=True, timeout=280
+        arguments,
+        cwd=ROOT,
+        env={**os.environ, **ON_CPU, **env},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
     return done.stdout
