@@ -12,6 +12,7 @@ import torch
 
 from ..family.arithmetic import digits
 from ..family.table import Family
+from ..files import replace_between
 from .symbols import Symbol, Traced, trace
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that kernels take
@@ -233,14 +234,22 @@ def _block(head: str, lines: list[str], tail: str = "") -> list[str]:
 
 
 def triton_source(family: Family, n: int) -> str:
-    """The Python file with the formulas of a family for one n as functions of Triton."""
-    text = f'"""{family.title}, n = {n}."""\n\nimport triton\nimport triton.language as tl\n'
-    for name, outputs in _functions(_traced(family, n)).items():
+    """The Python file of all kernels of a family for one n: `triton_kernels.py` with the formulas in their place."""
+    found = _traced(family, n)
+    parts = []
+    for name, outputs in _functions(found).items():
         printer = _Triton()
         results = ", ".join([printer.name(symbol) for symbol in outputs.values()])
-        block = _block(f"def {name}(z, r, e):", [*printer.lines, f"return {results}"])
-        text += "\n\n@triton.jit\n" + "\n".join(block)
-    return text
+        parts.append(_block(f"def {name}(z, r, e):", [*printer.lines, f"return {results}"]))
+    if found.slope_at:
+        choices = [
+            line for k in found.slope_at for line in (f"if DIGITS == {k}:", f"    slope = slope_at_{k}(z, r, e)")
+        ]
+        parts.append(_block("def slope_at(z, r, e, DIGITS: tl.constexpr):", [*choices, "return slope"]))
+    text = Path(__file__).with_name("triton_kernels.py").read_text(encoding="utf-8")
+    formulas = "\n\n".join("@triton.jit\n" + "\n".join(block) for block in parts)
+    start, end = "# ---- formulas\n", "# ---- kernels\n"
+    return replace_between(text, start, end, f"\n\n{formulas}\n\n")
 
 
 def check(family: Family, n: int) -> None:
