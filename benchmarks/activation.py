@@ -29,6 +29,7 @@ from benchmarks.common import (
     random_batches,
     write,
 )
+from hf_gem._torch import reset_compiler
 from hf_gem.family.egem import EGEM
 from hf_gem.family.formulas import forward
 from hf_gem.family.segem import SEGEM
@@ -99,7 +100,7 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, ro
     if device.type == "cpu":
         result["both"] = race(contestants, batches, device, rounds, beside=beside).summary(["gelu", "relu", "copy"])
         return result
-    torch._dynamo.reset()  # so that each shape is compiled for itself, as in a model that has one
+    reset_compiler()  # so that each shape is compiled for itself, as in a model that has one
     compiled = {
         f"torch.compile({name})": Contestant(torch.compile(ours.function, dynamic=False), ours.exact)
         for name, ours in FAMILY.items()

@@ -28,6 +28,7 @@ from torch import Tensor
 
 import hf_gem
 from hf_gem._kernels import cpu
+from hf_gem._torch import wait_on_device
 from hf_gem.files import write_atomically
 from hf_gem.training.record import environment, hardware
 
@@ -189,7 +190,7 @@ def _timed(
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
         if ahead:
-            torch.cuda._sleep(_SLEEP * count)
+            wait_on_device(_SLEEP * count)
         start.record()
         for _ in range(count):
             call()

@@ -17,11 +17,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.common import Goal, built_kernels, make_parser, pick_device, write
 from benchmarks.models import Size, build
 from hf_gem import EGEM, GEM, SEGEM
+from hf_gem._torch import FakeTensorMode
 from hf_gem.modules import GemActivation
 
 HEIGHT, WIDTH = 512, 768

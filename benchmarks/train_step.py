@@ -31,6 +31,7 @@ from benchmarks.common import (
 )
 from benchmarks.memory import held_bytes
 from benchmarks.models import Size, build
+from hf_gem._torch import explain, reset_compiler
 
 FAMILY = ("gem_n2", "egem")
 MODES = ("eager", "compiled")
@@ -117,8 +118,8 @@ def num_graph_breaks(activation: str, device: torch.device) -> int:
     """Into how many graphs more than one an activation of a model falls when it is compiled."""
     from transformers.activations import ACT2FN
 
-    torch._dynamo.reset()
-    explained = torch._dynamo.explain(ACT2FN[activation])(torch.randn(8, 16, device=device, requires_grad=True))
+    reset_compiler()
+    explained = explain(ACT2FN[activation], torch.randn(8, 16, device=device, requires_grad=True))
     return int(explained.graph_break_count)
 
 
@@ -171,7 +172,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
         breaks = {name: num_graph_breaks(name, device) for name in FAMILY}
         for model in arguments.models:
             for mode in arguments.modes:
-                torch._dynamo.reset()
+                reset_compiler()
                 chosen = ACTIVATIONS[model]
                 if (model, mode, device.type) == ("resnet50", "compiled", "cpu"):
                     chosen = (*FAMILY, BASELINES[model])  # each takes more than a minute to compile there

@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_legacy_batchedtensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
+    "FakeTensorMode",
     "TorchDispatchMode",
     "children",
     "compile_cpp",
     "compiler_is_loaded",
+    "explain",
     "has_hooks",
     "in_dispatch_mode",
     "in_forward_ad",
@@ -31,6 +34,7 @@ __all__ = [
     "reset_compiler",
     "tree_leaves",
     "uncompiled",
+    "wait_on_device",
 ]
 
 
@@ -54,7 +58,7 @@ def in_forward_ad() -> bool:
 
 def is_tracing() -> bool:
     """Whether `torch.jit.trace` runs."""
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+    return bool(torch.jit.is_tracing())
 
 
 # ---- tensors
@@ -71,6 +75,11 @@ def lacks_own_memory(tensor: Tensor) -> bool:
 def is_local_scalar(operation: Any) -> bool:
     """Whether an operation of aten reads one number of a tensor, as `tensor.item()` does."""
     return operation is torch.ops.aten._local_scalar_dense.default
+
+
+def wait_on_device(cycles: int) -> None:
+    """Keeps the current CUDA stream busy for some clock cycles, so that what is queued meanwhile starts together."""
+    torch.cuda._sleep(cycles)
 
 
 # ---- modules
@@ -114,6 +123,13 @@ def reset_compiler() -> None:
     import torch._dynamo
 
     torch._dynamo.reset()
+
+
+def explain(function: Any, *args: Any) -> Any:
+    """What the compiler makes of a call: `graph_break_count` and more."""
+    import torch._dynamo
+
+    return torch._dynamo.explain(function)(*args)
 
 
 def compile_cpp(source: str) -> str:

@@ -106,7 +106,7 @@ class GemActivation(nn.Module):
         return GemSpec(self.family, self.n, self.init_eps, self.log_ratio is not None)
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]  # torch does not declare it
+        if torch.jit.is_scripting():
             return self._scripted(x)
         if self.log_ratio is None:
             return functional.activation(x, self.family, self.n, self.init_eps, self.save)

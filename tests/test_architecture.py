@@ -6,6 +6,7 @@ Read from the source, so that imports inside functions count too.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ FLOORS = [
 PACKAGE = FLOORS.index("integrations")
 OPTIONAL = {"transformers", "timm", "datasets", "accelerate", "matplotlib", "evaluate", "tokenizers", "sklearn", "yaml"}
 MAY_NEED_OPTIONAL = {"training", "compare", "cli"}
+PRIVATE_TORCH = re.compile(r"(?<![\w.])torch(?:\.\w+)*\._[a-zA-Z]\w*")
 MOST_LOOSE_FILES, MOST_LINES_OF_FILE, MOST_LINES_OF_FUNCTION = 8, 450, 45
 
 
@@ -117,6 +119,18 @@ def test_files_and_functions_are_short(path):
     source = (ROOT / path).read_text()
     assert source.count("\n") <= (180 if path.startswith("recipes/") else MOST_LINES_OF_FILE)
     assert long_functions(source) == []
+
+
+@pytest.mark.parametrize("path", files("hf_gem", "recipes", "benchmarks", "docs"))
+def test_private_torch_stands_in_one_file(path):
+    if path != "hf_gem/_torch.py":
+        assert PRIVATE_TORCH.findall((ROOT / path).read_text()) == []
+
+
+def test_private_torch_is_found():
+    for line in ("torch._C.x()", "from torch.utils._pytree import y", "import torch._dynamo", "torch.cuda._sleep(1)"):
+        assert PRIVATE_TORCH.search(line)
+    assert not PRIVATE_TORCH.search("torch.__version__, torch.nn.Module, my_torch._x")
 
 
 def test_a_long_function_is_found():
