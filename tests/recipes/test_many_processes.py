@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.distributed.elastic.utils.distributed import get_free_port
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from hf_gem.training.loop import _layers
+from hf_gem.training.launch import layers_to_shard
 from recipes import bert_pretrain, gpt2_pretrain
 from tests.helpers import BERT, GPT2, ON_CPU, ROOT, TINY, finish, losses, run_here, start, write_corpus
 
@@ -79,11 +79,11 @@ def test_tied_weights_are_sharded_once(flags, tmp_path):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=REORDERED)
 
 
-def test_what_is_sharded_as_one_are_the_layers():
+def test_what_is_sharded_as_one_are_thelayers_to_shard():
     sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8}
-    assert _layers(GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=2, n_head=2))) == ["GPT2Block"]
+    assert layers_to_shard(GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=2, n_head=2))) == ["GPT2Block"]
     bert = BertForMaskedLM(BertConfig(num_hidden_layers=2, num_attention_heads=2, **sizes))
-    assert _layers(bert) == ["BertLayer"]
+    assert layers_to_shard(bert) == ["BertLayer"]
 
 
 def test_fsdp_where_there_is_nothing_to_shard_on_is_refused(flags, tmp_path):

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import hf_gem
+from hf_gem.training.data.vision import prepare_images
 from hf_gem.training.errors import ConfigError, TrainingError
 from hf_gem.training.image_models import ConvNetConfig, ConvNetForImageClassification
 from recipes import vision_finetune, vision_train
@@ -97,7 +98,7 @@ def test_two_processes_evaluate_with_the_same_statistics(cache, tmp_path):
     reported = json.loads((tmp_path / "record.json").read_text())["result"]
     assert f"{reported['validation_accuracy']:.2%}" in printed
     config = vision_train.Config(**json.loads((tmp_path / "record.json").read_text())["config"])
-    data = vision_train.prepare_images(config, 0, torch.device("cpu"))
+    data = prepare_images(config, 0, torch.device("cpu"))
     batch = data.validation.batch(torch.arange(len(data.validation)).numpy())
     model = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     with torch.no_grad():

@@ -17,13 +17,15 @@ from accelerate.state import AcceleratorState
 from filelock import FileLock
 from torch import nn
 
-from hf_gem.training import loop
+from hf_gem.training import record as record_module
 from hf_gem.training.config import TrainConfig
 from hf_gem.training.data.order import SampleOrder
 from hf_gem.training.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
-from hf_gem.training.loop import Task, make_accelerator, train
+from hf_gem.training.launch import make_accelerator
+from hf_gem.training.loop import train
 from hf_gem.training.loss import IGNORE, Output
 from hf_gem.training.optim import learning_rate
+from hf_gem.training.task import Task
 from tests.helpers import losses
 
 CLASSES, WIDTH, LENGTH = 5, 4, 6
@@ -238,7 +240,7 @@ def test_the_samples_of_a_run_are_told_by_a_hash(tmp_path):
 
 def test_a_finished_run_started_again_only_reports(tmp_path, monkeypatch):
     first, _ = run(tmp_path)
-    monkeypatch.setattr(loop, "environment", lambda: {"commit": "another"})
+    monkeypatch.setattr(record_module, "environment", lambda: {"commit": "another"})
     second, task = run(tmp_path, micro_batch_size=2)
     assert task.train.asked == []
     assert second["result"] == first["result"]
@@ -420,7 +422,7 @@ def breaking_evaluation(*steps):
 def test_a_validation_loss_that_is_not_finite_ends_a_run(tmp_path, step, on_nonfinite):
     with pytest.raises(TrainingError, match="stopped being finite at or before step"):
         run(tmp_path, make_task(breaking_evaluation(step)), save_every=3, on_nonfinite=on_nonfinite)
-    record = json.loads((tmp_path / "record.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    record = json.loads((tmp_path / "record.json").read_text(), parse_constant=pytest.fail)
     assert (record["status"], record["step"], record["result"]["validation_loss"]) == ("diverged", step, None)
     saved = [path.name for path in (tmp_path / "checkpoints").glob("step_*")]
     assert saved == (["step_00000003"] if step == 6 else [])

@@ -6,17 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_gem.training.data import vision as data_vision
-from hf_gem.training.data.vision import (
-    DecodedImages,
-    Normalisation,
-    Preprocessing,
-    ResidentImages,
-    Rows,
-    VisionConfig,
-    image_processor,
-    prepare_images,
-)
+from hf_gem.training.data import resident as data_resident
+from hf_gem.training.data.decoded import DecodedImages
+from hf_gem.training.data.images import Rows, VisionConfig, hold_out
+from hf_gem.training.data.normalisation import Normalisation, Preprocessing
+from hf_gem.training.data.resident import ResidentImages
+from hf_gem.training.data.vision import image_processor, prepare_images
 from hf_gem.training.errors import DataError
 
 CPU = torch.device("cpu")
@@ -177,7 +172,7 @@ def test_the_image_processor_does_what_evaluation_does(tmp_path, decoded):
     data = prepare(tmp_path, dataset=str(folder), validation_fraction=0.5, resident=not decoded, **fields)
     processor = image_processor(data)
     wanted = data.validation.batch(np.arange(4))["pixel_values"]
-    chosen = np.flatnonzero(data_vision._held_out(20, 0.5))[:4]
+    chosen = np.flatnonzero(hold_out(20, 0.5))[:4]
     files = sorted((folder / "cat").glob("*.png")) + sorted((folder / "dog").glob("*.png"))
     got = processor([Image.open(files[i]) for i in chosen], return_tensors="pt")["pixel_values"]
     # A resize of the whole and a crop of it, against a resize of the crop: the same but at the edges.
@@ -230,7 +225,7 @@ def test_a_file_that_is_no_image(tmp_path, resident):
 
 def test_a_set_whose_labels_have_changed_is_decoded_again(tmp_path, monkeypatch):
     """As a dataset of the Hub may, under the same name."""
-    monkeypatch.setattr(data_vision, "source_state", lambda config: ["the same"])
+    monkeypatch.setattr(data_resident, "source_state", lambda config: ["the same"])
     first = prepare(tmp_path, dataset=str(write_folder(tmp_path / "one")))
     second = prepare(tmp_path, dataset=str(write_folder(tmp_path / "two", per_class=9)))
     assert first.facts["hash"] != second.facts["hash"]
