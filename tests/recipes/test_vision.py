@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +19,7 @@ from hf_gem.training.data.vision import prepare_images
 from hf_gem.training.errors import ConfigError, TrainingError
 from hf_gem.training.image_models import ConvNetConfig, ConvNetForImageClassification
 from recipes import vision_finetune, vision_train
-from tests.helpers import ON_CPU, ROOT, VISION, finish, launch, losses, run_here, start
+from tests.helpers import VISION, launch, losses, run_here, run_python
 
 # Rounding of float32 sums taken in another order, carried through the steps of a model this small.
 REORDERED = 4000 * torch.finfo(torch.float32).eps
@@ -71,7 +69,7 @@ def test_the_saved_model_and_its_processor(short):
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_the_launcher_gives_the_same_run(short, cache, tmp_path, num_processes):
     flags = (cache, *SHORT, f"--output_dir={tmp_path}", "--micro_batch_size=16")
-    code, output = finish(start(*flags, recipe=VISION, launcher=launch(num_processes), **ON_CPU))
+    code, output = launch(num_processes, *flags, recipe=VISION)
     assert code == 0, output
     for key in ("loss", "validation_loss"):
         assert losses(tmp_path, key) == pytest.approx(losses(short, key), rel=REORDERED)
@@ -92,7 +90,7 @@ def test_batch_normalisation_resumes_bit_for_bit(cache, tmp_path):
 def test_two_processes_evaluate_with_the_same_statistics(cache, tmp_path):
     """Each process has moved its own running means; the saved model has to give the reported loss."""
     flags = (cache, *SHORT, "--model=resnet8-cifar", f"--output_dir={tmp_path}", "--micro_batch_size=16")
-    code, output = finish(start(*flags, recipe=VISION, launcher=launch(2), **ON_CPU))
+    code, output = launch(2, *flags, recipe=VISION)
     assert code == 0, output
     printed = run_here(vision_train, tmp_path, *flags)  # reads the last checkpoint, and has nothing to do
     reported = json.loads((tmp_path / "record.json").read_text())["result"]
@@ -208,7 +206,7 @@ def test_the_code_of_a_card_loads_a_model_of_this_package(cache, tmp_path, by_fo
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "run" / "README.md").read_text(), re.DOTALL)
     assert "registers the model" in code
     code += "\nassert type(model.layers[1]).__name__ == 'GELUActivation', model; processor.size"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
 
 
@@ -241,7 +239,7 @@ def test_a_run_that_diverges_at_its_last_update_has_not_finished(cache, tmp_path
 
 def test_all_processes_agree_that_a_run_has_diverged(cache, tmp_path):
     flags = (cache, *DIVERGING, f"--output_dir={tmp_path}", "--micro_batch_size=32")
-    code, output = finish(start(*flags, recipe=VISION, launcher=launch(2), **ON_CPU))
+    code, output = launch(2, *flags, recipe=VISION)
     assert code == 1, output
     assert output.count("error: the loss or the gradient stopped being finite at or before step 1") == 2
     check_diverged(tmp_path)
