@@ -114,7 +114,8 @@ def _run_script(command: list[str], output: str, env: dict[str, str]) -> None:
     if threads := env.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))  # torch was imported before
     os.chdir(ROOT)
-    sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))
     runpy.run_path(command[0], run_name="__main__")
 
 

@@ -1,7 +1,6 @@
 """The loop: pure-function batches, exact normalisation, whole evaluation, resuming, stopping."""
 
 import copy
-import importlib.util
 import json
 import math
 import os
@@ -155,16 +154,6 @@ def test_what_a_launcher_says_of_accumulation_does_not_scale_gradients(tmp_path,
     run(tmp_path / "b", steps=1, warmup_steps=1)
     for one, two in zip(seen[0][0], seen[1][0], strict=True):
         assert torch.equal(one, two)
-
-
-def test_evaluation_weighs_every_target_once(tmp_path):
-    record, task = run(tmp_path, micro_batch_size=2, global_batch_size=2)
-    data = task.validation
-    with torch.no_grad():
-        logits = task.model(data.x).double()
-        exact = nn.functional.cross_entropy(logits.mT, data.labels, ignore_index=IGNORE).item()
-    assert record["result"]["validation_loss"] == pytest.approx(exact, rel=20 * torch.finfo(torch.float32).eps)
-    assert [step for step, _ in record["curves"]["validation_loss"]] == [0, 3, 6]
 
 
 class Killed(BaseException):
@@ -511,13 +500,6 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
             run(folder)
 
 
-def test_a_tracker_that_is_not_installed_is_an_error(tmp_path):
-    if importlib.util.find_spec("wandb"):
-        pytest.skip("wandb is installed")
-    with pytest.raises(ConfigError, match="--report_to wandb needs its package"):
-        run(tmp_path, report_to="wandb")
-
-
 def test_the_record_says_what_ran(tmp_path):
     record, task = run(tmp_path, report_to="tensorboard")
     on_disk = json.loads((tmp_path / "record.json").read_text())
@@ -557,12 +539,4 @@ def test_precision_is_part_of_what_a_run_is(tmp_path, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(CheckpointError, match=r"mixed_precision: 'no' in .*, 'bf16' in"):
-        run(tmp_path)
-
-
-def test_fp16_without_a_gpu_is_refused_wherever_it_comes_from(tmp_path, monkeypatch):
-    if torch.cuda.is_available():
-        pytest.skip("fp16 is allowed where there is a CUDA device")
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises((ConfigError, ValueError), match="fp16"):
         run(tmp_path)
