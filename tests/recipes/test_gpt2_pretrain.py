@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,14 @@ def test_the_saved_model_is_the_trained_one(reference, flags, monkeypatch):
     ids = AutoTokenizer.from_pretrained(folder)("the gate opens", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, trained[0].eval()(ids).logits)
+
+
+def test_a_recipe_runs_outside_of_the_clone(flags, tmp_path):
+    recipe = tmp_path / "mine.py"
+    shutil.copy(GPT2, recipe)
+    code, output = finish(start(*flags, "--steps=2", f"--output_dir={tmp_path / 'run'}", recipe=recipe))
+    assert code == 0, output
+    assert "## How it was made" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_the_same_command_twice_is_bit_identical(reference, flags, tmp_path):

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import signal
-import time
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -24,52 +23,11 @@ from hf_gem.training.launch import make_accelerator
 from hf_gem.training.loop import train
 from hf_gem.training.loss import IGNORE, Output
 from hf_gem.training.optim import learning_rate
-from hf_gem.training.task import Task
 from tests.helpers import losses
+from tests.training.toys import CLASSES, WIDTH, Objective, Sequences, make_task
 
-CLASSES, WIDTH, LENGTH = 5, 4, 6
 # float32 sums of up to 48 targets in another order, each term rounded once, over six steps whose updates AdamW scales
 REORDERED = 6 * 48 * torch.finfo(torch.float32).eps
-
-
-class Sequences:
-    """Sequences with a different number of targets in each, so that a mean of means is not the mean."""
-
-    def __init__(self, count, seed=0):
-        draw = np.random.default_rng(seed)
-        self.x = torch.from_numpy(draw.normal(size=(count, LENGTH, WIDTH))).float()
-        self.labels = torch.from_numpy(draw.integers(CLASSES, size=(count, LENGTH)))
-        for i in range(count):
-            self.labels[i, : i % LENGTH] = IGNORE
-        self.asked = []
-        self.draws = []
-
-    def __len__(self):
-        return len(self.x)
-
-    def batch(self, indices, draws=None):
-        self.asked.extend(indices.tolist())
-        self.draws.extend([] if draws is None else draws.tolist())
-        return {"x": self.x[indices], "labels": self.labels[indices]}
-
-
-class Objective(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.dropout = nn.Dropout(0.2)
-        self.steps = 0
-
-    def forward(self, x, labels):
-        self.steps += self.training
-        logits = self.model(self.dropout(x))
-        return Output(nn.functional.cross_entropy(logits.mT, labels, ignore_index=IGNORE, reduction="sum"))
-
-
-def make_task(cls=Objective):
-    torch.manual_seed(0)
-    model = nn.Linear(WIDTH, CLASSES)
-    return Task("test", "tiny", model, cls(model), Sequences(20), Sequences(7, seed=1), {"hash": "d"}, LENGTH)
 
 
 def config(folder, **fields):
@@ -182,18 +140,10 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, at):
 
 
 def test_waiting_for_data_is_on_record(tmp_path):
-    class Slow(Sequences):
-        def batch(self, indices, draws=None):
-            if draws is not None:
-                time.sleep(0.2)
-            return super().batch(indices, draws)
-
-    task = make_task()
-    task.train = Slow(20)
-    slow, _ = run(tmp_path / "a", task)
-    fast, _ = run(tmp_path / "b")
-    assert 0 <= fast["result"]["data_wait"] < slow["result"]["data_wait"] <= 1
-    assert slow["result"]["data_wait"] > 0.5
+    record, _ = run(tmp_path)
+    waits = list(losses(tmp_path, "data_wait").values())
+    assert record["result"]["data_wait"] == pytest.approx(np.median(waits))
+    assert all(0 <= wait <= 1 for wait in waits)
 
 
 def test_every_draw_has_its_number(tmp_path):
