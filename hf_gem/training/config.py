@@ -173,7 +173,8 @@ def parse_config(
     parser = _Parser(cls, allow_abbrev=False, description=description)  # type: ignore[arg-type]  # a TypeVar of one
     parser.add_argument("--preset", choices=list(presets), help=f"Named set of values (default: {default_preset}).")
     parser.add_argument("--config", metavar="FILE.yaml", help="Values of the same fields, over those of the preset.")
-    types = {field.name: get_type_hints(cls)[field.name] for field in dataclasses.fields(cls)}
+    hints = get_type_hints(cls)
+    types = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     unset = object()  # tells what was given from what has its default
     values = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(types, unset))))
     given = {name: values[name] for name in types if values[name] is not unset}
