@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     card.set_defaults(run=_card)
     arguments = parser.parse_args(argv)
 
-    from .training.errors import run_recipe
+    from .training.signals import run_recipe
 
     try:
         run_recipe(lambda: print(arguments.run(arguments)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,12 +13,12 @@ from hf_gem.init import init_feed_forward_
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
 from hf_gem.training.data.masking import MaskedBlocks
 from hf_gem.training.data.text import TextConfig, prepare_text
-from hf_gem.training.errors import run_recipe
-from hf_gem.training.loop import Task, make_accelerator, train
+from hf_gem.training.launch import make_accelerator
+from hf_gem.training.loop import train
 from hf_gem.training.loss import MaskedLMLoss
-from hf_gem.training.report import print_summary, save_results
-
-TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
+from hf_gem.training.report import print_summary, save_results, text_card
+from hf_gem.training.signals import run_recipe
+from hf_gem.training.task import Task
 
 _SMALL: dict[str, Any] = {
     "n_layer": 4, "n_embd": 512, "n_head": 8, "n_inner": 2048, "block_size": 128,
@@ -125,18 +124,16 @@ def fill_in(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
     """What the model card says besides the record."""
-    return {
-        "title": f"BERT {record['preset']}, {config.hidden_act}",
-        "architecture": "BERT",
-        "pipeline_tag": "fill-mask",
-        "auto_class": "AutoModelForMaskedLM",
-        "processor_class": "AutoTokenizer",
-        "loss_unit": "nats per masked token",
-        "on_hub": record["data"].get("on_hub", False),
-        "imported": "hf_gem",
-        "limits": "An encoder that fills in masked tokens, trained without the prediction of the next sentence; for "
+    return text_card(
+        record,
+        title=f"BERT {record['preset']}, {config.hidden_act}",
+        architecture="BERT",
+        pipeline_tag="fill-mask",
+        auto_class="AutoModelForMaskedLM",
+        loss_unit="nats per masked token",
+        limits="An encoder that fills in masked tokens, trained without the prediction of the next sentence; for "
         f"other tasks it has to be fine-tuned. It has seen sequences of {config.block_size} tokens.",
-    }
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -161,13 +158,10 @@ def main(argv: list[str] | None = None) -> None:
         units_per_sample=config.block_size,
     )
     record = train(task, config, accelerator)
-    if not accelerator.is_main_process:
-        return
-
-    folder = Path(config.output_dir)
-    save_results(folder, task.model, data.tokenizer, record, TEMPLATE, **card_values(config, record))
-    print(f"\nFilled in: {fill_in(task.model, data.tokenizer, config.prompt)}\n")
-    print_summary(record, folder)
+    if accelerator.is_main_process:
+        save_results(task.model, data.tokenizer, record, **card_values(config, record))
+        print(f"\nFilled in: {fill_in(task.model, data.tokenizer, config.prompt)}\n")
+        print_summary(record)
 
 
 if __name__ == "__main__":

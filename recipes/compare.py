@@ -15,7 +15,7 @@ import yaml
 from hf_gem.compare.plan import load_plan
 from hf_gem.compare.report import detectable, write_report
 from hf_gem.compare.study import PLAN, Study, freeze
-from hf_gem.training.errors import run_recipe
+from hf_gem.training.signals import run_recipe
 
 RECIPES = Path(__file__).resolve().parent
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,13 +13,13 @@ from transformers.activations import ACT2FN
 from hf_gem.init import init_feed_forward_
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
 from hf_gem.training.data.text import TextConfig, prepare_text
-from hf_gem.training.errors import run_recipe
-from hf_gem.training.loop import Task, make_accelerator, train
+from hf_gem.training.launch import make_accelerator
+from hf_gem.training.loop import train
 from hf_gem.training.loss import CausalLMLoss
-from hf_gem.training.report import print_summary, save_results
+from hf_gem.training.report import print_summary, save_results, text_card
+from hf_gem.training.signals import run_recipe
+from hf_gem.training.task import Task
 from hf_gem.training.throughput import decoder_flops_per_token
-
-TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
 
 PRESETS: dict[str, dict[str, Any]] = {
     # 1.3M parameters on the standard library's source: minutes on two CPU cores.
@@ -116,18 +115,16 @@ def sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, length: 
 
 def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
     """What the model card says besides the record."""
-    return {
-        "title": f"GPT-2 {record['preset']}, {config.hidden_act}",
-        "architecture": "GPT-2",
-        "pipeline_tag": "text-generation",
-        "auto_class": "AutoModelForCausalLM",
-        "processor_class": "AutoTokenizer",
-        "loss_unit": "nats per token",
-        "on_hub": record["data"].get("on_hub", False),
-        "imported": "hf_gem",
-        "limits": "A base language model: it continues text, follows no instructions, and repeats what its data holds. "
+    return text_card(
+        record,
+        title=f"GPT-2 {record['preset']}, {config.hidden_act}",
+        architecture="GPT-2",
+        pipeline_tag="text-generation",
+        auto_class="AutoModelForCausalLM",
+        loss_unit="nats per token",
+        limits="A base language model: it continues text, follows no instructions, and repeats what its data holds. "
         f"Its context is {config.block_size} tokens.",
-    }
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -149,13 +146,10 @@ def main(argv: list[str] | None = None) -> None:
         flops_per_unit=decoder_flops_per_token(model, config.block_size),
     )
     record = train(task, config, accelerator)
-    if not accelerator.is_main_process:
-        return
-
-    folder = Path(config.output_dir)
-    save_results(folder, task.model, data.tokenizer, record, TEMPLATE, **card_values(config, record))
-    print(f"\nSample:\n{sample(task.model, data.tokenizer, config.prompt, min(100, config.block_size // 2))}\n")
-    print_summary(record, folder)
+    if accelerator.is_main_process:
+        save_results(task.model, data.tokenizer, record, **card_values(config, record))
+        print(f"\nSample:\n{sample(task.model, data.tokenizer, config.prompt, min(100, config.block_size // 2))}\n")
+        print_summary(record)
 
 
 if __name__ == "__main__":

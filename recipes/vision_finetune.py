@@ -7,27 +7,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import Mixup
-from torch import nn
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
-import hf_gem
 from hf_gem.family.names import GemSpec, is_name, parse
 from hf_gem.modules import GemActivation
+from hf_gem.training.classifiers import last_layer, load_classifier, replace_activations
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
+from hf_gem.training.data.images import ImageData, VisionConfig
 from hf_gem.training.data.order import SampleOrder
-from hf_gem.training.data.vision import ImageData, VisionConfig, image_processor, prepare_images, preprocessing_of
-from hf_gem.training.errors import ConfigError, run_recipe
-from hf_gem.training.image_models import ConvNetForImageClassification  # noqa: F401  # registers those of vision_train
-from hf_gem.training.loop import Task, evaluate, make_accelerator, train
+from hf_gem.training.data.vision import image_processor, prepare_images, preprocessing_of
+from hf_gem.training.evaluate import evaluate
+from hf_gem.training.launch import make_accelerator
+from hf_gem.training.loop import train
 from hf_gem.training.loss import ClassificationLoss
 from hf_gem.training.report import image_card, import_of, print_summary, save_results
-
-TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
+from hf_gem.training.signals import check, run_recipe
+from hf_gem.training.task import Task
 
 PRESETS: dict[str, dict[str, Any]] = {
     # A checkpoint of `vision_train.py --preset demo --hidden_act gelu`, on the same digits.
@@ -101,33 +100,6 @@ def _is_positive(text: str | None) -> bool:
         return False
 
 
-def load_model(name: str, classes: list[str], new_head: bool) -> PreTrainedModel:
-    """The pretrained model in float32, with a new last layer where its classes are not as many as those of the data."""
-    labels: Any = dict(enumerate(classes))
-    names: Any = {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
-    try:
-        model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32)
-        if model.config.num_labels != len(classes):
-            return AutoModelForImageClassification.from_pretrained(
-                name, dtype=torch.float32, ignore_mismatched_sizes=True, **names
-            )
-        theirs = [str(model.config.id2label[number]) for number in range(len(classes))]
-        if new_head:
-            head_of(model).reset_parameters()  # type: ignore[operator]
-        elif theirs != classes:
-            print(
-                f"{name} has as many classes as the data, with other names ({theirs[0]!r} for {classes[0]!r}); its "
-                "last layer is kept, as if they were the same in the same order. --new_head starts with a new one"
-            )
-        model.config.id2label, model.config.label2id = names["id2label"], names["label2id"]
-        return model
-    except Exception as error:  # the Hub client and the models raise their own
-        raise ConfigError(
-            f"--model {name!r} cannot be loaded: {type(error).__name__}: {error}. It takes timm/<name>, a Hub id or "
-            "the folder of an image classifier"
-        ) from error
-
-
 def convert(model: PreTrainedModel, config: Config, data: ImageData, device: torch.device) -> str:
     """Replaces the activations in place and returns the report.
 
@@ -135,23 +107,15 @@ def convert(model: PreTrainedModel, config: Config, data: ImageData, device: tor
         ConfigError: there are none that can be replaced, or none can be fitted.
     """
     order = SampleOrder(len(data.train), config.data_seed)
-    drawn = [order.batch(k, config.micro_batch_size) for k in range(config.fit_batches if config.eps == "fit" else 0)]
-    batches = [{"pixel_values": data.train.batch(indices)["pixel_values"].to(device)} for indices in drawn]
+    batches = []
+    for k in range(config.fit_batches if config.eps == "fit" else 0):
+        check()
+        indices = order.batch(k, config.micro_batch_size)
+        batches.append({"pixel_values": data.train.batch(indices)["pixel_values"].to(device)})
     eps = float(config.eps) if config.eps not in (None, "fit") else config.eps
-    try:
-        return str(
-            hf_gem.convert(model, config.hidden_act, eps=eps, data=batches or None, per_layer=config.fit_per_layer)
-        )
-    except ValueError as error:
-        raise ConfigError(
-            f"--hidden_act {config.hidden_act} cannot go into --model {config.model!r}: {error}; choose another "
-            "--model, or leave its activations with --hidden_act none"
-        ) from error
-
-
-def head_of(model: nn.Module) -> nn.Module:
-    """The last layer that has weights."""
-    return [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
+    mend = "choose another --model, or leave its activations with --hidden_act none"
+    how: Any = {"eps": eps, "data": batches or None, "per_layer": config.fit_per_layer}
+    return replace_activations(model, config.model, config.hidden_act, mend, **how)
 
 
 def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
@@ -170,12 +134,9 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = make_accelerator(config)
     torch.manual_seed(config.seed)  # of a new last layer
     data = prepare_images(config, config.data_seed, accelerator.device, preprocessing_of(config.model))
-    model = load_model(config.model, data.classes, config.new_head).to(accelerator.device)
-    mixup = None
-    if config.mixup or config.cutmix:
-        mixup = Mixup(
-            config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(data.classes)
-        )
+    model = load_classifier(config.model, data.classes, config.new_head).to(accelerator.device)
+    targets: Any = {"label_smoothing": config.label_smoothing, "num_classes": len(data.classes)}
+    mixup = Mixup(config.mixup, config.cutmix, **targets) if config.mixup or config.cutmix else None
     task = Task(
         name="vision_finetune",
         preset=preset,
@@ -187,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         units_per_sample=1,
         unit="images",
         metric="accuracy",
-        lr_ratios={head_of(model): config.head_lr_ratio},
+        lr_ratios={last_layer(model): config.head_lr_ratio},
     )
     with accelerator.autocast():  # as it is evaluated later
         before = evaluate(task.objective, task, config.micro_batch_size, accelerator)
@@ -204,17 +165,14 @@ def main(argv: list[str] | None = None) -> None:
         "imported": import_of(model),
     }
     record = train(task, config, accelerator)
-    if not accelerator.is_main_process:
-        return
-
-    folder = Path(config.output_dir)
-    save_results(folder, task.model, image_processor(data), record, TEMPLATE, **card_values(config, record))
-    after = record["curves"]["validation_accuracy"]
-    print(
-        f"Accuracy before {before['accuracy']:.2%}, with {config.hidden_act} {after[0][1]:.2%}, "
-        f"fine-tuned {after[-1][1]:.2%}"
-    )
-    print_summary(record, folder)
+    if accelerator.is_main_process:
+        save_results(task.model, image_processor(data), record, **card_values(config, record))
+        after = record["curves"]["validation_accuracy"]
+        print(
+            f"Accuracy before {before['accuracy']:.2%}, with {config.hidden_act} {after[0][1]:.2%}, "
+            f"fine-tuned {after[-1][1]:.2%}"
+        )
+        print_summary(record)
 
 
 if __name__ == "__main__":

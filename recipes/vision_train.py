@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, TimmWrapperConfig
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-import hf_gem
-from hf_gem.family.names import is_name
-from hf_gem.surgery.kinds import describe, is_elementwise, is_gate, kind, stock_slots
-from hf_gem.surgery.reports import path_patterns
+from hf_gem.init import gain
+from hf_gem.training.classifiers import class_names, input_size, new_classifier
 from hf_gem.training.config import TrainConfig, option, parse_config, require
-from hf_gem.training.data.vision import ImageData, Preprocessing, VisionConfig, image_processor, prepare_images
-from hf_gem.training.errors import ConfigError, run_recipe
+from hf_gem.training.data.images import ImageData, VisionConfig
+from hf_gem.training.data.normalisation import Preprocessing
+from hf_gem.training.data.vision import image_processor, prepare_images
+from hf_gem.training.errors import ConfigError
 from hf_gem.training.image_models import (
     CifarResNetConfig,
     CifarResNetForImageClassification,
     ConvNetConfig,
     ConvNetForImageClassification,
 )
-from hf_gem.training.loop import Task, make_accelerator, train
+from hf_gem.training.launch import make_accelerator
+from hf_gem.training.loop import train
 from hf_gem.training.loss import ClassificationLoss
 from hf_gem.training.report import image_card, import_of, print_summary, save_results
+from hf_gem.training.signals import run_recipe
+from hf_gem.training.task import Task
 
-TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
 _CIFAR_RESNET = r"resnet(\d+)-cifar"
 
 # He et al. 2016, section 4.2: 64k iterations, the learning rate divided by 10 at 32k and 48k.
@@ -97,29 +96,14 @@ class Config(VisionConfig, TrainConfig):
         require(sound, "model", self.model, "resnet<6n+2>-cifar, such as resnet20-cifar or resnet56-cifar")
 
 
-def input_size(config: Config) -> int | None:
-    """The height and width that a model of transformers or timm is made for; those here take any."""
-    if config.image_size or _is_own(config.model):
-        return config.image_size
-    if config.model.startswith("timm/"):
-        known = timm.get_pretrained_cfg(config.model.removeprefix("timm/"))
-        return known.input_size[-1] if known else None
-    try:
-        size = getattr(AutoConfig.from_pretrained(config.model), "image_size", None)
-    except Exception as error:  # the Hub client raises its own
-        raise ConfigError(f"--model {config.model!r} cannot be built: {type(error).__name__}: {error}") from error
-    return size if isinstance(size, int) else None
-
-
 def build_model(config: Config, data: ImageData) -> PreTrainedModel:
     """The model of `config` with new weights and its activation everywhere.
 
     Raises:
         ConfigError: there is no such model, it does not fit the images, or the activation does not get everywhere.
     """
-    labels = dict(enumerate(data.classes))
-    shared: Any = {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
-    gain: Any = {"initializer_gain": hf_gem.gain(ACT2FN[config.hidden_act])} if config.own_gain else {}
+    shared = class_names(data.classes)
+    own: Any = {"initializer_gain": gain(ACT2FN[config.hidden_act])} if config.own_gain else {}
     if config.model == "convnet":
         widths = tuple(map(int, config.widths.split(",")))
         most = data.image_size.bit_length()
@@ -129,50 +113,13 @@ def build_model(config: Config, data: ImageData) -> PreTrainedModel:
                 f"of {data.image_size} x {data.image_size} pixels allow {most}; give fewer widths or larger images"
             )
         return ConvNetForImageClassification(
-            ConvNetConfig(widths=widths, hidden_act=config.hidden_act, **gain, **shared)
+            ConvNetConfig(widths=widths, hidden_act=config.hidden_act, **own, **shared)
         )
     if depth := re.fullmatch(_CIFAR_RESNET, config.model):
         return CifarResNetForImageClassification(
-            CifarResNetConfig(depth=int(depth[1]), hidden_act=config.hidden_act, **gain, **shared)
+            CifarResNetConfig(depth=int(depth[1]), hidden_act=config.hidden_act, **own, **shared)
         )
-    ours = is_name(config.hidden_act)
-    try:
-        if config.model.startswith("timm/"):
-            act: Any = {} if ours else {"model_args": {"act_layer": config.hidden_act}}
-            settings: Any = TimmWrapperConfig(architecture=config.model.removeprefix("timm/"), **act, **shared)
-        else:
-            settings = AutoConfig.from_pretrained(config.model, **shared)
-            if not ours:
-                hf_gem.set_activation(settings, config.hidden_act)
-        model = AutoModelForImageClassification.from_config(settings, dtype=torch.float32)
-    except Exception as error:  # both libraries raise whatever their models do
-        raise ConfigError(f"--model {config.model!r} cannot be built: {type(error).__name__}: {error}") from error
-    if not ours:
-        _check_is_everywhere(model, config)
-        return model
-    try:
-        print(hf_gem.convert(model, config.hidden_act))
-    except ValueError as error:
-        raise ConfigError(
-            f"--hidden_act {config.hidden_act} cannot go into --model {config.model!r}: {error}; choose another --model"
-        ) from error
-    return model
-
-
-def _check_is_everywhere(model: PreTrainedModel, config: Config) -> None:
-    """A stock activation has to be wherever `hf_gem.convert` puts one of the family, or two runs differ in more."""
-    wanted = kind(ACT2FN[config.hidden_act])
-    found = ((slot, kind(slot.occupant) or "") for slot in stock_slots(model))
-    others = [s for s, what in found if what != wanted and not is_gate(what) and is_elementwise(s.occupant)]
-    if others:
-        kinds = Counter(describe(slot.occupant) for slot in others)
-        raise ConfigError(
-            f"--hidden_act {config.hidden_act} does not reach {len(others)} activations of --model {config.model!r}, "
-            f"{', '.join(f'{count} x {name}' for name, count in kinds.items())} at "
-            f"{path_patterns([slot.path for slot in others])}, which a name of the family replaces: runs with the two "
-            "would differ in more than the activation. Choose another --hidden_act, or a --model that takes it "
-            "everywhere, such as resnet20-cifar or timm/resnet18"
-        )
+    return new_classifier(config.model, config.hidden_act, data.classes)
 
 
 def _is_own(model: str) -> bool:
@@ -193,7 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     config, preset = parse_config(Config, PRESETS, "demo", argv)
     config.output_dir = config.output_dir or f"runs/vision-{preset}-{config.hidden_act}-seed{config.seed}"
     accelerator = make_accelerator(config)
-    data = prepare_images(config, config.data_seed, accelerator.device, Preprocessing(image_size=input_size(config)))
+    size = config.image_size or (None if _is_own(config.model) else input_size(config.model))
+    data = prepare_images(config, config.data_seed, accelerator.device, Preprocessing(image_size=size))
     torch.manual_seed(config.seed)
     model = build_model(config, data)
     task = Task(
@@ -210,12 +158,9 @@ def main(argv: list[str] | None = None) -> None:
         facts={"imported": import_of(model)},
     )
     record = train(task, config, accelerator)
-    if not accelerator.is_main_process:
-        return
-
-    folder = Path(config.output_dir)
-    save_results(folder, task.model, image_processor(data), record, TEMPLATE, **card_values(config, record))
-    print_summary(record, folder)
+    if accelerator.is_main_process:
+        save_results(task.model, image_processor(data), record, **card_values(config, record))
+        print_summary(record)
 
 
 if __name__ == "__main__":

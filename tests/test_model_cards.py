@@ -30,7 +30,7 @@ def test_a_card_is_made_from_its_record(card, tmp_path):
     known = {field.name for field in fields(recipe.Config)}  # a record may have had others
     config = recipe.Config(**{name: value for name, value in record["config"].items() if name in known})
     values = recipe.card_values(config, record)
-    write_card(record, recipe.TEMPLATE, tmp_path / "README.md", **values)
+    write_card(record, tmp_path / "README.md", **values)
     kept = (card / "README.md").read_text()
     if study := re.search(r"From the study (\S+) ", kept):
         add_comparison(tmp_path / "README.md", record, Study(ROOT / "results" / study[1]))

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import datetime
 import difflib
 import math
-import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 from transformers.activations import ACT2FN
+from transformers.hf_argparser import string_to_bool
 
 from ..family.names import is_claimed, parse
 
@@ -124,7 +127,8 @@ class TrainConfig:
         if self.push_to_hub is not None:
             sound = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub))
             require(sound, "push_to_hub", self.push_to_hub, "USER/NAME, as the Hub has it")
-        free = os.path.isdir(self.output_dir) or not os.path.exists(self.output_dir)
+        folder = Path(self.output_dir)
+        free = folder.is_dir() or not folder.exists()
         require(free, "output_dir", self.output_dir, "a folder, there or to be made")
         known = self.resume in ("auto", "never") or Path(self.resume).is_dir()
         require(known, "resume", self.resume, "auto, never or the folder of a checkpoint")
@@ -165,26 +169,27 @@ def parse_config(
         The config and the name of its preset. A wrong flag, field, value or file ends the process with status 2 and a
         message that names the nearest valid one.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
     description = (sys.modules[cls.__module__].__doc__ or "").strip()
-    parser = _Parser(cls, allow_abbrev=False, description=description)  # type: ignore[arg-type]
+    parser = _Parser(cls, allow_abbrev=False, description=description)  # type: ignore[arg-type]  # a TypeVar of one
     parser.add_argument("--preset", choices=list(presets), help=f"Named set of values (default: {default_preset}).")
     parser.add_argument("--config", metavar="FILE.yaml", help="Values of the same fields, over those of the preset.")
-    # Presets and files become arguments in front of the command line's own: one path checks and converts them all.
-    source, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
-    from_file = _read_yaml(source.config, parser) if source.config else {}
-    preset = source.preset or str(from_file.get("preset") or default_preset)
-    from_file.pop("preset", None)
-    if preset not in presets:
-        parser.error(f"{source.config}: unknown preset {preset!r}{_nearest(preset, presets)}")
-    known = {field.name for field in dataclasses.fields(cls)}
-    for name in from_file:
-        if name not in known:
-            parser.error(f"{source.config}: unknown field {name!r}{_nearest(name, known)}")
-    types = get_type_hints(cls)
-    values = parser.parse_args(_as_arguments({**presets[preset], **from_file}, types) + argv)
-    config = cls(**{name: getattr(values, name) for name in known})
+    hints = get_type_hints(cls)
+    types = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    unset = object()  # tells what was given from what has its default
+    values = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(types, unset))))
+    given = {name: values[name] for name in types if values[name] is not unset}
     try:
+        from_file = _read_yaml(values["config"]) if values["config"] else {}
+        named = from_file.pop("preset", None)
+        preset = values["preset"] or str(named or default_preset)
+        if preset not in presets:
+            raise ValueError(f"{values['config']}: unknown preset {preset!r}{_nearest(preset, presets)}")
+        chosen = {
+            **_converted(presets[preset], types, f"preset {preset}"),
+            **_converted(from_file, types, str(values["config"])),
+            **given,
+        }
+        config = cls(**{name: value for name, value in chosen.items() if value is not None})
         config.validate()
     except ValueError as error:
         parser.error(str(error))
@@ -203,29 +208,67 @@ class _Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def _nearest(name: str, allowed: Any) -> str:
+def _nearest(name: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(allowed), n=1)
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def _read_yaml(path: str, parser: _Parser) -> dict[str, Any]:
+def _read_yaml(path: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"--config {path} cannot be read: {error}")
+        raise ValueError(f"--config {path} cannot be read: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        parser.error(f"--config {path} must hold one `field: value` a line, got a {type(values).__name__}")
+        raise ValueError(f"--config {path} must hold one `field: value` a line, got a {type(values).__name__}")
     return {str(name): value for name, value in values.items()}
 
 
-def _as_arguments(values: Mapping[str, Any], types: Mapping[str, Any]) -> list[str]:
-    """Flags that set `values`; one that is None keeps the default of its field."""
+def _converted(values: Mapping[str, Any], types: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Values of fields, each as the type of its field; None, which takes a field back to its default, stays.
 
-    def text(name: str, value: Any) -> str:
-        if isinstance(value, bool) and types[name] is not bool:
-            return "yes" if value else "no"  # YAML reads a bare `no` as false
-        return str(value)
+    Raises:
+        ValueError: a field is unknown, or a value does not fit; the message names the source.
+    """
+    found = {}
+    for name, value in values.items():
+        if name not in types:
+            raise ValueError(f"{source}: unknown field {name!r}{_nearest(name, types)}")
+        try:
+            found[name] = None if value is None else _as_type(value, types[name])
+        except (ValueError, TypeError, argparse.ArgumentTypeError):
+            allowed = _allowed(types[name])
+            raise ValueError(f"{source}: --{name} must be {allowed}, got {value!r}") from None
+    return found
 
-    return [f"--{name}={text(name, value)}" for name, value in values.items() if value is not None]
+
+def _as_type(value: Any, kind: Any) -> Any:
+    """A value out of a preset or of YAML as the type of a field: bool, int, float, str or Literal, optional or not."""
+    kind = _required(kind)
+    if isinstance(value, bool) and kind is not bool:
+        value = "yes" if value else "no"  # YAML reads a bare `no` as false
+    if kind is bool:
+        return string_to_bool(str(value))
+    if kind in (int, float):
+        if not isinstance(value, (int, str) if kind is int else (int, float, str)):
+            raise TypeError(value)
+        return kind(value)
+    if not isinstance(value, (str, int, float, datetime.date)):
+        raise TypeError(value)
+    if get_origin(kind) is Literal and str(value) not in get_args(kind):
+        raise ValueError(value)
+    return str(value)
+
+
+def _required(kind: Any) -> Any:
+    """The type of a field without its None."""
+    kinds = [part for part in get_args(kind) if part is not type(None)]
+    return kinds[0] if get_origin(kind) in (Union, UnionType) else kind
+
+
+def _allowed(kind: Any) -> str:
+    kind = _required(kind)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    return {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")

@@ -1,9 +1,6 @@
-"""Errors that a person can mend; recipes print them without a traceback."""
+"""Errors that a person can mend; `run_recipe` prints them without a traceback."""
 
 from __future__ import annotations
-
-import sys
-from collections.abc import Callable
 
 
 class TrainingError(Exception):
@@ -31,8 +28,8 @@ class PushError(TrainingError, RuntimeError):
     """The Hub did not take what was pushed; it is here, whole."""
 
 
-class Interrupted(TrainingError):
-    """Stopped by a signal, after a checkpoint.
+class Interrupted(TrainingError):  # noqa: N818  # a stop that was asked for is no error
+    """Stopped by a signal.
 
     Args:
         message: What was saved and how to go on.
@@ -41,13 +38,5 @@ class Interrupted(TrainingError):
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
+        self.signal_number = signal_number
         self.exit_code = 128 + signal_number
-
-
-def run_recipe(main: Callable[[], None]) -> None:
-    """Runs a recipe as a script: an error that a person can mend ends it with one line and a status."""
-    try:
-        main()
-    except TrainingError as error:
-        print(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr)
-        sys.exit(error.exit_code)

@@ -1,24 +1,36 @@
-"""Metrics of evaluations, as subclasses of `evaluate.Metric` whose code is here, so that nothing is fetched."""
+"""Evaluation, and its metrics as subclasses of `evaluate.Metric` whose code is here, so that nothing is fetched."""
 
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
-import evaluate
+import evaluate as hf_evaluate
 import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets import Features, Value
+from torch import nn
+from tqdm.auto import tqdm
 
+from .device import batch_to_device
+from .errors import DataError, Interrupted
 from .loss import IGNORE
+from .signals import agreed_stop
+from .task import Task
+
+_AGREE_EVERY = 10  # rounds, for agreeing waits for the device
 
 
-class Perplexity(evaluate.Metric):
+class Perplexity(hf_evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
     """exp of the mean loss of a token: `add_batch(predictions=..., references=...)`, then `compute()["perplexity"]`.
 
     Predictions are losses in nats, each summed over some tokens; references are the numbers of these tokens.
     """
 
-    def _info(self) -> evaluate.MetricInfo:
+    def _info(self) -> hf_evaluate.MetricInfo:
         return _info(self, Value("float64"), Value("int64"))
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
@@ -26,10 +38,10 @@ class Perplexity(evaluate.Metric):
         return {"perplexity": math.exp(mean) if mean < 700 else math.inf}
 
 
-class Accuracy(evaluate.Metric):
+class Accuracy(hf_evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
     """Share of predictions that equal their references; references equal to `IGNORE` are left out."""
 
-    def _info(self) -> evaluate.MetricInfo:
+    def _info(self) -> hf_evaluate.MetricInfo:
         return _info(self, Value("int64"), Value("int64"))
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
@@ -38,11 +50,77 @@ class Accuracy(evaluate.Metric):
         return {"accuracy": float((predictions == references)[counted].mean())}
 
 
-def _info(metric: evaluate.Metric, predictions: Value, references: Value) -> evaluate.MetricInfo:
+def _info(metric: hf_evaluate.Metric, predictions: Value, references: Value) -> hf_evaluate.MetricInfo:
     features = Features({"predictions": predictions, "references": references})
-    return evaluate.MetricInfo(
+    return hf_evaluate.MetricInfo(
         description=type(metric).__doc__ or "", citation="", inputs_description="", features=features
     )
 
 
-METRICS: dict[str, type[evaluate.Metric]] = {"perplexity": Perplexity, "accuracy": Accuracy}
+METRICS: dict[str, type[hf_evaluate.Metric]] = {"perplexity": Perplexity, "accuracy": Accuracy}
+
+
+@torch.no_grad()
+def evaluate(objective: nn.Module, task: Task, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
+    """Loss and metric over the whole validation set, each target counted once.
+
+    Args:
+        objective: On the device of the accelerator, but not wrapped by it, except by FSDP.
+        task: Whose validation samples and metric are used.
+        batch_size: Samples in one forward pass of one process, at most.
+        accelerator: All of whose processes call this.
+
+    Returns:
+        `loss` in nats and the metric; empty but on the main process.
+
+    Raises:
+        DataError: samples cannot be read.
+        Interrupted: a signal arrived; it is raised on all processes.
+    """
+    objective.eval()
+    world, rank = accelerator.num_processes, accelerator.process_index
+    if world > 1:
+        for buffer in objective.buffers():  # statistics of batch normalisation, of which those of rank 0 are saved
+            torch.distributed.broadcast(buffer, 0)
+    count = len(task.validation)
+    rows: dict[str, list[Any]] = {"losses": [], "targets": [], "predictions": [], "references": []}
+    rounds = range(0, count, world * batch_size)  # as many on each process, for FSDP gathers weights in each
+    hidden = not (accelerator.is_main_process and sys.stderr.isatty())
+    for number, first in enumerate(tqdm(rounds, desc="Evaluating", leave=False, disable=hidden)):
+        if world == 1 or number % _AGREE_EVERY == 0:
+            _check(accelerator)
+        indices = np.arange(first + rank * batch_size, min(first + (rank + 1) * batch_size, count))
+        batch = _read(task, indices if len(indices) else np.zeros(1, np.int64))
+        output = objective(**batch_to_device(batch, accelerator.device))
+        if len(indices):
+            rows["losses"].append(output.loss)
+            rows["targets"].append((batch["labels"] != IGNORE).sum())
+            if output.predictions is not None:
+                rows["predictions"].extend(output.predictions.unbind())
+                rows["references"].extend(batch["labels"].unbind())
+    mine = {key: torch.stack(values).tolist() if values else [] for key, values in rows.items()}
+    # Gathered here rather than through files, as evaluate would: machines need not share a folder for it.
+    gathered = gather_object([mine]) if world > 1 else [mine]
+    if not accelerator.is_main_process:
+        return {}
+    return _values({key: [value for part in gathered for value in part[key]] for key in rows}, task.metric)
+
+
+def _check(accelerator: Accelerator) -> None:
+    if number := agreed_stop(accelerator):
+        raise Interrupted("stopped in an evaluation; the same command goes on", number)
+
+
+def _read(task: Task, indices: np.ndarray) -> dict[str, torch.Tensor]:
+    try:
+        return task.validation.batch(indices)
+    except Exception as error:  # whatever the data are made of
+        raise DataError(f"validation samples cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _values(rows: dict[str, list[Any]], name: str) -> dict[str, float]:
+    metric = METRICS[name](keep_in_memory=True)
+    metric.add_batch(
+        predictions=rows["predictions"] or rows["losses"], references=rows["references"] or rows["targets"]
+    )
+    return {"loss": math.fsum(rows["losses"]) / sum(rows["targets"]), **metric.compute()}

@@ -121,7 +121,8 @@ class _BasicBlock(nn.Module):
         residual = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
         if self.stride != 1:
             x = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new))
-        return self.act2(x + residual)
+        result: Tensor = self.act2(x + residual)
+        return result
 
 
 class CifarResNetForImageClassification(_ImageClassifier):
@@ -145,7 +146,7 @@ class CifarResNetForImageClassification(_ImageClassifier):
         pairs = itertools.pairwise(channels)
         self.blocks = nn.Sequential(*[_BasicBlock(before, after, config.hidden_act) for before, after in pairs])
         self.classifier = nn.Linear(channels[-1], config.num_labels or 2)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]  # of transformers
 
     def features(self, x: Tensor) -> Tensor:
         """Maps of the last stage, (batch, 4 width, height / 4, width / 4)."""
@@ -173,7 +174,7 @@ class ConvNetForImageClassification(_ImageClassifier):
             before = width
         self.layers = nn.Sequential(*layers)
         self.classifier = nn.Linear(before, config.num_labels or 2)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]  # of transformers
 
     def features(self, x: Tensor) -> Tensor:
         """Maps of the last stage."""

@@ -122,7 +122,7 @@ class ClassificationLoss(nn.Module):
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
         return Output(loss, logits.argmax(-1))
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not say what it returns
     def _mix(self, pixel_values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if len(labels) % 2:
             raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def parameter_groups(
     model: nn.Module, weight_decay: float, lr_ratios: Mapping[nn.Module, float] | None = None
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Matrices and filters, which decay, and biases, norms and parameters of activations, which do not.
 
     Args:

@@ -15,10 +15,12 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from .errors import PushError
+from .signals import check
 
 _LAST = "last-checkpoint"  # as the Trainer of transformers calls it
 _KINDS = ["*.safetensors", "*.json", "*.jsonl", "*.txt", "*.jinja", "README.md", "loss_curve.png", "gem_*.py"]
 _KINDS += ["modeling_gem.py"]  # of files of a run; of its folders, none
+_LOOK_EVERY = 0.2  # seconds
 _EXCLUDED = ["*/*", ".*"]
 
 
@@ -71,9 +73,14 @@ class CheckpointPusher:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when the newest checkpoint has been pushed."""
-        if self._thread is not None:
-            self._thread.join()
+        """Returns when the newest checkpoint has been pushed.
+
+        Raises:
+            Interrupted: a signal arrived before.
+        """
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(_LOOK_EVERY)
+            check("stopped while the last checkpoint was pushed; it is saved here, and the same command goes on")
         if self._left is not None:
             self.push(self._left)
             self.wait()

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
+import secrets
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..files import to_json, write_atomically
 from ..modules import GemActivation
+from .config import TrainConfig
+from .data.order import SampleOrder
+from .task import Task
+from .throughput import FLOP_COUNT
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 SCHEMA = 1
 _PACKAGES = ("hf-gem", "transformers", "accelerate", "datasets", "tokenizers", "timm", "triton", "numpy")
@@ -56,6 +68,63 @@ class MetricsLog:
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Writes a record, or brings it up to date; NaN and infinity, which JSON lacks, as null."""
     write_atomically(path, to_json({"schema": SCHEMA, **record}, indent=2) + "\n")
+
+
+def new_session(accelerator: Accelerator, micro_batch_size: int) -> dict[str, Any]:
+    """An entry for each time the command ran and took steps: nothing that happened elsewhere is claimed for it."""
+    return {
+        **(environment() if accelerator.is_main_process else {}),
+        "num_processes": accelerator.num_processes,
+        "micro_batch_size": micro_batch_size,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def new_record(task: Task, config: TrainConfig, accelerator: Accelerator, order: SampleOrder) -> dict[str, Any]:
+    """The record of a run that has not begun. It is whole on the main process only."""
+    hashes = accelerator.is_main_process
+    return {
+        "status": "running",
+        "run_id": secrets.token_hex(4),
+        "recipe": task.name,
+        "preset": task.preset,
+        "config": asdict(config),
+        "mixed_precision": accelerator.mixed_precision,
+        "data": task.data,
+        **task.facts,
+        "init_hash": hash_weights(task.model) if hashes else None,
+        "init_signs_hash": hash_weights(task.model, signs=True) if hashes else None,
+        "order_hash": order.hash(config.steps, config.global_batch_size),
+        "samples_hash": None,  # of the first micro-batch as the model sees it, cropped, flipped and masked
+        "num_parameters": sum(p.numel() for p in task.model.parameters()),
+        "nonfinite": {"skipped_steps": 0, "rollbacks": 0, "skipped_batches": 0},
+        "sessions": [],
+    }
+
+
+def results(log: MetricsLog, task: Task) -> dict[str, Any]:
+    """The part of a record that follows from the log: `result` and `curves`."""
+    curves = {key: curve for key in log.keys("validation_") if (curve := log.curve(key))}
+    losses = [loss for _, loss in curves.get("validation_loss", [])]
+    finite = [loss for loss in losses if math.isfinite(loss)]
+
+    def median(key: str) -> float | None:
+        values = [value for _, value in log.curve(key)]
+        return float(np.median(values)) if values else None
+
+    return {
+        "result": {
+            "initial_validation_loss": losses[0] if losses else None,
+            "best_validation_loss": min(finite, default=None),
+            **{key: curve[-1][1] for key, curve in curves.items()},
+            "unit": task.unit,
+            "units_per_second": median(f"{task.unit}_per_second"),
+            "mfu": median("mfu"),
+            "data_wait": median("data_wait"),
+            "flop_count": FLOP_COUNT if task.flops_per_unit else None,
+        },
+        "curves": {"loss": log.curve("loss"), **curves},
+    }
 
 
 def environment(folder: Path | None = None) -> dict[str, Any]:
@@ -131,7 +200,9 @@ def _version(package: str) -> str | None:
 def _commit(folder: Path) -> dict[str, Any]:
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30)
+            done = subprocess.run(
+                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

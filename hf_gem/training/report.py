@@ -14,40 +14,51 @@ from ..integrations.hub import loading_notes, save_for_hub
 from .errors import CheckpointError
 from .push import push_run
 
+_TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 
-def save_results(folder: Path, model: Any, processor: Any, record: dict[str, Any], template: Path, **card: Any) -> None:
+
+def save_results(model: Any, processor: Any, record: dict[str, Any], **card: Any) -> None:
     """Writes what a finished run leaves: weights, tokenizer or image processor, `loss_curve.png` and the card.
 
-    Then pushes it to the Hub, if the run was told to.
+    They go to the output folder of the run, and then to the Hub, if the run was told to push.
 
     Args:
-        folder: The output folder of the run.
         model: A transformers model. With an activation of the family it is saved by `save_for_hub`.
         processor: Likewise.
         record: Of the run.
-        template: Of the card.
-        card: Further values for the template.
+        card: Further values for the card; see `write_card`.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; the last checkpoint has everything.
         PushError: the Hub did not take it.
     """
+    config = record["config"]
+    folder = Path(config["output_dir"])
     try:
-        if card.get("ours", is_name(record["config"]["hidden_act"])):
+        if card.get("ours", is_name(config["hidden_act"])):
             save_for_hub(model, folder)
         else:
             model.save_pretrained(folder)
         save_pretrained(processor, folder)
         plot_loss(record, folder / "loss_curve.png", card["loss_unit"])
-        write_card(record, template, folder / "README.md", **card)
+        write_card(record, folder / "README.md", **card)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the trained model cannot be written to {folder}: {error}. Its last checkpoint is complete; make room and "
             "start the same command again"
         ) from error
-    config = record["config"]
     if config["push_to_hub"]:
         print(f"pushed: {push_run(config['push_to_hub'], folder, private=not config['hub_public'])}")
+
+
+def text_card(record: dict[str, Any], **values: Any) -> dict[str, Any]:
+    """The values of a card that all language models have in common, and others; for `save_results`."""
+    return {
+        "processor_class": "AutoTokenizer",
+        "on_hub": record["data"].get("on_hub", False),
+        "imported": "hf_gem",
+        **values,
+    }
 
 
 def image_card(model: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -75,9 +86,9 @@ def import_of(model: Any) -> str:
     return "hf_gem.training.image_models" if type(model).__module__.startswith("hf_gem.") else "hf_gem"
 
 
-def print_summary(record: dict[str, Any], folder: Path) -> None:
+def print_summary(record: dict[str, Any]) -> None:
     """The last lines of a recipe: how the loss fell, and where everything is."""
-    result = record["result"]
+    result, folder = record["result"], Path(record["config"]["output_dir"])
     if "validation_accuracy" in result:
         print(f"Validation accuracy {result['validation_accuracy']:.2%}")
     print(
@@ -115,21 +126,39 @@ def plot_loss(record: dict[str, Any], path: Path, unit: str) -> None:
     plt.close(figure)
 
 
-def write_card(record: dict[str, Any], template: Path, path: Path, **more: Any) -> None:
+def write_card(record: dict[str, Any], path: Path, **more: Any) -> None:
     """Fills the template of model cards from a record.
 
     Args:
         record: Of a finished run.
-        template: A Jinja template with the names used below.
         path: The card to write.
         more: Further values for the template; among them `auto_class`, `imported`, the module of hf_gem that loading
             needs, and `ours`, where `hidden_act` does not say whether the model has activations of the family.
     """
-    config, result = record["config"], record["result"]
+    config = record["config"]
     ours = more.pop("ours", is_name(config["hidden_act"]))
     own = more["imported"] != "hf_gem"
     location = config.get("push_to_hub") or config["output_dir"]
-    loading = loading_notes(more["auto_class"], location, own=own) if ours else ""
+    card = ModelCard.from_template(
+        _card_data(record, ours, more),
+        template_path=str(_TEMPLATE),
+        record=record,
+        config=config,
+        result=record["result"],
+        session=record["sessions"][-1],
+        amounts=record["data"].get("num_images") or record["data"]["num_tokens"],
+        ours=ours,
+        own=own,
+        loading=loading_notes(more["auto_class"], location, own=own) if ours else "",
+        location=location,
+        **more,
+    )
+    card.save(path)
+
+
+def _card_data(record: dict[str, Any], ours: bool, more: dict[str, Any]) -> ModelCardData:
+    """What the Hub reads from a card."""
+    config, result = record["config"], record["result"]
     metric = "accuracy" if "validation_accuracy" in result else "perplexity"
     measured = EvalResult(
         task_type=more["pipeline_tag"],
@@ -139,7 +168,7 @@ def write_card(record: dict[str, Any], template: Path, path: Path, **more: Any) 
         metric_type=metric,
         metric_value=result[f"validation_{metric}"],
     )
-    data = ModelCardData(
+    return ModelCardData(
         license=config.get("license"),
         library_name="transformers",
         pipeline_tag=more["pipeline_tag"],
@@ -147,21 +176,6 @@ def write_card(record: dict[str, Any], template: Path, path: Path, **more: Any) 
         datasets=[config["dataset"]] if more["on_hub"] else None,
         base_model=config["model"] if "before_conversion" in record and not Path(config["model"]).exists() else None,
         metrics=[metric],
-        model_name=Path(location).name,
+        model_name=Path(config.get("push_to_hub") or config["output_dir"]).name,
         eval_results=[measured],
     )
-    card = ModelCard.from_template(
-        data,
-        template_path=str(template),
-        record=record,
-        config=config,
-        result=result,
-        session=record["sessions"][-1],
-        amounts=record["data"].get("num_images") or record["data"]["num_tokens"],
-        ours=ours,
-        own=own,
-        loading=loading,
-        location=location,
-        **more,
-    )
-    card.save(path)

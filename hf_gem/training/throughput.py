@@ -34,7 +34,8 @@ def peak_flops(device: torch.device) -> float | None:
 
 def decoder_flops_per_token(model: PreTrainedModel, block_size: int) -> float:
     """Training FLOPs for one token of a transformers decoder, by `FLOP_COUNT`."""
-    config = model.config
+    layers: int = model.config.num_hidden_layers
+    width: int = model.config.hidden_size
     positions = getattr(model.base_model, "wpe", None)
     parameters = sum(p.numel() for p in model.parameters()) - (positions.weight.numel() if positions else 0)
-    return 6.0 * parameters + 12.0 * config.num_hidden_layers * config.hidden_size * block_size
+    return 6.0 * parameters + 12.0 * layers * width * block_size

@@ -11,7 +11,7 @@ from hf_gem import gain
 from hf_gem.training.errors import DataError
 from recipes import bert_pretrain
 from recipes.bert_pretrain import PRESETS, Config, build_model
-from tests.helpers import BERT, ON_CPU, finish, launch, losses, run_here, save_bytes_tokenizer, start, write_corpus
+from tests.helpers import BERT, finish, launch, losses, run_here, save_bytes_tokenizer, start, write_corpus
 
 TINY = (
     *("--n_layer=1", "--n_embd=16", "--n_head=2", "--n_inner=32", "--block_size=16", "--vocab_size=300"),
@@ -61,8 +61,8 @@ def test_the_saved_model_loads(reference):
 
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_the_launcher_gives_the_same_run(reference, flags, tmp_path, num_processes):
-    command = [*flags, f"--output_dir={tmp_path}", "--micro_batch_size=4"]
-    code, output = finish(start(*command, recipe=BERT, launcher=launch(num_processes), **ON_CPU))
+    command = (*flags, f"--output_dir={tmp_path}", "--micro_batch_size=4")
+    code, output = launch(num_processes, *command, recipe=BERT)
     assert code == 0, output
     assert losses(tmp_path) == pytest.approx(losses(reference[0]), rel=REORDERED)
     assert losses(tmp_path, "validation_loss") == pytest.approx(losses(reference[0], "validation_loss"), rel=REORDERED)

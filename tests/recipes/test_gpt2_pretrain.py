@@ -1,19 +1,37 @@
 """The GPT-2 recipe as a person meets it: from the command line to a model that loads again."""
 
 import json
+import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
 from hf_gem import gain
 from recipes import gpt2_pretrain
 from recipes.gpt2_pretrain import PRESETS, Config, build_model, parse_config
-from tests.helpers import ON_CPU, TINY, finish, launch, losses, run_here, start, write_corpus
+from tests.helpers import (
+    GPT2,
+    ON_CPU,
+    ROOT,
+    STOPPING,
+    TINY,
+    finish,
+    launch,
+    losses,
+    run_here,
+    start,
+    stopping,
+    write_corpus,
+)
 
 # Rounding of float32 sums taken in another order, carried through six steps of a model this small.
 REORDERED = 2000 * torch.finfo(torch.float32).eps
@@ -81,28 +99,18 @@ def test_the_saved_model_is_the_trained_one(reference, flags, monkeypatch):
         assert torch.equal(loaded(ids).logits, trained[0].eval()(ids).logits)
 
 
+def test_a_recipe_runs_outside_of_the_clone(flags, tmp_path):
+    recipe = tmp_path / "mine.py"
+    shutil.copy(GPT2, recipe)
+    code, output = finish(start(*flags, "--steps=2", f"--output_dir={tmp_path / 'run'}", recipe=recipe))
+    assert code == 0, output
+    assert "## How it was made" in (tmp_path / "run" / "README.md").read_text()
+
+
 def test_the_same_command_twice_is_bit_identical(reference, flags, tmp_path):
     run(tmp_path, flags)
     assert losses(tmp_path) == losses(reference[0])
     assert same_weights(tmp_path, reference[0])
-
-
-LONG = "--steps=60"  # long enough to be stopped on its way
-
-
-@pytest.fixture(scope="module")
-def long_reference(corpus, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("long") / "run"
-    run(folder, (*TINY, f"--dataset={corpus}", f"--cache_dir={corpus.parent / 'cache'}", LONG))
-    return folder
-
-
-def wait_for(path, process):
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def same_threads():
@@ -110,38 +118,47 @@ def same_threads():
     return {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
-@pytest.mark.parametrize("after", ["step_00000002", "step_00000004"])
-def test_kill_9_and_the_same_command_again_equals_the_uninterrupted_run(long_reference, flags, tmp_path, after):
-    process = start(*flags, LONG, f"--output_dir={tmp_path}", **same_threads())
-    wait_for(tmp_path / "checkpoints" / after / "COMPLETE", process)
-    process.send_signal(signal.SIGKILL)
-    finish(process)
-    assert max(losses(tmp_path)) < 60
-    run(tmp_path, (*flags, LONG))
+@pytest.mark.parametrize("after", [2, 4])
+def test_kill_9_and_the_same_command_again_equals_the_uninterrupted_run(reference, flags, tmp_path, after):
+    command = (*stopping(signal.SIGKILL, after), *flags, f"--output_dir={tmp_path}")
+    code, _ = finish(start(*command, recipe=STOPPING, **same_threads()))
+    assert code == -signal.SIGKILL
+    assert max(losses(tmp_path)) == after
+    run(tmp_path, flags)
     for key in ("loss", "validation_loss"):
-        assert losses(tmp_path, key) == losses(long_reference, key)
-    assert same_weights(tmp_path, long_reference)
+        assert losses(tmp_path, key) == losses(reference[0], key)
+    assert same_weights(tmp_path, reference[0])
 
 
-def test_ctrl_c_saves_says_so_and_can_go_on(long_reference, flags, tmp_path):
-    process = start(*flags, LONG, f"--output_dir={tmp_path}", **same_threads())
-    wait_for(tmp_path / "checkpoints" / "step_00000002" / "COMPLETE", process)
-    process.send_signal(signal.SIGINT)
-    code, output = finish(process)
+def test_ctrl_c_saves_says_so_and_can_go_on(reference, flags, tmp_path):
+    command = (*stopping(signal.SIGINT, 2), *flags, f"--output_dir={tmp_path}")
+    code, output = finish(start(*command, recipe=STOPPING, **same_threads()))
     assert code == 128 + signal.SIGINT
     assert "Traceback" not in output
-    assert "the same command goes on" in output
-    run(tmp_path, (*flags, LONG))
-    assert losses(tmp_path) == losses(long_reference)
+    assert "the same command goes on" in output.strip().splitlines()[-1]
+    run(tmp_path, flags)
+    assert losses(tmp_path) == losses(reference[0])
 
 
+def test_a_signal_to_one_process_stops_all_after_saving(flags, tmp_path):
+    command = (*stopping(signal.SIGTERM, 2, rank=1), *flags, "--micro_batch_size=2", f"--output_dir={tmp_path}")
+    code, output = launch(2, *command, recipe=STOPPING)
+    assert code == 128 + signal.SIGTERM
+    assert output.count("stopped at step 2 of 6, saved; the same command goes on") == 2
+    assert json.loads((tmp_path / "record.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.slow
 def test_a_launcher_that_is_told_to_stop_stops_all_processes_after_saving(flags, tmp_path):
-    process = start(
-        *flags, "--steps=500", "--micro_batch_size=2", f"--output_dir={tmp_path}", launcher=launch(2), **ON_CPU
-    )
-    wait_for(tmp_path / "checkpoints" / "step_00000002" / "COMPLETE", process)
+    settings = ("--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--num_processes=2")
+    launcher = ("-m", "accelerate.commands.launch", *settings, f"--main_process_port={get_free_port()}")
+    recipe = (GPT2, *flags, "--steps=100000", "--micro_batch_size=2", f"--output_dir={tmp_path}")
+    process = subprocess.Popen([sys.executable, *launcher, *map(str, recipe)], cwd=ROOT, env={**os.environ, **ON_CPU})
+    while not (tmp_path / "checkpoints" / "step_00000002" / "COMPLETE").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    finish(process)
+    process.wait()
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["status"] == "interrupted"
     assert (tmp_path / "checkpoints" / f"step_{record['step']:08d}" / "COMPLETE").exists()
@@ -149,9 +166,7 @@ def test_a_launcher_that_is_told_to_stop_stops_all_processes_after_saving(flags,
 
 def test_two_processes_equal_one_with_two_micro_batches(reference, flags, tmp_path):
     run(tmp_path / "one", flags, "--micro_batch_size=2")
-    code, output = finish(
-        start(*flags, "--micro_batch_size=2", f"--output_dir={tmp_path / 'two'}", launcher=launch(2), **ON_CPU)
-    )
+    code, output = launch(2, *flags, "--micro_batch_size=2", f"--output_dir={tmp_path / 'two'}")
     assert code == 0, output
     assert json.loads((tmp_path / "two" / "record.json").read_text())["sessions"][0]["num_processes"] == 2
     for key in ("loss", "validation_loss"):

@@ -9,12 +9,11 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
-from torch.distributed.elastic.utils.distributed import get_free_port
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from hf_gem.training.loop import _layers
+from hf_gem.training.launch import layers_to_shard
 from recipes import bert_pretrain, gpt2_pretrain
-from tests.helpers import BERT, GPT2, ON_CPU, ROOT, TINY, finish, losses, run_here, start, write_corpus
+from tests.helpers import BERT, GPT2, ROOT, TINY, launch, losses, run_here, write_corpus
 
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 # Rounding of float32 sums taken in another order, carried through six steps of a model this small.
@@ -35,14 +34,10 @@ def reference(flags, tmp_path_factory):
     return folder
 
 
-def launch(config, num_processes):
-    settings = ("-m", "accelerate.commands.launch", f"--config_file={ROOT / 'recipes' / 'accelerate' / config}")
-    return (*settings, f"--num_processes={num_processes}", f"--main_process_port={get_free_port()}")
-
-
 def sharded(num_processes, recipe, *flags):
-    launcher = launch("fsdp2.yaml", num_processes)
-    code, output = finish(start(recipe, *flags, recipe=ROOT / "tests" / "fsdp_on_cpu.py", launcher=launcher, **ON_CPU))
+    """FSDP2 over gloo, by tests/fsdp_on_cpu.py."""
+    wrapper = ROOT / "tests" / "fsdp_on_cpu.py"
+    code, output = launch(num_processes, recipe, *flags, recipe=wrapper, config="fsdp2.yaml")
     assert code == 0, output
 
 
@@ -79,25 +74,24 @@ def test_tied_weights_are_sharded_once(flags, tmp_path):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=REORDERED)
 
 
-def test_what_is_sharded_as_one_are_the_layers():
+def test_what_is_sharded_as_one_are_thelayers_to_shard():
     sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8}
-    assert _layers(GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=2, n_head=2))) == ["GPT2Block"]
+    assert layers_to_shard(GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=2, n_head=2))) == ["GPT2Block"]
     bert = BertForMaskedLM(BertConfig(num_hidden_layers=2, num_attention_heads=2, **sizes))
-    assert _layers(bert) == ["BertLayer"]
+    assert layers_to_shard(bert) == ["BertLayer"]
 
 
 def test_fsdp_where_there_is_nothing_to_shard_on_is_refused(flags, tmp_path):
     if torch.accelerator.is_available():
         pytest.skip("there is an accelerator to shard on")
-    launcher = launch("fsdp2.yaml", 2)
-    code, output = finish(start(*flags, f"--output_dir={tmp_path}", launcher=launcher, OMP_NUM_THREADS="1"))
+    environment = {"OMP_NUM_THREADS": "1"}  # without what ON_CPU says
+    code, output = launch(2, *flags, f"--output_dir={tmp_path}", config="fsdp2.yaml", env=environment)
     assert code == 1
     assert "error: the launcher chose FSDP, and accelerate shards on GPUs alone" in output
 
 
 def test_processes_on_a_cpu(flags, reference, tmp_path):
-    launcher = launch("cpu.yaml", 2)
-    code, output = finish(start(*flags, f"--output_dir={tmp_path}", launcher=launcher, **ON_CPU))
+    code, output = launch(2, *flags, f"--output_dir={tmp_path}", config="cpu.yaml")
     assert code == 0, output
     assert losses(tmp_path) == pytest.approx(losses(reference), rel=REORDERED)
 
@@ -125,7 +119,7 @@ def test_the_job_script_starts_each_machine_and_asks_to_be_started_again(tmp_pat
         "SLURM_JOB_ID": "7",
     }
     command = ["bash", str(script), "recipes/gpt2_pretrain.py", "--preset", "gpt2-124m"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**env, "GPUS": "8"}, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**env, "GPUS": "8"}, timeout=60)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.strip().splitlines()
     assert [re.search(r"--machine_rank (\d)", line)[1] for line in lines] == ["0", "1"]
@@ -138,6 +132,7 @@ def test_the_job_script_starts_each_machine_and_asks_to_be_started_again(tmp_pat
     assert "#SBATCH --signal=" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [gpt2_pretrain, bert_pretrain], ids=lambda recipe: recipe.__name__)
 def test_the_start_of_the_demo_on_one_and_two_processes(recipe, tmp_path_factory, tmp_path):
     """The presets that people try first, on the real text of the standard library."""
@@ -152,9 +147,8 @@ def test_the_start_of_the_demo_on_one_and_two_processes(recipe, tmp_path_factory
         "--report_to=none",
     )
     run_here(recipe, tmp_path / "one", *flags)
-    launcher = launch("cpu.yaml", 2)
     path = ROOT / "recipes" / f"{recipe.__name__.partition('.')[2]}.py"
-    code, output = finish(start(*flags, f"--output_dir={tmp_path / 'two'}", recipe=path, launcher=launcher, **ON_CPU))
+    code, output = launch(2, *flags, f"--output_dir={tmp_path / 'two'}", recipe=path, config="cpu.yaml")
     assert code == 0, output
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one == pytest.approx(two, rel=REORDERED)

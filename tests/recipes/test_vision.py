@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,17 +11,19 @@ from transformers import (
     AutoModelForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
-    ViTConfig,
 )
+from transformers.activations import ACT2FN
 
 import hf_gem
+from hf_gem.training.data.vision import prepare_images
 from hf_gem.training.errors import ConfigError, TrainingError
 from hf_gem.training.image_models import ConvNetConfig, ConvNetForImageClassification
 from recipes import vision_finetune, vision_train
-from tests.helpers import ON_CPU, ROOT, VISION, finish, launch, losses, run_here, start
+from tests.helpers import VISION, launch, losses, run_here, run_python
 
 # Rounding of float32 sums taken in another order, carried through the steps of a model this small.
 REORDERED = 4000 * torch.finfo(torch.float32).eps
+NO_ACTIVATIONS = ConvNetConfig(widths=(4,), hidden_act="linear")
 DATA = SimpleNamespace(classes=["a", "b"], image_size=8, train=range(64))
 SHORT = ("--steps=8", "--eval_every=4", "--save_every=4", "--warmup_steps=2", "--log_every=1", "--report_to=none")
 
@@ -70,7 +70,7 @@ def test_the_saved_model_and_its_processor(short):
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_the_launcher_gives_the_same_run(short, cache, tmp_path, num_processes):
     flags = (cache, *SHORT, f"--output_dir={tmp_path}", "--micro_batch_size=16")
-    code, output = finish(start(*flags, recipe=VISION, launcher=launch(num_processes), **ON_CPU))
+    code, output = launch(num_processes, *flags, recipe=VISION)
     assert code == 0, output
     for key in ("loss", "validation_loss"):
         assert losses(tmp_path, key) == pytest.approx(losses(short, key), rel=REORDERED)
@@ -91,13 +91,13 @@ def test_batch_normalisation_resumes_bit_for_bit(cache, tmp_path):
 def test_two_processes_evaluate_with_the_same_statistics(cache, tmp_path):
     """Each process has moved its own running means; the saved model has to give the reported loss."""
     flags = (cache, *SHORT, "--model=resnet8-cifar", f"--output_dir={tmp_path}", "--micro_batch_size=16")
-    code, output = finish(start(*flags, recipe=VISION, launcher=launch(2), **ON_CPU))
+    code, output = launch(2, *flags, recipe=VISION)
     assert code == 0, output
     printed = run_here(vision_train, tmp_path, *flags)  # reads the last checkpoint, and has nothing to do
     reported = json.loads((tmp_path / "record.json").read_text())["result"]
     assert f"{reported['validation_accuracy']:.2%}" in printed
     config = vision_train.Config(**json.loads((tmp_path / "record.json").read_text())["config"])
-    data = vision_train.prepare_images(config, 0, torch.device("cpu"))
+    data = prepare_images(config, 0, torch.device("cpu"))
     batch = data.validation.batch(torch.arange(len(data.validation)).numpy())
     model = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     with torch.no_grad():
@@ -146,68 +146,36 @@ def build(**fields):
     return vision_train.build_model(vision_train.Config(**fields), DATA)
 
 
-def save_config(folder, config):
-    config.save_pretrained(folder)
-    return str(folder)
-
-
-CONFIGS = {
-    "resnet": ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic"),
-    "vit": ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=8),
-}
-NO_ACTIVATIONS = ConvNetConfig(widths=(4,), hidden_act="linear")
-
-
-@pytest.mark.parametrize(
-    ("model", "act", "left"),
-    [
-        ("resnet", "gelu", r"reach 2 .* 2 x relu at resnet\.\S+activation"),
-        ("timm/seresnet18", "gelu", "reach 8 .* 8 x relu"),
-        ("timm/mobilenetv3_small_050", "silu", "reach 14 .* 14 x relu"),
-        *[
-            (model, "relu", None)
-            for model in ("resnet", "timm/seresnet18", "timm/resnet18", "timm/mobilenetv3_small_050")
-        ],
-        *[("timm/resnet18", "gelu", None), ("vit", "quick_gelu", None)],
-        *[("convnet", act, None) for act in ("gelu", "tanh", "prelu", "linear")],
-        *[("resnet8-cifar", act, None) for act in ("relu", "relu2")],
-    ],
-)
-def test_a_stock_activation_is_everywhere_or_refused(tmp_path, model, act, left):
-    """An arm of the family has its activation everywhere; one of another has to have it in the same places."""
-    model = save_config(tmp_path / "model", CONFIGS[model]) if model in CONFIGS else model
-    if left is None:
-        build(model=model, hidden_act=act)
-        return
-    with pytest.raises(ConfigError, match=f"--hidden_act {act} does not {left}.*or a --model that takes it everywhere"):
-        build(model=model, hidden_act=act)
-
-
-def test_a_model_without_activations_is_an_error(tmp_path):
-    folder = save_config(tmp_path / "model", NO_ACTIVATIONS)
-    with pytest.raises(ConfigError, match=r"--hidden_act egem cannot go into --model .*has no activation modules"):
-        build(model=folder, hidden_act="egem")
-    model, config = ConvNetForImageClassification(NO_ACTIVATIONS), vision_finetune.Config(model="x")
-    with pytest.raises(ConfigError, match=r"cannot go into --model 'x'.*has no activation modules.*--hidden_act none"):
-        vision_finetune.convert(model, config, DATA, torch.device("cpu"))
-
-
 def test_more_stages_than_the_images_can_be_halved():
     build(widths="4,4,4,4")
     with pytest.raises(ConfigError, match=r"has 5 stages.*images of 8 x 8 pixels allow 4; give fewer"):
         build(widths="4,4,4,4,4")
 
 
+@pytest.mark.parametrize("act", ["gelu", "tanh", "prelu", "linear", "relu", "relu2", "egem"])
+@pytest.mark.parametrize("model", ["convnet", "resnet8-cifar"])
+def test_our_models_take_any_activation(model, act):
+    names = {type(module).__name__ for module in build(model=model, hidden_act=act).modules()}
+    assert type(ACT2FN[act]).__name__ in names
+
+
+def test_a_model_that_cannot_be_fine_tuned_names_the_way_out(tmp_path):
+    model, config = ConvNetForImageClassification(NO_ACTIVATIONS), vision_finetune.Config(model="x")
+    with pytest.raises(ConfigError, match=r"cannot go into --model 'x'.*has no activation modules.*--hidden_act none"):
+        vision_finetune.convert(model, config, DATA, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("by_folder", [False, True])
 def test_the_code_of_a_card_loads_a_model_of_this_package(cache, tmp_path, by_folder):
     """Without a name of the family in it too, which nothing but the import of its class makes known."""
-    model = save_config(tmp_path / "model", ConvNetConfig(widths=(4,))) if by_folder else "convnet"
+    model = tmp_path / "model" if by_folder else "convnet"
+    ConvNetConfig(widths=(4,)).save_pretrained(tmp_path / "model")
     flags = ("--steps=1", "--warmup_steps=0", "--widths=4", "--hidden_act=gelu", f"--model={model}")
     run_here(vision_train, tmp_path / "run", cache, *SHORT, *flags)
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "run" / "README.md").read_text(), re.DOTALL)
     assert "registers the model" in code
     code += "\nassert type(model.layers[1]).__name__ == 'GELUActivation', model; processor.size"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
 
 
@@ -240,7 +208,7 @@ def test_a_run_that_diverges_at_its_last_update_has_not_finished(cache, tmp_path
 
 def test_all_processes_agree_that_a_run_has_diverged(cache, tmp_path):
     flags = (cache, *DIVERGING, f"--output_dir={tmp_path}", "--micro_batch_size=32")
-    code, output = finish(start(*flags, recipe=VISION, launcher=launch(2), **ON_CPU))
+    code, output = launch(2, *flags, recipe=VISION)
     assert code == 1, output
     assert output.count("error: the loss or the gradient stopped being finite at or before step 1") == 2
     check_diverged(tmp_path)

@@ -1,10 +1,13 @@
 """Presets, files and the command line; every wrong value is named."""
 
 import dataclasses
+import math
+from typing import Literal, Optional
 
 import pytest
+import yaml
 
-from hf_gem.training.config import parse_config, trajectory
+from hf_gem.training.config import TrainConfig, option, parse_config, trajectory
 from recipes.gpt2_pretrain import PRESETS, Config
 
 
@@ -38,6 +41,102 @@ def test_yaml_means_what_it_says(tmp_path):
     assert (config.mixed_precision, config.dataset_config, config.compile) == ("no", None, False)
     file.write_text("preset: null\nsteps: 70\n")
     assert parse("--config", file).n_embd == PRESETS["demo"]["n_embd"]
+
+
+@dataclasses.dataclass
+class Kinds(TrainConfig):
+    """A field of each type."""
+
+    whole: int = option(1, "A whole number.")
+    number: float = option(0.5, "A number.")
+    text: str = option("a", "Text.")
+    flag: bool = option(False, "A flag.")
+    choice: Literal["no", "yes", "1"] = option("1", "A choice.")
+    maybe_whole: int | None = option(None, "A whole number or nothing.")
+    maybe_number: Optional[float] = option(None, "A number or nothing.")  # noqa: UP045  # the older spelling
+    maybe_text: str | None = option(None, "Text or nothing.")
+    maybe_flag: bool | None = option(None, "A flag or nothing.")
+    maybe_choice: Literal["no", "bf16"] | None = option(None, "A choice or nothing.")
+
+
+CONVERTED = [
+    *(("whole", "70", 70), ("whole", "'70'", 70), ("whole", "-3", -3), ("maybe_whole", "4", 4)),
+    *(("number", "1", 1.0), ("number", "1e-3", 1e-3), ("number", "1.5e-3", 1.5e-3), ("number", "'2'", 2.0)),
+    *(("number", ".inf", math.inf), ("maybe_number", "3", 3.0), ("number", "inf", math.inf)),
+    *(("text", "hello", "hello"), ("text", "16", "16"), ("text", "0.3", "0.3"), ("text", "no", "no")),
+    *(("text", "yes", "yes"), ("text", "2024-01-31", "2024-01-31"), ("maybe_text", "fit", "fit")),
+    *(
+        ("flag", "yes", True),
+        ("flag", "true", True),
+        ("flag", "off", False),
+        ("flag", "1", True),
+        ("flag", "'f'", False),
+    ),
+    *(("maybe_flag", "no", False), ("maybe_flag", "on", True), ("maybe_flag", "'Yes'", True)),
+    *(("choice", "no", "no"), ("choice", "yes", "yes"), ("choice", "1", "1"), ("maybe_choice", "no", "no")),
+    *((name, "null", None) for name in ("maybe_whole", "maybe_number", "maybe_text", "maybe_flag", "maybe_choice")),
+    *(("whole", "null", 1), ("text", "~", "a"), ("choice", "null", "1")),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "value"), CONVERTED)
+def test_a_value_in_a_file_has_the_type_of_its_field(tmp_path, name, text, value):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{name}: {text}\n")
+    config, _ = parse_config(Kinds, {"demo": {}}, "demo", ["--config", str(file)])
+    got = getattr(config, name)
+    assert (got, type(got)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("whole", "1.5", "--whole must be a whole number, got 1.5"),
+        ("whole", "1e3", "--whole must be a whole number, got '1e3'"),
+        ("whole", "yes", "--whole must be a whole number, got True"),
+        ("maybe_whole", "[1]", "--maybe_whole must be a whole number, got [1]"),
+        ("number", "fast", "--number must be a number, got 'fast'"),
+        ("number", "no", "--number must be a number, got False"),
+        ("text", "[a, b]", "--text must be text, got ['a', 'b']"),
+        ("maybe_text", "{a: b}", "--maybe_text must be text, got {'a': 'b'}"),
+        ("flag", "2", "--flag must be true or false, got 2"),
+        ("maybe_flag", "maybe", "--maybe_flag must be true or false, got 'maybe'"),
+        ("choice", "other", "--choice must be one of no, yes, 1, got 'other'"),
+        ("maybe_choice", "yes", "--maybe_choice must be one of no, bf16, got True"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named_with_its_source(tmp_path, capsys, name, text, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{name}: {text}\n")
+    for argv, presets, source in (
+        (["--config", str(file)], {"demo": {}}, str(file)),
+        ([], {"demo": {name: yaml.safe_load(text)}}, "preset demo"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            parse_config(Kinds, presets, "demo", argv)
+        assert exit.value.code == 2
+        got = capsys.readouterr().err
+        assert f"error: {source}: {message}" in got
+
+
+def test_a_flag_wins_even_with_the_value_of_the_default(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("whole: 5\nflag: yes\nmaybe_text: x\n")
+    config, _ = parse_config(Kinds, {"demo": {}}, "demo", ["--config", str(file), "--whole", "1", "--flag", "no"])
+    assert (config.whole, config.flag, config.maybe_text) == (1, False, "x")
+
+
+def test_null_takes_a_preset_back_to_the_default(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("whole: null\n")
+    config, _ = parse_config(Kinds, {"demo": {"whole": 9}}, "demo", ["--config", str(file)])
+    assert config.whole == 1
+
+
+def test_a_preset_with_an_unknown_field_is_named(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(Kinds, {"demo": {"hole": 9}}, "demo", [])
+    assert "preset demo: unknown field 'hole', did you mean 'whole'?" in capsys.readouterr().err
 
 
 def test_names_of_the_family_are_made_canonical():

@@ -1,14 +1,20 @@
-"""The metrics agree with those of scikit-learn, and with each other over processes."""
+"""Evaluation counts every target once; the metrics agree with scikit-learn's, and with each other over processes."""
 
 import math
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
+from accelerate import Accelerator
 from sklearn.metrics import accuracy_score
 
-from hf_gem.training.evaluate import METRICS, Accuracy, Perplexity
+from hf_gem.training.errors import DataError, Interrupted
+from hf_gem.training.evaluate import METRICS, Accuracy, Perplexity, evaluate
 from hf_gem.training.loss import IGNORE
+from hf_gem.training.signals import catch_signals
+from tests.training.toys import Sequences, make_task
 
 DRAW = np.random.default_rng(0)
 PREDICTIONS, REFERENCES = DRAW.integers(3, size=(2, 101))
@@ -43,7 +49,7 @@ def test_two_processes_count_together(name, tmp_path):
 
     def process(number):
         part = slice(None, 50) if number == 0 else slice(50, None)
-        shared = {"num_process": 2, "experiment_id": "test", "cache_dir": str(tmp_path), "timeout": 20}
+        shared = {"num_process": 2, "experiment_id": "test", "cache_dir": str(tmp_path), "timeout": 240}
         metric = METRICS[name](process_id=number, **shared)
         metric.add_batch(predictions=predictions[part], references=references[part])
         return metric.compute()
@@ -52,3 +58,33 @@ def test_two_processes_count_together(name, tmp_path):
         first, second = pool.map(process, range(2))
     assert first == METRICS[name](keep_in_memory=True).compute(predictions=predictions, references=references)
     assert second is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
+def test_every_target_is_weighed_once(batch_size):
+    task = make_task()
+    found = evaluate(task.objective, task, batch_size, Accelerator(cpu=True))
+    data = task.validation
+    assert data.asked == list(range(7))
+    with torch.no_grad():
+        logits = task.model(data.x).double()
+        exact = torch.nn.functional.cross_entropy(logits.mT, data.labels, ignore_index=IGNORE).item()
+    assert found["loss"] == pytest.approx(exact, rel=20 * torch.finfo(torch.float32).eps)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+
+
+def test_what_cannot_be_read_and_what_is_asked_to_stop():
+    class Broken(Sequences):
+        def batch(self, indices, draws=None):
+            if 4 in indices:
+                raise OSError("the disk is gone")
+            return super().batch(indices, draws)
+
+    task = make_task()
+    task.validation = Broken(7)
+    with pytest.raises(DataError, match="validation samples cannot be read: OSError: the disk is gone"):
+        evaluate(task.objective, task, 2, Accelerator(cpu=True))
+    with catch_signals() as caught:
+        caught.number = signal.SIGTERM
+        with pytest.raises(Interrupted, match="stopped in an evaluation"):
+            evaluate(task.objective, task, 2, Accelerator(cpu=True))

@@ -113,7 +113,7 @@ def test_a_checkpoint_brings_its_own_code(tmp_path):
     hf_gem.save_for_hub(model, tmp_path / "one")
     for has_it, folder in ((True, "one"), (False, "two")):
         command = [sys.executable, "-c", LOAD, str(has_it), str(tmp_path / folder), str(tmp_path / "two")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         module, *logits = done.stdout.split()
         assert module == "transformers_modules"

@@ -1,12 +1,10 @@
 """The loop: pure-function batches, exact normalisation, whole evaluation, resuming, stopping."""
 
 import copy
-import importlib.util
 import json
 import math
 import os
 import signal
-import time
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -17,58 +15,19 @@ from accelerate.state import AcceleratorState
 from filelock import FileLock
 from torch import nn
 
-from hf_gem.training import loop
+from hf_gem.training import record as record_module
 from hf_gem.training.config import TrainConfig
 from hf_gem.training.data.order import SampleOrder
 from hf_gem.training.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
-from hf_gem.training.loop import Task, make_accelerator, train
+from hf_gem.training.launch import make_accelerator
+from hf_gem.training.loop import train
 from hf_gem.training.loss import IGNORE, Output
 from hf_gem.training.optim import learning_rate
 from tests.helpers import losses
+from tests.training.toys import CLASSES, WIDTH, Objective, Sequences, make_task
 
-CLASSES, WIDTH, LENGTH = 5, 4, 6
 # float32 sums of up to 48 targets in another order, each term rounded once, over six steps whose updates AdamW scales
 REORDERED = 6 * 48 * torch.finfo(torch.float32).eps
-
-
-class Sequences:
-    """Sequences with a different number of targets in each, so that a mean of means is not the mean."""
-
-    def __init__(self, count, seed=0):
-        draw = np.random.default_rng(seed)
-        self.x = torch.from_numpy(draw.normal(size=(count, LENGTH, WIDTH))).float()
-        self.labels = torch.from_numpy(draw.integers(CLASSES, size=(count, LENGTH)))
-        for i in range(count):
-            self.labels[i, : i % LENGTH] = IGNORE
-        self.asked = []
-        self.draws = []
-
-    def __len__(self):
-        return len(self.x)
-
-    def batch(self, indices, draws=None):
-        self.asked.extend(indices.tolist())
-        self.draws.extend([] if draws is None else draws.tolist())
-        return {"x": self.x[indices], "labels": self.labels[indices]}
-
-
-class Objective(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.dropout = nn.Dropout(0.2)
-        self.steps = 0
-
-    def forward(self, x, labels):
-        self.steps += self.training
-        logits = self.model(self.dropout(x))
-        return Output(nn.functional.cross_entropy(logits.mT, labels, ignore_index=IGNORE, reduction="sum"))
-
-
-def make_task(cls=Objective):
-    torch.manual_seed(0)
-    model = nn.Linear(WIDTH, CLASSES)
-    return Task("test", "tiny", model, cls(model), Sequences(20), Sequences(7, seed=1), {"hash": "d"}, LENGTH)
 
 
 def config(folder, **fields):
@@ -155,16 +114,6 @@ def test_what_a_launcher_says_of_accumulation_does_not_scale_gradients(tmp_path,
         assert torch.equal(one, two)
 
 
-def test_evaluation_weighs_every_target_once(tmp_path):
-    record, task = run(tmp_path, micro_batch_size=2, global_batch_size=2)
-    data = task.validation
-    with torch.no_grad():
-        logits = task.model(data.x).double()
-        exact = nn.functional.cross_entropy(logits.mT, data.labels, ignore_index=IGNORE).item()
-    assert record["result"]["validation_loss"] == pytest.approx(exact, rel=20 * torch.finfo(torch.float32).eps)
-    assert [step for step, _ in record["curves"]["validation_loss"]] == [0, 3, 6]
-
-
 class Killed(BaseException):
     """Stands for a kill: nothing after it runs."""
 
@@ -191,18 +140,10 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, at):
 
 
 def test_waiting_for_data_is_on_record(tmp_path):
-    class Slow(Sequences):
-        def batch(self, indices, draws=None):
-            if draws is not None:
-                time.sleep(0.2)
-            return super().batch(indices, draws)
-
-    task = make_task()
-    task.train = Slow(20)
-    slow, _ = run(tmp_path / "a", task)
-    fast, _ = run(tmp_path / "b")
-    assert 0 <= fast["result"]["data_wait"] < slow["result"]["data_wait"] <= 1
-    assert slow["result"]["data_wait"] > 0.5
+    record, _ = run(tmp_path)
+    waits = list(losses(tmp_path, "data_wait").values())
+    assert record["result"]["data_wait"] == pytest.approx(np.median(waits))
+    assert all(0 <= wait <= 1 for wait in waits)
 
 
 def test_every_draw_has_its_number(tmp_path):
@@ -238,7 +179,7 @@ def test_the_samples_of_a_run_are_told_by_a_hash(tmp_path):
 
 def test_a_finished_run_started_again_only_reports(tmp_path, monkeypatch):
     first, _ = run(tmp_path)
-    monkeypatch.setattr(loop, "environment", lambda: {"commit": "another"})
+    monkeypatch.setattr(record_module, "environment", lambda: {"commit": "another"})
     second, task = run(tmp_path, micro_batch_size=2)
     assert task.train.asked == []
     assert second["result"] == first["result"]
@@ -420,7 +361,7 @@ def breaking_evaluation(*steps):
 def test_a_validation_loss_that_is_not_finite_ends_a_run(tmp_path, step, on_nonfinite):
     with pytest.raises(TrainingError, match="stopped being finite at or before step"):
         run(tmp_path, make_task(breaking_evaluation(step)), save_every=3, on_nonfinite=on_nonfinite)
-    record = json.loads((tmp_path / "record.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    record = json.loads((tmp_path / "record.json").read_text(), parse_constant=pytest.fail)
     assert (record["status"], record["step"], record["result"]["validation_loss"]) == ("diverged", step, None)
     saved = [path.name for path in (tmp_path / "checkpoints").glob("step_*")]
     assert saved == (["step_00000003"] if step == 6 else [])
@@ -509,13 +450,6 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
             run(folder)
 
 
-def test_a_tracker_that_is_not_installed_is_an_error(tmp_path):
-    if importlib.util.find_spec("wandb"):
-        pytest.skip("wandb is installed")
-    with pytest.raises(ConfigError, match="--report_to wandb needs its package"):
-        run(tmp_path, report_to="wandb")
-
-
 def test_the_record_says_what_ran(tmp_path):
     record, task = run(tmp_path, report_to="tensorboard")
     on_disk = json.loads((tmp_path / "record.json").read_text())
@@ -555,12 +489,4 @@ def test_precision_is_part_of_what_a_run_is(tmp_path, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(CheckpointError, match=r"mixed_precision: 'no' in .*, 'bf16' in"):
-        run(tmp_path)
-
-
-def test_fp16_without_a_gpu_is_refused_wherever_it_comes_from(tmp_path, monkeypatch):
-    if torch.cuda.is_available():
-        pytest.skip("fp16 is allowed where there is a CUDA device")
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises((ConfigError, ValueError), match="fp16"):
         run(tmp_path)

@@ -1,6 +1,5 @@
 """Pictures and cards are made from the record."""
 
-from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
@@ -10,7 +9,6 @@ from PIL import Image
 from hf_gem.training.errors import CheckpointError
 from hf_gem.training.report import plot_loss, save_results, write_card
 
-TEMPLATE = Path(__file__).resolve().parents[2] / "model_cards" / "template.md"
 SESSION = {
     "command": "accelerate launch recipes/gpt2_pretrain.py",
     "commit": "0123abc",
@@ -75,7 +73,7 @@ MORE = {
 @pytest.mark.parametrize("act", ["gem_n2", "gelu"])
 def test_a_card_states_what_the_record_holds(tmp_path, act):
     record = {**RECORD, "config": {**RECORD["config"], "hidden_act": act}}
-    write_card(record, TEMPLATE, tmp_path / "README.md", **MORE, on_hub=False)
+    write_card(record, tmp_path / "README.md", **MORE, on_hub=False)
     text = (tmp_path / "README.md").read_text()
     for fact in ("4.2500", "70.11", "1,334,016", "0123abc", "torch 2.11.0", "a processor", "5,612", "Python 3.12.3"):
         assert fact in text
@@ -97,7 +95,7 @@ def test_a_card_states_what_the_record_holds(tmp_path, act):
 
 def test_a_card_of_several_sessions_says_which_one_it_describes(tmp_path):
     record = {**RECORD, "sessions": [{**SESSION, "commit": "older"}, SESSION]}
-    write_card(record, TEMPLATE, tmp_path / "README.md", **MORE, on_hub=False)
+    write_card(record, tmp_path / "README.md", **MORE, on_hub=False)
     text = (tmp_path / "README.md").read_text()
     assert "the last of 2 sessions, steps 11 to 20" in text
     assert "older" not in text
@@ -106,12 +104,12 @@ def test_a_card_of_several_sessions_says_which_one_it_describes(tmp_path):
 def test_a_missing_value_is_an_error_and_not_a_gap(tmp_path):
     record = {key: value for key, value in RECORD.items() if key != "data"}
     with pytest.raises(Exception, match="data"):
-        write_card(record, TEMPLATE, tmp_path / "README.md", **MORE, on_hub=False)
+        write_card(record, tmp_path / "README.md", **MORE, on_hub=False)
 
 
 def test_a_loss_past_all_bounds_has_a_card(tmp_path):
     record = {**RECORD, "result": {**RECORD["result"], "validation_loss": 800.0}}
-    write_card(record, TEMPLATE, tmp_path / "README.md", **MORE, on_hub=False)
+    write_card(record, tmp_path / "README.md", **MORE, on_hub=False)
     assert "800.0000" in (tmp_path / "README.md").read_text()
 
 
@@ -124,10 +122,10 @@ def test_a_full_disk_at_the_end_is_explained(tmp_path):
         def save_pretrained(self, folder):
             raise Exception("No space left on device (os error 28)")  # as the tokenizers library does
 
-    record = {**RECORD, "config": {**RECORD["config"], "hidden_act": "gelu"}}
+    record = {**RECORD, "config": {**RECORD["config"], "hidden_act": "gelu", "output_dir": str(tmp_path)}}
     for broken in ((Model(), None), (MagicMock(), Processor())):
         with pytest.raises(CheckpointError, match=r"No space left.*last checkpoint is complete.*same command again"):
-            save_results(tmp_path, *broken, record, TEMPLATE)
+            save_results(*broken, record)
 
 
 def test_the_plot_is_a_picture_with_two_curves(tmp_path):

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ...files import cache_folder, flush
 from ..config import option, require
-from ..errors import DataError
+from ..errors import DataError, Interrupted
+from ..signals import check, wait_for
 
+T = TypeVar("T")
 _META = "meta.json"
+STOPPED = "stopped while the data were prepared; the same command starts again"
+_LOOK_EVERY = 0.2  # seconds
 
 
 @dataclass
@@ -70,12 +75,11 @@ def load_splits(config: SourceConfig, streaming: bool = False) -> dict[str, Any]
     path = Path(config.dataset)
     try:
         if path.exists():
-            loaded = load_dataset(**_local_arguments(path, config.builders), streaming=streaming)
+            arguments = _local_arguments(path, config.builders)
         else:
-            loaded = load_dataset(
-                config.dataset, config.dataset_config, revision=config.dataset_revision, streaming=streaming
-            )
-    except DataError:
+            arguments = {"path": config.dataset, "name": config.dataset_config, "revision": config.dataset_revision}
+        loaded = wait_for(lambda: load_dataset(**arguments, streaming=streaming), STOPPED)  # it may download for hours
+    except (DataError, Interrupted):
         raise
     except Exception as error:  # datasets raises whatever its readers do
         raise DataError(
@@ -97,7 +101,7 @@ def _local_arguments(path: Path, builders: dict[str, str]) -> dict[str, Any]:
         files = {"train": [path]}
     else:
         files = {}
-        for file in sorted(path.rglob("*")):
+        for file in checked(sorted(path.rglob("*"))):
             if file.suffix.lower() in builders and file.stem.lower() not in ("readme", "license"):
                 files.setdefault(_split_of(file.relative_to(path)), []).append(file)
     kinds = {builders[file.suffix.lower()] for group in files.values() for file in group}
@@ -125,12 +129,24 @@ def _split_of(file: Path) -> str:
     return "train"
 
 
+def checked(items: Iterable[T]) -> Iterator[T]:
+    """The items; in front of each it looks whether a signal has arrived.
+
+    Raises:
+        Interrupted: one has.
+    """
+    for item in items:
+        check(STOPPED)
+        yield item
+
+
 def fingerprint(name: str) -> list[Any] | None:
     """The state of a local file, or of all files in a local folder; None where there is neither."""
     path = Path(name)
     if not path.exists():
         return None
-    return [file_state(p) for p in ([path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()))]
+    files = [path] if path.is_file() else sorted(p for p in checked(path.rglob("*")) if p.is_file())
+    return [file_state(file) for file in checked(files)]
 
 
 def file_state(path: Path) -> list[Any]:
@@ -164,12 +180,29 @@ def cached(config: SourceConfig, kind: str, key: Any, build: Callable[[Path], di
     folder = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with _locked(Path(f"{folder}.lock")):
             if not _is_whole(folder):
                 _build(folder, build)
             return folder, json.loads((folder / _META).read_text())["content"]
     except OSError as error:
         raise DataError(f"what is made of {config.dataset!r} cannot be cached in {root}: {error}") from error
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock, for which it waits with an eye on signals."""
+    lock = FileLock(path)
+    while True:
+        check(STOPPED)
+        try:
+            lock.acquire(timeout=_LOOK_EVERY)
+            break
+        except Timeout:
+            continue
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _is_whole(folder: Path) -> bool:

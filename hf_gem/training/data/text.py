@@ -24,7 +24,7 @@ from ...files import save_pretrained
 from ..config import at_least, option, require
 from ..errors import DataError
 from ..loss import IGNORE
-from .source import SourceConfig, cached, file_state, fingerprint, load_splits, source_state
+from .source import SourceConfig, cached, checked, file_state, fingerprint, load_splits, source_state
 
 STDLIB = "stdlib"
 END_OF_TEXT = "<|endoftext|>"
@@ -266,7 +266,7 @@ class _Corpus:
 
     def documents(self, split: str) -> Iterator[str]:
         """Texts of `train` or `validation`."""
-        for name, text in self._named(split):
+        for name, text in checked(self._named(split)):
             if self.held_out == "end":
                 text = self._end_or_rest(text, split)
             if text and (self.held_out != "hash" or self._is_drawn(name) == (split == "validation")):
@@ -365,4 +365,5 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def _separator(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """What follows each document: the end of text, or the [SEP] of BERT."""
-    return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    separator: int | None = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    return separator

@@ -1,0 +1,157 @@
+"""Small images of one size: decoded once, kept on the device, and augmented there."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from ..device import to_device
+from ..errors import DataError
+from ..signals import check
+from .images import ImageData, ImageSplits, Rows, VisionConfig
+from .normalisation import Normalisation, Preprocessing
+from .order import uniforms
+from .source import STOPPED, cached, source_state
+
+_CACHE_FORMAT = 1  # raise it when the files' content changes
+_RESIDENT_BYTES = 1 << 31  # of decoded training images, at most
+
+
+@dataclass
+class ResidentImages:
+    """Decoded images on a device.
+
+    Attributes:
+        images: uint8 of shape (images, channels, height, width), with one channel or three.
+        labels: int64, on the CPU.
+        normalisation: Of pixels.
+        seed: Of the augmentation.
+        padding: Zeros, which after normalisation are the mean colour, around images from which crops are taken.
+        flip: Whether half of the images are flipped.
+    """
+
+    images: Tensor
+    labels: Tensor
+    normalisation: Normalisation
+    seed: int = 0
+    padding: int = 0
+    flip: bool = False
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, Tensor]:
+        """`pixel_values`, float32 of shape (len(indices), 3, height, width) on the device, and `labels`."""
+        device = self.images.device
+        pixels = self.normalisation(self.images[to_device(torch.from_numpy(np.asarray(indices)), device)])
+        if draws is not None and (self.padding or self.flip):
+            pixels = self._augment(pixels, uniforms((self.seed, 2), draws, (3,)))
+        return {"pixel_values": pixels, "labels": self.labels[torch.from_numpy(np.asarray(indices))]}
+
+    def _augment(self, pixels: Tensor, random: np.ndarray) -> Tensor:
+        height, width = pixels.shape[-2:]
+        top, left = (random[:, :2] * (2 * self.padding + 1)).astype(np.int64).T
+        rows = top[:, None] + np.arange(height)
+        columns = left[:, None] + np.arange(width)
+        if self.flip:
+            columns = np.where(random[:, 2:] < 0.5, columns[:, ::-1], columns)
+        padded = F.pad(pixels, [self.padding] * 4)
+        rows, columns = (to_device(torch.from_numpy(part.copy()), pixels.device) for part in (rows, columns))
+        each = torch.arange(len(pixels), device=pixels.device)[:, None, None]
+        crops = padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        # The channels are last in memory, which suits a GPU. On a CPU, the backward pass of a 1 x 1 convolution with
+        # stride 2 and few channels then corrupts the heap (torch 2.14).
+        return crops.contiguous() if crops.device.type == "cpu" else crops
+
+
+def can_be_resident(rows: Rows, size: int | None) -> bool:
+    """Judged by some images; that all are alike turns out when they are decoded."""
+    sizes = {rows.image(int(i)).size for i in np.linspace(0, len(rows) - 1, 16)}
+    (width, height), *others = sizes
+    alike = not others and width == height and size in (None, width)
+    return alike and 3 * width * height * len(rows) <= _RESIDENT_BYTES
+
+
+def prepare_resident(
+    config: VisionConfig, splits: ImageSplits, seed: int, device: torch.device, preprocessing: Preprocessing
+) -> ImageData:
+    """Image data that are decoded once, or found in the cache; see `vision.prepare_images`.
+
+    Raises:
+        DataError: an image cannot be read, or the images cannot be kept as asked for; or the cache cannot be written.
+        Interrupted: a signal arrived.
+    """
+    labels_hash = hashlib.sha256(splits.label_bytes()).hexdigest()  # of a dataset whose order has changed on the Hub
+    key = [_CACHE_FORMAT, source_state(config), config.image_column, config.label_column, labels_hash]
+    folder, meta = cached(config, "images", key, lambda folder: _decode_all(config, splits, folder))
+    images = {split: np.load(folder / f"{split}.npy") for split in ("train", "validation")}
+    height, size = images["train"].shape[-2:]
+    wanted = preprocessing.image_size
+    if height != size or wanted not in (None, size):
+        raise DataError(
+            f"the images of {config.dataset!r} are {height} x {size}, and resident ones are not "
+            f"scaled, to {wanted or 'squares'} or any other size; use --resident no with an --image_size"
+        )
+    normalisation = preprocessing.normalisation or Normalisation(meta["mean"], meta["std"])
+
+    def resident(split: str, labels: np.ndarray, **augmentation: Any) -> ResidentImages:
+        pixels = torch.from_numpy(images[split]).to(device)
+        return ResidentImages(pixels, torch.from_numpy(labels), normalisation, seed, **augmentation)
+
+    train = resident("train", splits.train.labels, padding=config.crop_padding, flip=config.flip)
+    validation = resident("validation", splits.validation.labels)
+    facts = splits.facts(meta["hash"], "images and labels", size)
+    return ImageData(train, validation, splits.classes, size, normalisation, facts)
+
+
+def _decode_all(config: VisionConfig, splits: ImageSplits, folder: Path) -> dict[str, Any]:
+    """Writes the pixels of both splits, and returns their hash and the mean and deviation of the training images."""
+    digest = hashlib.sha256()
+    moments: tuple[list[float], list[float]] = ([], [])
+    for split, rows in (("train", splits.train), ("validation", splits.validation)):
+        images = _decode(config, rows, split)
+        np.save(folder / f"{split}.npy", images)
+        digest.update(images.tobytes() + rows.labels.tobytes())
+        if split == "train":
+            moments = _moments(images)
+    return {"hash": digest.hexdigest(), "mean": moments[0], "std": moments[1]}
+
+
+def _decode(config: VisionConfig, rows: Rows, split: str) -> np.ndarray:
+    """uint8 of shape (images, channels, height, width)."""
+
+    def decode(index: int) -> np.ndarray:
+        check(STOPPED)  # here, or those that wait for a thread would all be decoded before the pool ends
+        return np.asarray(rows.image(index))
+
+    with ThreadPoolExecutor(config.num_workers) as pool:
+        decoded = pool.map(decode, range(len(rows)))
+        arrays = list(tqdm(decoded, total=len(rows), desc=f"Decoding {split}", unit=" images", unit_scale=True))
+    if any(array.ndim == 3 for array in arrays):  # grey ones among others
+        arrays = [array if array.ndim == 3 else np.repeat(array[..., None], 3, -1) for array in arrays]
+    shapes = {array.shape for array in arrays}
+    if len(shapes) > 1:
+        raise DataError(
+            f"the images of {config.dataset!r} have {len(shapes)} shapes, {sorted(shapes)[0]} and "
+            f"{sorted(shapes)[-1]} among them, and resident ones must have one; use --resident no"
+        )
+    images = np.stack([array.reshape(*array.shape[:2], -1) for array in arrays]).transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(images)
+
+
+def _moments(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation by channel, of pixels in [0, 1]; those of a grey image for three channels."""
+    counts = np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in images.swapaxes(0, 1)])
+    share, value = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
+    mean = share @ value
+    std = np.sqrt(share @ value**2 - mean**2)
+    return np.resize(mean, 3).tolist(), np.resize(std, 3).tolist()

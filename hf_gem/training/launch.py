@@ -1,0 +1,110 @@
+"""The accelerator of a run, and checks that the launcher and this machine can do what the config asks for."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections import Counter
+from dataclasses import asdict
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from .config import TrainConfig
+from .errors import ConfigError
+from .signals import check
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The accelerator of a run, with precision, trackers and determinism as configured.
+
+    Raises:
+        ConfigError: this machine, or the way it was launched, cannot do what was asked for.
+        Interrupted: a signal arrived.
+    """
+    torch.set_float32_matmul_precision("high")  # TF32 where there is any; no effect on a CPU
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
+    # On every save it reports that tied weights are stored once, which is what it is asked to do.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    if config.report_to == "auto":
+        config.report_to = "trackio" if importlib.util.find_spec("trackio") else "none"
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # or several processes would each believe to be alone
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.output_dir,
+        # The loop accumulates by itself; what a launcher says about it would scale the gradients a second time.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    check("stopped before training; the same command starts it")
+    _check_distribution(accelerator, config)
+    _check_precision(accelerator)
+    if config.report_to != "none" and not accelerator.log_with:
+        raise ConfigError(
+            f"--report_to {config.report_to} needs its package: pip install {config.report_to}, or use none"
+        )
+    threads, cores = torch.get_num_threads(), (os.cpu_count() or 1) // accelerator.num_processes
+    if accelerator.device.type == "cpu" and threads < cores:
+        accelerator.print(f"training with {threads} of {cores} CPU threads; OMP_NUM_THREADS={cores} in front uses all")
+    return accelerator
+
+
+def start_tracker(accelerator: Accelerator, config: TrainConfig, name: str) -> None:
+    """Begins, or takes up, the run of this name at the experiment tracker, if there is one."""
+    if config.report_to == "none":
+        return
+    accelerator.init_trackers(
+        config.project,
+        config={k: v for k, v in asdict(config).items() if v is not None},
+        init_kwargs={
+            "trackio": {"name": name, "resume": "allow"},
+            "wandb": {"name": name, "id": name, "resume": "allow"},
+        },
+    )
+
+
+def layers_to_shard(model: nn.Module) -> list[str]:
+    """Classes whose instances FSDP shards as one: those that transformers does not split, of which there are several.
+
+    A class with one instance is left out, since embeddings may share weights with the head.
+    """
+    counts = Counter(type(module).__name__ for module in model.modules())
+    return [name for name in getattr(model, "_no_split_modules", None) or [] if counts[name] > 1]
+
+
+def _check_distribution(accelerator: Accelerator, config: TrainConfig) -> None:
+    kind = accelerator.distributed_type
+    if kind != DistributedType.NO and not kind.value.startswith("MULTI_") and not accelerator.is_fsdp2:
+        raise ConfigError(
+            f"these recipes run on one process, with DDP or with FSDP2, and the launcher chose {kind.value}"
+            + (" version 1: give it fsdp_version: 2" if kind == DistributedType.FSDP else "")
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not accelerator.is_fsdp2 and accelerator.num_processes > 1:
+        raise ConfigError(
+            "the launcher chose FSDP, and accelerate shards on GPUs alone; use recipes/accelerate/cpu.yaml"
+        )
+    if accelerator.is_fsdp2 and config.ema_decay:
+        raise ConfigError("--ema_decay keeps a whole copy of the weights, which FSDP2 shards; set it to 0, or use DDP")
+
+
+def _check_precision(accelerator: Accelerator) -> None:
+    """Checks what the launcher or the config chose; FSDP2 gets gradients and losses in float32 with any of them."""
+    precision = accelerator.mixed_precision
+    if precision not in ("no", "bf16", "fp16"):
+        raise ConfigError(f"--mixed_precision can be no, bf16 or fp16; the launcher chose {precision}")
+    if precision == "fp16" and accelerator.device.type != "cuda":
+        raise ConfigError(
+            f"fp16 needs a CUDA device, and this is {accelerator.device}; use --mixed_precision bf16 or no"
+        )
+    if accelerator.is_fsdp2 and precision != "no":
+        # accelerate would reduce gradients, and round the summed loss, in the lower precision
+        low = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy

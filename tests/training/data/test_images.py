@@ -1,0 +1,103 @@
+"""What images there are, of which class, and what cannot be read."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_gem.training.data.images import VisionConfig
+from hf_gem.training.errors import DataError
+from tests.training.data.pictures import prepare, write_folder
+
+
+def test_an_image_folder_with_splits(tmp_path):
+    for split in ("train", "test"):
+        write_folder(tmp_path / "data" / split)
+    data = prepare(tmp_path, dataset=str(tmp_path / "data"), validation_split="test")
+    assert data.classes == ["cat", "dog"]
+    assert (len(data.train), len(data.validation), data.facts["held_out"]) == (20, 20, "split")
+    stored = np.asarray(Image.open(tmp_path / "data" / "test" / "dog" / "3.png")) / 255
+    dogs = [i for i in range(20) if data.validation.batch(np.array([i]))["labels"] == 1]
+    got = data.validation.batch(np.array(dogs))["pixel_values"]
+    expected = (stored - data.normalisation.mean) / data.normalisation.std
+    assert min(np.abs(image.permute(1, 2, 0).numpy() - expected).max() for image in got) < 1e-5
+
+
+@pytest.mark.parametrize("suffix", [".PNG", ".JPG", ".Jpeg"])
+@pytest.mark.parametrize("split", ["", "test"])
+def test_names_in_capitals_are_images_too(tmp_path, suffix, split):
+    for path in write_folder(tmp_path / "data" / split, per_class=6).rglob("*.png"):
+        Image.open(path).save(path.with_suffix(suffix))
+        path.unlink()
+    data = prepare(tmp_path, dataset=str(tmp_path / "data"), train_split=split or "train", validation_fraction=0.25)
+    assert (data.classes, len(data.train), len(data.validation)) == (["cat", "dog"], 9, 3)
+    assert data.train.batch(np.arange(9))["pixel_values"].shape == (9, 3, 12, 12)
+
+
+def test_parquet_with_columns_of_any_name(tmp_path):
+    images = [np.full((6, 6), i, np.uint8) for i in range(20)]
+    features = datasets.Features({"img": datasets.Image(), "kind": datasets.Value("string")})
+    rows = {"img": images, "kind": ["even" if i % 2 == 0 else "odd" for i in range(20)]}
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "train.parquet")
+    data = prepare(tmp_path, dataset=str(tmp_path / "data"), validation_fraction=0.25)
+    assert (data.classes, len(data.train), len(data.validation)) == (["even", "odd"], 15, 5)
+    assert data.facts["held_out"] == "random"
+    for samples in (data.train, data.validation):
+        batch = samples.batch(np.arange(len(samples)))
+        values = batch["pixel_values"][:, 0, 0, 0] * data.normalisation.std[0] + data.normalisation.mean[0]
+        assert torch.equal((values * 255).round().long() % 2, batch["labels"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dataset": "nowhere/at-all-for-sure"}, "cannot be read"),
+        ({"label_column": "breed"}, "has no column 'breed'"),
+        ({"image_column": "picture"}, "has no column 'picture'; its columns are image, label"),
+        ({"train_split": "training"}, "has no split 'training'"),
+        ({"image_size": 9, "resident": True}, "resident ones are not scaled, to 9"),
+    ],
+)
+def test_what_cannot_be_read_is_explained(tmp_path, monkeypatch, fields, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    fields = {"dataset": str(write_folder(tmp_path / "data")), **fields}
+    with pytest.raises(DataError, match=message):
+        prepare(tmp_path, **fields)
+
+
+def test_a_column_of_labels_is_not_guessed(tmp_path):
+    rows = {"img": [np.full((6, 6), i, np.uint8) for i in range(4)], "id": list(range(4)), "kind": list("abab")}
+    features = {"img": datasets.Image(), "id": datasets.Value("int64"), "kind": datasets.Value("string")}
+    (tmp_path / "data").mkdir()
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    table.to_parquet(tmp_path / "data" / "train.parquet")
+    with pytest.raises(DataError, match=r"which column .* is the label cannot be told .*name --label_column"):
+        prepare(tmp_path, dataset=str(tmp_path / "data"))
+    data = prepare(tmp_path, dataset=str(tmp_path / "data"), label_column="kind", validation_fraction=0.5)
+    assert data.classes == ["a", "b"]
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_file_that_is_no_image(tmp_path, resident):
+    folder = write_folder(tmp_path / "data")
+    (folder / "cat" / "3.png").write_text("no image")
+
+    def read_all():
+        data = prepare(tmp_path, dataset=str(folder), resident=resident, image_size=12)
+        for samples in (data.train, data.validation):
+            samples.batch(np.arange(len(samples)))
+
+    with pytest.raises(DataError, match="of the dataset cannot be read: UnidentifiedImageError"):
+        read_all()
+
+
+def test_damaged_values_are_refused():
+    for fields, name in (
+        ({"crop_padding": -1}, "crop_padding"),
+        ({"crop_pct": 0}, "crop_pct"),
+        ({"image_size": 0}, "image_size"),
+    ):
+        with pytest.raises(ValueError, match=f"--{name} must be"):
+            VisionConfig(**fields).validate()

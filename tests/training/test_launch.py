@@ -1,0 +1,51 @@
+"""What the launcher, this machine and the config cannot do together is refused."""
+
+import importlib.util
+
+import pytest
+import torch
+from accelerate import Accelerator, DistributedType
+
+from hf_gem.training.config import TrainConfig
+from hf_gem.training.errors import ConfigError
+from hf_gem.training.launch import make_accelerator
+
+
+def make(folder, **fields):
+    return make_accelerator(TrainConfig(output_dir=str(folder), **{"report_to": "none", **fields}))
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(tmp_path):
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    with (
+        pytest.warns(UserWarning, match="no supported trackers"),
+        pytest.raises(ConfigError, match="--report_to wandb needs its package"),
+    ):
+        make(tmp_path, report_to="wandb")
+
+
+def test_fp16_without_a_gpu_is_refused_wherever_it_comes_from(tmp_path, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("fp16 is allowed where there is a CUDA device")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises((ConfigError, ValueError), match="fp16"):
+        make(tmp_path)
+
+
+def test_a_precision_of_the_launcher_that_is_none_of_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp8")
+    with pytest.raises(ConfigError, match="--mixed_precision can be no, bf16 or fp16; the launcher chose fp8"):
+        make(tmp_path)
+
+
+def test_a_way_to_distribute_that_is_none_of_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(ConfigError, match=r"these recipes run on one process, .* chose DEEPSPEED"):
+        make(tmp_path)
+
+
+def test_auto_is_resolved_for_the_record(tmp_path):
+    config = TrainConfig(output_dir=str(tmp_path), report_to="auto")
+    make_accelerator(config)
+    assert config.report_to in ("trackio", "none")
