@@ -31,8 +31,8 @@ class PushError(TrainingError, RuntimeError):
     """The Hub did not take what was pushed; it is here, whole."""
 
 
-class Interrupted(TrainingError):
-    """Stopped by a signal, after a checkpoint.
+class Interrupted(TrainingError):  # noqa: N818  # a stop that was asked for is no error
+    """Stopped by a signal.
 
     Args:
         message: What was saved and how to go on.

@@ -1,0 +1,89 @@
+"""SIGINT and SIGTERM: a handler sets a flag, and the code that loops or waits looks at it and stops by itself.
+
+An exception out of a signal handler may hit anywhere, inside a library that holds a lock too, and that lock is then
+held for ever. Here, `Interrupted` is raised by `check`, and only where the caller can stop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+
+from .errors import Interrupted
+
+_active: Caught | None = None
+
+
+@dataclass
+class Caught:
+    """What a guard has caught.
+
+    Attributes:
+        number: The signal that asked to stop, or None. Code that learns of a stop by other means sets it too.
+    """
+
+    number: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether a stop was asked for."""
+        return self.number is not None
+
+    def raise_if_requested(self, message: str = "stopped; the same command goes on") -> None:
+        """Raises `Interrupted` with the given message if a stop was asked for."""
+        if self.number is not None:
+            raise Interrupted(message, self.number)
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[Caught]:
+    """Collects SIGINT and SIGTERM while the block runs.
+
+    The first one sets `number` and changes nothing else. A second SIGINT acts at once, as it does without the guard:
+    it raises KeyboardInterrupt. A second SIGTERM is ignored, since launchers pass on the one that processes of their
+    group have already received.
+
+    Inside another guard this is that guard, so what was asked for there holds here. Python delivers signals to the
+    main thread alone; in another thread the guard catches nothing.
+    """
+    global _active
+    if _active is not None:
+        yield _active
+        return
+    caught = Caught()
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        caught.number = caught.number or number
+        if number == signal.SIGINT:
+            signal.signal(number, previous[signal.SIGINT] or signal.default_int_handler)
+            with contextlib.suppress(OSError):  # not by print, which may have been interrupted half-way
+                os.write(2, b"\nstopping as soon as possible; press Ctrl-C again to stop at once\n")
+
+    _active = caught
+    try:
+        for number in previous:
+            signal.signal(number, handle)
+        yield caught
+    finally:
+        _active = None
+        for number, handler in previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def check(message: str = "stopped; the same command goes on") -> None:
+    """Raises `Interrupted` if the active guard was asked to stop. Any thread may call it, with or without a guard.
+
+    Args:
+        message: What was saved and how to go on.
+    """
+    if _active is not None:
+        _active.raise_if_requested(message)
