@@ -9,13 +9,24 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, TypeVar
 
-from .errors import Interrupted
+import torch
 
+from .errors import Interrupted, TrainingError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+_LOOK_EVERY = 0.2  # seconds
 _active: Caught | None = None
 
 
@@ -87,3 +98,59 @@ def check(message: str = "stopped; the same command goes on") -> None:
     """
     if _active is not None:
         _active.raise_if_requested(message)
+
+
+def wait_for(call: Callable[[], T], message: str) -> T:
+    """The result of a call that may block for long, made in a thread, while this one looks whether a signal arrives.
+
+    Without a guard, or in another thread than the main one, it is a plain call.
+
+    Args:
+        call: What blocks. When a signal arrives it is left behind, in a thread that does not keep the process alive.
+        message: What was saved and how to go on.
+
+    Raises:
+        Interrupted: a signal arrived before the result.
+    """
+    if _active is None or threading.current_thread() is not threading.main_thread():
+        return call()
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # raised again below
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_LOOK_EVERY)
+        check(message)
+    return future.result()
+
+
+def agreed_stop(accelerator: Accelerator) -> int | None:
+    """The signal to stop for, or None: the same on all processes, which all call this at the same point.
+
+    A file named by $HF_GEM_STOP_FILE stands for SIGTERM: launchers kill half a minute after they pass that on. With
+    several processes this waits for the device.
+    """
+    number = _active.number if _active is not None else None
+    file = os.environ.get("HF_GEM_STOP_FILE")
+    if number is None and file and accelerator.is_main_process and Path(file).exists():
+        number = signal.SIGTERM
+    if accelerator.num_processes == 1:
+        return number
+    flag = torch.tensor(float(number is not None), device=accelerator.device)
+    return (number or signal.SIGTERM) if accelerator.reduce(flag, "sum") else None
+
+
+def run_recipe(main: Callable[[], None]) -> None:
+    """Runs a recipe as a script, under a guard: an error that a person can mend ends it with one line and a status."""
+    try:
+        with catch_signals():
+            main()
+    except TrainingError as error:
+        print(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr)
+        sys.exit(error.exit_code)
