@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     summary = commands.add_parser("summary", help="compare activations with one baseline, over several studies")
     summary.add_argument("study", type=Path, nargs="+", help="their folders")
     summary.add_argument("--baseline", default="relu", help="an arm of all of them (default: relu)")
-    summary.add_argument("--output_dir", type=Path, default=Path("."), help="of summary.md and .html (default: here)")
+    summary.add_argument("--output_dir", type=Path, default=Path(), help="of summary.md and .html (default: here)")
     summary.set_defaults(run=_summary)
     card = commands.add_parser("card", help="put what a study found about an activation into the model card of a run")
     card.add_argument("folder", type=Path, help="output folder of the run, with README.md and record.json")
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     card.set_defaults(run=_card)
     arguments = parser.parse_args(argv)
 
-    from .training.errors import run_recipe
+    from .training.signals import run_recipe
 
     try:
         run_recipe(lambda: print(arguments.run(arguments)))
