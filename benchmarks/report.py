@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS
-from hf_gem.files import write_atomically
+from hf_gem.files import markdown_table, replace_between, write_atomically
 
 README = Path(__file__).resolve().parent / "README.md"
 START, END = "<!-- results -->\n", "<!-- end of results -->"
@@ -33,8 +33,7 @@ def load(results: Path) -> dict[str, dict[str, Any]]:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return markdown_table(heads, rows) + "\n"
 
 
 def number(value: float) -> str:
@@ -233,15 +232,12 @@ def report(results: Path, readme: Path) -> dict[str, dict[str, Any]]:
         ValueError: the readme has no place for them.
     """
     machines = load(results)
-    before, start, rest = readme.read_text(encoding="utf-8").partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise ValueError(f"{readme.name} needs the lines {START.strip()!r} and {END!r}, for the tables between them")
+    folder = Path(os.path.relpath(results, readme.parent)).as_posix()
+    text = replace_between(readme.read_text(encoding="utf-8"), START, END, render(machines, folder))
     for machine, records in machines.items():
         if "sweep" in records:
             draw_sweep(records["sweep"], results / machine / "sweep.png")
-    folder = Path(os.path.relpath(results, readme.parent)).as_posix()
-    write_atomically(readme, before + start + render(machines, folder) + end + after)
+    write_atomically(readme, text)
     return machines
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import hf_gem
+from hf_gem.files import markdown_table, replace_between
 from hf_gem.fit import Histogram, error, fit
 
 DOCS = Path(__file__).resolve().parent
@@ -18,32 +19,34 @@ BASELINES = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 def gain_table() -> str:
-    rows = [(f"`{name}`", hf_gem.gain(name)) for name in GAIN_NAMES]
-    rows += [(name, hf_gem.gain(function)) for name, function in BASELINES.items()]
-    return "| activation | gain |\n|---|---|\n" + "".join(f"| {name} | {value:.6f} |\n" for name, value in rows)
+    rows = [(f"`{name}`", f"{hf_gem.gain(name):.6f}") for name in GAIN_NAMES]
+    rows += [(name, f"{hf_gem.gain(function):.6f}") for name, function in BASELINES.items()]
+    return markdown_table(["activation", "gain"], rows) + "\n"
 
 
 def fit_table() -> str:
     """The closest members to other activations on normal inputs, by the share of `E[f^2]` that changes."""
     uniform = (torch.arange(2**18, dtype=torch.float64) + 0.5) / 2**18
-    rows = ""
+    rows = []
     for target in (F.gelu, F.silu, F.mish):
         for mean, deviation in ((0.0, 1.0), (-1.0, 2.0)):
             values = Histogram()
             values.update(torch.distributions.Normal(mean, deviation).icdf(uniform))
-            rows += f"| {target.__name__} | N({mean:g}, {deviation**2:g}) |"
-            for family in ("egem", "segem"):
-                found = fit(values, target, family)
-                rows += f" `{found.spec.name}` {found.relative_error:.4f} |"
-            rows += f" {error('egem_eps1em12', values, target, relative=True):.4f} |\n"
-    return "| f | inputs | E-GEM | SE-GEM | ReLU |\n|---|---|---|---|---|\n" + rows
+            found = [fit(values, target, family) for family in ("egem", "segem")]
+            rows.append(
+                [
+                    target.__name__,
+                    f"N({mean:g}, {deviation**2:g})",
+                    *(f"`{member.spec.name}` {member.relative_error:.4f}" for member in found),
+                    f"{error('egem_eps1em12', values, target, relative=True):.4f}",
+                ]
+            )
+    return markdown_table(["f", "inputs", "E-GEM", "SE-GEM", "ReLU"], rows) + "\n"
 
 
 def write_table(name: str, table: str) -> None:
     path = DOCS / "functions.md"
-    before, start, rest = path.read_text().partition(f"<!-- {name} -->\n")
-    _, end, after = rest.partition(f"<!-- end of {name} -->")
-    path.write_text(before + start + table + end + after)
+    path.write_text(replace_between(path.read_text(), f"<!-- {name} -->\n", f"<!-- end of {name} -->", table))
 
 
 def draw_family() -> None:

@@ -10,17 +10,18 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
-from hf_gem.compare.plan import load_plan
-from hf_gem.compare.report import detectable, write_report
-from hf_gem.compare.study import PLAN, Study, freeze
+from hf_gem.compare.driver import Driver
+from hf_gem.compare.plan import PlanError, load_plan, parse_flags
+from hf_gem.compare.preview import dry_run, preview
+from hf_gem.compare.report import write_report
+from hf_gem.compare.study import Study, freeze
 from hf_gem.training.signals import run_recipe
 
 RECIPES = Path(__file__).resolve().parent
 
 
-def main(argv: list[str] | None = None) -> None:
+def arguments_of(argv: list[str] | None) -> argparse.Namespace:
+    """What the command line says, with `set` parsed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, required=True, help="file of the plan, YAML or Python")
     parser.add_argument(
@@ -46,40 +47,25 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
+    try:
+        arguments.set = parse_flags(arguments.set)
+    except PlanError as error:
+        parser.error(str(error))
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = arguments_of(argv)
     plan = load_plan(arguments.plan)
-    plan = replace(plan, notes=f"{plan.notes} {arguments.note}".strip())
-    for flag in arguments.set:
-        name, equals, value = flag.partition("=")
-        if not (name and equals and value):
-            parser.error(f"--set takes FLAG=VALUE, such as dataset=data/mnist, got {flag!r}")
-        plan = replace(plan, flags={**plan.flags, name: yaml.safe_load(value)})
+    plan = replace(plan, flags={**plan.flags, **arguments.set}, notes=f"{plan.notes} {arguments.note}".strip())
     folder = arguments.study or Path("studies") / plan.name
-    tuning, final = plan.num_runs()
-    print(
-        f"{plan.name}: {len(plan.arms)} arms, {tuning} runs for tuning (more, where a grid is extended), {final} on "
-        f"the final seeds, {plan.flags.get('steps', 'as many as the preset has')} steps each"
-    )
-    print(f"{detectable(plan)}; the smallest effect of interest is {plan.smallest_effect:g} ({plan.metric})")
+    print(preview(plan), end="")
     if arguments.dry_run:
-        missing, left, seconds = list(plan.tuning_runs()), tuning + final, []
-        if (folder / PLAN).exists():
-            freeze(plan, folder)  # which refuses another plan
-            study = Study(folder, RECIPES)
-            missing, left, seconds = study.missing(), study.left(), study.seconds()
-        if seconds:
-            each = sum(seconds) / len(seconds)
-            hours = left * each / 3600 / arguments.jobs
-            print(f"{len(seconds)} runs are done, {each:,.0f} s each; what is planned takes {hours:.1f} hours more")
-        else:
-            print("What a run costs is known when one has finished; ask again then")
-        for run in missing:
-            print(f"  {run.name}")
-        if left > len(missing):
-            print(f"  then {len(plan.final_seeds)} seeds of each arm, as tuned")
+        print(dry_run(plan, folder, arguments.jobs), end="")
         return
     freeze(plan, folder)
-    study = Study(folder, RECIPES, arguments.allow_mixed)
-    study.run(arguments.jobs)
+    study = Study(folder)
+    Driver(study, RECIPES, arguments.jobs, arguments.allow_mixed).run()
     print(f"Report: {write_report(study)}")
 
 

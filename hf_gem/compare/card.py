@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..files import replace_between
 from ..training.config import TrainConfig
 from ..training.errors import ConfigError
-from .report import Part, Table, markdown, mean, number, pairing, sentence, signed, span, spread
 from .study import Study
+from .words import mean, number, render, signed, span, spread
 
 _HEADING = "\n## Compared with other activations\n"
 _NEXT = "\n## Use\n"
@@ -37,14 +38,15 @@ def add_comparison(card: Path, record: dict[str, Any], study: Study) -> None:
     if not arms:
         raise ConfigError(f"{plan.name} has not compared {act!r}; it has compared {', '.join(chosen.values())}")
     content = card.read_text(encoding="utf-8") if card.exists() else ""
-    head, found, rest = content.partition(_NEXT)
-    if not found:
+    if _NEXT not in content:
         raise ConfigError(f"{card} is not the card of a run: it has no section `Use`")
-    section = markdown(_section(record, study, arms))
-    card.write_text(f"{head.partition(_HEADING)[0]}{_HEADING}\n{section}{found}{rest}", encoding="utf-8")
+    if _HEADING not in content:
+        content = content.replace(_NEXT, _HEADING + _NEXT, 1)
+    section = _section(record, study, arms)
+    card.write_text(replace_between(content, _HEADING, _NEXT, f"\n{section}"), encoding="utf-8")
 
 
-def _section(record: dict[str, Any], study: Study, arms: list[str]) -> list[Part]:
+def _section(record: dict[str, Any], study: Study, arms: list[str]) -> str:
     plan, choices, outcomes = study.plan, study.choices(), study.outcomes()
     runs = [found for arm in arms for run in study.final_runs()[arm] if (found := study.record(run))]
     here, there = record["config"], runs[0]["config"]
@@ -52,7 +54,6 @@ def _section(record: dict[str, Any], study: Study, arms: list[str]) -> list[Part
     other = [
         f"{key} {there.get(key)} (here {here[key]})" for key in here if key not in same and here[key] != there.get(key)
     ]
-    one_of_them = record["run_id"] in {run.get("run_id") for run in runs}
     comparisons = study.comparisons()
     found = {c.arm: c for c in comparisons}
     rows = [
@@ -63,11 +64,12 @@ def _section(record: dict[str, Any], study: Study, arms: list[str]) -> list[Part
         ]
         for name, values in outcomes.items()
     ]  # fmt: skip
-    return [
-        f"From the study {plan.name} of `{plan.recipe}` (plan `{plan.hash[:16]}`): {plan.metric} at the end. "
-        f"{pairing(study)} "
-        + ("This checkpoint is one of them" if one_of_them else "This checkpoint is none of them")
-        + (f"; they had {', '.join(other)}." if other else "."),
-        Table(["arm", "activation", "learning rate", "seeds", "mean", "sd", "difference", "95 % BCa", "verdict"], rows),
-        *(sentence(c, plan, plan.baseline) for c in comparisons if c.arm in arms or plan.baseline in arms),
-    ]
+    return render(
+        "card.md.j2",
+        study=study,
+        plan=plan,
+        one_of_them=record["run_id"] in {run.get("run_id") for run in runs},
+        other=other,
+        arms=rows,
+        comparisons=[c for c in comparisons if c.arm in arms or plan.baseline in arms],
+    )

@@ -188,6 +188,21 @@ class Plan:
         return len(list(self.tuning_runs())), len(self.arms) * len(self.final_seeds)
 
 
+def parse_flags(words: Sequence[str]) -> dict[str, Any]:
+    """Flags of a recipe, from words such as `steps=100`, with values in YAML.
+
+    Raises:
+        PlanError: one is no such word.
+    """
+    flags = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name and equals and value):
+            raise PlanError(f"--set takes FLAG=VALUE, such as dataset=data/mnist, got {word!r}")
+        flags[name] = yaml.safe_load(value)
+    return flags
+
+
 def load_plan(path: Path) -> Plan:
     """Reads a plan from YAML, or from a Python file that calls one `plan`.
 

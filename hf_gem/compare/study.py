@@ -1,53 +1,29 @@
-"""Studies: the runs of a plan, driven through the command lines of the recipes, and what came of them.
+"""Studies: a frozen plan, the records of its runs, and what the tuning chose from them.
 
 A study is a folder:
 
     plan.json           the frozen plan and its hash
     records/NAME.json   the record of each finished run
     runs/NAME/          the run itself, while it is under way; its log stays
-
-Any number of processes and machines may work on one folder: each run has a lock. Whatever is killed goes on where it
-was when the command is started again.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import os
-import runpy
-import shutil
-import signal
-import sys
-import threading
-import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from multiprocessing.connection import wait
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 import numpy as np
-import torch
-from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 
 from ..files import write_atomically
-from ..training.errors import Interrupted, TrainingError
-from ..training.record import environment
+from ..training.errors import TrainingError
 from .plan import Plan, PlanError, Run
 from .stats import Comparison, compare
 
 PLAN = "plan.json"
-_WAIT = 2.0  # seconds between looks at runs that others work on
-# Runs are processes of their own, forked where possible from one that has imported what all recipes do: that takes
-# longer than a small run trains.
-_CONTEXT: Any = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-_IMPORTED = [f"hf_gem.training.{module}" for module in ("data_text", "data_vision", "evaluation", "loop", "report")]
-_IMPORTED += ["timm", "matplotlib.pyplot", "hf_gem.compare.report"]  # by recipes/compare.py, which children import too
 
 
 class StudyError(TrainingError, RuntimeError):
@@ -80,26 +56,20 @@ class Study:
 
     Args:
         folder: Of the study.
-        recipes: The folder of the recipes.
-        allow_mixed: Take records together whose code, versions or data differ.
 
     Raises:
         PlanError: the folder is that of no study.
     """
 
-    def __init__(self, folder: Path, recipes: Path = Path("recipes"), allow_mixed: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         if not (folder / PLAN).exists():
             raise PlanError(f"{folder} is no study: it has no {PLAN}; recipes/compare.py makes one")
         frozen = json.loads((folder / PLAN).read_text())
         self.plan = Plan(**frozen["plan"])
         if self.plan.hash != frozen["hash"]:
             raise PlanError(f"{folder / PLAN} was changed after it was frozen; restore it, or start another study")
-        self.folder, self.recipes, self.allow_mixed = folder, recipes, allow_mixed
+        self.folder = folder
         self._loaded: dict[str, dict[str, Any]] = {}  # the records, which nobody writes twice
-        self._starting = threading.Lock()  # multiprocessing collects ended processes whenever it starts one
-        self._alive: set[Any] = set()
-
-    # ---- outcomes
 
     def record(self, run: Run) -> dict[str, Any] | None:
         """The record of a run, once it has finished or diverged."""
@@ -116,6 +86,10 @@ class Study:
     def seconds(self) -> list[float]:
         """What each run took that there is a record of, tuning and all."""
         return [sum(session["seconds"] for session in record["sessions"]) for _, record in self._records()]
+
+    def num_records(self) -> int:
+        """Of how many runs there are records."""
+        return len(self._names())
 
     def _names(self) -> list[str]:
         """Of all runs that there are records of."""
@@ -248,6 +222,13 @@ class Study:
                 wrong.append(f"seed {seed}: an arm skipped batches, for its loss was not finite")
         return wrong
 
+    def unequal_hashes(self) -> dict[int, list[str]]:
+        """Final seed -> the hashes in which its arms differ, of seeds where they do: that is wrong with the code and no
+        outcome.
+        """
+        found = {seed: self._unequal(records) for seed, records in self._by_seed().items()}
+        return {seed: keys for seed, keys in found.items() if keys}
+
     def hashes(self) -> list[str]:
         """The keys that show pairing, of those that records have: older ones lack `samples_hash`."""
         keys = ["init_signs_hash" if self.plan.own_gains else "init_hash", "order_hash", "samples_hash"]
@@ -300,145 +281,6 @@ class Study:
     def _tunes(self, name: str) -> bool:
         return int(name.rpartition("-seed")[2]) in self.plan.tuning_seeds
 
-    # ---- running
-
-    def run(self, jobs: int = 1) -> None:
-        """Runs all that is missing: tuning, with the extensions of the grid that it asks for, and then the final seeds.
-
-        Args:
-            jobs: Runs at once; on a machine with GPUs, one for each of them is a good number.
-
-        Raises:
-            PlanError: there is no such recipe.
-            StudyError: a run failed for another reason than a loss that is not finite, or records do not fit together.
-        """
-        if not (self.recipes / f"{self.plan.recipe}.py").exists():
-            known = ", ".join(sorted(path.stem for path in self.recipes.glob("*.py")))
-            raise PlanError(f"no recipe {self.plan.recipe!r} in {self.recipes}; there are {known}")
-        if not torch.cuda.is_available():  # before the first process, which has to know when it imports torch
-            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-        _CONTEXT.set_forkserver_preload(_IMPORTED)
-        here = environment(self.recipes.resolve())
-        self._refuse_mixed(here)
-        done = len(self._names())
-        with tqdm(total=done + self.left(), initial=done, desc=self.plan.name, unit="run", smoothing=0) as bar:
-            while todo := self.missing():
-                bar.total = bar.n + self.left()
-                self._execute(todo, jobs, bar, here)
-        self._refuse_unpaired()
-
-    def _refuse_mixed(self, here: Mapping[str, Any]) -> None:
-        if not self.allow_mixed and (mixed := self.mixtures(here)):
-            raise StudyError(
-                f"runs that do not belong into one study: {'; '.join(mixed)}. Go back to the same code, versions and "
-                f"data, start another study, remove from {self.folder / 'records'} what is to be run anew, or "
-                "--allow_mixed"
-            )
-
-    def _refuse_unpaired(self) -> None:
-        """Raises where the hashes of a seed differ, which is wrong with the code and no outcome."""
-        for seed, records in self._by_seed().items():
-            if unequal := self._unequal(records):
-                raise StudyError(f"the runs are not paired: of seed {seed} the arms differ in {', '.join(unequal)}")
-
-    def _execute(self, todo: list[Run], jobs: int, bar: tqdm, here: Mapping[str, Any]) -> None:
-        devices: Queue[int] = Queue()
-        for job in range(jobs):
-            devices.put(job)
-        stop = threading.Event()
-
-        def work(run: Run) -> bool:
-            """Whether the run is done; another process may have it."""
-            if stop.is_set():
-                return True
-            job = devices.get()
-            try:
-                with FileLock(self.folder / "runs" / f"{run.name}.lock", blocking=False):
-                    if self.record(run) is None:
-                        self._wait_for_orphan(run)
-                        self._start(run, job)
-                        self._refuse_mixed(here)
-                        if run.seed in self.plan.final_seeds:
-                            self._refuse_unpaired()
-                bar.update()
-                return True
-            except Timeout:
-                return False
-            except BaseException as error:
-                if jobs > 1 and not stop.is_set():  # what is raised here is seen when all threads have ended
-                    tqdm.write(f"{error}\nWaiting for the runs that are under way", file=sys.stderr)
-                stop.set()
-                raise
-            finally:
-                devices.put(job)
-
-        with ThreadPoolExecutor(jobs) as pool:
-            while todo:
-                try:
-                    waiting = [run for run, done in zip(todo, pool.map(work, todo), strict=True) if not done]
-                    if waiting:
-                        time.sleep(_WAIT)
-                except KeyboardInterrupt:
-                    stop.set()
-                    with self._starting:  # from a terminal they have got it too, and take this for the same
-                        for process in self._alive:
-                            process.terminate()
-                    raise Interrupted("stopped; the same command goes on", signal.SIGINT) from None
-                todo = waiting
-
-    def _wait_for_orphan(self, run: Run) -> None:
-        """One whose driver was killed keeps its folder until it has saved; raises Timeout, to look again later."""
-        folder = self.folder / "runs" / run.name
-        if folder.exists():
-            with FileLock(folder / ".lock", blocking=False):  # as the recipes have it
-                pass
-
-    def _start(self, run: Run, job: int) -> None:
-        folder = self.folder / "runs" / run.name
-        log = folder.with_name(f"{run.name}.txt")  # no suffix: a learning rate has a point
-        record = folder / "record.json"
-        before = record.stat().st_mtime_ns if record.exists() else None
-        env = {}
-        if torch.cuda.is_available():
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-            env["CUDA_VISIBLE_DEVICES"] = devices[job % len(devices)]
-        process = _CONTEXT.Process(target=_run_script, args=(self.command(run), log, env))
-        with self._starting:
-            process.start()
-            self._alive.add(process)
-        wait([process.sentinel])
-        with self._starting:
-            process.join()
-            self._alive.remove(process)
-        new = record.exists() and record.stat().st_mtime_ns != before  # or it is one of an earlier attempt
-        found = json.loads(record.read_text()) if new else {}
-        status = found.get("status")
-        if process.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGTERM):
-            raise Interrupted(f"{run.name} was stopped; the same command goes on", signal.SIGTERM)
-        if status not in ("finished", "diverged"):
-            tail = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
-            raise StudyError(f"the run {run.name} ended with status {process.exitcode}: {tail}. Its output is in {log}")
-        if status == "finished" and self.plan.metric not in found["result"]:
-            raise PlanError(f"{self.plan.recipe} has no {self.plan.metric}; it has {', '.join(found['result'])}")
-        write_atomically(self.folder / "records" / f"{run.name}.json", record.read_text())
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        for weights in folder.glob("*.safetensors"):
-            weights.unlink()
-
-    def command(self, run: Run) -> list[str]:
-        """The command line of a run: a script and its arguments."""
-        plan = self.plan
-        ours = {"preset": plan.preset, "hidden_act": run.act, "learning_rate": run.learning_rate, "seed": run.seed}
-        ours |= {"data_seed": run.seed, "output_dir": self.folder / "runs" / run.name}
-        tuning = plan.tuning_flags if run.seed in plan.tuning_seeds else {}
-        flags = {"report_to": "none", **plan.flags, **tuning, **ours}
-        text = {True: "yes", False: "no"}  # YAML's for what may be a word of its own, such as mixed_precision: no
-        return [
-            str(self.recipes / f"{plan.recipe}.py"),
-            *(f"--{name}={text[value] if isinstance(value, bool) else value}" for name, value in flags.items()),
-        ]
-
 
 def _code(session: Mapping[str, Any]) -> dict[str, Any]:
     """What has to be the same for all sessions of a study."""
@@ -451,22 +293,3 @@ def _code(session: Mapping[str, Any]) -> dict[str, Any]:
 
 def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-
-
-def _run_script(command: list[str], log: Path, env: Mapping[str, str]) -> None:
-    """Runs a script as the main program of this process, which stops and saves when the study's is gone."""
-    os.environ.update(env)
-    with log.open("w") as output:
-        for stream in (1, 2):
-            os.dup2(output.fileno(), stream)
-    threading.Thread(target=_stop_without_parent, daemon=True).start()
-    sys.argv = command
-    sys.path[0] = str(Path(command[0]).parent)
-    runpy.run_path(command[0], run_name="__main__")
-
-
-def _stop_without_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)

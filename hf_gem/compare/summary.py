@@ -1,21 +1,24 @@
-"""What several studies say together of the activations that they share."""
+"""What several studies say together of the activations that they share; its words are in `templates/summary.md.j2`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from .figures import forest
+from .pages import write_pages
 from .plan import PlanError
-from .report import Part, Picture, Table, cell, forest, span, write_pages
 from .stats import Comparison, interquartile_mean
 from .study import Study
+from .words import cell, render, span
 
 # Approximations that differ from what they stand for by less than 0.0005, and other names.
 _SAME = {"gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "gelu_fast": "gelu", "gelu_python": "gelu", "swish": "silu"}
+_AXIS = "gain, in smallest effects of interest"
 
 
 @dataclass(frozen=True)
@@ -102,42 +105,39 @@ def write_summary(studies: Sequence[Study], baseline: str, folder: Path) -> Path
     """
     summaries = summarise(studies, baseline)
     folder.mkdir(parents=True, exist_ok=True)
-    rows, intervals = [], {}
-    for s in summaries:
-        for name, f in s.findings.items():
-            c, middle = f.comparison, float(f.gains.mean()) if len(f.gains) else math.nan
-            rows.append(
-                [
-                    f"`{s.act}`", name, str(len(f.gains)), cell(middle, "+.3g"), span(f.interval),
-                    f"{c.diverged[0]} / {c.diverged[1]}", f"**{c.verdict}**",
-                ]
-            )  # fmt: skip
-            if len(f.gains) > 1:
-                intervals[f"{s.act}: {name}"] = middle, f.interval, f.gains.tolist()
-        if s.pooled:
-            middle, low, high = s.pooled
-            pairs = sum(len(f.gains) for f in s.findings.values())
-            rows.append([f"`{s.act}`", "all", str(pairs), f"{middle:+.3g}", span((low, high)), "", ""])
-            intervals[f"{s.act}: all"] = middle, (low, high), []
-    mixed = [f"**Mixed:** {study.plan.name}: {'; '.join(found)}." for study in studies if (found := study.mixtures())]
     settings = [
         [study.plan.name, study.plan.metric, f"{study.plan.smallest_effect:g}", study.plan.notes] for study in studies
     ]
-    parts: list[Part] = [
-        f"# Against {baseline}, in {', '.join(study.plan.name for study in studies)}",
-        "Gains are multiples of each study's smallest effect of interest; above 0 is better than the baseline, and "
-        "below 1 of no interest. Verdicts and 95 % intervals are those of each study, against "
-        f"`{baseline}` also where its plan has named another baseline; diverged are runs of the activation / of the "
-        "baseline. Where an activation has several studies that point in one "
-        "direction, a row for all of them has the interquartile mean over their seeds; its interval draws seeds anew "
-        "within each, and says nothing of tasks that are not here. `gelu` stands for its approximation by tanh, too.",
-        *mixed,
-        Table(["activation", "study", "pairs", "gain", "95 %", "diverged", "verdict"], rows),
-        Picture(
-            "summary.png",
-            f"Gain over {baseline}, 95 % intervals; points: seeds; grey: of no interest",
-            forest(intervals, 1, "gain, in smallest effects of interest"),
-        ),
-        Table(["study", "metric", "smallest effect of interest", "notes"], settings),
-    ]
-    return write_pages(folder, "summary", parts)
+    text = render(
+        "summary.md.j2",
+        studies=studies,
+        baseline=baseline,
+        gains=[row for summary in summaries for row in _rows(summary)],
+        settings=settings,
+    )
+    intervals = {name: shown for summary in summaries for name, shown in _intervals(summary)}
+    return write_pages(folder, "summary", text, {"summary.png": forest(intervals, 1, _AXIS)})
+
+
+def _rows(summary: Summary) -> Iterator[list[str]]:
+    """Those of an activation in the table."""
+    for name, f in summary.findings.items():
+        c, middle = f.comparison, float(f.gains.mean()) if len(f.gains) else math.nan
+        yield [
+            f"`{summary.act}`", name, str(len(f.gains)), cell(middle, "+.3g"), span(f.interval),
+            f"{c.diverged[0]} / {c.diverged[1]}", f"**{c.verdict}**",
+        ]  # fmt: skip
+    if summary.pooled:
+        middle, low, high = summary.pooled
+        pairs = sum(len(f.gains) for f in summary.findings.values())
+        yield [f"`{summary.act}`", "all", str(pairs), f"{middle:+.3g}", span((low, high)), "", ""]
+
+
+def _intervals(summary: Summary) -> Iterator[tuple[str, tuple[float, tuple[float, float], list[float]]]]:
+    """Those of an activation in the picture, as `forest` has them."""
+    for name, f in summary.findings.items():
+        if len(f.gains) > 1:
+            yield f"{summary.act}: {name}", (float(f.gains.mean()), f.interval, f.gains.tolist())
+    if summary.pooled:
+        middle, low, high = summary.pooled
+        yield f"{summary.act}: all", (middle, (low, high), [])

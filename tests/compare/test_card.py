@@ -5,6 +5,7 @@ import json
 import pytest
 
 from hf_gem import cli
+from tests.compare.toy import run as run_study
 
 CARD = "---\ntags: [a]\n---\n\n# A model\n\n## Result\n\nGood.\n\n## Use\n\nLike this.\n"
 
@@ -12,7 +13,7 @@ CARD = "---\ntags: [a]\n---\n\n# A model\n\n## Result\n\nGood.\n\n## Use\n\nLike
 @pytest.fixture
 def toy(study):
     made = study(learning_rates=[0.01], tuning_seeds=[100], flags={"steps": 10})
-    made.run(jobs=2)
+    run_study(made)
     return made
 
 

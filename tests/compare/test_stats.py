@@ -10,7 +10,8 @@ from scipy import stats as scipy_stats
 from hf_gem.compare import stats
 from hf_gem.compare.stats import compare
 
-STUDIES = 2000
+# How many studies are simulated: enough to notice what is plainly wrong, and what is promised, to within a percent.
+STUDIES = pytest.mark.parametrize("studies", [400, pytest.param(2000, marks=pytest.mark.slow)])
 
 
 def simulate(seeds, difference, draw, spread=0.01, shared=0.02, arms=1):
@@ -23,7 +24,7 @@ def simulate(seeds, difference, draw, spread=0.01, shared=0.02, arms=1):
     return found
 
 
-def rate_bound(rate, studies=STUDIES):
+def rate_bound(rate, studies):
     """A rate and three standard errors of its estimate."""
     return rate + 3 * math.sqrt(rate * (1 - rate) / studies)
 
@@ -35,11 +36,12 @@ def quick(monkeypatch):
     monkeypatch.setattr(stats, "further_seeds", lambda *_: None)
 
 
+@STUDIES
 @pytest.mark.parametrize(("seeds", "arms", "kind"), [(8, 1, ""), (10, 3, ""), (8, 1, "ties"), (8, 1, "diverges")])
-def test_false_positives_are_as_rare_as_promised(quick, seeds, arms, kind):
+def test_false_positives_are_as_rare_as_promised(quick, seeds, arms, kind, studies):
     draw = np.random.default_rng(0)
     wrong = 0
-    for _ in range(STUDIES):
+    for _ in range(studies):
         outcomes = simulate(seeds, 0.0, draw, arms=arms)
         for runs in outcomes.values():
             for seed, value in runs.items():
@@ -47,7 +49,7 @@ def test_false_positives_are_as_rare_as_promised(quick, seeds, arms, kind):
                 runs[seed] = math.nan if lost else round(value * 100) / 100 if kind == "ties" else value
         found = compare(outcomes, "base", 1e-6, False, 8)
         wrong += any(c.verdict in ("better", "worse") for c in found)
-    assert wrong / STUDIES <= rate_bound(0.05)
+    assert wrong / studies <= rate_bound(0.05, studies)
     assert wrong > 0  # the test can fail
 
 
@@ -68,30 +70,32 @@ def test_verdicts_are_right_where_the_truth_is_plain(quick):
     assert verdicts.count("inconclusive") >= 270
 
 
-def test_equivalence_is_not_claimed_at_its_edge(quick):
+@STUDIES
+def test_equivalence_is_not_claimed_at_its_edge(quick, studies):
     """At a true difference of exactly the smallest effect the claim is false, and made at most once in twenty."""
     draw = np.random.default_rng(2)
     claims = sum(
-        compare(simulate(10, 0.02, draw), "base", 0.02, False, 8)[0].verdict == "equivalent" for _ in range(STUDIES)
+        compare(simulate(10, 0.02, draw), "base", 0.02, False, 8)[0].verdict == "equivalent" for _ in range(studies)
     )
-    assert claims / STUDIES <= rate_bound(0.05)
+    assert claims / studies <= rate_bound(0.05, studies)
 
 
 @pytest.mark.parametrize("seeds", [8, 10])
 @pytest.mark.parametrize("noise", ["normal", "skewed"])
-def test_intervals_cover_as_promised(seeds, noise):
+@STUDIES
+def test_intervals_cover_as_promised(seeds, noise, studies):
     draw = np.random.default_rng(3)
     covered = {"t": 0, "bca": 0}
-    for _ in range(STUDIES):
+    for _ in range(studies):
         drawn = draw.normal(0, 1, seeds) if noise == "normal" else draw.gamma(4, 0.5, seeds) - 2
         for name, (low, high) in (("t", stats.t_interval(drawn)), ("bca", stats.bca_interval(drawn, resamples=600))):
             covered[name] += low <= 0 <= high
-    slack = 3 * math.sqrt(0.05 * 0.95 / STUDIES)
+    slack = 3 * math.sqrt(0.05 * 0.95 / studies)
     # Few and skewed differences are covered less often by any interval made of them alone.
     least = 0.95 - slack - (0.0 if noise == "normal" else 0.02)
-    assert least <= covered["t"] / STUDIES <= 0.95 + slack
+    assert least <= covered["t"] / studies <= 0.95 + slack
     # of percentiles estimated from 600 resamples
-    assert least - 0.01 <= covered["bca"] / STUDIES <= 0.95 + slack + 0.01
+    assert least - 0.01 <= covered["bca"] / studies <= 0.95 + slack + 0.01
 
 
 def test_the_sign_flip_test_counts_all_flips():

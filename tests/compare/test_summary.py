@@ -8,6 +8,7 @@ import pytest
 from hf_gem import cli
 from hf_gem.compare.plan import PlanError
 from hf_gem.compare.summary import summarise, write_summary
+from tests.compare.toy import run
 
 FEW = {"learning_rates": [0.01], "tuning_seeds": [], "final_seeds": [0, 1, 2, 3]}
 
@@ -17,7 +18,7 @@ def test_gains_are_in_smallest_effects_of_interest(study, tmp_path, capsys):
     two = study("two", name="two", arms={"gelu": ["gelu"], "relu": ["relu"], "gem_n2": ["gem_n2"]}, baseline="gelu",
                 smallest_effect=0.02, **FEW)  # fmt: skip
     for each in (one, two):
-        each.run(jobs=2)
+        run(each)
     found = {summary.act: summary for summary in summarise([one, two], "relu")}
     assert {act: list(summary.findings) for act, summary in found.items()} == {
         "gem_n2": ["one", "two"], "silu": ["one"], "gelu": ["two"],
@@ -44,7 +45,7 @@ def test_studies_that_point_in_different_directions_have_no_common_gain(study):
     one = study("one", name="one", arms=arms, **FEW)
     two = study("two", name="two", arms=arms, flags={"best_for_gem_n2": 0.03}, **FEW)  # at 0.01 it is behind
     for each in (one, two):
-        each.run(jobs=2)
+        run(each)
     (found,) = summarise([one, two], "relu")
     assert found.findings["one"].gains.mean() > 0 > found.findings["two"].gains.mean()
     assert found.pooled is None
@@ -55,7 +56,7 @@ def test_a_study_in_which_an_activation_diverged_stays(study, tmp_path):
     one = study("one", name="one", arms=arms, **FEW)
     two = study("two", name="two", arms=arms, flags={"limit_for_gem": 1e-9}, **{**FEW, "final_seeds": list(range(8))})
     for each in (one, two):
-        each.run(jobs=2)
+        run(each)
     write_summary([one, two], "relu", tmp_path)
     assert "| `gem` | two | 0 | - | - | 8 / 0 | **worse** |" in (tmp_path / "summary.md").read_text()
 
@@ -64,13 +65,13 @@ def test_an_approximation_stands_in_the_row_of_what_it_approximates(study):
     one = study("one", name="one", arms={"relu": ["relu"], "gelu": ["gelu"]}, **FEW)
     two = study("two", name="two", arms={"relu": ["relu"], "gelu_pytorch_tanh": ["gelu_pytorch_tanh"]}, **FEW)
     for each in (one, two):
-        each.run(jobs=2)
+        run(each)
     assert [(s.act, list(s.findings)) for s in summarise([one, two], "relu")] == [("gelu", ["one", "two"])]
 
 
 def test_arms_that_have_chosen_the_same_count_once(study, tmp_path):
     toy = study(arms={"relu": ["relu"], "gem": ["gem_n2"], "tuned": ["gem", "gem_n2"]})
-    toy.run(jobs=2)
+    run(toy)
     (found,) = summarise([toy], "relu")
     assert (found.act, len(found.findings)) == ("gem_n2", 1)
 

@@ -1,0 +1,344 @@
+"""Runs what a study lacks, through the command lines of the recipes, each run in a process of its own.
+
+Any number of processes and machines may work on the folder of one study: each run has a lock. Whatever is killed goes
+on where it was when the command is started again.
+
+A driver is one thread. A signal sets a flag and changes nothing else; the driver starts runs, waits for them and draws
+the progress bar, and looks at the flag several times a second. An exception from a signal handler could hit while the
+bar holds its lock, or between the start of a process and the note of it.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import runpy
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from ..files import write_atomically
+from ..training.errors import Interrupted, TrainingError
+from ..training.record import environment
+from ..training.signals import Caught, catch_signals, wait_for
+from .plan import PlanError, Run
+from .study import Study, StudyError
+
+_TICK = 0.1  # seconds between looks at the flag
+_LOOK_AGAIN = 2.0  # seconds between looks at runs that others work on
+# Runs are forked where possible from a process that has imported what all recipes do: that takes longer than a small
+# run trains.
+_CONTEXT: Any = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+IMPORTED = (
+    *(f"hf_gem.training.{module}" for module in ("data.text", "data.vision", "evaluate", "loop", "report")),
+    *("timm", "matplotlib.pyplot"),
+    *("hf_gem.compare.driver", "hf_gem.compare.report"),  # by recipes/compare.py, which each process imports as well
+)
+_STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}  # exit statuses
+
+
+class Child(Protocol):
+    """A command that an executor has started; a `multiprocessing.Process` is one."""
+
+    @property
+    def exitcode(self) -> int | None:
+        """Its status, negative for a signal; None until it has ended."""
+
+    def terminate(self) -> None:
+        """Asks it to save and stop."""
+
+
+class Executor(Protocol):
+    """Where commands run."""
+
+    def start(self, command: list[str], log: Path, env: Mapping[str, str]) -> Child:
+        """Starts a script.
+
+        Args:
+            command: The script and its arguments.
+            log: A file for all that it prints.
+            env: Further environment variables.
+
+        Raises:
+            OSError: no process can be started.
+            EOFError: likewise.
+        """
+
+    def wait(self, children: Sequence[Child], seconds: float) -> None:
+        """Returns when one of them has ended, or after some seconds; at once, where one had ended before."""
+
+
+class Processes:
+    """Runs each command in a process of its own.
+
+    Args:
+        jobs: How many there are to be at once.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        if not torch.cuda.is_available():  # before the first process, which has to know when it imports torch
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+        _CONTEXT.set_forkserver_preload(list(IMPORTED))
+        self._ready = False
+
+    def start(self, command: list[str], log: Path, env: Mapping[str, str]) -> Child:
+        if not self._ready:  # the first process starts when all is imported
+            wait_for(_start_nothing, "stopped; the same command goes on")
+            self._ready = True
+        process: BaseProcess = _CONTEXT.Process(target=_run_script, args=(command, log, env))
+        process.start()
+        return process
+
+    def wait(self, children: Sequence[Child], seconds: float) -> None:
+        wait([child.sentinel for child in children if isinstance(child, BaseProcess)], seconds)
+
+
+@dataclass
+class _Job:
+    """A run under way: its lock, its device, and when the record of an earlier attempt was written."""
+
+    run: Run
+    lock: FileLock
+    device: int
+    before: int | None
+    child: Child
+
+
+class Driver:
+    """Runs all that a study lacks: tuning, with the extensions of the grid that it asks for, and then the final seeds.
+
+    Args:
+        study: What to run.
+        recipes: The folder of the recipes.
+        jobs: Runs at once; on a machine with GPUs, one for each of them is a good number.
+        allow_mixed: Takes records together whose code, versions or data differ.
+        executor: Where runs take place; by default, in processes of their own.
+
+    Raises:
+        PlanError: there is no such recipe.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        recipes: Path,
+        jobs: int = 1,
+        allow_mixed: bool = False,
+        executor: Executor | None = None,
+    ) -> None:
+        if not (recipes / f"{study.plan.recipe}.py").exists():
+            known = ", ".join(sorted(path.stem for path in recipes.glob("*.py")))
+            raise PlanError(f"no recipe {study.plan.recipe!r} in {recipes}; there are {known}")
+        self.study, self.recipes, self.allow_mixed = study, recipes, allow_mixed
+        self._executor = Processes(jobs) if executor is None else executor
+        self._free = deque(range(jobs))  # devices
+        self._under_way: list[_Job] = []
+        self._here: dict[str, Any] = {}
+
+    def run(self) -> None:
+        """Runs what is missing.
+
+        Raises:
+            StudyError: a run failed for another reason than a loss that is not finite, or records do not fit together.
+            PlanError: the recipe does not have the metric of the plan.
+            Interrupted: a signal asked to stop; runs under way have been stopped too, and go on next time.
+        """
+        study = self.study
+        with catch_signals() as caught:
+            self._here = environment(self.recipes.resolve())
+            caught.raise_if_requested()  # git, which was asked there, may have got the signal too, and have no answer
+            self._refuse_mixed()
+            done = study.num_records()
+            bar = tqdm(total=done + study.left(), initial=done, desc=study.plan.name, unit="run", smoothing=0)
+            with bar:
+                while todo := study.missing():
+                    bar.total = bar.n + study.left()
+                    self._work_off(todo, caught, bar)
+        self._refuse_unpaired()
+
+    def command(self, run: Run) -> list[str]:
+        """The command line of a run: a script and its arguments."""
+        plan = self.study.plan
+        ours = {"preset": plan.preset, "hidden_act": run.act, "learning_rate": run.learning_rate, "seed": run.seed}
+        ours |= {"data_seed": run.seed, "output_dir": self._folder(run)}
+        tuning = plan.tuning_flags if run.seed in plan.tuning_seeds else {}
+        flags = {"report_to": "none", **plan.flags, **tuning, **ours}
+        text = {True: "yes", False: "no"}  # YAML's for what may be a word of its own, such as mixed_precision: no
+        return [
+            str(self.recipes / f"{plan.recipe}.py"),
+            *(f"--{name}={text[value] if isinstance(value, bool) else value}" for name, value in flags.items()),
+        ]
+
+    def _work_off(self, todo: Sequence[Run], caught: Caught, bar: tqdm[Any]) -> None:
+        """Sees to it that all of these are done, here or by another driver."""
+        waiting = dict.fromkeys(todo, 0.0)  # the time before which there is no use in looking at each
+        failure: TrainingError | None = None
+        try:
+            while waiting or self._under_way:
+                caught.raise_if_requested()
+                try:
+                    if done := self._start_some(waiting):
+                        bar.update(done)
+                    self._executor.wait([job.child for job in self._under_way], _TICK)
+                    for job in [job for job in self._under_way if job.child.exitcode is not None]:
+                        self._end(job)
+                        bar.update()
+                except (OSError, EOFError, TrainingError) as error:
+                    # A signal to the whole group may reach a run, or the process that forks them, before this one.
+                    time.sleep(_TICK)
+                    caught.raise_if_requested()
+                    if not isinstance(error, TrainingError):
+                        raise
+                    if failure is None and self._under_way:  # what is raised is seen when all of them have ended
+                        bar.write(f"{error}\nWaiting for the runs that are under way", file=sys.stderr)
+                    failure = failure or error
+                    waiting.clear()
+        finally:
+            self._stop()
+        if failure is not None:
+            raise failure
+
+    def _start_some(self, waiting: dict[Run, float]) -> int:
+        """Starts runs on the devices that are free, and returns how many others have done meanwhile."""
+        done = 0
+        for run in [run for run, time_to_look in waiting.items() if time_to_look <= time.monotonic()]:
+            if not self._free:
+                break
+            lock = FileLock(self.study.folder / "runs" / f"{run.name}.lock")
+            try:
+                lock.acquire(blocking=False)
+                if self.study.record(run) is not None:
+                    lock.release()
+                    done += 1
+                else:
+                    self._start(run, lock)
+                del waiting[run]
+            except Timeout:
+                lock.release()
+                waiting[run] = time.monotonic() + _LOOK_AGAIN
+            except BaseException:
+                lock.release()
+                raise
+        return done
+
+    def _start(self, run: Run, lock: FileLock) -> None:
+        """Starts a run; raises Timeout where its folder is in use."""
+        folder = self._folder(run)
+        if folder.exists():  # a run whose driver was killed keeps it until it has saved
+            with FileLock(folder / ".lock", blocking=False):  # as the recipes have it
+                pass
+        record = folder / "record.json"
+        before = record.stat().st_mtime_ns if record.exists() else None
+        device = self._free[0]
+        child = self._executor.start(self.command(run), self._log(run), _environment_of(device))
+        self._under_way.append(_Job(run, lock, device, before, child))
+        self._free.popleft()
+
+    def _end(self, job: _Job) -> None:
+        """Keeps the record of a run that has ended, and gives its lock and device back."""
+        try:
+            self._under_way.remove(job)
+            self._keep_record(job)
+            self._refuse_mixed()
+            if job.run.seed in self.study.plan.final_seeds:
+                self._refuse_unpaired()
+        finally:
+            self._free.append(job.device)
+            job.lock.release()
+
+    def _keep_record(self, job: _Job) -> None:
+        run, plan, status = job.run, self.study.plan, job.child.exitcode
+        folder, log = self._folder(run), self._log(run)
+        record = folder / "record.json"
+        new = record.exists() and record.stat().st_mtime_ns != job.before  # or it is one of an earlier attempt
+        found = json.loads(record.read_text()) if new else {}
+        outcome = found.get("status")
+        if status in _STOPPED:
+            raise Interrupted(f"{run.name} was stopped; the same command goes on", signal.SIGTERM)
+        if outcome not in ("finished", "diverged"):
+            tail = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:]) if log.exists() else ""
+            raise StudyError(f"the run {run.name} ended with status {status}: {tail}. Its output is in {log}")
+        if outcome == "finished" and plan.metric not in found["result"]:
+            raise PlanError(f"{plan.recipe} has no {plan.metric}; it has {', '.join(found['result'])}")
+        write_atomically(self.study.folder / "records" / f"{run.name}.json", record.read_text())
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        for weights in folder.glob("*.safetensors"):
+            weights.unlink()
+
+    def _stop(self) -> None:
+        """Stops what is under way, and returns when it has saved and ended."""
+        for job in self._under_way:  # from a terminal they have got the signal too, and take this for the same
+            job.child.terminate()
+        while self._under_way:
+            self._executor.wait([job.child for job in self._under_way], _TICK)
+            for job in [job for job in self._under_way if job.child.exitcode is not None]:
+                self._under_way.remove(job)
+                self._free.append(job.device)
+                job.lock.release()
+
+    def _refuse_mixed(self) -> None:
+        if not self.allow_mixed and (mixed := self.study.mixtures(self._here)):
+            raise StudyError(
+                f"runs that do not belong into one study: {'; '.join(mixed)}. Go back to the same code, versions and "
+                f"data, start another study, remove from {self.study.folder / 'records'} what is to be run anew, or "
+                "--allow_mixed"
+            )
+
+    def _refuse_unpaired(self) -> None:
+        for seed, keys in self.study.unequal_hashes().items():
+            raise StudyError(f"the runs are not paired: of seed {seed} the arms differ in {', '.join(keys)}")
+
+    def _folder(self, run: Run) -> Path:
+        return self.study.folder / "runs" / run.name
+
+    def _log(self, run: Run) -> Path:
+        return self.study.folder / "runs" / f"{run.name}.txt"  # no suffix: a learning rate has a point
+
+
+def _environment_of(device: int) -> dict[str, str]:
+    """The environment variables that give a run a GPU, where there are any."""
+    if not torch.cuda.is_available():
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    return {"CUDA_VISIBLE_DEVICES": devices[device % len(devices)]}
+
+
+def _start_nothing() -> None:
+    process = _CONTEXT.Process(target=os.getpid, daemon=True)
+    process.start()
+    process.join()
+
+
+def _run_script(command: list[str], log: Path, env: Mapping[str, str]) -> None:
+    """Runs a script as the main program of this process, which stops and saves when the study's is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the recipe catches it, there is nothing to save
+    os.environ.update(env)
+    with log.open("w") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    threading.Thread(target=_stop_without_parent, daemon=True).start()
+    sys.argv = command
+    sys.path[0] = str(Path(command[0]).parent)
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def _stop_without_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)

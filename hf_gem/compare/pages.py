@@ -1,0 +1,64 @@
+"""Pages: a text in Markdown with its pictures beside it, and the same as one HTML file with its pictures inside."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from markdown_it import MarkdownIt
+from markdown_it.renderer import RendererHTML
+from markdown_it.token import Token
+from markdown_it.utils import EnvType, OptionsDict
+
+from ..files import write_atomically
+from .words import render
+
+
+def write_pages(folder: Path, name: str, text: str, pictures: Mapping[str, bytes]) -> Path:
+    """Writes a page as Markdown and as HTML.
+
+    Args:
+        folder: Where to.
+        name: Of both files, without ending.
+        text: Markdown; its first line is the title.
+        pictures: Name of the file -> the bytes of a PNG that the text shows.
+
+    Returns:
+        The HTML page.
+    """
+    for file, png in pictures.items():
+        (folder / file).write_bytes(png)
+    write_atomically(folder / f"{name}.md", text)
+    write_atomically(folder / f"{name}.html", to_html(text, pictures))
+    return folder / f"{name}.html"
+
+
+def to_html(text: str, pictures: Mapping[str, bytes]) -> str:
+    """One HTML page that needs no other file; HTML in the text is shown as it is written.
+
+    Args:
+        text: As in `write_pages`.
+        pictures: Likewise.
+    """
+    parser = MarkdownIt("commonmark", {"html": False}, renderer_cls=_Renderer).enable("table")
+    body = parser.render(text, {"pictures": pictures})
+    return render("page.html.j2", title=text.partition("\n")[0].lstrip("# "), body=body)
+
+
+class _Renderer(RendererHTML):
+    """Puts pictures into the page, each with its title beneath it."""
+
+    def render(self, tokens: Sequence[Token], options: OptionsDict, env: EnvType) -> str:
+        for before, token, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
+            if [child.type for child in token.children or ()] == ["image"]:  # a paragraph with nothing else
+                before.tag = after.tag = "figure"
+        return super().render(tokens, options, env)
+
+    def image(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
+        token = tokens[idx]
+        png = env["pictures"].get(token.attrs["src"])
+        if png is not None:
+            token.attrs["src"] = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        title = self.renderInline(token.children or (), options, env)
+        return f"{super().image(tokens, idx, options, env)}<figcaption>{title}</figcaption>"

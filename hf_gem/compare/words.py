@@ -1,0 +1,84 @@
+"""Words and numbers: templates in `templates/`, and how a number is written in them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from ..files import markdown_table
+
+
+def render(template: str, **values: Any) -> str:
+    """Fills in a template.
+
+    Text that is not for HTML is Markdown, whose paragraphs stand one empty line apart however many the template leaves
+    between them.
+
+    Args:
+        template: A file of `templates/`.
+        values: What it names.
+    """
+    text = _templates.get_template(template).render(**values)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def number(value: float | None) -> str:
+    """An outcome: a dash where there is none."""
+    return "-" if value is None else "diverged" if not math.isfinite(value) else f"{value:.4f}"
+
+
+def cell(value: float, form: str) -> str:
+    """A number in a format of Python: a dash for NaN."""
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def signed(value: float) -> str:
+    """A difference."""
+    return cell(value, "+.4g")
+
+
+def span(interval: tuple[float, float]) -> str:
+    """An interval."""
+    return "-" if math.isnan(interval[0]) else f"{interval[0]:+.4g} to {interval[1]:+.4g}"
+
+
+def mean(found: Mapping[int, float]) -> float | None:
+    """The mean of the runs that finished."""
+    finished = _finite(found)
+    return float(np.mean(finished)) if finished else None
+
+
+def spread(found: Mapping[int, float]) -> float | None:
+    """The standard deviation of the runs that finished."""
+    finished = _finite(found)
+    return float(np.std(finished, ddof=1)) if len(finished) > 1 else None
+
+
+def _finite(found: Mapping[int, float]) -> list[float]:
+    return [value for value in found.values() if math.isfinite(value)]
+
+
+def _listed(words: list[str]) -> str:
+    """Some words with commas, and "and" before the last."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def _one_line(text: str) -> str:
+    """A paragraph that takes several lines in a template."""
+    return " ".join(text.split())
+
+
+_templates = jinja2.Environment(
+    loader=jinja2.PackageLoader("hf_gem.compare"),
+    autoescape=lambda name: bool(name and ".html" in name),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_templates.filters |= {"form": format, "listed": _listed, "number": number, "one_line": _one_line}
+_templates.globals |= {"table": markdown_table}

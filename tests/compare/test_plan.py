@@ -1,0 +1,100 @@
+"""Plans: what they refuse, how they are read, and what they ask for."""
+
+import math
+import textwrap
+from dataclasses import replace
+
+import pytest
+
+from hf_gem.compare.plan import Plan, PlanError, load_plan, parse_flags
+from recipes import compare as compare_recipe
+from tests.compare.toy import PLAN
+from tests.helpers import ROOT
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "loss"}, "metric must be one of validation_loss"),
+        ({"baseline": "gelu"}, "baseline 'gelu' is no arm"),
+        ({"arms": {"relu": ["relu"]}}, "a comparison takes two"),
+        ({"arms": {"relu": ["relu"], "x": ["gem_2"]}}, "'gem_2'"),
+        ({"arms": {"relu": ["relu"], "x": ["egem_eps1e-6"]}}, "canonical spelling"),
+        ({"learning_rates": [0.1, 0.01]}, "ascending"),
+        ({"learning_rates": [0.01234567]}, "six digits at most"),
+        ({"tuning_seeds": [7]}, r"seeds \[7\] are both"),
+        ({"tuning_seeds": []}, "there is something to choose"),
+        ({"final_seeds": [1]}, "two or more"),
+        ({"smallest_effect": 0}, "smallest_effect must be above 0"),
+        ({"flags": {"seed": 3}}, "flags seed are set by the study"),
+    ],
+)
+def test_plans_that_make_no_sense(changes, message):
+    with pytest.raises((PlanError, ValueError), match=message):
+        Plan(**{**PLAN, **changes})
+
+
+def test_yaml_plans(tmp_path):
+    path = tmp_path / "short.yaml"
+    path.write_text(
+        textwrap.dedent("""
+            recipe: toy
+            preset: demo
+            arms: [relu, gem_n2]
+            baseline: relu
+            metric: validation_loss
+            smallest_effect: 0.005
+            learning_rates: [1e-3]
+            final_seeds: [0, 1]
+        """)
+    )
+    plan = load_plan(path)
+    assert (plan.name, plan.arms, plan.learning_rates) == ("short", {"relu": ["relu"], "gem_n2": ["gem_n2"]}, [1e-3])
+    assert not plan.tunes
+    path.write_text(path.read_text() + "seeds: [1]\n")
+    with pytest.raises(PlanError, match="unknown fields seeds"):
+        load_plan(path)
+    for name in ("none.yaml", "none.py"):
+        with pytest.raises(PlanError, match="cannot be read"):
+            load_plan(tmp_path / name)
+
+
+def test_a_plan_in_python(tmp_path):
+    path = tmp_path / "plan.py"
+    path.write_text(f"from hf_gem.compare.plan import Plan\nplan = Plan(**{PLAN})\n")
+    assert load_plan(path) == Plan(**PLAN)
+    path.write_text("steps = 3")
+    with pytest.raises(PlanError, match=r"plan.py must define `plan`, a hf_gem.compare.plan.Plan, got None"):
+        load_plan(path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "plans").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_plans(path, capsys):
+    plan = load_plan(path)
+    recipe = __import__(f"recipes.{plan.recipe}", fromlist=["PRESETS"])
+    preset = {**recipe.PRESETS[plan.preset], **plan.flags, "learning_rate": plan.learning_rates[0]}
+    recipe.Config(**preset).validate()
+    compare_recipe.main([f"--plan={path}", "--dry_run"])
+    out = capsys.readouterr().out
+    assert f"{plan.num_runs()[1]} on the final seeds" in out
+    settles = plan.name != "smoke"  # which is for trying it out
+    assert ("found with power 0.8" in out) == settles
+
+
+def test_what_a_grid_asks_for(study):
+    plan = study().plan  # a loss, with rates from 0.005 to 0.02
+    assert plan.next_rate({0.005: 3.0, 0.01: 1.0, 0.02: 2.0}) is None
+    assert plan.next_rate({0.005: 3.0, 0.01: 2.0, 0.02: 1.0}) == 0.04
+    assert plan.next_rate({0.005: 1.0, 0.01: 2.0, 0.02: math.inf}) == 0.0025
+    assert plan.next_rate({0.005: 3.0, 0.16: 1.0}) is None  # three times beyond
+    assert replace(plan, metric="validation_accuracy").next_rate({0.005: 3.0, 0.01: 2.0}) == 0.0025
+    assert replace(plan, learning_rates=[0.01]).next_rate({0.01: 1.0}) is None
+
+
+def test_flags_as_words():
+    assert parse_flags(["steps=7", "dataset=data/text", "own_gain=yes"]) == {
+        "steps": 7, "dataset": "data/text", "own_gain": True,
+    }  # fmt: skip
+    for word in ("steps", "steps=", "=7"):
+        with pytest.raises(PlanError, match=f"--set takes FLAG=VALUE, such as dataset=data/mnist, got '{word}'"):
+            parse_flags([word])

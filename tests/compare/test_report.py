@@ -1,0 +1,123 @@
+"""What a report says of a study."""
+
+import json
+
+import pytest
+
+from hf_gem import cli
+from hf_gem.compare.report import write_report
+from hf_gem.compare.study import StudyError
+from tests.compare.toy import TWO_ARMS, run
+
+
+def test_runs_that_the_tuning_does_not_choose_are_told(study):
+    toy = study(**TWO_ARMS, final_seeds=[0, 1])
+    run(toy)
+    for seed, loss in ((0, 3.5), (1, 3.7)):
+        record = json.loads((toy.folder / "records" / f"gem-lr0.01-seed{seed}.json").read_text())
+        record["result"]["validation_loss"] = loss
+        (toy.folder / "records" / f"gem-lr0.02-seed{seed}.json").write_text(json.dumps(record))
+    assert toy.set_aside() == {("gem", 0.02): [3.5, 3.7]}
+    write_report(toy)
+    assert (
+        "**Set aside:** 2 runs of `gem` at 0.02 on the final seeds, with a mean of 3.6000."
+        in (toy.folder / "report.md").read_text()
+    )
+
+
+def test_a_choice_of_chance_is_called_one(study):
+    few = {"arms": {"relu": ["relu"], "gem": ["gem"]}, "final_seeds": [0, 1]}
+    toy = study(learning_rates=[0.0099, 0.01], **few)
+    run(toy)
+    write_report(toy)
+    assert "the second best of `relu`, `gem` was nearer than" in (toy.folder / "report.md").read_text()
+    toy = study("clear", learning_rates=[0.0001, 0.01, 1], **few)
+    run(toy)
+    write_report(toy)
+    assert "a choice of chance" not in (toy.folder / "report.md").read_text()
+
+
+def test_an_arm_that_always_diverges_has_had_its_chance(study):
+    toy = study(flags={"limit_for_silu": 1e-9})
+    run(toy)
+    assert toy.choices()["silu"] == ("silu", 0.000625)  # the lowest, after three extensions
+    write_report(toy)
+    report = (toy.folder / "report.md").read_text()
+    assert "8 runs of `silu` and 0 of `relu` diverged, and 0 seeds finished at both (p = 0.016 after Holm)" in report
+    assert "it is worse." in report
+    assert "| silu | `silu` | 0.000625 (the edge of the grid) |" in report
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    json.loads((toy.folder / "results.json").read_text(), parse_constant=refuse)  # NaN is not JSON
+
+
+def test_a_study_under_way(study):
+    toy = study(learning_rates=[0.01])
+    with pytest.raises(StudyError, match=r"lacks 8 runs of its tuning, such as relu-lr0.01-seed100; the command"):
+        write_report(toy)
+    run(toy)
+    for seed in (5, 6):
+        (toy.folder / "records" / f"relu-lr0.01-seed{seed}.json").unlink()
+    write_report(toy)
+    report = (toy.folder / "report.md").read_text()
+    assert "**Not finished:** 2 runs are missing, such as relu-lr0.01-seed5." in report
+    assert "On 6 seeds" in report
+    assert "**pending**" in report  # also of what is plainly settled: gem_n2 is better
+    assert "no verdict before they are done" in report
+
+
+def test_a_run_that_skipped_batches_is_told_in_the_report(study):
+    toy = study(flags={"skips": "silu-lr0.01-seed1"}, final_seeds=[0, 1])
+    run(toy)
+    write_report(toy)
+    assert "**Not paired:** seed 1: an arm skipped batches" in (toy.folder / "report.md").read_text()
+
+
+def test_pairing_is_claimed_by_the_hashes_that_there_are(study):
+    toy = study(final_seeds=[0, 1])
+    run(toy)
+    for path in (toy.folder / "records").glob("*"):
+        record = json.loads(path.read_text())
+        del record["samples_hash"]  # as older records
+        if path.stem == "silu-lr0.01-seed1":
+            record["sessions"][0]["hardware"] = {**record["sessions"][0]["hardware"], "gpus": ["another"]}
+        path.write_text(json.dumps(record))
+    write_report(study(final_seeds=[0, 1]))
+    report = (toy.folder / "report.md").read_text()
+    assert "are equal, of initial weights and the order of samples. Of 1 seeds not all arms" in report
+
+
+def test_arms_with_gains_of_their_own_are_paired_by_the_signs_of_their_weights(study):
+    toy = study(flags={"own_gain": True}, final_seeds=[0, 1])
+    run(toy)
+    write_report(toy)
+    assert "equal initial weights, each scaled for its activation, and saw" in (toy.folder / "report.md").read_text()
+
+
+def test_arms_that_differ_in_n_or_eps_have_a_picture_of_it(study):
+    arms = {act: [act] for act in ("relu", "gem", "gem_n2", "egem", "egem_eps0.01", "egem_n2")}
+    toy = study(arms=arms, learning_rates=[0.01], tuning_seeds=[], final_seeds=[0, 1])
+    run(toy)
+    write_report(toy)
+    report = (toy.folder / "report.md").read_text()
+    assert {path.name for path in toy.folder.glob("*.png")} == {"forest.png", "curves.png", "n.png", "eps.png"}
+    assert "Outcome by n" in report
+    assert "Outcome by eps" in report
+
+
+def test_another_baseline_has_a_report_of_its_own(study, capsys):
+    toy = study()
+    run(toy)
+    write_report(toy)
+    first = (toy.folder / "report.md").read_text()
+    cli.main(["report", str(toy.folder), "--baseline", "gem"])
+    report = (toy.folder / "against-gem" / "report.md").read_text()
+    assert "of `relu` was 0.0" in report
+    assert "above that of `gem`" in report
+    assert "The plan had named `relu`" in report
+    assert (toy.folder / "report.md").read_text() == first
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(toy.folder), "--baseline", "gelu"])
+    assert "toy has no arm 'gelu'; its arms are relu, gem, silu" in capsys.readouterr().err

@@ -1,0 +1,95 @@
+"""What a study lacks, and what its tuning chooses."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from hf_gem import cli
+from hf_gem.compare.plan import PlanError, Run
+from hf_gem.compare.report import write_report
+from hf_gem.compare.study import StudyError
+from tests.compare.toy import TWO_ARMS, run, started
+
+
+def test_an_optimum_at_the_edge_extends_the_grid(study):
+    toy = study(flags={"best": 0.04}, final_seeds=[0, 1])
+    run(toy)
+    assert {rate for _, rate in toy.choices().values()} == {0.04}
+    assert sorted(toy.tuned("relu")) == [0.005, 0.01, 0.02, 0.04, 0.08]
+
+
+def test_a_grid_is_extended_so_far_and_no_further(study):
+    toy = study(flags={"best": 10, "limit": 100}, final_seeds=[0, 1])
+    run(toy)
+    assert sorted(toy.tuned("relu")) == [0.005, 0.01, 0.02, 0.04, 0.08, 0.16]  # three more
+    count = len(started(toy))
+    run(toy)
+    assert len(started(toy)) == count
+
+
+def test_a_grid_that_is_to_be_extended_is_not_finished(study, tmp_path, capsys):
+    """Stopped between the grid as planned and its extension: what is run next is that, and nothing is concluded."""
+    toy = study(flags={"best_for_gem": 0.04}, arms={"relu": ["relu"], "gem": ["gem"]}, final_seeds=[0, 1])
+    run(toy)
+    for path in (toy.folder / "records").glob("*-lr0.0[48]-seed10*"):
+        path.unlink()
+    extension = [Run(act, 0.04, seed) for act in ("relu", "gem") for seed in (100, 101)]
+    assert toy.missing() == extension
+    assert toy.left() == 4 + 4
+    with pytest.raises(StudyError, match="lacks 4 runs of its tuning"):
+        toy.comparisons()
+    (toy.folder / "records" / "gem-lr0.04-seed0.json").unlink()
+    run(toy)
+    assert not toy.missing()
+
+
+def test_a_grid_is_extended_for_all(study):
+    toy = study(flags={"best_for_gem": 0.04}, arms={"relu": ["relu"], "gem": ["gem"]}, final_seeds=[0, 1])
+    run(toy)
+    assert {arm: rate for arm, (_, rate) in toy.choices().items()} == {"relu": 0.01, "gem": 0.04}
+    assert sorted(toy.tuned("relu")) == sorted(toy.tuned("gem")) == [0.005, 0.01, 0.02, 0.04, 0.08]
+
+
+def test_diverged_runs_are_outcomes(study):
+    toy = study(flags={"limit": 0.015})
+    run(toy)
+    assert toy.tuned("relu")[0.02] == math.inf
+    assert toy.choices()["relu"] == ("relu", 0.01)
+
+
+def test_a_frozen_plan_that_was_changed(study):
+    toy = study()
+    path = toy.folder / "plan.json"
+    path.write_text(path.read_text().replace('"smallest_effect": 0.005', '"smallest_effect": 0.5'))
+    with pytest.raises(PlanError, match="was changed after it was frozen"):
+        study()
+
+
+def test_a_changed_plan_is_another_study(study):
+    study()
+    with pytest.raises(
+        PlanError, match=r"a study of another plan \(other smallest_effect\), frozen when its first run started"
+    ):
+        study(smallest_effect=0.01)
+
+
+def test_final_runs_go_seed_by_seed(study):
+    toy = study(**TWO_ARMS)
+    assert [(each.seed, each.act) for each in toy.missing()[:3]] == [(0, "relu"), (0, "gem"), (1, "relu")]
+
+
+def test_a_folder_that_is_no_study(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(tmp_path)])
+    assert "is no study: it has no plan.json" in capsys.readouterr().err
+    assert Path(tmp_path).exists()
+
+
+def test_tuning_can_be_evaluated_on_samples_of_its_own(study):
+    toy = study(tuning_flags={"data": "held-out"}, final_seeds=[0, 1], arms={"relu": ["relu"], "gem": ["gem"]})
+    run(toy)
+    data = {each.seed: toy.record(each)["data"]["hash"] for each in (Run("gem", 0.01, 100), Run("gem", 0.01, 1))}
+    assert data == {100: "held-out", 1: "test"}
+    write_report(toy)
+    assert "Tuning runs had `data=held-out`." in (toy.folder / "report.md").read_text()
