@@ -24,9 +24,9 @@ learnable_families = pytest.mark.parametrize("family", list(LEARNABLE))
 @pytest.mark.parametrize(
     ("module", "function"),
     [
-        (GEM(), lambda x: gem(x)),
+        (GEM(), gem),
         (GEM(n=2, inplace=True), lambda x: gem(x, 2)),
-        (EGEM(), lambda x: egem(x)),
+        (EGEM(), egem),
         (EGEM(3, 0.1, inplace=True), lambda x: egem(x, 3, 0.1)),
         (SEGEM(2), lambda x: segem(x, 2)),
         (SEGEM(1, 2.0, inplace=True), lambda x: segem(x, 1, 2.0)),
@@ -252,7 +252,7 @@ def test_copies(name, duplicate):
 @pytest.mark.parametrize(
     "module",
     [*map(get_activation, NAMES), EGEM(2, 0.1, True, 3), SEGEM(2, 0.1, True, 3, channel_dim=-1)],
-    ids=lambda m: repr(m),
+    ids=repr,
 )
 def test_scripting(module):
     scripted = torch.jit.script(module)

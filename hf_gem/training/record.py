@@ -200,8 +200,10 @@ def _version(package: str) -> str | None:
 def _commit(folder: Path) -> dict[str, Any]:
     def git(*arguments: str) -> str | None:
         try:
+            # In a session of its own: a Ctrl-C here must not leave a record without its commit.
+            command = ["git", "-C", str(folder), *arguments]
             done = subprocess.run(
-                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30, check=False
+                command, capture_output=True, text=True, timeout=30, check=False, start_new_session=True
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
