@@ -114,6 +114,25 @@ def test_every_floor_is_there_and_few_files_are_loose():
     assert len(loose) <= MOST_LOOSE_FILES, loose
 
 
+def test_the_tree_in_the_docs():
+    """Every file stands on its floor, in the order of the floors, and nothing that is not there is named."""
+    tree = (ROOT / "docs" / "architecture.md").read_text().split("    hf_gem/\n")[1].split("\n\n")[0]
+    sections: dict[str, str] = {}
+    for line in tree.splitlines():
+        if re.match(r" {6}\w", line):
+            floor = re.split(r"[/. ]", line.strip())[0]
+            sections[floor] = ""
+        sections[floor] += line + "\n"
+    assert list(sections) == FLOORS
+    named = {floor: set(re.findall(r"(\w+)\.py", text)) for floor, text in sections.items()}
+    there: dict[str, set[str]] = {}
+    for path in files("hf_gem"):
+        parts = Path(path).with_suffix("").parts[1:]
+        if parts[-1] != "__init__":
+            there.setdefault(parts[0], set()).add(parts[-1])
+    assert named == there
+
+
 @pytest.mark.parametrize("path", files("hf_gem", "recipes", "benchmarks", "docs"))
 def test_files_and_functions_are_short(path):
     source = (ROOT / path).read_text()

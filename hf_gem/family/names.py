@@ -39,11 +39,13 @@ def _match(name: str) -> re.Match[str] | None:
     return _patterns(tuple(FAMILIES))[0].fullmatch(name.lower())
 
 
+def grammar(family: Family) -> str:
+    """What the names of a family look like."""
+    return family.name + ("[_n<N>]" if family.fixed_eps is not None else "[_n<N>][_eps<E>][_learnable]")
+
+
 def _grammar() -> str:
-    parameters = (
-        "[_n<N>]" if family.fixed_eps is not None else "[_n<N>][_eps<E>][_learnable]" for family in FAMILIES.values()
-    )
-    return ", ".join(name + rest for name, rest in zip(FAMILIES, parameters, strict=True))
+    return ", ".join(map(grammar, FAMILIES.values()))
 
 
 def check_n(n: int) -> int:

@@ -13,8 +13,8 @@ from transformers.activations import ACT2FN
 
 from .. import convert, set_activation
 from ..family.names import is_name
-from ..surgery.reports import path_patterns
 from ..surgery.kinds import describe, is_elementwise, is_gate, kind, stock_slots
+from ..surgery.reports import path_patterns
 from . import image_models  # noqa: F401  # registers its models
 from .errors import ConfigError
 
