@@ -17,14 +17,18 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 import hf_gem
 from hf_gem import functional
+from hf_gem.compare.plan import load_plan
 from hf_gem.family import formulas
 from hf_gem.family.check import check, exact_slope
 from hf_gem.family.table import FAMILIES, Family
 from hf_gem.fit import Histogram, fit
 from hf_gem.modules import GemActivation
+from recipes import gpt2_pretrain
 from tests import oracle
 from tests.family import dgem
 from tests.family.dgem import DGEM
+from tests.helpers import ROOT, run_here, write_corpus
+from tests.helpers import TINY as TINY_RUN
 
 families = pytest.mark.parametrize("family", list(FAMILIES.values()), ids=lambda family: family.name)
 SMALL = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 64, "n_positions": 16}
@@ -179,6 +183,18 @@ def test_timm(family, tmp_path):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(again.eval()(x), model.eval()(x))
+
+
+def test_recipes_and_plans(tmp_path):
+    """Any family trains by name; its checkpoint and its card come out like ours."""
+    data = [f"--dataset={write_corpus(tmp_path / 'corpus.txt')}", f"--cache_dir={tmp_path / 'cache'}"]
+    out = run_here(gpt2_pretrain, tmp_path / "run", *TINY_RUN, *data, "--hidden_act=dgem_n2")
+    assert "Validation loss" in out
+    assert "`dgem_n2`" in (tmp_path / "run" / "README.md").read_text()
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "run")
+    assert hf_gem.audit(model).complete
+    plan = load_plan(ROOT / "recipes" / "plans" / "smoke.yaml")
+    assert dataclasses.replace(plan, arms={**plan.arms, "dgem": ["dgem", "dgem_n2"]}).acts[-1] == "dgem_n2"
 
 
 # ---- what is refused
