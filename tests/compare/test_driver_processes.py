@@ -78,6 +78,7 @@ def test_from_plan_to_report(study):
         assert (toy.folder / name).exists()
 
 
+@pytest.mark.slow  # test_a_study_that_is_interrupted_at_any_moment has both signals, three times
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_study_and_it_goes_on(study, number):
     toy = study(flags={"slow": 1}, **TWO_ARMS)
@@ -95,6 +96,7 @@ def test_a_signal_stops_the_study_and_it_goes_on(study, number):
     assert len(toy.outcomes()["gem"]) == 8
 
 
+@pytest.mark.slow
 def test_runs_stop_when_their_study_is_killed(study):
     toy = study(flags={"slow": 1}, **TWO_ARMS)
     process = subprocess.Popen([sys.executable, "-c", DRIVER, str(toy.folder)])

@@ -70,7 +70,7 @@ def test_a_run_leaves_everything_and_says_where(reference):
     assert {p.name for p in folder.iterdir()} >= {
         *("config.json", "model.safetensors", "tokenizer.json", "README.md"),
         *("loss_curve.png", "record.json", "log.jsonl", "checkpoints"),
-        *("modeling_gem.py", "gem_fallback.py", "gem_reference.py"),
+        *("modeling_gem.py", "gem_fallback.py", "gem_formulas.py"),
     }
     first, last = map(float, re.search(r"Validation loss ([\d.]+) -> ([\d.]+)", printed).groups())
     assert last < first

@@ -595,6 +595,7 @@ def test_compiled(name):
     assert [graphs.index(graph) for graph in ran] == [0, 1, 0]
 
 
+@pytest.mark.slow
 def test_compiled_in_training(fused):
     model = build()
     before = run(model)
