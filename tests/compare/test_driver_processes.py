@@ -78,7 +78,7 @@ def test_from_plan_to_report(study):
         assert (toy.folder / name).exists()
 
 
-@pytest.mark.slow  # test_a_study_that_is_interrupted_at_any_moment has both signals, three times
+@pytest.mark.slow  # in the normal suite, the test of interrupts at any moment sends both
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_study_and_it_goes_on(study, number):
     toy = study(flags={"slow": 1}, **TWO_ARMS)
