@@ -113,9 +113,9 @@ def convert(model: PreTrainedModel, config: Config, data: ImageData, device: tor
         indices = order.batch(k, config.micro_batch_size)
         batches.append({"pixel_values": data.train.batch(indices)["pixel_values"].to(device)})
     eps = float(config.eps) if config.eps not in (None, "fit") else config.eps
-    mend = "choose another --model, or leave its activations with --hidden_act none"
+    fix = "choose another --model, or leave its activations with --hidden_act none"
     how: Any = {"eps": eps, "data": batches or None, "per_layer": config.fit_per_layer}
-    return replace_activations(model, config.model, config.hidden_act, mend, **how)
+    return replace_activations(model, config.model, config.hidden_act, fix, **how)
 
 
 def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def new_classifier(name: str, hidden_act: str, classes: list[str]) -> PreTrained
     except Exception as error:  # both libraries raise whatever their models do
         raise ConfigError(f"--model {name!r} cannot be built: {type(error).__name__}: {error}") from error
     if ours:
-        print(replace_activations(model, name, hidden_act, mend="choose another --model"))
+        print(replace_activations(model, name, hidden_act, fix="choose another --model"))
     else:
         _check_is_everywhere(model, name, hidden_act)
     return model
@@ -107,14 +107,14 @@ def input_size(name: str) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def replace_activations(model: PreTrainedModel, name: str, hidden_act: str, mend: str, **how: Any) -> str:
+def replace_activations(model: PreTrainedModel, name: str, hidden_act: str, fix: str, **how: Any) -> str:
     """Replaces the activations in place by `hf_gem.convert` and returns its report.
 
     Args:
         model: Of which all activations are replaced.
         name: Its name in the recipe.
         hidden_act: Of the family.
-        mend: What to do where it is not possible.
+        fix: What to do where it is not possible.
         how: Further arguments of `hf_gem.convert`.
 
     Raises:
@@ -123,7 +123,7 @@ def replace_activations(model: PreTrainedModel, name: str, hidden_act: str, mend
     try:
         return str(convert(model, hidden_act, **how))
     except ValueError as error:
-        raise ConfigError(f"--hidden_act {hidden_act} cannot go into --model {name!r}: {error}; {mend}") from error
+        raise ConfigError(f"--hidden_act {hidden_act} cannot go into --model {name!r}: {error}; {fix}") from error
 
 
 def last_layer(model: nn.Module) -> nn.Module:

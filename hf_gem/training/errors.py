@@ -1,4 +1,4 @@
-"""Errors that a person can mend; `run_recipe` prints them without a traceback."""
+"""Errors that a person can fix; `run_recipe` prints them without a traceback."""
 
 from __future__ import annotations
 

@@ -252,7 +252,7 @@ class _Run:
         except Exception as error:  # whatever the data are made of
             raise DataError(
                 f"the samples of step {step + 1} cannot be read: {type(error).__name__}: {error}. Complete checkpoints "
-                f"in {self.checkpoints.folder} are good; mend the data, and the same command goes on"
+                f"in {self.checkpoints.folder} are good; fix the data, and the same command goes on"
             ) from error
         if step + 1 < self.config.steps:
             self._load(step + 1)  # while the device computes this one

@@ -147,7 +147,7 @@ def agreed_stop(accelerator: Accelerator) -> int | None:
 
 
 def run_recipe(main: Callable[[], None]) -> None:
-    """Runs a recipe as a script, under a guard: an error that a person can mend ends it with one line and a status."""
+    """Runs a recipe as a script, under a guard: an error that a person can fix ends it with one line and a status."""
     try:
         with catch_signals():
             main()

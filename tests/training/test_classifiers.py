@@ -52,7 +52,7 @@ def test_a_model_without_activations_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"--hidden_act egem cannot go into --model .*has no activation modules"):
         new_classifier(str(tmp_path), "egem", CLASSES)
     with pytest.raises(ConfigError, match=r"cannot go into --model 'x': .*has no activation modules.*; do this"):
-        replace_activations(ConvNetForImageClassification(NO_ACTIVATIONS), "x", "egem", mend="do this")
+        replace_activations(ConvNetForImageClassification(NO_ACTIVATIONS), "x", "egem", fix="do this")
 
 
 def test_what_is_no_model_is_an_error(tmp_path):

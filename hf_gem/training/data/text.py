@@ -136,12 +136,12 @@ def prepare_text(config: TextConfig, min_validation_tokens: int = 2) -> TextData
     def blocks(split: str, partial: bool, least: int) -> TokenBlocks:
         size = meta["num_tokens"][split]
         if size < least:
-            mend = "give more text or a smaller --block_size"
+            fix = "give more text or a smaller --block_size"
             if split == "validation" and meta["held_out"] != "split":
-                mend = f"raise --validation_fraction, now {config.validation_fraction}"
+                fix = f"raise --validation_fraction, now {config.validation_fraction}"
             raise DataError(
                 f"the {split} text of {config.dataset!r} has {size} tokens, less than one block of "
-                f"{config.block_size} needs, {least}; {mend}"
+                f"{config.block_size} needs, {least}; {fix}"
             )
         array = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
         return TokenBlocks(array, config.block_size, partial)
