@@ -76,7 +76,11 @@ def load_classifier(name: str, classes: list[str], new_head: bool) -> PreTrained
         labels: Any = model.config.id2label
         theirs = [str(labels[number]) for number in range(len(classes))]
         if new_head:
-            last_layer(model).reset_parameters()  # type: ignore[operator]  # both kinds of layer have it
+            head = last_layer(model)
+            for parameter in head.parameters():
+                # Where another thread builds a model, transformers guards torch.nn.init and keeps what has this mark.
+                vars(parameter).pop("_is_hf_initialized", None)
+            head.reset_parameters()  # type: ignore[operator]  # both kinds of layer have it
         elif theirs != classes:
             print(
                 f"{name} has as many classes as the data, with other names ({theirs[0]!r} for {classes[0]!r}); its "

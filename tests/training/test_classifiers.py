@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import AutoModelForImageClassification, ResNetConfig, ViTConfig
+from transformers.initialization import guard_torch_init_functions
 
 from hf_gem.training.classifiers import (
     input_size,
@@ -78,6 +79,13 @@ def test_the_last_layer_is_kept_where_it_fits_and_new_where_not(tmp_path, capsys
     more = load_classifier(str(tmp_path), ["a", "b", "c"], False)
     assert (last_layer(more).out_features, more.config.id2label[2]) == (3, "c")
     assert isinstance(more, type(AutoModelForImageClassification.from_pretrained(tmp_path)))
+
+
+def test_a_new_last_layer_while_transformers_guards_initialisation(tmp_path):
+    ConvNetForImageClassification(ConvNetConfig(widths=(4,), num_labels=2)).save_pretrained(tmp_path)
+    weight = last_layer(load_classifier(str(tmp_path), CLASSES, False)).weight
+    with guard_torch_init_functions():  # as another thread that builds a model has it
+        assert not torch.equal(last_layer(load_classifier(str(tmp_path), CLASSES, True)).weight, weight)
 
 
 def test_the_size_of_images_that_a_model_is_made_for(tmp_path):
