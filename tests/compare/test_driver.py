@@ -1,5 +1,6 @@
 """What a driver runs, in which order, and when it stops; the runs take place in this process, or are made up."""
 
+import functools
 import importlib.util
 import json
 import signal
@@ -278,6 +279,8 @@ def test_a_signal_within_the_progress_bar_leaves_its_lock_free(study, monkeypatc
 
     monkeypatch.setattr(tqdm, "display", signalled)
     monkeypatch.setattr(tqdm, "monitor_interval", 0)
+    # It draws at every run; by default ten times a second, which a fast machine has finished before.
+    monkeypatch.setattr(driver_module, "tqdm", functools.partial(tqdm, mininterval=0, miniters=1))
     with pytest.raises(Interrupted):
         Driver(toy, recipes_of(toy), executor=InThisProcess()).run()
     assert held
