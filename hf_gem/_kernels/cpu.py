@@ -24,7 +24,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..family.arithmetic import scale
+from ..family.formulas import cached_scale
 from ..family.table import Family, family_named
 from ..files import cache_folder
 from . import build
@@ -170,9 +170,6 @@ def library(family: Family, n: int) -> Library:
     return _library(family.kernels, n)
 
 
-_scale = functools.lru_cache(maxsize=4096)(scale)
-
-
 def launch(
     operation: str, family: Family, n: int, eps: float, outputs: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> None:
@@ -181,4 +178,4 @@ def launch(
     threads = torch.get_num_threads() if numel >= _PARALLEL else 1
     function = _library(family.kernels, n).function(operation, inputs[0].dtype)
     pointers = [tensor.data_ptr() for tensor in (*outputs, *inputs)]
-    function(numel, threads, *_scale(eps, n), *pointers)
+    function(numel, threads, *cached_scale(eps, n), *pointers)

@@ -15,7 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..family.arithmetic import digits, scale
+from ..family.arithmetic import digits
+from ..family.formulas import cached_scale
 from ..family.table import Family, family_named
 from .printer import triton_source
 from .triton_kernels import forward
@@ -46,7 +47,7 @@ def launch(
     constants = {"BLOCK": block} if operation != "backward_at" else {"BLOCK": block, "DIGITS": digits(x.dtype)}
     with _on(x.device):
         kernels(family.kernels, n)[operation][(triton.cdiv(numel, block),)](
-            *outputs, *inputs, numel, *scale(eps, n), **constants, num_warps=_NUM_WARPS
+            *outputs, *inputs, numel, *cached_scale(eps, n), **constants, num_warps=_NUM_WARPS
         )
 
 

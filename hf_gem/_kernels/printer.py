@@ -16,7 +16,6 @@ from ..files import replace_between
 from .symbols import Symbol, Traced, trace
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that kernels take
-_INDENT = "  "
 
 
 class _Printer:
