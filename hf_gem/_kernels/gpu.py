@@ -1,6 +1,7 @@
 """The kernels on GPUs, in Triton: CUDA, ROCm and XPU alike, and any device through Triton's interpreter.
 
-They compute in float32, with the quick division of the hardware: a division counts as two more roundings.
+They compute in float32, with the quick division of the hardware, which counts as two more roundings, for divisors from
+2^-126 to 2^126.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from .triton_kernels import forward
 
 _BYTES_A_PROGRAM = 4096  # of each tensor: two loads of 16 bytes for each of 128 threads
 _NUM_WARPS = 4
+_ALIGNMENT = 16  # bytes, of pointers for which Triton compiles wide loads
 interpreted = not isinstance(forward, triton.runtime.jit.JITFunction)
+# Triton takes longer to find what it has compiled, by all arguments, than a small kernel runs.
+_compiled: dict[tuple[str, str, int, torch.dtype, torch.device], Any] = {}
 
 
 @functools.cache
@@ -42,13 +46,22 @@ def launch(
 ) -> None:
     """Runs one kernel; the tensors are dense, of one shape, layout, dtype and device."""
     x = inputs[0]
-    numel = x.numel()
-    block = _BYTES_A_PROGRAM // x.element_size()
-    constants = {"BLOCK": block} if operation != "backward_at" else {"BLOCK": block, "DIGITS": digits(x.dtype)}
-    with _on(x.device):
-        kernels(family.kernels, n)[operation][(triton.cdiv(numel, block),)](
-            *outputs, *inputs, numel, *cached_scale(eps, n), **constants, num_warps=_NUM_WARPS
-        )
+    numel, dtype, device = x.numel(), x.dtype, x.device
+    block = _BYTES_A_PROGRAM // dtype.itemsize
+    grid = (-(-numel // block),)
+    constants = (block,) if operation != "backward_at" else (digits(dtype), block)
+    r, e = cached_scale(eps, n)
+    with _on(device):
+        key = operation, family.kernels, n, dtype, device
+        pointers = [tensor.data_ptr() for tensor in (*outputs, *inputs)]
+        aligned = not any(pointer % _ALIGNMENT for pointer in pointers)
+        if aligned and key in _compiled:
+            _compiled[key][grid](*pointers, numel, r, e, *constants)
+            return
+        kernel = kernels(family.kernels, n)[operation]
+        compiled = kernel[grid](*outputs, *inputs, numel, r, e, *constants, num_warps=_NUM_WARPS)
+        if aligned and not interpreted:
+            _compiled[key] = compiled
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

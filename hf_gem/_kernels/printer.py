@@ -68,7 +68,7 @@ class _Printer:
 
     def key(self, x: Symbol) -> str:
         """Of `operations`."""
-        return f"{x.op} {_NAMES[x.dtype]}" if x.op in ("bits", "convert") else x.op
+        return f"bits {_NAMES[x.dtype]}" if x.op == "bits" else x.op
 
     # ---- what languages differ in
 
@@ -86,7 +86,7 @@ class _Printer:
 
 
 _NAMES = {torch.float32: "float", torch.int32: "int", torch.bool: "bool"}
-_BINARY = {op: f"({{0}} {op} {{1}})" for op in ("+", "-", "*", "/", "<", "<=", ">", ">=")}
+_BINARY = {op: f"({{0}} {op} {{1}})" for op in ("+", "-", "*", "/", "<", "<=", ">", ">=", "<<", ">>")}
 
 
 def _single(value: float) -> float:
@@ -113,8 +113,6 @@ class _Cpp(_Printer):
         "clamp_max": "at::vec::clamp_max({0}, {1})",
         "bits int": "bits<VInt>({0})",
         "bits float": "bits<V>({0})",
-        "convert int": "at::vec::convert<int32_t>({0})",
-        "convert float": "at::vec::convert<float>({0})",
     }
 
     def __init__(self, constants: dict[str, str], outputs: Iterable[Symbol]) -> None:
@@ -168,6 +166,7 @@ def _below(*symbols: Symbol) -> dict[Symbol, None]:
 class _Triton(_Printer):
     operations: ClassVar[dict[str, str]] = {
         **_BINARY,
+        "/": "divide({0}, {1})",
         "neg": "(-{0})",
         "abs": "tl.abs({0})",
         "where": "tl.where({0}, {1}, {2})",
@@ -177,8 +176,6 @@ class _Triton(_Printer):
         "clamp_max": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
         "bits int": "{0}.to(tl.int32, bitcast=True)",
         "bits float": "{0}.to(tl.float32, bitcast=True)",
-        "convert int": "{0}.to(tl.int32)",
-        "convert float": "{0}.to(tl.float32)",
     }
 
     def literal(self, value: float, dtype: torch.dtype) -> str:

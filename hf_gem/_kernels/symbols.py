@@ -62,6 +62,12 @@ class Symbol:
         inverse = _make("/", 1.0, self)
         return inverse if other == 1 else inverse * other  # as torch divides a number by a tensor
 
+    def __lshift__(self, other: Operand) -> Symbol:
+        return _make("<<", self, other)
+
+    def __rshift__(self, other: Operand) -> Symbol:
+        return _make(">>", self, other)
+
     def __neg__(self) -> Symbol:
         return _make("neg", self)
 
@@ -95,9 +101,6 @@ class Symbol:
 
     def contiguous(self) -> Symbol:
         return self
-
-    def to(self, dtype: torch.dtype) -> Symbol:
-        return self if dtype == self.dtype else _make("convert", self, dtype=dtype)
 
     def view(self, dtype: torch.dtype) -> Symbol:
         return _make("bits", self, dtype=dtype)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arithmetic import Real, beyond, excess, gate_power, power, rarely, remainder
+from .arithmetic import Real, at_bound, beyond, gate_power, power, rarely, remainder
 from .egem import eps_slope as egem_eps_slope
 from .table import Family, add
 
@@ -23,17 +23,17 @@ def exact(x: Any, n: int, eps: Any) -> Any:
 
 
 def value(z: Tensor, n: int, r: Real, e: Real) -> Tensor:
-    c = 1.0 / (gate_power(-z * r, n) + e) * e
-    return torch.where(z < 0, -remainder(-z, beyond(-z, n, r), n, c), z)
+    return torch.where(z < 0, -remainder(-z, n, r, e), z)
 
 
 def slope(z: Tensor, n: int, r: Real, e: Real) -> Tensor:
     t = gate_power(-z * r, n)
-    inverse = 1.0 / (t + e)
-    c = inverse * e
     w = beyond(-z, n, r)
-    factor = rarely(w >= 1.0, c * power(excess(w), 2 * n), c)
-    return torch.where(z < 0, factor * (1.0 - inverse * t * (2 * n)), 1.0)
+    far = w >= 1.0
+    q = 1.0 / torch.where(far, w, t + e)
+    c = rarely(far, power(q, 2 * n) * at_bound(n, z.dtype), q) * e
+    s = torch.where(far, 1.0, q * t)
+    return torch.where(z < 0, c * (1.0 - s * (2 * n)), 1.0)
 
 
 def eps_slope(z: Tensor, n: int, r: Real, e: Real) -> Tensor:

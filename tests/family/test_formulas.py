@@ -188,7 +188,9 @@ def test_inverse_of_special_values(n, dtype, tensor_eps):
         (formulas.slope_at(EGEM, n, eps, y), [1.0, nan, 0.0, 0.0, 0.0, 1.0]),
         (formulas.inverse(EGEM, n, eps, y), [inf, nan, 0.0, 0.0, 0.0, *largest]),
     ):
-        torch.testing.assert_close(got.double(), torch.tensor(expected, dtype=torch.float64), equal_nan=True)
+        exact = torch.tensor(expected, dtype=torch.float64)
+        # From a half type the slope is wanted to a rounding of that, though it comes in float32.
+        torch.testing.assert_close(got.double(), exact, rtol=oracle.unit_roundoff(dtype), atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
