@@ -16,7 +16,6 @@ from .arithmetic import Real, bound, gate_power, positive, power, remainder, rou
 from .table import Family, add
 
 MAX_INVERTIBLE_N = 4  # the iteration of _preimage reaches the accuracy of each dtype up to here
-_START = (0.375, 0.2, 0.15, 0.1)  # for n = 1, 2 ...: how much of the smaller bound of _preimage to add to the larger
 
 
 def exact(x: Any, n: int, eps: Any) -> Any:
@@ -94,7 +93,7 @@ def _preimage(y: Tensor, n: int, r: Real, e: Real, digits: int) -> tuple[Tensor,
     u = w.clamp(min=_smallest(y.dtype))
     h = u * e
     rho = h.pow(1 / (2 * n + 1)) if y.dtype == torch.float64 else rough_root(h, 2 * n + 1)
-    v = torch.maximum(u, rho) + torch.minimum(u, rho) * _START[n - 1]
+    v = torch.maximum(u, rho) + torch.minimum(u, rho) * (0.4 / n)
     d = v
     for step in range(_num_steps(n, digits)):
         if step > 0:
@@ -109,7 +108,7 @@ def _preimage(y: Tensor, n: int, r: Real, e: Real, digits: int) -> tuple[Tensor,
 
 
 def _num_steps(n: int, digits: int) -> int:
-    """How many steps of `_preimage` leave less than half a rounding to `digits` in the slope.
+    """How many steps of `_preimage` leave less than a quarter of a rounding to `digits` in the slope.
 
     One leaves 1e-4 for n = 1, 5e-4 for n = 2 and 9e-4 for n = 3 and 4; two leave 1e-9.
     """

@@ -54,6 +54,8 @@ def assert_right(operation, family, n, eps, *inputs):
     dtype = inputs[0].dtype
     # The interpreter cuts float32 off to bfloat16 where hardware rounds.
     last = (2 if DEVICE == "cpu" else 1) * oracle.unit_roundoff(dtype) if dtype != torch.float32 else 0.0
+    if operation == "backward_at":  # what the iteration leaves, as in test_slope_from_every_half_precision_output
+        last *= 1.25
     if not isinstance(got, tuple):
         got, expected = (got,), (expected,)
     for y, exact, (bound, scale) in zip(got, expected, kinds, strict=True):
