@@ -34,7 +34,7 @@ from .printer import DTYPES, cpp_source
 # against some ten seconds of one core, once. Forward passes count less (`dispatch`): a few inferences never start it.
 WORTH_BUILDING = 2**26
 _PARALLEL = 2**15  # elements from which on several threads pay, as for the operations of torch
-_NUM_TENSORS = {"forward": 2, "backward": 3, "backward_at": 3, "glu": 3, "glu_backward": 5}
+NUM_TENSORS = {"forward": 2, "backward": 3, "backward_at": 3, "glu": 3, "glu_backward": 5}
 
 
 class Library:
@@ -119,7 +119,7 @@ class Library:
             return self._fail(f"{self.path} cannot be loaded: {error}; delete it to have it built again")
         with contextlib.suppress(OSError):  # none there, or a folder that can only be read
             self.path.with_suffix(".log").unlink()
-        operations = [name for name in _NUM_TENSORS if name != "backward_at" or self.family.slope_at is not None]
+        operations = [name for name in NUM_TENSORS if name != "backward_at" or self.family.slope_at is not None]
         self._functions = {(name, dtype): _function(library, name, dtype) for name in operations for dtype in DTYPES}
         return True
 
@@ -136,7 +136,7 @@ class Library:
 def _function(library: ctypes.CDLL, operation: str, dtype: torch.dtype) -> Callable[..., None]:
     function = getattr(library, f"{operation}_{str(dtype).removeprefix('torch.')}")
     numbers = [ctypes.c_int64, ctypes.c_int, ctypes.c_double, ctypes.c_double]
-    function.argtypes = [*numbers, *[ctypes.c_void_p] * _NUM_TENSORS[operation]]
+    function.argtypes = [*numbers, *[ctypes.c_void_p] * NUM_TENSORS[operation]]
     function.restype = None
     return cast("Callable[..., None]", function)
 

@@ -23,11 +23,11 @@ from .printer import triton_source
 from .triton_kernels import forward
 
 _BYTES_A_PROGRAM = 4096  # of each tensor: two loads of 16 bytes for each of 128 threads
-_NUM_WARPS = 4
-_ALIGNMENT = 16  # bytes, of pointers for which Triton compiles wide loads
+NUM_WARPS = 4
+ALIGNMENT = 16  # bytes, of pointers for which Triton compiles wide loads
 interpreted = not isinstance(forward, triton.runtime.jit.JITFunction)
 # Triton takes longer to find what it has compiled, by all arguments, than a small kernel runs.
-_compiled: dict[tuple[str, str, int, torch.dtype, torch.device], Any] = {}
+_compiled: dict[tuple[str, str, int, torch.dtype, torch.device], tuple[Any, tuple[int, ...], int]] = {}
 
 
 @functools.cache
@@ -41,27 +41,37 @@ def kernels(name: str, n: int) -> dict[str, Any]:
     return functions
 
 
+def constants(operation: str, dtype: torch.dtype) -> dict[str, int]:
+    """What a kernel is compiled for, besides types, in the order of its arguments."""
+    wanted = {"DIGITS": digits(dtype)} if operation == "backward_at" else {}
+    return {**wanted, "BLOCK": _BYTES_A_PROGRAM // dtype.itemsize}
+
+
 def launch(
     operation: str, family: Family, n: int, eps: float, outputs: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> None:
     """Runs one kernel; the tensors are dense, of one shape, layout, dtype and device."""
     x = inputs[0]
-    numel, dtype, device = x.numel(), x.dtype, x.device
-    block = _BYTES_A_PROGRAM // dtype.itemsize
+    numel, device = x.numel(), x.device
+    key = operation, family.kernels, n, x.dtype, device
+    compiled, compiled_for, block = _compiled.get(key) or _uncompiled(*key[:4])
+    pointers = [tensor.data_ptr() for tensor in (*outputs, *inputs)]
+    aligned = not any(pointer % ALIGNMENT for pointer in pointers)
     grid = (-(-numel // block),)
-    constants = (block,) if operation != "backward_at" else (digits(dtype), block)
-    r, e = cached_scale(eps, n)
+    numbers = (numel, *cached_scale(eps, n), *compiled_for)
     with _on(device):
-        key = operation, family.kernels, n, dtype, device
-        pointers = [tensor.data_ptr() for tensor in (*outputs, *inputs)]
-        aligned = not any(pointer % _ALIGNMENT for pointer in pointers)
-        if aligned and key in _compiled:
-            _compiled[key][grid](*pointers, numel, r, e, *constants)
+        if compiled is not None and aligned:
+            compiled[grid](*pointers, *numbers)
             return
         kernel = kernels(family.kernels, n)[operation]
-        compiled = kernel[grid](*outputs, *inputs, numel, r, e, *constants, num_warps=_NUM_WARPS)
-        if aligned and not interpreted:
-            _compiled[key] = compiled
+        compiled = kernel[grid](*outputs, *inputs, *numbers, num_warps=NUM_WARPS)
+    if aligned and not interpreted:
+        _compiled[key] = compiled, compiled_for, block
+
+
+def _uncompiled(operation: str, name: str, n: int, dtype: torch.dtype) -> tuple[None, tuple[int, ...], int]:
+    found = constants(operation, dtype)
+    return None, tuple(found.values()), found["BLOCK"]
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
