@@ -46,6 +46,7 @@ needs_compiler = pytest.mark.skipif(
 
 def write_corpus(path: Path, lines: int = 300) -> Path:
     """A text of made-up sentences, always the same."""
+    pytest.importorskip("datasets", reason="files of text are read by it")
     draw = random.Random(0)
     words = "the gate of a smooth unit opens slowly then stays open while its output grows with the input"
     path.write_text("".join(" ".join(draw.choices(words.split(), k=12)) + ".\n" for _ in range(lines)))

@@ -16,6 +16,15 @@ from .stats import Comparison, t_interval
 from .study import Study
 
 
+def of_study(study: Study, comparisons: Sequence[Comparison], baseline: str) -> dict[str, bytes]:
+    """All pictures of a report, by the names of their files."""
+    pictures = {"forest.png": differences(study.plan, comparisons, baseline), "curves.png": curves(study)}
+    pictures |= {f"{key}.png": png for key in ("n", "eps") if (png := ablation(study, key)) is not None}
+    if study.plan.tunes:
+        pictures["tuning.png"] = sensitivity(study)
+    return pictures
+
+
 def forest(rows: Mapping[str, tuple[float, tuple[float, float], Sequence[float]]], band: float, label: str) -> bytes:
     """A picture of intervals, one beneath the other.
 

@@ -1,13 +1,40 @@
-"""What a study will do and cost, before it runs."""
+"""What a study will do, find and cost, before it runs."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from .plan import Plan
-from .report import detectable
+from .stats import Comparison, minimum_detectable_effect
 from .study import PLAN, Study, freeze
 from .words import render
+
+
+@dataclass(frozen=True)
+class Detectable:
+    """What differences a study can find.
+
+    Attributes:
+        effect: In standard deviations of the differences of a pair; None where there is no such difference.
+        seen: For each arm, the same in the unit of the metric, by the spread that was seen.
+    """
+
+    effect: float | None
+    seen: list[float]
+
+
+def detectable(plan: Plan, comparisons: Sequence[Comparison] = ()) -> Detectable:
+    """What differences the planned seeds can find."""
+    effect = minimum_detectable_effect(len(plan.final_seeds), len(plan.arms) - 1)
+    if len(plan.final_seeds) < plan.min_seeds or math.isinf(effect):
+        return Detectable(None, [])
+    spreads = [np.subtract(c.values, c.baseline).std(ddof=1) for c in comparisons if len(c.seeds) > 1]
+    return Detectable(effect, [float(effect * spread) for spread in spreads])
 
 
 def preview(plan: Plan) -> str:

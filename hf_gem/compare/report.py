@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..files import to_json, write_atomically
-from .figures import ablation, curves, differences, sensitivity
-from .pages import write_pages
-from .plan import Plan, Run
-from .stats import Comparison, expected_best_of, minimum_detectable_effect
+from ..training.errors import needed_for
+from .plan import Run
+from .preview import detectable
+from .stats import Comparison, expected_best_of
 from .study import Study
 from .words import cell, mean, number, render, signed, span, spread
 
@@ -31,14 +29,17 @@ def write_report(study: Study, baseline: str | None = None) -> Path:
 
     Raises:
         PlanError: the baseline is no arm.
+        ConfigError: a package that reports need is not installed.
     """
     plan, folder = study.plan, study.folder
+    with needed_for(f"the runs are kept in {folder}, and their report"):
+        from . import figures, pages
     if baseline is not None and baseline != plan.baseline:
         plan.require_arm(baseline)
         folder = folder / f"against-{baseline}"
         folder.mkdir(exist_ok=True)
     comparisons = study.comparisons(baseline)
-    pictures = _pictures(study, comparisons, baseline or plan.baseline)
+    pictures = figures.of_study(study, comparisons, baseline or plan.baseline)
     text = render(
         "report.md.j2",
         study=study,
@@ -59,37 +60,7 @@ def write_report(study: Study, baseline: str | None = None) -> Path:
     )
     results = {"plan_hash": plan.hash, "choices": study.choices(), "comparisons": [asdict(c) for c in comparisons]}
     write_atomically(folder / "results.json", to_json(results, indent=2) + "\n")
-    return write_pages(folder, "report", text, pictures)
-
-
-@dataclass(frozen=True)
-class Detectable:
-    """What differences a study can find.
-
-    Attributes:
-        effect: In standard deviations of the differences of a pair; None where there is no such difference.
-        seen: For each arm, the same in the unit of the metric, by the spread that was seen.
-    """
-
-    effect: float | None
-    seen: list[float]
-
-
-def detectable(plan: Plan, comparisons: Sequence[Comparison] = ()) -> Detectable:
-    """What differences the planned seeds can find."""
-    effect = minimum_detectable_effect(len(plan.final_seeds), len(plan.arms) - 1)
-    if len(plan.final_seeds) < plan.min_seeds or math.isinf(effect):
-        return Detectable(None, [])
-    spreads = [np.subtract(c.values, c.baseline).std(ddof=1) for c in comparisons if len(c.seeds) > 1]
-    return Detectable(effect, [float(effect * spread) for spread in spreads])
-
-
-def _pictures(study: Study, comparisons: Sequence[Comparison], baseline: str) -> dict[str, bytes]:
-    pictures = {"forest.png": differences(study.plan, comparisons, baseline), "curves.png": curves(study)}
-    pictures |= {f"{key}.png": png for key in ("n", "eps") if (png := ablation(study, key)) is not None}
-    if study.plan.tunes:
-        pictures["tuning.png"] = sensitivity(study)
-    return pictures
+    return pages.write_pages(folder, "report", text, pictures)
 
 
 def _verdicts(comparisons: Iterable[Comparison]) -> list[list[str]]:

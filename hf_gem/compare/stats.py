@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
+
+from ..training.errors import needed_for
 
 ALPHA = 0.05
 POWER = 0.8
@@ -73,6 +74,14 @@ class Comparison:
     p_equivalence: float = math.nan
     welch_interval: tuple[float, float] = (math.nan, math.nan)
     welch_p: float = math.nan
+
+
+@functools.cache
+def _scipy() -> Any:
+    """`scipy.stats`, which is needed when a study is judged, and not when its runs are made."""
+    with needed_for("judging a study"):
+        from scipy import stats
+    return stats
 
 
 def compare(
@@ -152,7 +161,7 @@ def _gains(pairs: np.ndarray) -> np.ndarray:
 def _numbers(values: np.ndarray, base: np.ndarray, sign: int, smallest_effect: float) -> dict[str, Any]:
     """Those of a `Comparison` that are made from finished pairs."""
     differences = values - base
-    welch = stats.ttest_ind(values, base, equal_var=False)
+    welch = _scipy().ttest_ind(values, base, equal_var=False)
     welch_interval = welch.confidence_interval(1 - ALPHA)
     varies = values.std() > 0 and base.std() > 0
     return {
@@ -207,7 +216,7 @@ def sign_flip_p(differences: np.ndarray) -> float:
     if not np.any(differences):
         return 1.0
     if len(differences) > 16:
-        found = stats.permutation_test(
+        found = _scipy().permutation_test(
             (differences,),
             lambda x, axis: np.mean(x, axis=axis),
             permutation_type="samples",
@@ -248,21 +257,25 @@ def bca_interval(differences: np.ndarray, resamples: int = _RESAMPLES) -> tuple[
         return float(differences[0]), float(differences[0])
     if n < 3:
         return math.nan, math.nan  # leaving one out leaves nothing to estimate the acceleration from
-    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf(1 - ALPHA / 2, n - 1))
-    found = stats.bootstrap(
-        (differences,),
-        np.mean,
-        n_resamples=resamples,
-        confidence_level=1 - 2 * tail,
-        method="BCa",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
+    tail = _scipy().norm.cdf(-math.sqrt(n / (n - 1)) * _scipy().t.ppf(1 - ALPHA / 2, n - 1))
+    found = (
+        _scipy()
+        .bootstrap(
+            (differences,),
+            np.mean,
+            n_resamples=resamples,
+            confidence_level=1 - 2 * tail,
+            method="BCa",
+            rng=np.random.default_rng(0),
+        )
+        .confidence_interval
+    )
     return float(found.low), float(found.high)
 
 
 def t_interval(differences: np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean by Student's t."""
-    low, high = stats.ttest_1samp(differences, 0).confidence_interval(1 - ALPHA)
+    low, high = _scipy().ttest_1samp(differences, 0).confidence_interval(1 - ALPHA)
     return float(low), float(high)
 
 
@@ -270,8 +283,8 @@ def equivalence_p(differences: np.ndarray, smallest_effect: float) -> float:
     """The larger p of two one-sided t tests: that the mean is not above -smallest_effect, and not below it."""
     if differences.std() == 0:
         return 0.0 if abs(differences[0]) < smallest_effect else 1.0
-    above = stats.ttest_1samp(differences, -smallest_effect, alternative="greater").pvalue
-    below = stats.ttest_1samp(differences, smallest_effect, alternative="less").pvalue
+    above = _scipy().ttest_1samp(differences, -smallest_effect, alternative="greater").pvalue
+    below = _scipy().ttest_1samp(differences, smallest_effect, alternative="less").pvalue
     return float(max(above, below))
 
 
@@ -296,7 +309,7 @@ def further_seeds(differences: np.ndarray, smallest_effect: float, min_seeds: in
         if power(n, mean / spread, alpha) >= POWER:
             return True
         scale = math.sqrt(n) / spread
-        one_sided = stats.t.ppf(1 - ALPHA, n - 1)
+        one_sided = _scipy().t.ppf(1 - ALPHA, n - 1)
         misses = (
             _noncentral_t_cdf(one_sided, n - 1, shift * scale)
             for shift in (smallest_effect - mean, smallest_effect + mean)
@@ -315,8 +328,8 @@ def further_seeds(differences: np.ndarray, smallest_effect: float, min_seeds: in
 def _noncentral_t_cdf(x: float, degrees: int, shift: float) -> float:
     """By scipy, and normal where that is good to three digits and scipy's series does not converge."""
     if degrees > 200 or shift > 30:
-        return float(stats.norm.cdf(x - shift))
-    return float(stats.nct.cdf(x, degrees, shift))
+        return float(_scipy().norm.cdf(x - shift))
+    return float(_scipy().nct.cdf(x, degrees, shift))
 
 
 @functools.lru_cache
@@ -340,7 +353,7 @@ def power(seeds: int, effect: float, alpha: float) -> float:
     if 2 / 2**seeds > alpha:
         return 0.0
     if seeds > 12:
-        quantile = stats.t.ppf(1 - alpha / 2, seeds - 1)
+        quantile = _scipy().t.ppf(1 - alpha / 2, seeds - 1)
         return 1 - _noncentral_t_cdf(quantile, seeds - 1, effect * math.sqrt(seeds))
     drawn, sums = _drawn(seeds)
     seen = np.abs(drawn.sum(1) + seeds * effect)[:, None]
@@ -385,9 +398,9 @@ def interquartile_mean(tasks: Sequence[np.ndarray], resamples: int = _RESAMPLES)
         n, mean = len(task), np.mean(task)
         parts.append(mean + math.sqrt(n / (n - 1)) * (draw.choice(task, (resamples, n)) - mean))
     degrees = sum(len(task) - 1 for task in tasks)
-    tail = stats.norm.cdf(-stats.t.ppf(1 - ALPHA / 2, degrees))
-    low, high = np.quantile(stats.trim_mean(np.concatenate(parts, axis=1), 0.25, axis=1), [tail, 1 - tail])
-    return float(stats.trim_mean(np.concatenate(tasks), 0.25)), float(low), float(high)
+    tail = _scipy().norm.cdf(-_scipy().t.ppf(1 - ALPHA / 2, degrees))
+    low, high = np.quantile(_scipy().trim_mean(np.concatenate(parts, axis=1), 0.25, axis=1), [tail, 1 - tail])
+    return float(_scipy().trim_mean(np.concatenate(tasks), 0.25)), float(low), float(high)
 
 
 def expected_best_of(values: Sequence[float], tries: int, higher_is_better: bool) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class TrainingError(Exception):
     """What went wrong, and what to do about it, in one line. Whatever was saved before stays good."""
@@ -14,6 +17,22 @@ class TrainingError(Exception):
 
 class ConfigError(TrainingError, ValueError):
     """Values that do not fit together, or that this machine cannot do."""
+
+
+@contextlib.contextmanager
+def needed_for(purpose: str) -> Iterator[None]:
+    """Says of imports in a `with` block what they are for, where a package is missing that not every run needs.
+
+    Raises:
+        ConfigError: one is.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{purpose} needs the package {error.name}, which is not installed. "
+            'pip install -e ".[train]" in the clone of hf_gem brings it'
+        ) from error
 
 
 class DataError(TrainingError, ValueError):

@@ -1,17 +1,16 @@
-"""Evaluation, and its metrics as subclasses of `evaluate.Metric` whose code is here, so that nothing is fetched."""
+"""Evaluation, and its metrics; `metrics.py` has them as subclasses of `evaluate.Metric`."""
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import evaluate as hf_evaluate
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from datasets import Features, Value
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -24,40 +23,24 @@ from .task import Task
 _AGREE_EVERY = 10  # rounds, for agreeing waits for the device
 
 
-class Perplexity(hf_evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
-    """exp of the mean loss of a token: `add_batch(predictions=..., references=...)`, then `compute()["perplexity"]`.
+def perplexity(losses: Sequence[float], targets: Sequence[int]) -> float:
+    """exp of the mean loss of a token.
 
-    Predictions are losses in nats, each summed over some tokens; references are the numbers of these tokens.
+    Args:
+        losses: In nats, each summed over some tokens.
+        targets: The numbers of these tokens.
     """
-
-    def _info(self) -> hf_evaluate.MetricInfo:
-        return _info(self, Value("float64"), Value("int64"))
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        mean = math.fsum(predictions) / sum(references)
-        return {"perplexity": math.exp(mean) if mean < 700 else math.inf}
+    mean = math.fsum(losses) / sum(targets)
+    return math.exp(mean) if mean < 700 else math.inf
 
 
-class Accuracy(hf_evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
+def accuracy(predictions: Sequence[int], references: Sequence[int]) -> float:
     """Share of predictions that equal their references; references equal to `IGNORE` are left out."""
-
-    def _info(self) -> hf_evaluate.MetricInfo:
-        return _info(self, Value("int64"), Value("int64"))
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        predictions, references = np.asarray(predictions), np.asarray(references)
-        counted = references != IGNORE
-        return {"accuracy": float((predictions == references)[counted].mean())}
+    counted = np.asarray(references) != IGNORE
+    return float((np.asarray(predictions) == np.asarray(references))[counted].mean())
 
 
-def _info(metric: hf_evaluate.Metric, predictions: Value, references: Value) -> hf_evaluate.MetricInfo:
-    features = Features({"predictions": predictions, "references": references})
-    return hf_evaluate.MetricInfo(
-        description=type(metric).__doc__ or "", citation="", inputs_description="", features=features
-    )
-
-
-METRICS: dict[str, type[hf_evaluate.Metric]] = {"perplexity": Perplexity, "accuracy": Accuracy}
+METRICS: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {"perplexity": perplexity, "accuracy": accuracy}
 
 
 @torch.no_grad()
@@ -99,7 +82,6 @@ def evaluate(objective: nn.Module, task: Task, batch_size: int, accelerator: Acc
                 rows["predictions"].extend(output.predictions.unbind())
                 rows["references"].extend(batch["labels"].unbind())
     mine = {key: torch.stack(values).tolist() if values else [] for key, values in rows.items()}
-    # Gathered here rather than through files, as evaluate would: machines need not share a folder for it.
     gathered = gather_object([mine]) if world > 1 else [mine]
     if not accelerator.is_main_process:
         return {}
@@ -119,8 +101,6 @@ def _read(task: Task, indices: np.ndarray) -> dict[str, torch.Tensor]:
 
 
 def _values(rows: dict[str, list[Any]], name: str) -> dict[str, float]:
-    metric = METRICS[name](keep_in_memory=True)
-    metric.add_batch(
-        predictions=rows["predictions"] or rows["losses"], references=rows["references"] or rows["targets"]
-    )
-    return {"loss": math.fsum(rows["losses"]) / sum(rows["targets"]), **metric.compute()}
+    predictions, references = rows["predictions"] or rows["losses"], rows["references"] or rows["targets"]
+    loss = math.fsum(rows["losses"]) / sum(rows["targets"])
+    return {"loss": loss, name: METRICS[name](predictions, references)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ def save_results(model: Any, processor: Any, record: dict[str, Any], **card: Any
         else:
             model.save_pretrained(folder)
         save_pretrained(processor, folder)
-        plot_loss(record, folder / "loss_curve.png", card["loss_unit"])
-        write_card(record, folder / "README.md", **card)
+        picture = plot_loss(record, folder / "loss_curve.png", card["loss_unit"])
+        write_card(record, folder / "README.md", picture=picture, **card)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the trained model cannot be written to {folder}: {error}. Its last checkpoint is complete; make room and "
@@ -89,17 +90,28 @@ def import_of(model: Any) -> str:
 def print_summary(record: dict[str, Any]) -> None:
     """The last lines of a recipe: how the loss fell, and where everything is."""
     result, folder = record["result"], Path(record["config"]["output_dir"])
+    picture = folder / "loss_curve.png"
     if "validation_accuracy" in result:
         print(f"Validation accuracy {result['validation_accuracy']:.2%}")
     print(
         f"Validation loss {result['initial_validation_loss']:.4f} -> {result['validation_loss']:.4f} "
         f"({result['initial_validation_loss'] - result['validation_loss']:.2f} nats lower)\n"
-        f"Checkpoint: {folder}\nPlot:       {folder / 'loss_curve.png'}\nModel card: {folder / 'README.md'}"
+        f"Checkpoint: {folder}"
     )
+    if picture.exists():
+        print(f"Plot:       {picture}")
+    print(f"Model card: {folder / 'README.md'}")
 
 
-def plot_loss(record: dict[str, Any], path: Path, unit: str) -> None:
-    """Draws training and validation loss over steps as a PNG, and validation accuracy where there is one."""
+def plot_loss(record: dict[str, Any], path: Path, unit: str) -> bool:
+    """Draws training and validation loss over steps as a PNG, and validation accuracy where there is one.
+
+    Returns:
+        Whether it did; without matplotlib it says that there is no picture.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"no {path.name}, since matplotlib is not installed; the losses are in record.json")
+        return False
     import matplotlib
 
     matplotlib.use("Agg")
@@ -124,14 +136,16 @@ def plot_loss(record: dict[str, Any], path: Path, unit: str) -> None:
     axes.legend(loc="center right")  # where neither a loss that has fallen nor an accuracy that has risen is
     figure.savefig(path)
     plt.close(figure)
+    return True
 
 
-def write_card(record: dict[str, Any], path: Path, **more: Any) -> None:
+def write_card(record: dict[str, Any], path: Path, picture: bool = True, **more: Any) -> None:
     """Fills the template of model cards from a record.
 
     Args:
         record: Of a finished run.
         path: The card to write.
+        picture: Whether `loss_curve.png` is beside it.
         more: Further values for the template; among them `auto_class`, `imported`, the module of hf_gem that loading
             needs, and `ours`, where `hidden_act` does not say whether the model has activations of the family.
     """
@@ -142,6 +156,7 @@ def write_card(record: dict[str, Any], path: Path, **more: Any) -> None:
     card = ModelCard.from_template(
         _card_data(record, ours, more),
         template_path=str(_TEMPLATE),
+        picture=picture,
         record=record,
         config=config,
         result=record["result"],

@@ -41,7 +41,7 @@ class Task:
         units_per_sample: How much of what throughput counts is in a sample: tokens, or 1 image.
         unit: What that is called.
         flops_per_unit: Training FLOPs for one, for the share of peak reported as MFU.
-        metric: Of `evaluation.METRICS`, computed beside the loss.
+        metric: Of `evaluate.METRICS`, computed beside the loss.
         facts: What else the record says, as JSON.
         lr_ratios: Parts of the model whose learning rate is a multiple of the others'.
         identity: What has to be equal, besides config and data, for a checkpoint to be continued; as JSON.

@@ -2,6 +2,10 @@
 
 import math
 
+import pytest
+
+pytest.importorskip("matplotlib", reason="figures are drawn by it")
+
 from hf_gem.compare.figures import _lines, forest
 
 ROWS = {"one": (0.5, (0.1, 0.9), [0.2, 0.8]), "none": (math.nan, (math.nan, math.nan), [])}

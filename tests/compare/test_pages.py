@@ -2,6 +2,10 @@
 
 import base64
 
+import pytest
+
+pytest.importorskip("markdown_it", reason="pages are made by it")
+
 from hf_gem.compare.pages import to_html, write_pages
 
 TEXT = """# A <title>

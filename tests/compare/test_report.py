@@ -9,6 +9,9 @@ from hf_gem.compare.report import write_report
 from hf_gem.compare.study import StudyError
 from tests.compare.toy import TWO_ARMS, run
 
+for package in ("scipy", "matplotlib", "markdown_it"):
+    pytest.importorskip(package, reason="reports need it")
+
 
 def test_runs_that_the_tuning_does_not_choose_are_told(study):
     toy = study(**TWO_ARMS, final_seeds=[0, 1])

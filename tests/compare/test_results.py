@@ -11,6 +11,9 @@ from hf_gem.compare.report import write_report
 from hf_gem.compare.study import Study
 from tests.helpers import ROOT
 
+for package in ("scipy", "matplotlib", "markdown_it"):
+    pytest.importorskip(package, reason="reports need it")
+
 STUDIES = sorted(path.parent for path in (ROOT / "results").glob("*/plan.json"))
 TEXT = (ROOT / "results" / "README.md").read_text()
 QUOTED = re.findall(r"([+-][\d.]+)(?: points of accuracy| points)? \(([+-][\d.]+) to ([+-][\d.]+)", TEXT)

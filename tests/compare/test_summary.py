@@ -7,8 +7,12 @@ import pytest
 
 from hf_gem import cli
 from hf_gem.compare.plan import PlanError
-from hf_gem.compare.summary import summarise, write_summary
 from tests.compare.toy import run
+
+for package in ("scipy", "matplotlib", "markdown_it"):
+    pytest.importorskip(package, reason="summaries need it")
+
+from hf_gem.compare.summary import summarise, write_summary  # noqa: E402
 
 FEW = {"learning_rates": [0.01], "tuning_seeds": [], "final_seeds": [0, 1, 2, 3]}
 

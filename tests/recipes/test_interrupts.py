@@ -6,7 +6,6 @@ import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import datasets
 import pytest
 import torch
 from accelerate import Accelerator
@@ -107,7 +106,7 @@ def test_text_that_is_being_prepared(corpus, tmp_path, monkeypatch, interrupted,
     with monkeypatch.context() as context:
         context.setattr(data_text, "_batches", lambda texts: ([text] for text in texts))
         if where == "download":
-            context.setattr(datasets, "load_dataset", blocking)
+            context.setattr("datasets.load_dataset", blocking)
         elif where == "lock":
             context.setattr(source, "FileLock", Held)
         else:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +19,7 @@ from .normalisation import Normalisation
 from .source import SourceConfig, load_splits
 
 DIGITS = "digits"
+_DIGITS_FILE = Path(__file__).parent / "digits.npz"  # those of scikit-learn, as bytes
 
 
 @dataclass
@@ -32,7 +35,8 @@ class VisionConfig(SourceConfig):
 
     dataset: str = option(
         DIGITS,
-        "Hub dataset id, local folder (images in a folder for each class, or parquet), or digits: scikit-learn's.",
+        "Hub dataset id, local folder (images in a folder for each class, or parquet), file NAME.npz with the arrays "
+        "x_train, y_train and so on, or digits: the handwritten digits of scikit-learn.",
     )
     image_column: str | None = option(None, "Column that holds the images; by default the first one of images.")
     label_column: str | None = option(None, "Column that holds the classes; by default the first one of classes.")
@@ -156,21 +160,48 @@ def read_splits(config: VisionConfig) -> ImageSplits:
     """The images of a dataset, not decoded yet.
 
     Raises:
+        ConfigError: a package is needed for it that is not installed.
         DataError: it cannot be read, or has no such columns.
     """
-    return _digits(config) if config.dataset == DIGITS else _read(config)
+    if config.dataset == DIGITS:
+        return _read_arrays(config, _DIGITS_FILE)
+    return _read_arrays(config, Path(config.dataset)) if config.dataset.endswith(".npz") else _read(config)
 
 
-def _digits(config: VisionConfig) -> ImageSplits:
-    from sklearn.datasets import load_digits
+def _read_arrays(config: VisionConfig, path: Path) -> ImageSplits:
+    """Images as arrays: uint8 `x_train` of shape (images, height, width) or with channels last, classes `y_train`."""
+    try:
+        with np.load(path) as file:
+            found = {name.removeprefix("x_"): (file[name], file[f"y_{name[2:]}"]) for name in file if name[:2] == "x_"}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read: {error}. It needs the arrays x_train, y_train and so on") from error
+    if config.train_split not in found:
+        raise DataError(
+            f"{path} has no x_{config.train_split}; --train_split can be {' or '.join(found) or 'none there is'}"
+        )
+    images, labels = _checked(path, *found[config.train_split])
+    classes = np.unique(labels)
+    if config.validation_split in found:
+        validation, held_out = _checked(path, *found[config.validation_split]), "split"
+    else:
+        chosen = hold_out(len(images), config.validation_fraction)
+        validation, held_out = (images[chosen], labels[chosen]), "random"
+        images, labels = images[~chosen], labels[~chosen]
+    if not np.isin(validation[1], classes).all():
+        raise DataError(f"{path} has validation images of classes that are not in x_{config.train_split}")
+    parts = [Rows(x.__getitem__, np.searchsorted(classes, y)) for x, y in ((images, labels), validation)]
+    return ImageSplits(parts[0], parts[1], [str(name) for name in classes], held_out, False)
 
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    chosen = hold_out(len(images), config.validation_fraction)
-    train, validation = (
-        Rows(images[part].__getitem__, digits.target[part].astype(np.int64)) for part in (~chosen, chosen)
-    )
-    return ImageSplits(train, validation, [str(name) for name in digits.target_names], "random", False)
+
+def _checked(path: Path, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays of a file, grey images without a dimension for channels, and classes in one dimension."""
+    colours = images.ndim == 4 and images.shape[-1] in (1, 3)
+    if images.dtype != np.uint8 or not (images.ndim == 3 or colours) or len(images) != labels.size:
+        raise DataError(
+            f"{path} has {images.dtype} images of shape {images.shape} and {labels.size} classes. Images are uint8, of "
+            "shape (images, height, width), or with 1 or 3 channels behind, and each has a class"
+        )
+    return images[..., 0] if images.shape[3:] == (1,) else images, labels.reshape(-1)
 
 
 def hold_out(count: int, fraction: float) -> np.ndarray:
@@ -181,9 +212,9 @@ def hold_out(count: int, fraction: float) -> np.ndarray:
 
 
 def _read(config: VisionConfig) -> ImageSplits:
+    loaded = load_splits(config)
     import datasets
 
-    loaded = load_splits(config)
     train = loaded[config.train_split]
     image = config.image_column or _first_column(config, train, "image", datasets.Image)
     label = config.label_column or _first_column(config, train, "label", datasets.ClassLabel)

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from ...files import cache_folder, flush
 from ..config import option, require
-from ..errors import DataError, Interrupted
+from ..errors import DataError, Interrupted, needed_for
 from ..signals import check, wait_for
 
 T = TypeVar("T")
@@ -68,9 +68,11 @@ def load_splits(config: SourceConfig, streaming: bool = False) -> dict[str, Any]
     """The splits of a dataset that is not the built-in one, by name.
 
     Raises:
+        ConfigError: the package datasets is not installed.
         DataError: it cannot be read, or has no such split to train on.
     """
-    from datasets import load_dataset
+    with needed_for(f"reading --dataset {config.dataset!r}"):
+        from datasets import load_dataset
 
     path = Path(config.dataset)
     try:
@@ -164,6 +166,8 @@ def source_state(config: SourceConfig) -> list[Any]:
 def cached(config: SourceConfig, kind: str, key: Any, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, Any]:
     """The folder of prepared data, built at the first time. Processes that ask at once wait for the first.
 
+    Where the dataset is itself a folder that was built here, perhaps on another machine, it is taken as it is.
+
     Args:
         config: Names the cache.
         kind: Of data; a folder of the cache.
@@ -174,8 +178,13 @@ def cached(config: SourceConfig, kind: str, key: Any, build: Callable[[Path], di
         The folder and what `build` returned.
 
     Raises:
-        DataError: the cache cannot be written.
+        DataError: the cache cannot be written, or the folder that is the dataset is not complete.
     """
+    if is_prepared(config):
+        given = Path(config.dataset)
+        if not _is_whole(given):
+            raise DataError(f"of the prepared data in {given} files are missing or cut short; copy the folder again")
+        return given, _meta(given)["content"]
     root = Path(config.cache_dir or cache_folder()) / kind
     folder = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     try:
@@ -183,7 +192,7 @@ def cached(config: SourceConfig, kind: str, key: Any, build: Callable[[Path], di
         with _locked(Path(f"{folder}.lock")):
             if not _is_whole(folder):
                 _build(folder, build)
-            return folder, json.loads((folder / _META).read_text())["content"]
+            return folder, _meta(folder)["content"]
     except OSError as error:
         raise DataError(f"what is made of {config.dataset!r} cannot be cached in {root}: {error}") from error
 
@@ -205,11 +214,24 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_prepared(config: SourceConfig) -> bool:
+    """Whether the dataset is a folder that `cached` has built."""
+    return _meta(Path(config.dataset)).keys() == {"content", "bytes"}
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    """What `_build` wrote of a folder; nothing, where it is of another origin."""
+    try:
+        return dict(json.loads((folder / _META).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def _is_whole(folder: Path) -> bool:
     try:
-        sizes = json.loads((folder / _META).read_text())["bytes"]
+        sizes = _meta(folder)["bytes"]
         return bool({name: (folder / name).stat().st_size for name in sizes} == sizes)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, KeyError, TypeError):
         return False
 
 

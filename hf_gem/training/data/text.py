@@ -24,7 +24,7 @@ from ...files import save_pretrained
 from ..config import at_least, option, require
 from ..errors import DataError
 from ..loss import IGNORE
-from .source import SourceConfig, cached, checked, file_state, fingerprint, load_splits, source_state
+from .source import SourceConfig, cached, checked, file_state, fingerprint, is_prepared, load_splits, source_state
 
 STDLIB = "stdlib"
 END_OF_TEXT = "<|endoftext|>"
@@ -48,7 +48,8 @@ class TextConfig(SourceConfig):
 
     dataset: str = option(
         STDLIB,
-        "Hub dataset id, local folder or file (parquet, jsonl, txt), or stdlib: the source of Python's own library.",
+        "Hub dataset id, local folder or file (parquet, jsonl, txt), stdlib: the source of Python's own library, or a "
+        "folder text/... of a cache, whose tokens and tokenizer are taken as they are.",
     )
     text_column: str = option("text", "Column that holds the text.")
     streaming: bool = option(
@@ -132,12 +133,13 @@ def prepare_text(config: TextConfig, min_validation_tokens: int = 2) -> TextData
     """
     folder, meta = cached(config, "text", _key(config), lambda folder: _build(config, folder))
     tokenizer = _load_tokenizer(str(folder))
+    held_out = "split" if is_prepared(config) else meta["held_out"]
 
     def blocks(split: str, partial: bool, least: int) -> TokenBlocks:
         size = meta["num_tokens"][split]
         if size < least:
             fix = "give more text or a smaller --block_size"
-            if split == "validation" and meta["held_out"] != "split":
+            if split == "validation" and held_out != "split":
                 fix = f"raise --validation_fraction, now {config.validation_fraction}"
             raise DataError(
                 f"the {split} text of {config.dataset!r} has {size} tokens, less than one block of "
@@ -146,7 +148,7 @@ def prepare_text(config: TextConfig, min_validation_tokens: int = 2) -> TextData
         array = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
         return TokenBlocks(array, config.block_size, partial)
 
-    facts = {"on_hub": config.on_hub, **{key: meta[key] for key in ("hash", "num_tokens", "held_out")}}
+    facts = {"on_hub": config.on_hub, "held_out": held_out, **{key: meta[key] for key in ("hash", "num_tokens")}}
     train = blocks("train", False, config.block_size + 1)
     validation = blocks("validation", True, min_validation_tokens)
     return TextData(train, validation, tokenizer, meta["vocab_size"], facts)

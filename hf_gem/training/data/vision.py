@@ -1,4 +1,4 @@
-"""Images: from a dataset, a folder or scikit-learn's digits to batches that are augmented and normalised.
+"""Images: from a dataset, a folder or an array to batches that are augmented and normalised.
 
 What is random about a sample is a function of the seed and the number of its draw, so it is the same on any number of
 processes and after a restart.
@@ -34,6 +34,7 @@ def prepare_images(
             where these are resident, and by those of ImageNet otherwise.
 
     Raises:
+        ConfigError: a package is needed to read the dataset that is not installed.
         DataError: the dataset cannot be read, has no such columns, or cannot be kept as asked for; or the cache cannot
             be written.
     """

@@ -1,6 +1,5 @@
 """What images there are, of which class, and what cannot be read."""
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -9,6 +8,8 @@ from PIL import Image
 from hf_gem.training.data.images import VisionConfig
 from hf_gem.training.errors import DataError
 from tests.training.data.pictures import prepare, write_folder
+
+datasets = pytest.importorskip("datasets", reason="files are read by it")
 
 
 def test_an_image_folder_with_splits(tmp_path):

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from hf_gem.training.data import resident as data_resident
+from hf_gem.training.data.images import VisionConfig, hold_out, read_splits
 from hf_gem.training.data.resident import ResidentImages
 from tests.training.data.pictures import NEUTRAL, prepare, write_folder
 
@@ -21,6 +22,17 @@ def test_digits(tmp_path):
     assert batch["pixel_values"].var(correction=0) == pytest.approx(1, abs=1e-4)
     assert data.facts["num_images"] == {"train": 1438, "validation": 359}
     assert prepare(tmp_path, validation_fraction=0.2).facts == data.facts
+
+
+def test_digits_are_those_of_scikit_learn(tmp_path):
+    theirs = pytest.importorskip("sklearn.datasets", reason="it has them too").load_digits()
+    splits = read_splits(VisionConfig(validation_fraction=0.2))
+    chosen = hold_out(1797, 0.2)
+    for rows, part in ((splits.train, ~chosen), (splits.validation, chosen)):
+        assert np.array_equal(rows.labels, theirs.target[part])
+        pixels = np.stack([np.asarray(rows.image(index)) for index in range(len(rows))])
+        assert np.array_equal(pixels, np.round(theirs.images[part] * 255 / 16))
+    assert splits.classes == [str(name) for name in theirs.target_names]
 
 
 def test_grey_images_among_others(tmp_path):

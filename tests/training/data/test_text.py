@@ -2,11 +2,10 @@
 
 import json
 import os
+import shutil
 import threading
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -39,7 +38,8 @@ def write_documents(folder, kind, split="train", documents=DOCUMENTS):
     folder.mkdir(exist_ok=True)
     path = folder / f"{split}.{kind}"
     if kind == "parquet":
-        pa.parquet.write_table(pa.table({"text": documents}), path)
+        datasets = pytest.importorskip("datasets", reason="parquet is written by it")
+        datasets.Dataset.from_dict({"text": documents}).to_parquet(path)
     elif kind == "jsonl":
         path.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     else:
@@ -105,6 +105,23 @@ def test_a_second_start_does_not_tokenise(prepare, tmp_path, monkeypatch):
     assert isinstance(second.train.tokens, np.memmap)
     assert second.facts["hash"] == first.facts["hash"]
     assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+
+
+def test_a_folder_of_the_cache_is_a_dataset(prepare, tmp_path, monkeypatch):
+    """As on another machine: the text, its tokenizer and the rest of the cache are not there."""
+    path = write_corpus(tmp_path / "corpus.txt")
+    first = prepare(path, cache_dir=str(tmp_path / "here"))
+    (folder,) = (p for p in (tmp_path / "here" / "text").iterdir() if p.is_dir())
+    copy = shutil.move(folder, tmp_path / "copy")
+    path.unlink()
+    monkeypatch.setattr(data_text, "_build", lambda *_: pytest.fail("tokenised again"))
+    second = prepare(copy, cache_dir=str(tmp_path / "there"), tokenizer="of/no-meaning")
+    assert second.facts == {**first.facts, "held_out": "split"}
+    assert np.array_equal(second.train.tokens, first.train.tokens)
+    assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+    (copy / "train.bin").write_bytes(b"cut")
+    with pytest.raises(DataError, match="files are missing or cut short; copy the folder again"):
+        prepare(copy)
 
 
 def test_what_changes_the_tokens_changes_the_cache(prepare, tmp_path):
