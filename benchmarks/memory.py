@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -86,13 +85,7 @@ def gpt2_loss(model: Any, ids: Tensor) -> Tensor:
 
 def gpt2_held_bytes(activation: str, batch: int, tiny: bool = False, fake: bool = True) -> int:
     """Bytes held for the backward pass of GPT-2, in bf16 autocast, parameters excluded."""
-    with contextlib.ExitStack() as stack:
-        if fake:
-            # Fake position ids do not tell that the sequences are whole, and a mask would be kept for each layer.
-            stack.enter_context(
-                mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
-            )
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
         # On a CPU "auto" keeps the input, for the sake of time. What a GPU would keep is counted.
         model = gpt2(activation, batch, tiny, save="output")
         ids = torch.zeros(batch, model.config.n_positions, dtype=torch.long)

@@ -35,6 +35,7 @@ __all__ = [
     "tree_leaves",
     "uncompiled",
     "wait_on_device",
+    "waits_for_device",
 ]
 
 
@@ -75,6 +76,11 @@ def lacks_own_memory(tensor: Tensor) -> bool:
 def is_local_scalar(operation: Any) -> bool:
     """Whether an operation of aten reads one number of a tensor, as `tensor.item()` does."""
     return operation is torch.ops.aten._local_scalar_dense.default
+
+
+def waits_for_device(operation: Any) -> bool:
+    """Whether an operation of aten waits for a GPU: it gives the host a number, or has a size that values decide."""
+    return is_local_scalar(operation) or torch.Tag.dynamic_output_shape in operation.tags
 
 
 def wait_on_device(cycles: int) -> None:
@@ -125,11 +131,11 @@ def reset_compiler() -> None:
     torch._dynamo.reset()
 
 
-def explain(function: Any, *args: Any) -> Any:
-    """What the compiler makes of a call: `graph_break_count` and more."""
+def explain(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the compiler makes of a call: `graphs`, `graph_break_count` and more."""
     import torch._dynamo
 
-    return torch._dynamo.explain(function)(*args)
+    return torch._dynamo.explain(function)(*args, **kwargs)
 
 
 def compile_cpp(source: str) -> str:

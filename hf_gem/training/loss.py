@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,11 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .errors import ConfigError
 
 IGNORE = -100  # a label that counts for nothing, as in torch and transformers
+
+# SDPA for sequences that are neither padded nor packed. No mask belongs to it, so transformers looks for neither: to
+# look waits for the device, and a compiler, which cannot look, makes a mask that flash attention does not take.
+WHOLE_SEQUENCES = "sdpa_whole_sequences"
+AttentionInterface.register(WHOLE_SEQUENCES, sdpa_attention_forward)
 
 
 class Output(NamedTuple):
@@ -55,8 +63,22 @@ def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk
     return total
 
 
+@contextlib.contextmanager
+def whole_sequences(model: nn.Module) -> Iterator[None]:
+    """Lets SDPA in a model take every sequence as whole; afterwards it sees padding again, as generation needs."""
+    parts = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    configs = [config for config in parts if config._attn_implementation == "sdpa"]
+    for config in configs:
+        config._attn_implementation = {"": WHOLE_SEQUENCES}  # of this part alone, where it has parts of its own
+    try:
+        yield
+    finally:
+        for config in configs:
+            config._attn_implementation = {"": "sdpa"}
+
+
 class CausalLMLoss(nn.Module):
-    """Next-token loss of a transformers causal language model.
+    """Next-token loss of a transformers causal language model on sequences that are neither padded nor packed.
 
     Args:
         model: The model; its decoder and output embeddings are called separately.
@@ -70,13 +92,16 @@ class CausalLMLoss(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Output:
         """`labels[b, i]` is the token that follows `input_ids[b, i]`, both (batch, length)."""
-        hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False)[0]
+        with whole_sequences(self.model):
+            hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False)[0]
         head = self.model.get_output_embeddings()
         return Output(chunked_cross_entropy(hidden.flatten(0, 1), head, labels.flatten(), self.chunk_size))
 
 
 class MaskedLMLoss(nn.Module):
     """Loss of a masked language model at the positions that were chosen, the only ones whose logits are computed.
+
+    Its sequences are neither padded nor packed.
 
     Args:
         model: A transformers model.
@@ -90,7 +115,8 @@ class MaskedLMLoss(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor, labels: Tensor) -> Output:
         """`labels[b, k]` is what belongs at `input_ids[b, positions[b, k]]`."""
-        hidden = self.model.base_model(input_ids=input_ids)[0]
+        with whole_sequences(self.model):
+            hidden = self.model.base_model(input_ids=input_ids)[0]
         chosen = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
         return Output(
             chunked_cross_entropy(chosen.flatten(0, 1), self.model.get_submodule(self.head), labels.flatten(), 0)
@@ -117,7 +143,8 @@ class ClassificationLoss(nn.Module):
         """`pixel_values` (batch, channels, height, width), `labels` (batch,)."""
         if self.training and self.mixup is not None:
             pixel_values, labels = self._mix(pixel_values, labels)
-        logits = self.model(pixel_values=pixel_values).logits.float()
+        with whole_sequences(self.model):
+            logits = self.model(pixel_values=pixel_values).logits.float()
         smoothing = self.label_smoothing if self.training and self.mixup is None else 0.0
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
         return Output(loss, logits.argmax(-1))
