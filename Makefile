@@ -1,6 +1,7 @@
 # make demo: a fresh clone to a trained GPT-2.
 # make test: linters, types and the tests that one waits for.   make test-slow: those that take long.
 # make study: a small comparison of activations, from its plan to a report.
+# make gpu: all that is measured on a GPU, in half an hour; ARGS="--device cpu --quick" tries it out without one.
 # make bench: the benchmarks of the CPU and the table of their goals, in less than ten minutes.
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,11 +10,12 @@ TORCH ?= torch
 # Tests run in this many processes, one thread each.
 JOBS ?= 2
 DEMO_ARGS ?=
+ARGS ?=
 
 RUN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test test-slow lint bench study setup clean
+.PHONY: demo test test-slow lint bench gpu study setup clean
 
 # Without OMP_NUM_THREADS, accelerate's launcher gives a process one thread.
 demo: $(READY)
@@ -37,6 +39,10 @@ bench: $(READY)
 	$(RUN)/python -m benchmarks.sweep --device cpu --largest 22 --step 2 --rounds 5
 	$(RUN)/python -m benchmarks.train_step --device cpu --models gpt2
 	$(RUN)/python -m benchmarks.report
+
+# In the environment of make setup where there is one, and otherwise in that of PYTHON, which may have no network.
+gpu:
+	$(if $(wildcard $(RUN)/python),$(RUN)/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 study: $(READY)
 	OMP_NUM_THREADS=1 $(RUN)/python recipes/compare.py --plan recipes/plans/smoke.yaml --jobs $(JOBS) $(STUDY_ARGS)

@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
+import hf_gem
 from benchmarks.common import (
     LAUNCH_BOUND,
     Batch,
@@ -33,7 +35,8 @@ from hf_gem._torch import reset_compiler
 from hf_gem.family.egem import EGEM
 from hf_gem.family.formulas import forward
 from hf_gem.family.segem import SEGEM
-from hf_gem.functional import egem, gem, gem_glu, segem
+from hf_gem.family.table import family_named
+from hf_gem.functional import activation, egem, gem, gem_glu, segem
 
 FAMILY = {
     "egem": Contestant(egem, lambda x: forward(EGEM, 1, 1e-4, x)),
@@ -51,6 +54,7 @@ GATED = {
     ),
     PLAIN_SWIGLU: Contestant(lambda gate, up: F.silu(gate) * up, lambda gate, up: F.silu(gate) * up, num_roundings=4),
 }
+ORDERS = (1, 2, 3)
 LARGE = 8192 * 3072  # elements from which on bandwidth is all that counts
 
 # (shape, dtype) -> the limits of a ratio to gelu and to relu
@@ -119,6 +123,35 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, ro
     return result
 
 
+def member(name: str, n: int, save: str) -> Contestant:
+    """A family for one n, with what its backward pass keeps."""
+    family = family_named(name)
+    function = partial(activation, family=name, n=n, save=save)
+    return Contestant(function, lambda x: forward(family, n, family.default_eps, x))
+
+
+def measure_orders(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, rounds: int, orders: Sequence[int]
+) -> dict[str, Any]:
+    """Times of all families for several n: forward, and backward from the input and from the output."""
+    batches = random_batches(shape, dtype, device)
+    relu, beside = {"relu": STOCK["relu"]}, {"copy": copy_of(batches)}
+    names = {f"{name}, n={n}": (name, n) for name in ("gem", "egem", "segem") for n in orders}
+    saves = {
+        f"{label}, from the {save}": member(name, n, save)
+        for label, (name, n) in names.items()
+        for save in ("input", "output")
+        if save == "input" or family_named(name).slope_at is not None
+    }
+    forwards = {label: member(name, n, "input") for label, (name, n) in names.items()}
+    return {
+        "shape": list(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "forward": race({**forwards, **relu}, batches, device, rounds, "forward", beside).summary(["relu", "copy"]),
+        "backward": race({**saves, **relu}, batches, device, rounds, "backward", beside).summary(["relu", "copy"]),
+    }
+
+
 def measure_gated(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Any]:
     """Times of `activation(gate) * up` on one shape."""
     liger, _ = liger_glu(device)
@@ -169,19 +202,23 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
     device = pick_device(arguments.device)
     cases = list(CPU_GOALS) if device.type == "cpu" else [(shape, torch.bfloat16) for shape in GPU_SHAPES]
     gated = [((1024, 3072), torch.float32), ((1024, 3072), torch.bfloat16)]
+    order_case = ((1024 if device.type == "cpu" else 8192, 3072), torch.bfloat16)
     if device.type != "cpu":
         gated = [((8192, 11008), torch.bfloat16)]
     if arguments.quick:
-        cases, gated = cases[-1:], [((8, 16), torch.float32)]
+        cases, gated, order_case = cases[-1:], [((8, 16), torch.float32)], ((8, 16), torch.float32)
     skipped = [reason for reason in (liger_glu(device)[1],) if reason]
     if device.type == "cpu":
         skipped.append("the goals for GPUs need one")
-    with built_kernels(device):
+    orders = ORDERS[:1] if arguments.quick else ORDERS
+    every = [hf_gem.parse(f"{name}_n{n}").name for name in ("egem", "segem") for n in orders]
+    with built_kernels(device, (*every, "egem_n2")):
         activations = [measure(shape, dtype, device, arguments.rounds) for shape, dtype in cases]
         glus = [measure_gated(shape, dtype, device, arguments.rounds) for shape, dtype in gated]
+        by_order = measure_orders(*order_case, device, arguments.rounds, orders)
     goals = [goal for a in activations for goal in (cpu_goals if device.type == "cpu" else gpu_goals)(a)]
     goals += [goal for result in glus for goal in gated_goals(result)]
-    return {"activations": activations, "gated": glus}, goals, skipped
+    return {"activations": activations, "orders": [by_order], "gated": glus}, goals, skipped
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -109,6 +110,21 @@ def gpt2_peak_bytes(activation: str, batch: int, device: torch.device, tiny: boo
     return peak
 
 
+def gpt2_largest_batch(activation: str, device: torch.device, tiny: bool = False) -> int:
+    """The largest batch, a multiple of 4, whose training step fits into what is free of a GPU's memory."""
+    fits, fails = 0, 4 if tiny else 512
+    while fails - fits > 4:
+        batch = (fits + fails) // 8 * 4
+        try:
+            gpt2_peak_bytes(activation, batch, device, tiny)
+            fits = batch
+        except torch.OutOfMemoryError:
+            fails = batch
+        gc.collect()
+        torch.cuda.empty_cache()
+    return fits
+
+
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list[str]]:
     device = pick_device(arguments.device)
     tiny, batch = arguments.quick, 2 if arguments.quick else arguments.batch
@@ -119,9 +135,10 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
             }
             for dtype in (torch.float32, torch.bfloat16)
         }
-        peaks = {}
+        peaks, largest = {}, {}
         if device.type == "cuda":
             peaks = {name: gpt2_peak_bytes(name, batch, device, tiny) for name in GPT2_ACTIVATIONS}
+            largest = {name: gpt2_largest_batch(name, device, tiny) for name in GPT2_ACTIVATIONS}
     held = {name: gpt2_held_bytes(name, batch, tiny) for name in GPT2_ACTIVATIONS}
     goals = [
         Goal(f"bytes an element that {name} adds before a linear layer, {dtype}", values[name], 0.0)
@@ -138,6 +155,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
             ]
     skipped = [] if peaks else ["the peak memory of a training step needs a GPU"]
     results = {"extra_bytes_per_element": layers, "batch": batch, "gpt2_held_bytes": held, "gpt2_peak_bytes": peaks}
+    results["gpt2_largest_batch"] = largest
     return results, goals, skipped
 
 

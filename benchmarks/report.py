@@ -1,6 +1,7 @@
-"""Makes the tables and plots of benchmarks/README.md from the records: python -m benchmarks.report
+"""Makes pages with tables and plots from the records: python -m benchmarks.report
 
-Prints the table of goals. With --check, ends with status 1 where a goal is missed.
+One for each machine, beside its records, and the list of machines with their goals in benchmarks/README.md. Prints the
+table of goals. With --check, ends with status 1 where a goal is missed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from hf_gem.files import markdown_table, replace_between, write_atomically
 
 README = Path(__file__).resolve().parent / "README.md"
 START, END = "<!-- results -->\n", "<!-- end of results -->"
-BENCHMARKS = ("activation", "memory", "train_step", "sweep", "exhaustive")
+BENCHMARKS = (
+    *("gpu", "device", "activation", "memory", "recipe_step", "train_step", "evidence", "sweep", "exhaustive"),
+)
 PASSES = {"both": "both", "forward": "forward", "backward": "backward", "launched": "both, with launching"}
 MIB = 2**20
 
@@ -97,15 +100,13 @@ def memory_table(record: dict[str, Any]) -> str:
         [[name, *[f"{values[name]:g}" for values in layers.values()]] for name in next(iter(layers.values()))],
     )
     held, peaks = results["gpt2_held_bytes"], results["gpt2_peak_bytes"]
-    rows = [[name, f"{size / MIB:,.0f}", f"{peaks[name] / MIB:,.0f}" if peaks else "-"] for name, size in held.items()]
-    batch = results["batch"]
-    return (
-        text
-        + "\n"
-        + table(
-            [f"GPT-2 124M, {batch} x 1024 tokens, bf16 autocast", "held for backward, MiB", "peak of a step, MiB"], rows
-        )
-    )
+    largest = results.get("gpt2_largest_batch", {})
+    rows = [
+        [name, f"{size / MIB:,.0f}", f"{peaks[name] / MIB:,.0f}" if peaks else "-", str(largest.get(name, "-"))]
+        for name, size in held.items()
+    ]
+    heads = [f"GPT-2 124M, {results['batch']} x 1024 tokens, bf16 autocast", "held for backward, MiB"]
+    return text + "\n" + table([*heads, "peak of a step, MiB", "largest batch that fits"], rows)
 
 
 def train_step_table(record: dict[str, Any]) -> str:
@@ -124,6 +125,87 @@ def train_step_table(record: dict[str, Any]) -> str:
             rows.append((cells, name, step["ratios"]))
     heads = ["model", "activation", "a second", "held for backward, MiB", "peak, MiB"]
     return ratio_table(heads, rows)
+
+
+def stage_table(record: dict[str, Any]) -> str:
+    """How the stages of `benchmarks.gpu` ended, with the last lines of those that failed."""
+    stages = record["results"]["stages"]
+    text = table(
+        ["stage", "ended", "seconds"],
+        [[name, stage["outcome"], f"{stage['seconds']:.0f}"] for name, stage in stages.items()],
+    )
+    for name, stage in stages.items():
+        if stage["last_lines"]:
+            text += f"\nThe last lines of {name}:\n\n" + "".join(f"    {line}\n" for line in stage["last_lines"])
+    return text
+
+
+def device_table(record: dict[str, Any]) -> str:
+    """Speeds of the device, its clocks, and how the tests came out."""
+    results = record["results"]
+    facts = [
+        ["copy", f"{results['copy_bytes_per_second'] / 1e9:,.0f} GB/s, read and written"],
+        ["matrix product, bf16", f"{results['matmul_flops_per_second'] / 1e12:,.0f} TFLOP/s"],
+    ]
+    if results["peak_flops_per_second"]:
+        facts.append(["peak by its data sheet, bf16", f"{results['peak_flops_per_second'] / 1e12:,.0f} TFLOP/s"])
+    facts += [[name, value] for name, value in results["clocks"].items()]
+    suites = results["suites"]
+    text = table(["", ""], facts) + "\n"
+    text += table(
+        ["tests", "run", "failed", "skipped", "seconds"],
+        [
+            [name, str(s["tests"]), str(len(s["failures"])), str(sum(s["skipped"].values())), f"{s['seconds']:.0f}"]
+            for name, s in suites.items()
+        ],
+    )
+    for suite in suites.values():
+        text += "".join(f"\nFailed: `{name}`: {message}\n" for name, message in suite["failures"].items())
+    return text
+
+
+def recipe_step_table(record: dict[str, Any]) -> str:
+    """Tokens a second of the recipe, and of the recipe with one thing changed."""
+    results = record["results"]
+    rows = []
+    for name, variant in results["variants"].items():
+        mfu = f"{variant['mfu']:.1%}" if variant["mfu"] else "-"
+        peak = f"{variant['peak_bytes'] / MIB:,.0f}" if variant["peak_bytes"] else "-"
+        cells = [
+            name,
+            " ".join(f"`{flag}`" for flag in variant["flags"]),
+            f"{variant['tokens_per_second']:,.0f}",
+            mfu,
+            peak,
+        ]
+        rows.append((cells, name, results["ratios"]))
+    text = ratio_table(["", "flags", "tokens a second", "MFU", "peak, MiB"], rows)
+    if rate := results["tokens_per_second_of_the_loop"]:
+        text += f"\nThe loop itself, as shipped: {rate:,.0f} tokens a second.\n"
+    return text
+
+
+def evidence_table(record: dict[str, Any]) -> str:
+    """What a study cost and what it found."""
+    results = record["results"]
+    if not results:
+        return "Not run.\n"
+    facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in results["cost"].items())
+    rows = [
+        [
+            c["arm"],
+            f"{c['choice'][1]:g}",
+            str(len(c["seeds"])),
+            f"{c['mean']:.4f}",
+            f"{c['baseline_mean']:.4f}",
+            f"{c['difference']:+.4f} ({c['interval'][0]:+.4f} to {c['interval'][1]:+.4f})",
+            f"{c['p_holm']:.3g}",
+            f"**{c['verdict']}**",
+        ]
+        for c in results["comparisons"]
+    ]
+    heads = ["arm", "learning rate", "seeds", results["metric"], results["baseline"], "difference, 95 %", "p, Holm", ""]
+    return f"{facts}.\n\n" + table(heads, rows)
 
 
 def exhaustive_table(*records: dict[str, Any]) -> str:
@@ -199,46 +281,64 @@ def headline(records: dict[str, Any]) -> str:
 
 
 SECTIONS: dict[str, tuple[str, Callable[..., str]]] = {
+    "gpu": ("Stages", stage_table),
+    "device": ("Device", device_table),
     "activation": ("Activations alone", activation_table),
     "memory": ("Memory", memory_table),
+    "recipe_step": ("GPT-2 as the recipe trains it", recipe_step_table),
     "train_step": ("Training steps", train_step_table),
+    "evidence": ("A study", evidence_table),
     "exhaustive": ("All float32 inputs", exhaustive_table),
 }
 
 
+def page(machine: str, records: dict[str, Any]) -> str:
+    """All tables of a machine in Markdown, for a file beside its records."""
+    text = f"# {machine}\n\n{headline(records)}{goal_table(records)}"
+    quick = [name for name, record in records.items() if record["quick"]]
+    if quick:
+        text += f"\nOnly tried out, with figures that say nothing: {', '.join(quick)}.\n"
+    skipped = dict.fromkeys(reason for record in records.values() for reason in record["skipped"])
+    text += "".join(f"\nSkipped: {reason}.\n" for reason in skipped)
+    for benchmark, (title, make) in SECTIONS.items():
+        chosen = [record for record in records.values() if record["benchmark"] == benchmark]
+        if chosen:
+            text += f"\n## {title}\n\n{make(*chosen)}"
+    if "sweep" in records:
+        text += "\n## By size\n\n![time by size](sweep.png)\n"
+    return text
+
+
 def render(machines: dict[str, dict[str, Any]], results: str) -> str:
-    """The tables of all machines in Markdown; `results` is where the folders of the machines are, for the plots."""
+    """The machines and their goals in Markdown; `results` is where their folders are, with a page in each."""
     text = ""
     for machine, records in machines.items():
         text += f"\n## {machine}\n\n{headline(records)}{goal_table(records)}"
-        quick = [name for name, record in records.items() if record["quick"]]
-        if quick:
-            text += f"\nOnly tried out, with figures that say nothing: {', '.join(quick)}.\n"
-        skipped = dict.fromkeys(reason for record in records.values() for reason in record["skipped"])
-        text += "".join(f"\nSkipped: {reason}.\n" for reason in skipped)
-        for benchmark, (title, make) in SECTIONS.items():
-            chosen = [record for record in records.values() if record["benchmark"] == benchmark]
-            if chosen:
-                text += f"\n### {title}\n\n{make(*chosen)}"
-        if "sweep" in records:
-            text += f"\n### By size\n\n![time by size]({results}/{machine}/sweep.png)\n"
+        text += f"\n[All tables of {machine}]({results}/{machine}/README.md)\n"
     return text + "\n"
 
 
+def write_pages(results: Path) -> dict[str, dict[str, Any]]:
+    """Writes the page and the plot of each machine beside its records; returns the records."""
+    machines = load(results)
+    for machine, records in machines.items():
+        if "sweep" in records:
+            draw_sweep(records["sweep"], results / machine / "sweep.png")
+        write_atomically(results / machine / "README.md", page(machine, records))
+    return machines
+
+
 def report(results: Path, readme: Path) -> dict[str, dict[str, Any]]:
-    """Writes the plots beside the records and the tables into the readme; returns the records.
+    """Writes the pages, and the goals of all machines into the readme; returns the records.
 
     Raises:
         ValueError: the readme has no place for them.
     """
-    machines = load(results)
     folder = Path(os.path.relpath(results, readme.parent)).as_posix()
+    machines = load(results)
     text = replace_between(readme.read_text(encoding="utf-8"), START, END, render(machines, folder))
-    for machine, records in machines.items():
-        if "sweep" in records:
-            draw_sweep(records["sweep"], results / machine / "sweep.png")
     write_atomically(readme, text)
-    return machines
+    return write_pages(results)
 
 
 def main(argv: list[str] | None = None) -> None:

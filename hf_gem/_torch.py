@@ -22,6 +22,7 @@ __all__ = [
     "children",
     "compile_cpp",
     "compiler_is_loaded",
+    "expect_compilations",
     "explain",
     "has_hooks",
     "in_dispatch_mode",
@@ -129,6 +130,14 @@ def reset_compiler() -> None:
     import torch._dynamo
 
     torch._dynamo.reset()
+
+
+def expect_compilations(count: int) -> None:
+    """Lets one function be compiled anew that often, for as many models; more is an error, not the eager mode."""
+    from torch._dynamo import config
+
+    config.recompile_limit = config.accumulated_recompile_limit = count
+    config.fail_on_recompile_limit_hit = True
 
 
 def explain(function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -271,16 +271,20 @@ def test_the_scripts_leave_records_and_a_report_is_made_of_them(quick_run, tmp_p
     readme.write_text("before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
     capsys.readouterr()
     report.main([f"--results={tmp_path}", f"--readme={readme}"])
-    printed, text = capsys.readouterr().out, readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("<!-- end of results -->\nafter\n")
-    assert "old" not in text
-    assert re.findall(r"^### (.*)$", text, re.MULTILINE) == [
+    printed, goals = capsys.readouterr().out, readme.read_text()
+    assert goals.startswith("before\n")
+    assert goals.endswith("<!-- end of results -->\nafter\n")
+    assert "old" not in goals
+    assert "graph breaks in gem_n2" in goals
+    (page,) = re.findall(r"\[All tables of .*\]\((.*)\)", goals)
+    page = tmp_path / page
+    text = page.read_text()
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
         *("Activations alone", "Memory", "Training steps", "All float32 inputs", "By size")
     ]
     assert "figures that say nothing" in text
     (picture,) = re.findall(r"!\[.*\]\((.*)\)", text)
-    assert (tmp_path / picture).stat().st_size > 10_000
+    assert (page.parent / picture).stat().st_size > 10_000
     assert "extra bytes" in text
     assert "graph breaks in gem_n2" in printed
     # The one shape of a quick run, with a ratio and its quartiles, and 1 for the baseline itself.
@@ -320,13 +324,13 @@ def test_a_report_says_which_goals_are_missed(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         report.main([*arguments, "--check"])
     assert ended.value.code == 1
-    text = readme.read_text()
+    text, page = readme.read_text(), (folder / "README.md").read_text()
     assert "## abacus-2-threads\n\nAbacus, 2 threads; python 3.11; torch 2.14; commit 0123456789\n" in text
     assert "| met | 0.500 |  | ≤ 0.6 | pass |" in text
     assert "| missed | 1.200 | 1.100 to 1.300 | ≤ 1 | **fail by 20.0%** |" in text
-    assert "Skipped: the peak needs a GPU." in text
-    assert "| gem_n2 | 1,024 | - |" in text
-    assert "All float32 inputs" not in text
+    assert "Skipped: the peak needs a GPU." in page
+    assert "| gem_n2 | 1,024 | - | - |" in page
+    assert "All float32 inputs" not in page
     report.main(arguments)
     assert readme.read_text() == text  # a second time changes nothing
     assert "1 goals missed" in capsys.readouterr().out
@@ -342,6 +346,10 @@ def test_a_readme_without_markers_is_left_alone(tmp_path):
 
 def test_the_readme_shows_what_the_records_say():
     tables = report.README.read_text().split(report.START)[1].split(report.END)[0]
-    assert tables == report.render(report.load(RESULTS), "results"), "run python -m benchmarks.report"
-    for picture in re.findall(r"!\[.*\]\((.*)\)", tables):
-        assert (report.README.parent / picture).exists()
+    machines = report.load(RESULTS)
+    assert tables == report.render(machines, "results"), "run python -m benchmarks.report"
+    for machine, records in machines.items():
+        page = (RESULTS / machine / "README.md").read_text()
+        assert page == report.page(machine, records), "run python -m benchmarks.report"
+        for picture in re.findall(r"!\[.*\]\((.*)\)", page):
+            assert (RESULTS / machine / picture).exists()

@@ -5,10 +5,12 @@ Bounds as in test_formulas, with two more roundings for each division, which GPU
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import hf_gem
-from hf_gem import egem
+from hf_gem import egem, segem
 from hf_gem._kernels import formulas, run
+from hf_gem._torch import wait_on_device
 from hf_gem.family.egem import EGEM
 from hf_gem.family.formulas import slope as exact_slope
 from hf_gem.family.segem import SEGEM
@@ -118,7 +120,100 @@ def test_autograd(save):
     torch.testing.assert_close(slope.double(), exact, rtol=bound * 2.0**-24, atol=2.0**-27)
 
 
+def both_passes(function, x, grad):
+    """Value and gradient, by the Triton kernels."""
+    x = x.detach().requires_grad_()
+    with hf_gem.kernels("triton"):
+        y = function(x)
+        return y.detach(), *torch.autograd.grad(y, x, grad)
+
+
+KEEPING = {
+    "egem, input": lambda x: egem(x, 1, 0.1, save="input"),
+    "egem, output": lambda x: egem(x, 1, 0.1, save="output"),
+    "segem": lambda x: segem(x, 1, 0.1),
+}
+keeping = pytest.mark.parametrize("function", KEEPING.values(), ids=KEEPING)
+
+
+@keeping
+@dtypes
+def test_memory_that_is_not_aligned(function, dtype):
+    """Triton has a version for pointers and sizes that are multiples of 16, and another for all others."""
+    for count in (15, 16, 17, 2048, 4095):
+        memory, grads = torch.randn(2, count + 1).to(dtype).to(DEVICE)
+        aligned = both_passes(function, memory[1:].clone(), grads[1:].clone())
+        for x, grad in ((memory[1:], grads[1:]), (memory[1:], grads[1:].clone()), (memory[1:].clone(), grads[1:])):
+            for got, expected in zip(both_passes(function, x, grad), aligned, strict=True):
+                assert torch.equal(got, expected)
+
+
+@keeping
+def test_channels_last(function):
+    x, grad = torch.randn(2, 3, 5, 6, 7).to(DEVICE)
+    expected = both_passes(function, x, grad)
+    last = x.to(memory_format=torch.channels_last)
+    for other in (grad, grad.to(memory_format=torch.channels_last)):
+        for got, exact in zip(both_passes(function, last, other), expected, strict=True):
+            assert got.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(got, exact)
+
+
+@keeping
+def test_activation_checkpointing(function):
+    x, grad = torch.randn(2, 50, 7).to(DEVICE)
+    expected = both_passes(function, x, grad)
+    assert all(map(torch.equal, both_passes(lambda x: checkpoint(function, x, use_reentrant=False), x, grad), expected))
+
+
+def test_an_output_that_is_overwritten():
+    with pytest.raises(RuntimeError, match="overwritten in place"):
+        both_passes(lambda x: KEEPING["egem, output"](x).add_(1.0), *torch.randn(2, 50).to(DEVICE))
+
+
 # ---- what only a GPU shows
+
+
+@pytest.mark.gpu
+@keeping
+def test_a_graph_replays_what_eager_mode_computes(function):
+    x, grad = torch.randn(2, 5000, device="cuda").bfloat16()
+    warm_up = torch.cuda.Stream()
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):
+        both_passes(function, x, grad)  # compiles, which cannot be captured
+    torch.cuda.current_stream().wait_stream(warm_up)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = both_passes(function, x, grad)
+    for _ in range(2):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert all(map(torch.equal, replayed, both_passes(function, x, grad)))
+
+
+@pytest.mark.gpu
+@keeping
+def test_kernels_run_on_the_current_stream(function):
+    new, grad = torch.randn(2, 5000, device="cuda")
+    expected = both_passes(function, new, grad)
+    x = torch.zeros_like(new)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        wait_on_device(50_000_000)  # on another stream they would run before x is written
+        x.copy_(new)
+        got = both_passes(function, x, grad)
+    stream.synchronize()
+    assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overwrite", [torch.nn.Dropout(0.1, inplace=True), lambda y: y.add_(1.0)])
+def test_what_is_overwritten_is_named(overwrite):
+    y = overwrite(egem(torch.randn(100, device="cuda", requires_grad=True)))
+    with pytest.raises(RuntimeError, match='save="input"'):
+        y.sum().backward()
 
 
 @pytest.mark.gpu

@@ -1,0 +1,126 @@
+"""What a device is and whether it computes right: python -m benchmarks.device
+
+Its clocks under load, the bandwidth of a copy and the speed of a matrix product, against which all else can be held;
+then the tests that need a GPU, those of the kernels and those that count values on a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import Goal, make_parser, pick_device, time_together, write
+from hf_gem.training.throughput import peak_flops
+
+ROOT = Path(__file__).resolve().parent.parent
+SUITES: dict[str, tuple[str, ...]] = {
+    "tests that need a GPU": ("-m", "gpu", "tests"),
+    "kernels": ("-m", "not gpu and not slow", "tests/kernels", "tests/test_fit.py"),
+}
+QUICK_SUITES: dict[str, tuple[str, ...]] = {"kernels": ("-k", "autograd or auto_keeps", "tests/kernels/test_gpu.py")}
+_CLOCKS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
+_MOST_PROCESSES = 8  # each has a context of its own on the device
+
+
+def clocks() -> dict[str, str]:
+    """What nvidia-smi says of the first GPU, by the names of its fields; nothing where it is not there."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(_CLOCKS, map(str.strip, done.stdout.split(",")), strict=False))
+
+
+def speeds(device: torch.device, quick: bool) -> dict[str, Any]:
+    """Bytes a second of a copy, read and written, and FLOP/s of a matrix product in bf16; clocks while they run."""
+    on_gpu = device.type == "cuda" and not quick
+    source = torch.randn(2**29 if on_gpu else 2**16, device=device).bfloat16()
+    target = torch.empty_like(source)
+    side = 8192 if on_gpu else 64
+    matrix = torch.randn(side, side, device=device).bfloat16()
+    calls = {"copy": lambda: target.copy_(source), "matmul": lambda: matrix @ matrix}
+    seconds = time_together(calls, device, rounds=15 if on_gpu else 3).medians()
+    if on_gpu:
+        for _ in range(1000):  # a second of work, which is queued and goes on while the clocks are read
+            calls["matmul"]()
+    return {
+        "copy_bytes_per_second": 2 * source.nbytes / seconds["copy"],
+        "matmul_flops_per_second": 2 * side**3 / seconds["matmul"],
+        "peak_flops_per_second": peak_flops(device),
+        "clocks": clocks() if device.type == "cuda" else {},
+    }
+
+
+def run_suite(arguments: tuple[str, ...], device: torch.device, seconds: float = 400) -> dict[str, Any]:
+    """Counts of a run of pytest, in processes of their own, and what failed or was skipped.
+
+    Args:
+        arguments: Of pytest.
+        device: Where its tests run; for a CPU, GPUs are hidden.
+        seconds: After which it is stopped.
+    """
+    here = {"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {}
+    processes = min(_MOST_PROCESSES, (os.cpu_count() or 1) // 2)
+    # Without the options of pyproject.toml, which ask for plugins that need not be there.
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *arguments]
+    if processes > 1 and importlib.util.find_spec("xdist"):
+        command += ["-n", str(processes)]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "junit.xml"
+        command += ["--continue-on-collection-errors", f"--junitxml={report}"]
+        try:
+            done = subprocess.run(command, cwd=ROOT, env={**os.environ, **here}, timeout=seconds, check=False)
+            status = done.returncode
+        except subprocess.TimeoutExpired:
+            status = 124
+        found = outcomes(report) if report.exists() else {"tests": 0, "failures": {}, "skipped": {}, "seconds": seconds}
+    return {"status": status, **found}
+
+
+def outcomes(report: Path) -> dict[str, Any]:
+    """The counts of a JUnit file; failures by test with their message, skipped tests by reason with their number."""
+    failures: dict[str, str] = {}
+    skipped: dict[str, int] = {}
+    cases = list(ET.parse(report).getroot().iter("testcase"))
+    for case in cases:
+        name = f"{case.get('classname')}.{case.get('name')}".removeprefix(".")
+        for child in case:
+            message = child.get("message") or ""
+            if child.tag in ("failure", "error"):
+                failures[name] = " ".join(message.split())[:400]
+            elif child.tag == "skipped":
+                skipped[message] = skipped.get(message, 0) + 1
+    seconds = sum(float(suite.get("time", 0)) for suite in ET.parse(report).getroot().iter("testsuite"))
+    return {"tests": len(cases), "failures": failures, "skipped": skipped, "seconds": seconds}
+
+
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list[str]]:
+    device = pick_device(arguments.device)
+    results = speeds(device, arguments.quick)
+    torch.accelerator.empty_cache() if device.type == "cuda" else None
+    suites = {
+        name: run_suite(command, device) for name, command in (QUICK_SUITES if arguments.quick else SUITES).items()
+    }
+    # 5: no test was found, which is a failure here too.
+    goals = [Goal(f"{name}: failed", len(s["failures"]) or int(s["status"] != 0), 0) for name, s in suites.items()]
+    return {**results, "suites": suites}, goals, []
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = make_parser(__doc__, rounds=1).parse_args(argv)
+    write("device", arguments, argv, *run(arguments))
+
+
+if __name__ == "__main__":
+    main()

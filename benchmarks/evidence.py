@@ -1,0 +1,153 @@
+"""A study of activations on CIFAR-10 that fits into some minutes of one GPU: python -m benchmarks.evidence
+
+recipes/plans/cifar10-fast.yaml, by recipes/compare.py, several runs at once on one card. Two runs of each arm are timed
+first; learning rates and seeds are then as many as fit. The study stays in a folder beside the record; after a cut, the
+same command goes on with it. Needs the images in --dataset: `x_train`, `y_train`, `x_test` and `y_test` as NumPy
+arrays in an .npz file, or in several, whose parts are put together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from benchmarks.common import QUICK_RESULTS, RESULTS, Goal, machine, make_parser, pick_device, write
+from benchmarks.processes import ROOT, run_for
+from hf_gem.compare.plan import Plan, load_plan
+from hf_gem.compare.study import Study
+
+PLAN = ROOT / "recipes" / "plans" / "cifar10-fast.yaml"
+DATASET = ROOT / "data" / "cifar10.npz"
+GRIDS = ((4, 4), (3, 4), (3, 3), (2, 2))  # learning rates and tuning seeds, from the best to the least
+_MOST_SEEDS = 40
+_RESERVE = 0.85  # of the time; what remains is for the reports and for what varies
+_QUICK = {"steps": 3, "warmup_steps": 1, "global_batch_size": 8, "micro_batch_size": 8, "model": "resnet8x2-cifar"}
+
+
+def joined(parts: Sequence[Path], folder: Path) -> Path:
+    """One .npz file of several, each with a part of the images."""
+    if len(parts) == 1:
+        return parts[0]
+    path = folder / "dataset.npz"
+    loaded = [np.load(part) for part in parts]
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays: Any = {key: np.concatenate([part[key] for part in loaded]) for key in loaded[0]}
+    np.savez(path, **arrays)
+    return path
+
+
+def pilot(plan: Plan) -> Plan:
+    """Two runs of each arm, which cost what others cost; nothing of the study depends on what comes out."""
+    middle = plan.learning_rates[len(plan.learning_rates) // 2]
+    return replace(
+        plan, name="pilot", learning_rates=[middle], tuning_seeds=[], final_seeds=[1000, 1001], tuning_flags={}
+    )
+
+
+def fitted(plan: Plan, seconds_a_run: float, seconds: float) -> Plan:
+    """A plan with as many of its learning rates, and of seeds, as fit into a time.
+
+    The grid is one that leaves the smallest number of final seeds at which a verdict is spoken, or else the least; one
+    extension of it is allowed for.
+    """
+    most = int(seconds / seconds_a_run)
+    for num_rates, num_seeds in GRIDS:
+        left = most - len(plan.acts) * (num_rates + 1) * num_seeds
+        final = left // len(plan.arms)
+        if final >= plan.min_seeds:
+            break
+    first = (len(plan.learning_rates) - num_rates + 1) // 2
+    return replace(
+        plan,
+        learning_rates=plan.learning_rates[first : first + num_rates],
+        tuning_seeds=plan.tuning_seeds[:num_seeds],
+        final_seeds=list(range(max(2, min(_MOST_SEEDS, final)))),
+    )
+
+
+def compare(plan: Plan, folder: Path, dataset: Path, jobs: int, seconds: float, flags: dict[str, Any]) -> float:
+    """Runs a plan through recipes/compare.py, as far as its time reaches; returns the seconds that it took."""
+    path = folder.with_suffix(".yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(asdict(plan), sort_keys=False))
+    settings = [f"{name}={value}" for name, value in {"dataset": dataset.resolve(), **flags}.items()]
+    command = [sys.executable, "recipes/compare.py", "--plan", str(path), "--study", str(folder)]
+    ended = run_for(seconds, [*command, "--jobs", str(jobs), "--set", *settings])
+    if ended.status and not ended.stopped:
+        raise RuntimeError(f"the study {plan.name} ended with status {ended.status}: {ended.last_lines[-1:]}")
+    return ended.seconds
+
+
+def findings(study: Study) -> dict[str, Any]:
+    """What a study says of each arm, as JSON."""
+    choices = study.choices()
+    compared = [
+        {
+            **{key: getattr(c, key) for key in ("arm", "seeds", "difference", "interval", "p_holm", "verdict")},
+            "choice": choices[c.arm],
+            "mean": statistics.fmean(c.values),
+            "baseline_mean": statistics.fmean(c.baseline),
+        }
+        for c in study.comparisons()
+    ]
+    return {"metric": study.plan.metric, "baseline": study.plan.baseline, "comparisons": compared}
+
+
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list[str]]:
+    began, device = time.monotonic(), pick_device(arguments.device)
+    if missing := [path for path in arguments.dataset if not path.exists()]:
+        return {}, [], [f"the study needs CIFAR-10 in {missing[0]}: x_train, y_train, x_test and y_test, by np.savez"]
+    results = arguments.results or (QUICK_RESULTS if arguments.quick else RESULTS)
+    folder = results / machine(device) / "cifar10-fast"
+    dataset = joined(arguments.dataset, folder.parent)
+    plan, jobs = load_plan(PLAN), arguments.jobs or max(1, min(8, (os.cpu_count() or 1) // 2))
+    flags = _QUICK if arguments.quick else {}
+    shutil.rmtree(folder.with_name("pilot"), ignore_errors=True)
+    if arguments.quick:
+        plan = replace(plan, arms={name: plan.arms[name] for name in ("relu", "egem")})
+    first = pilot(plan)
+    each = compare(first, folder.with_name("pilot"), dataset, jobs, 60 * arguments.minutes, flags) / first.num_runs()[1]
+    if not (folder / "plan.json").exists():
+        left = 60 * arguments.minutes * _RESERVE - (time.monotonic() - began)
+        plan = replace(first, name=plan.name, final_seeds=[0, 1]) if arguments.quick else fitted(plan, each, left)
+    else:
+        plan = Study(folder).plan  # of a run that was cut off
+    compare(plan, folder, dataset, jobs, 60 * arguments.minutes - (time.monotonic() - began), flags)
+    study = Study(folder)
+    seconds = study.seconds()
+    cost = {
+        "runs": len(seconds),
+        "runs at once": jobs,
+        "seconds a run": round(each, 2),
+        "seconds of training in a run": round(statistics.median(seconds), 2),
+        "learning rates": len(plan.learning_rates),
+        "tuning seeds": len(plan.tuning_seeds),
+        "final seeds": len(plan.final_seeds),
+    }
+    goals = [Goal("runs that the study lacks", study.left(), 0)]
+    return {"cost": cost, "study": folder.name, **findings(study)}, goals, []
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser(__doc__, rounds=1)
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: 8)")
+    parser.add_argument("--jobs", type=int, help="runs at once; by default one for two cores, at most 8")
+    parser.add_argument("--dataset", type=Path, nargs="+", default=[DATASET], help="(default: data/cifar10.npz)")
+    arguments = parser.parse_args(argv)
+    write("evidence", arguments, argv, *run(arguments))
+
+
+if __name__ == "__main__":
+    main()

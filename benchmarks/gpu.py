@@ -1,0 +1,104 @@
+"""All that is measured on a GPU, in half an hour: make gpu, or python -m benchmarks.gpu [STAGE ...]
+
+Stages are the scripts of this folder, each in a process of its own with a limit of time. Each leaves its record, and
+after each the page of this machine is made anew, so what is cut off or fails costs one stage. Exit status 1 says that
+one failed; the record `gpu.json` and the page have its last lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.common import QUICK_RESULTS, RESULTS, Goal, machine, make_parser, pick_device, write
+from benchmarks.processes import run_for
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A script of this folder and its flags, and those for --quick."""
+
+    script: str
+    flags: tuple[str, ...] = ()
+    quick_flags: tuple[str, ...] = ()
+
+
+STAGES = {
+    "tests": Stage("device"),
+    "activations": Stage("activation", ("--rounds=15",)),
+    "memory": Stage("memory"),
+    "training": Stage("recipe_step"),
+    "evidence": Stage("evidence"),
+    "models": Stage(
+        "train_step",
+        ("--models", "bert", "resnet50", "--modes", "compiled", "--activations", "gem_n2", "gelu"),
+        ("--models", "bert", "--modes", "eager", "--activations", "gem_n2", "gelu"),
+    ),
+}
+
+
+def command(stage: Stage, arguments: argparse.Namespace) -> list[str]:
+    """The command line of a stage."""
+    flags = [*(stage.quick_flags if arguments.quick else stage.flags)]
+    flags += ["--quick", "--rounds=2"] if arguments.quick else []
+    flags += [f"--{name}={value}" for name in ("device", "rounds", "results") if (value := getattr(arguments, name))]
+    if stage.script == "evidence":
+        flags += [f"--minutes={arguments.minutes}", *(["--dataset", *arguments.dataset] if arguments.dataset else [])]
+    return [sys.executable, "-m", f"benchmarks.{stage.script}", *flags]
+
+
+def run_stage(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Runs a stage; its command, how it ended, and its last lines where it failed."""
+    env = {"PYTHONUNBUFFERED": "1", **({"CUDA_VISIBLE_DEVICES": ""} if arguments.device == "cpu" else {})}
+    ended = run_for(60 * arguments.minutes, command(stage, arguments), env, group=True)
+    outcome = "its time was up" if ended.stopped else "well" if ended.status == 0 else f"with status {ended.status}"
+    return {
+        "command": command(stage, arguments)[1:],
+        "outcome": outcome,
+        "failed": ended.status != 0,
+        "seconds": ended.seconds,
+        "last_lines": ended.last_lines if ended.status else [],
+    }
+
+
+def earlier_stages(results: Path) -> dict[str, Any]:
+    """What another run has noted of its stages."""
+    path = results / "gpu.json"
+    return json.loads(path.read_text(encoding="utf-8"))["results"]["stages"] if path.exists() else {}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = make_parser(__doc__, rounds=0)
+    parser.set_defaults(rounds=None)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"by default all: {', '.join(STAGES)}")
+    parser.add_argument("--minutes", type=float, default=9.0, help="limit of each stage (default: 9)")
+    parser.add_argument("--dataset", nargs="+", default=[], help="CIFAR-10 as .npz, for `evidence`; see its --help")
+    arguments = parser.parse_intermixed_args(argv)
+    if unknown := [name for name in arguments.stages if name not in STAGES]:
+        parser.error(f"there is no stage {unknown[0]!r}; choose from {', '.join(STAGES)}")
+    device = pick_device(arguments.device)
+    results = arguments.results or (QUICK_RESULTS if arguments.quick else RESULTS)
+    chosen = arguments.stages or list(STAGES)
+    stages = earlier_stages(results / machine(device))
+    for name in chosen:
+        print(f"\n== {name}", flush=True)
+        stages[name] = run_stage(STAGES[name], arguments)
+        goals = [Goal("stages that failed", sum(stage["failed"] for stage in stages.values()), 0)]
+        write("gpu", arguments, argv, {"stages": stages}, goals)
+        report.write_pages(results)
+    if results == RESULTS:
+        report.report(RESULTS, report.README)
+    print(f"\nAll tables: {results / machine(device) / 'README.md'}")
+    if any(stages[name]["failed"] for name in chosen):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

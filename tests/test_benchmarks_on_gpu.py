@@ -1,0 +1,121 @@
+"""`make gpu`: its stages, what they leave where they fail, and the study that fits into a time. No time is asserted."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.device import run_suite
+from benchmarks.evidence import PLAN, fitted, joined, pilot
+from benchmarks.processes import run_for
+from hf_gem.compare.plan import load_plan
+from tests.helpers import needs_compiler
+
+
+@pytest.fixture
+def quick(tmp_path):
+    def run(*flags):
+        gpu.main(["--device=cpu", "--quick", f"--results={tmp_path}", *flags])
+        (folder,) = tmp_path.iterdir()
+        return folder
+
+    return run
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_every_stage_leaves_its_record_and_the_page_has_all(quick):
+    folder = quick()
+    records = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert records.keys() == {"gpu", *(stage.script for stage in gpu.STAGES.values())}
+    stages = records["gpu"]["results"]["stages"]
+    assert {name: stage["outcome"] for name, stage in stages.items()} == dict.fromkeys(gpu.STAGES, "well")
+    text = (folder / "README.md").read_text()
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
+        *("Stages", "Device", "Activations alone", "Memory", "GPT-2 as the recipe trains it", "Training steps"),
+        "A study",
+    ]
+    for row in ("eager, save", "micro-batches of 32", "egem, n=1, from the output"):
+        assert f"| {row}" in text
+    assert "CIFAR-10" in text  # which the study needs
+
+
+def test_a_stage_that_fails_is_noted_and_the_rest_goes_on(quick, monkeypatch, capfd):
+    stages = {"bad": gpu.Stage("nothing"), "tests": gpu.Stage("processes")}
+    monkeypatch.setattr(gpu, "STAGES", stages)
+    monkeypatch.setattr(gpu, "command", lambda stage, arguments: [sys.executable, "-c", SCRIPTS[stage.script]])
+    with pytest.raises(SystemExit) as ended:
+        quick()
+    assert ended.value.code == 1
+    (page,) = {Path(line.partition(": ")[2]) for line in capfd.readouterr().out.splitlines() if "All tables" in line}
+    found = json.loads(page.with_name("gpu.json").read_text())["results"]["stages"]
+    assert [found[name]["outcome"] for name in stages] == ["with status 3", "well"]
+    assert found["bad"]["last_lines"] == ["what went wrong"]
+    assert "    what went wrong\n" in page.read_text()
+    with pytest.raises(SystemExit) as ended:
+        quick("nonsense")
+    assert ended.value.code == 2
+
+
+SCRIPTS = {"nothing": "print('what went wrong'); raise SystemExit(3)", "processes": ""}
+
+
+def test_a_command_is_stopped_with_what_it_started_when_its_time_is_up(tmp_path):
+    script = (
+        "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+        "print(child.pid, flush=True); child.wait()"
+    )
+    ended = run_for(2.0, [sys.executable, "-c", script], group=True)
+    assert ended.stopped
+    assert ended.status < 0
+    # Its output has ended, so the child has too; ask the system whether it still runs.
+    state = Path(f"/proc/{ended.last_lines[0]}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_failures_of_tests_are_named(tmp_path):
+    path = tmp_path / "test_some.py"
+    path.write_text(
+        "import pytest\ndef test_right(): pass\ndef test_wrong(): assert 1 == 2\n"
+        "def test_skipped(): pytest.skip('no reason')\n"
+    )
+    found = run_suite((str(path), f"--rootdir={tmp_path}"), torch.device("cpu"))
+    assert (found["status"], found["tests"]) == (1, 3)
+    assert found["skipped"] == {"no reason": 1}
+    ((name, message),) = found["failures"].items()
+    assert name.endswith("test_wrong")
+    assert "1 == 2" in message
+
+
+def test_a_study_takes_as_much_as_fits():
+    plan = load_plan(PLAN)
+    for runs in (10, 100, 150, 300, 10_000):
+        found = fitted(plan, 2.0, 2.0 * runs)
+        tuning, final = found.num_runs()
+        assert set(found.learning_rates) <= set(plan.learning_rates)
+        assert len(found.final_seeds) >= 2
+        assert not set(found.final_seeds) & set(found.tuning_seeds)
+        if len(found.final_seeds) > 2:
+            extension = len(plan.acts) * len(found.tuning_seeds)
+            assert tuning + extension + final <= runs
+        if runs == 10_000:
+            assert (found.learning_rates, found.tuning_seeds) == (plan.learning_rates, plan.tuning_seeds)
+            assert len(found.final_seeds) > plan.min_seeds
+    first = pilot(plan)
+    assert first.num_runs() == (0, 2 * len(plan.arms))
+    assert not set(first.final_seeds) & {*found.final_seeds, *plan.tuning_seeds}
+
+
+def test_parts_of_a_dataset_are_put_together(tmp_path):
+    whole = {"x_train": np.arange(24).reshape(6, 4), "y_train": np.arange(6)}
+    for k in range(2):
+        np.savez(tmp_path / f"part{k}.npz", **{key: array[3 * k : 3 * k + 3] for key, array in whole.items()})
+    path = joined([tmp_path / f"part{k}.npz" for k in range(2)], tmp_path / "made")
+    loaded = np.load(path)
+    assert {key: loaded[key].tolist() for key in loaded} == {key: array.tolist() for key, array in whole.items()}
+    assert joined([path], tmp_path) == path
