@@ -132,9 +132,9 @@ def _nvidia(asm: Any) -> tuple[list[list[str]], str, int, int]:
             subprocess.run([tools / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
             for tool, flag in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
         )
-    lines = [line for line in code.splitlines() if re.match(r"\s+/\*[0-9a-f]+\*/\s", line) and " NOP" not in line]
+    lines = [line for line in code.splitlines() if re.match(r"\s+/\*[0-9a-f]+\*/\s|\.L", line) and " NOP" not in line]
     registers, stack, local = (int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK", "LOCAL"))
-    return _blocks(lines, r"\b(EXIT|BRA)\b"), ".128", registers, stack + local
+    return _blocks(lines, r"\b(EXIT|BRA)\b|^\.L"), ".128", registers, stack + local
 
 
 def _amd(asm: Any) -> tuple[list[list[str]], str, int, int]:

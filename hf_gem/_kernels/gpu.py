@@ -57,7 +57,7 @@ def launch(
     compiled, compiled_for, block = _compiled.get(key) or _uncompiled(*key[:4])
     pointers = [tensor.data_ptr() for tensor in (*outputs, *inputs)]
     aligned = not any(pointer % ALIGNMENT for pointer in pointers)
-    grid = (-(-numel // block),)
+    grid = (-(-numel // block), 1, 1)
     numbers = (numel, *cached_scale(eps, n), *compiled_for)
     with _on(device):
         if compiled is not None and aligned:

@@ -2,13 +2,14 @@
 
 `printer.triton_source` writes the formulas of a family in place of the two below, those of the identity, and `gpu` runs
 what comes out. Every program handles BLOCK neighbouring elements of tensors that are dense and laid out alike. Only the
-last one may have fewer, and needs a mask, beside which loads and stores of 16 bytes are not to be had.
+last one may have fewer, and needs masks, beside which loads and stores of 16 bytes are not to be had.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+PART = tl.constexpr(256)  # elements that the last program handles at a time
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # ---- formulas
@@ -37,96 +38,106 @@ def divide(x, y):
 
 @triton.jit
 def block(numel, BLOCK: tl.constexpr):
-    """Where this program's elements start, in int64, and how many follow."""
+    """Where this program's elements start, in int64, and how many of them there are."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    return start, tl.arange(0, BLOCK), numel - start
+    return start, tl.minimum(numel - start, BLOCK).to(tl.int32)
 
 
 @triton.jit
-def load(ptr, offsets, mask):
-    return tl.load(ptr + offsets, mask=mask).to(tl.float32)
+def load(ptr, start, count, SIZE: tl.constexpr):
+    """SIZE elements, or the first `count` of them."""
+    offsets = tl.arange(0, SIZE)
+    mask = None if count is None else offsets < count
+    return tl.load(ptr + start + offsets, mask=mask).to(tl.float32)
 
 
 @triton.jit
-def store(ptr, offsets, x, mask):
-    tl.store(ptr + offsets, x.to(ptr.dtype.element_ty), mask=mask)
+def store(ptr, start, count, x, SIZE: tl.constexpr):
+    offsets = tl.arange(0, SIZE)
+    mask = None if count is None else offsets < count
+    tl.store(ptr + start + offsets, x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def forward_block(y_ptr, x_ptr, offsets, mask, r, e):
-    value, _ = value_and_slope(load(x_ptr, offsets, mask), r, e)
-    store(y_ptr, offsets, value, mask)
+def forward_part(y_ptr, x_ptr, start, count, r, e, SIZE: tl.constexpr):
+    value, _ = value_and_slope(load(x_ptr, start, count, SIZE), r, e)
+    store(y_ptr, start, count, value, SIZE)
 
 
 @triton.jit(do_not_specialize=["numel"])
 def forward(y_ptr, x_ptr, numel: tl.int64, r, e, BLOCK: tl.constexpr):
-    start, offsets, rest = block(numel, BLOCK)
-    if rest >= BLOCK:
-        forward_block(y_ptr + start, x_ptr + start, offsets, None, r, e)
+    start, count = block(numel, BLOCK)
+    if count == BLOCK:
+        forward_part(y_ptr, x_ptr, start, None, r, e, BLOCK)
     else:
-        forward_block(y_ptr + start, x_ptr + start, offsets, offsets < rest, r, e)
+        for i in range(0, count, PART):
+            forward_part(y_ptr, x_ptr, start + i, count - i, r, e, PART)
 
 
 @triton.jit
-def backward_block(out_ptr, grad_ptr, x_ptr, offsets, mask, r, e):
-    grad = load(grad_ptr, offsets, mask)
-    _, slope = value_and_slope(load(x_ptr, offsets, mask), r, e)
-    store(out_ptr, offsets, grad * slope, mask)
+def backward_part(out_ptr, grad_ptr, x_ptr, start, count, r, e, SIZE: tl.constexpr):
+    grad = load(grad_ptr, start, count, SIZE)
+    _, slope = value_and_slope(load(x_ptr, start, count, SIZE), r, e)
+    store(out_ptr, start, count, grad * slope, SIZE)
 
 
 @triton.jit(do_not_specialize=["numel"])
 def backward(out_ptr, grad_ptr, x_ptr, numel: tl.int64, r, e, BLOCK: tl.constexpr):
-    start, offsets, rest = block(numel, BLOCK)
-    if rest >= BLOCK:
-        backward_block(out_ptr + start, grad_ptr + start, x_ptr + start, offsets, None, r, e)
+    start, count = block(numel, BLOCK)
+    if count == BLOCK:
+        backward_part(out_ptr, grad_ptr, x_ptr, start, None, r, e, BLOCK)
     else:
-        backward_block(out_ptr + start, grad_ptr + start, x_ptr + start, offsets, offsets < rest, r, e)
+        for i in range(0, count, PART):
+            backward_part(out_ptr, grad_ptr, x_ptr, start + i, count - i, r, e, PART)
 
 
 @triton.jit
-def backward_at_block(out_ptr, grad_ptr, y_ptr, offsets, mask, r, e, DIGITS: tl.constexpr):
-    grad = load(grad_ptr, offsets, mask)
-    slope = slope_at(load(y_ptr, offsets, mask), r, e, DIGITS)
-    store(out_ptr, offsets, grad * slope, mask)
+def backward_at_part(out_ptr, grad_ptr, y_ptr, start, count, r, e, DIGITS: tl.constexpr, SIZE: tl.constexpr):
+    grad = load(grad_ptr, start, count, SIZE)
+    slope = slope_at(load(y_ptr, start, count, SIZE), r, e, DIGITS)
+    store(out_ptr, start, count, grad * slope, SIZE)
 
 
 @triton.jit(do_not_specialize=["numel"])
 def backward_at(out_ptr, grad_ptr, y_ptr, numel: tl.int64, r, e, DIGITS: tl.constexpr, BLOCK: tl.constexpr):
-    start, offsets, rest = block(numel, BLOCK)
-    if rest >= BLOCK:
-        backward_at_block(out_ptr + start, grad_ptr + start, y_ptr + start, offsets, None, r, e, DIGITS)
+    start, count = block(numel, BLOCK)
+    if count == BLOCK:
+        backward_at_part(out_ptr, grad_ptr, y_ptr, start, None, r, e, DIGITS, BLOCK)
     else:
-        backward_at_block(out_ptr + start, grad_ptr + start, y_ptr + start, offsets, offsets < rest, r, e, DIGITS)
+        for i in range(0, count, PART):
+            backward_at_part(out_ptr, grad_ptr, y_ptr, start + i, count - i, r, e, DIGITS, PART)
 
 
 @triton.jit
-def glu_block(y_ptr, gate_ptr, up_ptr, offsets, mask, r, e):
-    value, _ = value_and_slope(load(gate_ptr, offsets, mask), r, e)
-    store(y_ptr, offsets, value * load(up_ptr, offsets, mask), mask)
+def glu_part(y_ptr, gate_ptr, up_ptr, start, count, r, e, SIZE: tl.constexpr):
+    value, _ = value_and_slope(load(gate_ptr, start, count, SIZE), r, e)
+    store(y_ptr, start, count, value * load(up_ptr, start, count, SIZE), SIZE)
 
 
 @triton.jit(do_not_specialize=["numel"])
 def glu(y_ptr, gate_ptr, up_ptr, numel: tl.int64, r, e, BLOCK: tl.constexpr):
-    start, offsets, rest = block(numel, BLOCK)
-    if rest >= BLOCK:
-        glu_block(y_ptr + start, gate_ptr + start, up_ptr + start, offsets, None, r, e)
+    start, count = block(numel, BLOCK)
+    if count == BLOCK:
+        glu_part(y_ptr, gate_ptr, up_ptr, start, None, r, e, BLOCK)
     else:
-        glu_block(y_ptr + start, gate_ptr + start, up_ptr + start, offsets, offsets < rest, r, e)
+        for i in range(0, count, PART):
+            glu_part(y_ptr, gate_ptr, up_ptr, start + i, count - i, r, e, PART)
 
 
 @triton.jit
-def glu_backward_block(grad_gate_ptr, grad_up_ptr, grad_ptr, gate_ptr, up_ptr, offsets, mask, r, e):
-    grad = load(grad_ptr, offsets, mask)
-    up = load(up_ptr, offsets, mask)
-    value, slope = value_and_slope(load(gate_ptr, offsets, mask), r, e)
-    store(grad_gate_ptr, offsets, grad * up * slope, mask)
-    store(grad_up_ptr, offsets, grad * value, mask)
+def glu_backward_part(grad_gate_ptr, grad_up_ptr, grad_ptr, gate_ptr, up_ptr, start, count, r, e, SIZE: tl.constexpr):
+    grad = load(grad_ptr, start, count, SIZE)
+    up = load(up_ptr, start, count, SIZE)
+    value, slope = value_and_slope(load(gate_ptr, start, count, SIZE), r, e)
+    store(grad_gate_ptr, start, count, grad * up * slope, SIZE)
+    store(grad_up_ptr, start, count, grad * value, SIZE)
 
 
 @triton.jit(do_not_specialize=["numel"])
 def glu_backward(grad_gate_ptr, grad_up_ptr, grad_ptr, gate_ptr, up_ptr, numel: tl.int64, r, e, BLOCK: tl.constexpr):
-    start, offsets, rest = block(numel, BLOCK)
-    if rest >= BLOCK:
-        glu_backward_block(grad_gate_ptr + start, grad_up_ptr + start, grad_ptr + start, gate_ptr + start, up_ptr + start, offsets, None, r, e)
+    start, count = block(numel, BLOCK)
+    if count == BLOCK:
+        glu_backward_part(grad_gate_ptr, grad_up_ptr, grad_ptr, gate_ptr, up_ptr, start, None, r, e, BLOCK)
     else:
-        glu_backward_block(grad_gate_ptr + start, grad_up_ptr + start, grad_ptr + start, gate_ptr + start, up_ptr + start, offsets, offsets < rest, r, e)
+        for i in range(0, count, PART):
+            glu_backward_part(grad_gate_ptr, grad_up_ptr, grad_ptr, gate_ptr, up_ptr, start + i, count - i, r, e, PART)
