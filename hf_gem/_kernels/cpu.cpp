@@ -77,9 +77,34 @@ struct BackwardAt {
 };
 #endif
 
+// Half types are computed in two registers of floats, in an order of its own for each type: bfloat16 in those of even and
+// odd elements, where the sixteen upper bits of a float are, so that no element changes its lane.
+
 template <class T>
 inline std::tuple<V, V> widen(at::vec::Vectorized<T> x) {
-  return at::vec::convert_to_float<T>(x);
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    const VInt both = bits<VInt>(x);
+    return {bits<V>(both << VInt(16)), bits<V>(both & VInt(-0x10000))};
+  } else {
+    return at::vec::convert_to_float<T>(x);
+  }
+}
+
+// Rounds to the upper sixteen bits, ties to even. A NaN stays one, unless all its sixteen upper bits are set and a lower
+// one is, which those of bfloat16 and of arithmetic are not.
+inline VInt rounded(V x) {
+  const VInt b = bits<VInt>(x);
+  return b + VInt(0x7fff) + ((b >> VInt(16)) & VInt(1));
+}
+
+template <class T>
+inline at::vec::Vectorized<T> narrow(V first, V second) {
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    const VInt even = (rounded(first) >> VInt(16)) & VInt(0xffff), odd = rounded(second) & VInt(-0x10000);
+    return bits<at::vec::Vectorized<T>>(even | odd);
+  } else {
+    return at::vec::convert_from_float<T>(first, second);
+  }
 }
 
 // `count` elements from i on, a register of T: one of float, two for the half types.
@@ -94,27 +119,30 @@ inline void block(const F& f, int64_t i, int64_t count, std::tuple<Out*...> out,
     (store(std::get<O>(result), std::get<O>(out)), ...);
   } else {
     auto run = [&](const auto&... x) {
-      auto low = f(std::get<0>(x)...), high = f(std::get<1>(x)...);
-      (store(at::vec::convert_from_float<T>(std::get<O>(low), std::get<O>(high)), std::get<O>(out)), ...);
+      auto first = f(std::get<0>(x)...), second = f(std::get<1>(x)...);
+      (store(narrow<T>(std::get<O>(first), std::get<O>(second)), std::get<O>(out)), ...);
     };
     run(widen<T>(load(in))...);
   }
 }
 
+// Takes all by value: what is stored through `out` cannot change it, and it stays in registers.
 template <class T, class F, class... Out, class... In>
-void map(F function, int64_t numel, int threads, std::tuple<Out*...> out, const In*... in) {
+void range(F f, int64_t i, int64_t end, std::tuple<Out*...> out, const In*... in) {
   constexpr int64_t size = at::vec::Vectorized<T>::size();
   constexpr auto outputs = std::index_sequence_for<Out...>{};
-  auto range = [&](int64_t begin, int64_t end) {
-    const F f = function;  // a copy that stores through `out` cannot alias, so that its constants stay in registers
-    int64_t i = begin;
-    for (; i + size <= end; i += size) block<T>(f, i, size, out, outputs, in...);
-    if (i < end) block<T>(f, i, end - i, out, outputs, in...);
-  };
-  if (threads <= 1) return range(0, numel);
+  for (; i + size <= end; i += size) block<T>(f, i, size, out, outputs, in...);
+  if (i < end) block<T>(f, i, end - i, out, outputs, in...);
+}
+
+template <class T, class F, class... Out, class... In>
+void map(F f, int64_t numel, int threads, std::tuple<Out*...> out, const In*... in) {
+  if (threads <= 1) return range<T>(f, 0, numel, out, in...);
   const int64_t share = ((numel + threads - 1) / threads + 63) / 64 * 64;
 #pragma omp parallel for num_threads(threads)
-  for (int k = 0; k < threads; k++) range(std::min(numel, k * share), std::min(numel, (k + 1) * share));
+  for (int k = 0; k < threads; k++) {
+    range<T>(f, std::min(numel, k * share), std::min(numel, (k + 1) * share), out, in...);
+  }
 }
 
 }  // namespace

@@ -107,8 +107,9 @@ class _Cpp(_Printer):
         "neg": "{0}.neg()",
         "abs": "{0}.abs()",
         "where": "V::blendv({2}, {1}, {0})",
-        "max": "at::vec::maximum({0}, {1})",
-        "min": "at::vec::minimum({0}, {1})",
+        # Those of at::vec make a NaN of which every bit is set; this one is an operand's.
+        "max": "V::blendv(at::vec::clamp_min({0}, {1}), {1}, {1} != {1})",
+        "min": "V::blendv(at::vec::clamp_max({0}, {1}), {1}, {1} != {1})",
         "clamp_min": "at::vec::clamp_min({0}, {1})",
         "clamp_max": "at::vec::clamp_max({0}, {1})",
         "bits int": "bits<VInt>({0})",
