@@ -1,5 +1,7 @@
 # make demo: a fresh clone to a trained GPT-2.
 # make test: linters, types and the tests that one waits for.   make test-slow: those that take long.
+# make test-oldest: the tests that one waits for, with the oldest versions that pyproject.toml allows; where there is no
+# GPU, UV_TORCH_BACKEND=cpu in front spares gigabytes.
 # make study: a small comparison of activations, from its plan to a report.
 # make gpu: all that is measured on a GPU, in half an hour; ARGS="--device cpu --quick" tries it out without one.
 # make bench: the benchmarks of the CPU and the table of their goals, in less than ten minutes.
@@ -14,8 +16,9 @@ ARGS ?=
 
 RUN = $(VENV)/bin
 READY = $(VENV)/.ready
+OLDEST = $(VENV)-oldest
 
-.PHONY: demo test test-slow lint bench gpu study setup clean
+.PHONY: demo test test-slow test-oldest lint bench gpu study setup clean
 
 # Without OMP_NUM_THREADS, accelerate's launcher gives a process one thread.
 demo: $(READY)
@@ -27,6 +30,9 @@ test: lint
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) -m slow $(TEST_ARGS)
+
+test-oldest: $(OLDEST)/.ready
+	HF_GEM_OLDEST=1 OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) -m "not slow" $(TEST_ARGS)
 
 lint: $(READY)
 	$(RUN)/ruff check .
@@ -59,5 +65,11 @@ $(READY): pyproject.toml
 	$(RUN)/python -m pip install --quiet --constraint $(VENV)/torch.txt --editable ".[train,dev]"
 	touch $@
 
+$(OLDEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable ".[train,dev]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache

@@ -41,6 +41,16 @@ def _from_environment() -> str:
 _selected = _from_environment()
 
 
+def check_save(save: str, where: str = "save") -> str:
+    if save not in ("auto", "input", "output"):
+        raise ValueError(f"{where} must be 'auto', 'input' or 'output', got {save!r}")
+    return save
+
+
+# What `save="auto"` means. With "output", a test on a CPU finds what overwrites outputs, which a GPU keeps.
+_DEFAULT_SAVE = check_save(os.environ.get("HF_GEM_SAVE", "").lower() or "auto", "HF_GEM_SAVE")
+
+
 @contextlib.contextmanager
 def kernels(backend: str) -> Iterator[None]:
     """Chooses what computes the activations inside a `with` block, for the whole process.
@@ -118,13 +128,10 @@ def keeps_output(family: Family, n: int, eps: float | Tensor, x: Tensor, save: s
     # A compiler decides by itself what to keep, and cannot trace the choice of kernels.
     if not possible or torch.compiler.is_compiling():
         return False
+    if _DEFAULT_SAVE != "auto":
+        return _DEFAULT_SAVE == "output"
     # On a CPU, the arithmetic costs more than the pass over memory that it saves.
     return x.device.type in _GPUS and _kernels_for("forward", family, n, eps, (x,)) is not None
-
-
-def check_save(save: str) -> None:
-    if save not in ("auto", "input", "output"):
-        raise ValueError(f"save must be 'auto', 'input' or 'output', got {save!r}")
 
 
 def _kernels_for(operation: str, family: Family, n: int, eps: float | Tensor, inputs: tuple[Tensor, ...]) -> Any:

@@ -30,11 +30,13 @@ class Audit:
         calls: All calls, in the order of the first ones.
         not_run: Paths of the activation modules that the forward pass did not reach.
         stock_not_run: Those among them that are not of the family, and no gates.
+        overwritten: Operations in place on the output of an activation.
     """
 
     calls: tuple[ActivationCall, ...]
     not_run: tuple[str, ...] = ()
     stock_not_run: tuple[str, ...] = ()
+    overwritten: tuple[ActivationCall, ...] = ()
 
     @property
     def others(self) -> tuple[ActivationCall, ...]:
@@ -73,25 +75,16 @@ class Audit:
         total = self.num_gem + self.num_other
         head = f"{self.num_gem} of {total} activation calls are GEM" if total else "No activation ran"
         lines = [head + _tally(self._of_kind("gem"), ": ")]
-        groups: dict[tuple[str, str], list[ActivationCall]] = {}
-        for call in self.others:
-            groups.setdefault((call.function, call.location), []).append(call)
-        rows = [
-            (str(sum(call.count for call in calls)), *key, path_patterns([call.module for call in calls]))
-            for key, calls in groups.items()
-        ]
-        if rows:
-            rows.insert(0, ("calls", "other", "where", "modules"))
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            for row in rows:
-                cells = [row[0].rjust(widths[0]), *(c.ljust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-                lines.append(("  " + "  ".join(cells)).rstrip())
+        lines += _table(self.others, "other")
         if self.gates:
             lines.append(f"Gates, not counted{_tally(self.gates, ': ')}")
         if self.not_run:
             stock = f", {len(self.stock_not_run)} of them not GEM" if self.stock_not_run else ""
             places = path_patterns(list(self.not_run))
             lines.append(f"{len(self.not_run)} activation modules did not run{stock}: {places}")
+        if self.overwritten:
+            lines.append("Outputs that are overwritten in place, which stops a backward pass that has kept them:")
+            lines += _table(self.overwritten, "overwrites")
         return "\n".join(lines)
 
 
@@ -103,7 +96,9 @@ def audit(model: nn.Module, *args: Any, **inputs: Any) -> Audit:
     own input (`x * sigmoid(a * x)` is called silu whatever a is), and where a float is clamped at zero from below only.
     One written with comparisons, `maximum`, `where` or `exp`, or fused into a custom kernel, is not seen, and the audit
     is `complete` without it. Modules that the inputs do not reach do not run; the report lists those that are
-    activations.
+    activations. It also lists what overwrites the output of an activation in place, such as `x += y` or
+    `nn.Dropout(inplace=True)` right behind it: the backward pass then stops where the output was kept, as
+    `save="auto"` does on a GPU.
 
     The model is left as it was: training flags, buffers, hooks and the random state. A compiled one runs uncompiled.
 
@@ -150,7 +145,9 @@ def _run(model: nn.Module, state: dict[str, Tensor], args: tuple[Any, ...], inpu
     calls, ran = trace(model, state, args, inputs)
     modules = {path: module for path, module in model.named_modules() if is_activation(module)}
     not_run = tuple(path for path, module in modules.items() if module not in ran)
-    return Audit(calls, not_run, tuple(path for path in not_run if is_stock(modules[path])))
+    stock = tuple(path for path in not_run if is_stock(modules[path]))
+    overwritten = tuple(call for call in calls if call.kind == "overwrite")
+    return Audit(tuple(call for call in calls if call not in overwritten), not_run, stock, overwritten)
 
 
 def _no_forward(model: nn.Module, inputs: Mapping[str, Tensor], error: Exception, where: str) -> RuntimeError:
@@ -170,6 +167,23 @@ def _on_meta(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -
 
 def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return itertools.chain(model.named_parameters(), model.named_buffers())
+
+
+def _table(calls: tuple[ActivationCall, ...], title: str) -> list[str]:
+    """Lines of a table, one for each function and place; none without calls."""
+    groups: dict[tuple[str, str], list[ActivationCall]] = {}
+    for call in calls:
+        groups.setdefault((call.function, call.location), []).append(call)
+    rows = [
+        (str(sum(call.count for call in group)), *key, path_patterns([call.module for call in group]))
+        for key, group in groups.items()
+    ]
+    if not rows:
+        return []
+    rows.insert(0, ("calls", title, "where", "modules"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[row[0].rjust(widths[0]), *map(str.ljust, row[1:], widths[1:])] for row in rows]
+    return [("  " + "  ".join(row)).rstrip() for row in cells]
 
 
 def _tally(calls: tuple[ActivationCall, ...], prefix: str) -> str:

@@ -58,6 +58,8 @@ _OURS = {
 # Modules of these files are one activation each, whatever operations they are made of.
 _LIBRARIES = ("transformers.activations", "timm.layers.activations", "timm.layers.activations_me")
 _LIBRARY_FILES = tuple(name.replace(".", "/") + ".py" for name in _LIBRARIES)
+# In evaluation mode these do nothing that the dispatcher sees.
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 _COPIES = ("_to_copy", "clone", "detach", "alias", "lift_fresh")  # elementwise, though not tagged so
 
 _TORCH = str(Path(torch.__file__).parent) + "/"
@@ -70,8 +72,10 @@ class ActivationCall:
 
     Attributes:
         function: `gem_n2`, `relu`, `gelu_tanh` ...; "(hand-written)" marks a formula recognised by its operations.
+            Of an overwrite, the operation and the activation: `add_ behind relu`.
         kind: "gem"; "activation" for any other; "gate" for sigmoid, tanh and the like where they do not multiply their
-            own input: the gates of an LSTM or a squeeze-and-excite block, poolers.
+            own input: the gates of an LSTM or a squeeze-and-excite block, poolers. "overwrite" for an operation in
+            place on the output of an activation.
         module: Path of the innermost module that ran it, "" for the model itself; of a shared module, its first path.
         location: `file:line` of the innermost code outside torch and outside files of activations, with the file
             relative to its entry of `sys.path`.
@@ -133,6 +137,7 @@ class _Tracer:
         # tanh(..x..) -> its operation and what it is made of, to see when it multiplies x: a formula, not a gate.
         self._gates: dict[int, tuple[str, frozenset[int]]] = {}
         self._sources: MutableMapping[Tensor, _Source] = WeakTensorKeyDictionary()
+        self._outputs: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()  # of activations
 
     def calls(self) -> tuple[ActivationCall, ...]:
         return tuple(ActivationCall(*key, count) for key, count in Counter(self._found.values()).items())
@@ -153,19 +158,26 @@ class _Tracer:
             if not self._composed:
                 name, kind = _module_name(module, self._operations)
                 if name:
-                    self._record(name, kind)
+                    self._record(name, kind, output)
         while self._stack and self._stack.pop()[1] is not module:
             pass  # those that an exception left
 
     def function(self, name: str, kind: str, run: Callable[[], Any]) -> Any:
         """A function that counts as one call, whatever operations it is made of."""
-        if not self._composed:
-            self._record(name, kind)
         self._composed += 1
         try:
-            return run()
+            output = run()
         finally:
             self._composed -= 1
+        if not self._composed:
+            self._record(name, kind, output)
+        return output
+
+    def overwrite(self, operation: str, target: Any) -> None:
+        """Counts an operation in place, where it is on the output of an activation or on a view of one."""
+        whole = target._base if isinstance(target, Tensor) and target._is_view() else target
+        if not self._composed and isinstance(whole, Tensor) and whole in self._outputs:
+            self._record(f"{operation} behind {self._outputs[whole]}", "overwrite")
 
     def gem_name(self, family: str, n: int = 1, eps: Any = None, **_: Any) -> str:
         module = self._stack[-1][1] if self._stack else None
@@ -190,7 +202,7 @@ class _Tracer:
             elementwise = False
         elif found:
             name, kind = found
-            number = self._record(name, kind)
+            number = self._record(name, kind, output)
             elementwise = name in _GATE_NAMES
             if elementwise:
                 made_of = result.tensors.union(*(self._gates[gate][1] for gate in result.gates))
@@ -222,8 +234,10 @@ class _Tracer:
     def _new_source(self) -> _Source:
         return _Source(frozenset({next(self._number)}))
 
-    def _record(self, name: str, kind: str) -> int:
+    def _record(self, name: str, kind: str, output: Any = None) -> int:
         number = next(self._number)
+        if kind in ("gem", "activation") and isinstance(output, Tensor):
+            self._outputs[output] = name
         self._found[number] = name, kind, self._stack[-1][0] if self._stack else "", _location()
         return number
 
@@ -245,6 +259,8 @@ class _Functions(TorchFunctionMode):
             return self._tracer.function(name, "gem", run)
         if func in _COMPOSED:
             return self._tracer.function(_COMPOSED[func], "activation", run)
+        if func in _DROPOUTS and kwargs and kwargs["inplace"] and kwargs["p"] > 0:
+            self._tracer.overwrite(f"{func.__name__}_", args[0])
         return run()
 
 
@@ -259,6 +275,8 @@ class _Operations(TorchDispatchMode):  # torch has no types here
         if is_local_scalar(func) and args[0].is_meta:
             # Made-up inputs have no values worth computing; true is what checks of masks and of validity ask for.
             return torch.ones((), dtype=args[0].dtype).item()
+        if func.overloadpacket.__name__.endswith("_") and args:
+            self._tracer.overwrite(func.overloadpacket.__name__, args[0])
         sources = self._tracer.sources(args)  # before an operation in place changes what the tensor is
         output = func(*args, **(kwargs or {}))
         self._tracer.operation(func, args, kwargs or {}, sources, output)

@@ -114,7 +114,8 @@ class TrainConfig:
         if self.hidden_act not in ACT2FN:
             raise ValueError(
                 f"--hidden_act {self.hidden_act!r} is not known; it can be a name of the family such as gem_n2, egem "
-                f"or segem_eps0.01, or one of {', '.join(ACT2FN)}"
+                f"or segem_eps0.01, or one of {', '.join(ACT2FN)}. A family of your own is known where HF_GEM_FAMILIES "
+                "names its file"
             )
         if is_claimed(self.hidden_act):
             self.hidden_act = parse(self.hidden_act).name  # or ValueError, with the nearest valid name

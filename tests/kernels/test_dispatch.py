@@ -1,5 +1,6 @@
 """Which kernels run, what goes to the formulas, and that neither can be told from the result."""
 
+import contextlib
 import subprocess
 import sys
 import warnings
@@ -52,11 +53,37 @@ def test_the_environment_variable(monkeypatch, value, selected):
     assert dispatch._from_environment() == selected
 
 
-def test_a_wrong_environment_variable():
+@pytest.mark.parametrize(
+    ("variable", "allowed"),
+    [
+        ("HF_GEM_KERNELS", "one of 'auto', 'eager', 'compiled', 'triton'"),
+        ("HF_GEM_SAVE", "'auto', 'input' or 'output'"),
+    ],
+)
+def test_a_wrong_environment_variable(variable, allowed):
     command = [sys.executable, "-c", "import hf_gem"]
-    done = subprocess.run(command, env={"HF_GEM_KERNELS": "fast"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env={variable: "fast"}, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "HF_GEM_KERNELS must be one of 'auto', 'eager', 'compiled', 'triton', got 'fast'" in done.stderr
+    assert f"{variable} must be {allowed}, got 'fast'" in done.stderr
+
+
+@pytest.mark.parametrize(("default", "kept"), [("auto", "input"), ("input", "input"), ("output", "output")])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("compiled", marks=needs_compiler)])
+def test_what_auto_keeps_is_a_choice(monkeypatch, default, kept, backend):
+    """With "output" a CPU notices, as a GPU does, that an output was overwritten."""
+    monkeypatch.setattr(dispatch, "_DEFAULT_SAVE", default)
+    x = torch.randn(64, requires_grad=True)
+    with hf_gem.kernels(backend):
+        y = egem(x)
+        expected = torch.autograd.grad(egem(x, save=kept).sum(), x)
+        assert torch.equal(torch.autograd.grad(y.sum(), x, retain_graph=True)[0], expected[0])
+        with torch.no_grad():
+            y.mul_(2)
+        overwritten = pytest.raises(RuntimeError, match="modified by an inplace operation")
+        with overwritten if kept == "output" else contextlib.nullcontext():
+            y.sum().backward()
+        segem(x).mul_(2).sum().backward()  # whose output cannot be kept
+        egem(x, save="input").mul_(2).sum().backward()
 
 
 @needs_compiler

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import operator
 import re
 from pathlib import Path
 
@@ -271,3 +272,54 @@ def test_the_data_go_to_json():
     assert (data["num_gem"], data["num_other"], data["complete"]) == (2, 0, True)
     assert data["calls"][0]["module"] == "encoder.layer.0.intermediate.intermediate_act_fn"
     assert json.loads(json.dumps(data))["calls"][-1]["function"] == "tanh"
+
+
+class Overwriting(nn.Module):
+    """Some layers with operations in place behind them."""
+
+    def __init__(self, overwrite, act=None):
+        super().__init__()
+        self.linear, self.act, self.drop = nn.Linear(8, 8), act or hf_gem.GEM(2), nn.Dropout(0.1, inplace=True)
+        self.overwrite = overwrite
+
+    def forward(self, x):
+        return self.overwrite(self, self.act(self.linear(x)))
+
+
+@pytest.mark.parametrize(
+    ("overwrite", "operation", "module"),
+    [
+        (lambda model, y: model.drop(y), "dropout_", "drop"),
+        (lambda _, y: F.dropout(y, 0.1, False, True), "dropout_", ""),
+        (lambda _, y: y.add_(1), "add_", ""),
+        (lambda _, y: operator.iadd(y, y.detach()), "add_", ""),
+        (lambda _, y: y.view(-1).mul_(2), "mul_", ""),
+        (lambda _, y: F.relu(y, inplace=True), "relu_", ""),
+    ],
+)
+@pytest.mark.parametrize(("act", "name"), [(hf_gem.GEM(2), "gem_n2"), (nn.GELU(), "gelu")])
+def test_what_overwrites_an_output_is_named(overwrite, operation, module, act, name):
+    report = audit(Overwriting(overwrite, act), torch.ones(2, 8))
+    (call,) = report.overwritten
+    assert (call.function, call.module, call.count) == (f"{operation} behind {name}", module, 1)
+    assert Path(__file__).name in call.location
+    assert call not in report.calls
+    assert report.to_dict()["overwritten"][0]["function"] == call.function
+    assert re.search(rf"overwritten in place.*\n.*\n +1  {operation} behind {name} ", str(report))
+
+
+@pytest.mark.parametrize(
+    "overwrite",
+    [
+        lambda _, y: y + 1,
+        lambda _, y: (y + 1).add_(1),
+        lambda _, y: y.clone().view(-1).mul_(2),
+        lambda _, y: F.dropout(y, 0.0, False, True),
+        lambda model, y: model.linear(y).add_(y),
+        lambda _, y: torch.sigmoid(y).mul_(2),
+    ],
+)
+def test_what_leaves_outputs_alone_is_not(overwrite):
+    report = audit(Overwriting(overwrite), torch.ones(2, 8))
+    assert report.overwritten == ()
+    assert "overwritten" not in str(report)

@@ -176,7 +176,7 @@ def test_the_124m_preset_is_gpt2_small():
         (["--max_train_tokens", "-5"], ["--max_train_tokens", "got -5"]),
         (["--resume", "Auto"], ["--resume", "auto, never", "Auto"]),
         (["--streaming", "true"], ["--max_train_tokens", "--streaming"]),
-        (["--hidden_act", "gelo"], ["gelo", "gem_n2", "gelu"]),
+        (["--hidden_act", "gelo"], ["gelo", "gem_n2", "gelu", "HF_GEM_FAMILIES"]),
         (["--hidden_act", "egem-n2"], ["egem-n2", "egem_n2"]),
         (["--config", "missing.yaml"], ["missing.yaml"]),
     ],
