@@ -5,6 +5,7 @@ Nothing of hf_gem is imported here, so that the build of the kernels can load th
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -21,7 +22,6 @@ __all__ = [
     "TorchDispatchMode",
     "children",
     "compile_cpp",
-    "compiler_is_loaded",
     "expect_compilations",
     "explain",
     "has_hooks",
@@ -37,6 +37,7 @@ __all__ = [
     "uncompiled",
     "wait_on_device",
     "waits_for_device",
+    "without_compiler",
 ]
 
 
@@ -123,6 +124,11 @@ def uncompiled(model: nn.Module) -> nn.Module | None:
 def compiler_is_loaded() -> bool:
     """Whether anything has imported the compiler."""
     return "torch._dynamo" in sys.modules
+
+
+def without_compiler() -> contextlib.AbstractContextManager[Any]:
+    """A context in which whatever is compiled runs as it was written, and nothing is compiled."""
+    return torch.compiler.set_stance("force_eager") if compiler_is_loaded() else contextlib.nullcontext()
 
 
 def reset_compiler() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import compiler_is_loaded, module_buffers, tree_leaves, uncompiled
+from .._torch import module_buffers, tree_leaves, uncompiled, without_compiler
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -71,8 +71,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         enter = stack.enter_context
         enter(_restored(model))
         enter(torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind))
-        if compiler_is_loaded():  # compiled modules alone need it
-            enter(torch.compiler.set_stance("force_eager"))
+        enter(without_compiler())
         enter(torch.inference_mode(False))  # it hides operations from TorchDispatchMode
         enter(torch.no_grad())
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm.auto import tqdm
 
+from .._torch import without_compiler
 from .device import batch_to_device
 from .errors import DataError, Interrupted
 from .loss import IGNORE
@@ -74,7 +75,9 @@ def evaluate(objective: nn.Module, task: Task, batch_size: int, accelerator: Acc
             _check(accelerator)
         indices = np.arange(first + rank * batch_size, min(first + (rank + 1) * batch_size, count))
         batch = _read(task, indices if len(indices) else np.zeros(1, np.int64))
-        output = objective(**batch_to_device(batch, accelerator.device))
+        # The modes of evaluation and the size of its last batch would each be compiled anew, for a share of the work.
+        with without_compiler():
+            output = objective(**batch_to_device(batch, accelerator.device))
         if len(indices):
             rows["losses"].append(output.loss)
             rows["targets"].append((batch["labels"] != IGNORE).sum())

@@ -490,3 +490,16 @@ def test_precision_is_part_of_what_a_run_is(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(CheckpointError, match=r"mixed_precision: 'no' in .*, 'bf16' in"):
         run(tmp_path)
+
+
+def test_a_run_with_evaluations_compiles_one_graph(tmp_path, monkeypatch):
+    """Neither the modes of evaluation nor the odd size of its last batch is compiled."""
+    compile_with = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_with(module, backend="aot_eager"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    task = make_task(type("NoDropout", (Objective,), {"forward": _without_dropout}))
+    record, _ = run(tmp_path, task, compile=True, micro_batch_size=4)
+    assert len(record["curves"]["validation_loss"]) == 3  # of 7 samples, 4 at a time
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
