@@ -3,19 +3,23 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
+from torch.distributed.elastic.utils.distributed import get_free_port
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
+from hf_gem.training.config import parse_config
 from hf_gem.training.launch import layers_to_shard
 from recipes import bert_pretrain, gpt2_pretrain
-from tests.helpers import BERT, GPT2, ROOT, TINY, launch, losses, run_here, write_corpus
+from tests.helpers import BERT, GPT2, ROOT, STOPPING, TINY, launch, losses, run_here, stopping, write_corpus
 
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 # Rounding of float32 sums taken in another order, carried through six steps of a model this small.
@@ -111,7 +115,7 @@ def test_fsdp_gathers_at_each_micro_batch_and_scatters_once_a_step(flags, num_pr
     gathered = {size: count for (name, _, size), count in collectives.items() if name == "allgather"}
     assert gathered.keys() == {LAYER, rest}
     assert gathered[LAYER] == 2 * 2 * micro_batches
-    assert gathered[rest] in (micro_batches, 2 * micro_batches)  # accelerate before 1.15 frees them after the forward
+    assert gathered[rest] in (micro_batches, 2 * micro_batches)  # where accelerate frees them too
     assert {kind for name, kind, _ in collectives if name == "allgather"} == {precision}
     scattered = {key: count for key, count in collectives.items() if key[0] == "reducescatter"}
     assert scattered == {("reducescatter", "float32", LAYER): 2, ("reducescatter", "float32", rest): 1}
@@ -230,6 +234,61 @@ def test_the_job_script_starts_each_machine_and_asks_to_be_started_again(tmp_pat
     text = script.read_text()
     assert "#SBATCH --requeue" in text
     assert "#SBATCH --signal=" in text
+
+
+def kubernetes():
+    """The service and the job; the options of torchrun, the recipe and its flags."""
+    service, job = yaml.safe_load_all((ROOT / "recipes" / "kubernetes.yaml").read_text())
+    launcher, *words = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert launcher == "torchrun"
+    recipe = next(index for index, word in enumerate(words) if not word.startswith("-"))
+    options = dict(word.split("=") for word in words[:recipe])
+    return service, job, options, ROOT / words[recipe], words[recipe + 1 :]
+
+
+def test_the_kubernetes_job_agrees_with_itself():
+    service, job, options, recipe, flags = kubernetes()
+    name, spec = job["metadata"]["name"], job["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    # The name of the first pod, which the service has to give it, and before it is ready.
+    assert options["--rdzv_endpoint"].split(":")[0] == f"{name}-0.{service['metadata']['name']}"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["publishNotReadyAddresses"] is True
+    assert spec["completionMode"] == "Indexed"
+    # All at once, or they wait for each other.
+    assert int(options["--nnodes"]) == spec["completions"] == spec["parallelism"]
+    assert int(options["--nproc_per_node"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert pod["restartPolicy"] == "Never"  # podFailurePolicy asks for it
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert recipe == GPT2
+    config, preset = parse_config(gpt2_pretrain.Config, gpt2_pretrain.PRESETS, "demo", flags)
+    assert preset == "gpt2-124m"
+    assert config.output_dir.startswith("/shared/")
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_machines_starts_a_dead_process_again(flags, reference, tmp_path):
+    """The command of the Kubernetes job in two places on this machine, where the second process dies at step 2."""
+    _, _, options, recipe, _ = kubernetes()
+    options |= {"--nproc_per_node": "1", "--rdzv_endpoint": f"localhost:{get_free_port()}"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", *(f"{name}={value}" for name, value in options.items())]
+    dies = map(str, (STOPPING, *stopping(signal.SIGKILL, 2, recipe, rank=1)))
+    run = [*launcher, *dies, *flags, f"--output_dir={tmp_path / 'run'}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    logs = [(tmp_path / f"{number}.txt").open("w+") for number in range(2)]
+    machines = [subprocess.Popen(run, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT) for log in logs]
+    try:
+        codes = [machine.wait(240) for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+        outputs = [(log.seek(0), log.read(), log.close())[1] for log in logs]
+    assert codes == [0, 0], outputs
+    assert losses(tmp_path / "run") == pytest.approx(losses(reference), rel=REORDERED)
+    assert processes(tmp_path / "run") == [(2, 1), (2, 3)]  # it went on from the checkpoint
 
 
 @pytest.mark.slow
