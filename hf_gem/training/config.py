@@ -83,6 +83,9 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] | None = option(
         None, "Precision of the forward pass; by default what `accelerate launch` was told."
     )
+    compress_gradients: Literal["bf16"] | None = option(
+        None, "What DDP rounds gradients to before it adds them up over processes; by default it adds them as they are."
+    )
     compile: bool = option(False, "Run the model through torch.compile.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     deterministic: bool = option(False, "Ask torch for deterministic GPU kernels: bit-equal reruns, slower.")

@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -41,7 +41,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         project_dir=config.output_dir,
         # The loop accumulates by itself; what a launcher says about it would scale the gradients a second time.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True,
+                comm_hook=DDPCommunicationHookType(config.compress_gradients or "no"),
+            )
+        ],
     )
     check("stopped before training; the same command starts it")
     _check_distribution(accelerator, config)
@@ -92,6 +97,13 @@ def _check_distribution(accelerator: Accelerator, config: TrainConfig) -> None:
         )
     if accelerator.is_fsdp2 and config.ema_decay:
         raise ConfigError("--ema_decay keeps a whole copy of the weights, which FSDP2 shards; set it to 0, or use DDP")
+    if config.compress_gradients and not kind.value.startswith("MULTI_"):
+        # FSDP2 could reduce in bfloat16, but would add up micro-batches in it too.
+        ours = "FSDP2" if accelerator.is_fsdp2 else "one process"
+        raise ConfigError(
+            f"--compress_gradients {config.compress_gradients} was given, and this run is {ours}. "
+            "It is for DDP on several processes; leave it out"
+        )
 
 
 def _check_precision(accelerator: Accelerator) -> None:

@@ -150,8 +150,12 @@ def command() -> str:
     script = Path(sys.argv[0])
     if script.is_absolute() and script.is_relative_to(Path.cwd()):
         script = script.relative_to(Path.cwd())
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # which every launcher of accelerate sets
-    return shlex.join([*(["accelerate", "launch"] if launched else ["python"]), str(script), *sys.argv[1:]])
+    launcher = ["python"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = ["torchrun"]
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # which every launcher of accelerate sets, torchrun's beside it
+        launcher = ["accelerate", "launch"]
+    return shlex.join([*launcher, str(script), *sys.argv[1:]])
 
 
 def hardware() -> dict[str, Any]:

@@ -1,23 +1,42 @@
-"""The launcher configs in recipes/accelerate, and FSDP2 over gloo; DDP is in the test of each recipe."""
+"""Runs of several processes: FSDP2 over gloo, what goes over the wire, launchers; DDP is in the test of each recipe."""
 
 import json
 import os
 import re
+import signal
 import subprocess
+import sys
+from collections import Counter
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
+from torch.distributed.elastic.utils.distributed import get_free_port
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
+from hf_gem.training.config import parse_config
 from hf_gem.training.launch import layers_to_shard
 from recipes import bert_pretrain, gpt2_pretrain
-from tests.helpers import BERT, GPT2, ROOT, TINY, launch, losses, run_here, write_corpus
+from tests.helpers import BERT, GPT2, ROOT, STOPPING, TINY, launch, losses, run_here, stopping, write_corpus
 
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 # Rounding of float32 sums taken in another order, carried through six steps of a model this small.
 REORDERED = 2000 * torch.finfo(torch.float32).eps
+
+
+def sharded(num_processes, recipe, *flags):
+    """FSDP2 over gloo, by tests/fsdp_on_cpu.py."""
+    wrapper = ROOT / "tests" / "fsdp_on_cpu.py"
+    code, output = launch(num_processes, recipe, *flags, recipe=wrapper, config="fsdp2.yaml")
+    assert code == 0, output
+
+
+def replicated(num_processes, recipe, *flags):
+    """DDP over gloo."""
+    code, output = launch(num_processes, *flags, recipe=recipe, config="cpu.yaml")
+    assert code == 0, output
 
 
 @pytest.fixture(scope="module")
@@ -34,28 +53,111 @@ def reference(flags, tmp_path_factory):
     return folder
 
 
-def sharded(num_processes, recipe, *flags):
-    """FSDP2 over gloo, by tests/fsdp_on_cpu.py."""
-    wrapper = ROOT / "tests" / "fsdp_on_cpu.py"
-    code, output = launch(num_processes, recipe, *flags, recipe=wrapper, config="fsdp2.yaml")
-    assert code == 0, output
+@pytest.fixture(scope="module")
+def two_processes(flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_processes") / "run"
+    replicated(2, GPT2, *flags, f"--output_dir={folder}")
+    return folder
+
+
+WIDTH = 128  # so that the messages around tensors are few beside them
+LAYER = 12 * WIDTH**2 + 13 * WIDTH  # weights of one of the two layers
+
+
+def one_step(way, num_processes, folder, *flags):
+    """What a process sends at one step of 8 micro-batches in all: collectives by name, type and size; bytes.
+
+    The collectives are those of the first process, and all of them have the same; the bytes are of each process.
+    """
+    flags = (*flags, f"--n_embd={WIDTH}", "--steps=3", "--global_batch_size=32", "--micro_batch_size=4")
+    flags = (*flags, "--eval_every=0", "--save_every=0", f"--output_dir={folder}")
+    way(num_processes, ROOT / "tests" / "wire.py", folder, GPT2, *flags)
+    sent = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_processes)]
+    assert all(process["collectives"] == sent[0]["collectives"] for process in sent)
+    return Counter(map(tuple, sent[0]["collectives"])), [process["bytes"] for process in sent]
+
+
+def processes(folder):
+    """How many processes a run had, and from which step on."""
+    sessions = json.loads((folder / "record.json").read_text())["sessions"]
+    return [(session["num_processes"], session["first_step"]) for session in sessions]
+
+
+def num_parameters(folder):
+    return json.loads((folder / "record.json").read_text())["num_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "compression"), [(2, None), pytest.param(4, None, marks=pytest.mark.slow), (4, "bf16")]
+)
+def test_ddp_adds_up_gradients_once_a_step(flags, num_processes, compression, tmp_path):
+    """However many micro-batches it has, and nothing else but three numbers: targets, loss, whether to stop."""
+    how = (f"--compress_gradients={compression}",) if compression else ()
+    collectives, sent = one_step(replicated, num_processes, tmp_path, *flags, *how)
+    dtype = torch.bfloat16 if compression else torch.float32
+    numbers = collectives.pop(("allreduce", "float32", 1))
+    assert numbers == 3
+    assert {(name, kind) for name, kind, _ in collectives} == {("allreduce", str(dtype).removeprefix("torch."))}
+    assert sum(size * count for (_, _, size), count in collectives.items()) == num_parameters(tmp_path)
+    if sys.platform == "linux":
+        in_a_ring = 2 * (num_processes - 1) / num_processes * dtype.itemsize * num_parameters(tmp_path)
+        assert sent == pytest.approx([in_a_ring] * num_processes, rel=0.05)  # with the messages around tensors
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "precision"), [pytest.param(2, "float32", marks=pytest.mark.slow), (4, "bfloat16")]
+)
+def test_fsdp_gathers_at_each_micro_batch_and_scatters_once_a_step(flags, num_processes, precision, tmp_path):
+    how = () if precision == "float32" else ("--mixed_precision=bf16",)
+    collectives, sent = one_step(sharded, num_processes, tmp_path, *flags, *how)
+    rest = num_parameters(tmp_path) - 2 * LAYER
+    micro_batches = 8 // num_processes
+    gathered = {size: count for (name, _, size), count in collectives.items() if name == "allgather"}
+    assert gathered.keys() == {LAYER, rest}
+    assert gathered[LAYER] == 2 * 2 * micro_batches
+    assert gathered[rest] in (micro_batches, 2 * micro_batches)  # where accelerate frees them too
+    assert {kind for name, kind, _ in collectives if name == "allgather"} == {precision}
+    scattered = {key: count for key, count in collectives.items() if key[0] == "reducescatter"}
+    assert scattered == {("reducescatter", "float32", LAYER): 2, ("reducescatter", "float32", rest): 1}
+    others = [key for key in collectives if key[0] not in ("allgather", "reducescatter")]
+    assert all(name == "allreduce" and size < 100 for name, _, size in others)  # numbers, and the norms of gradients
+    if sys.platform == "linux":
+        weights = sum(size * count for size, count in gathered.items()) * getattr(torch, precision).itemsize
+        gradients = 4 * num_parameters(tmp_path)
+        share = (num_processes - 1) / num_processes
+        # Some versions of gloo scatter by adding everything up everywhere, which is twice as much.
+        low, high = share * (weights + gradients), share * (weights + 2 * gradients)
+        assert all(low < count < 1.05 * high for count in sent)
+
+
+def test_compressed_gradients_train_the_same_up_to_their_rounding(flags, two_processes, tmp_path):
+    replicated(2, GPT2, *flags, "--compress_gradients=bf16", f"--output_dir={tmp_path}")
+    ours, whole = losses(tmp_path), losses(two_processes)
+    assert ours[1] == whole[1]  # no update yet
+    # Two roundings of a gradient to bfloat16, and Adam's update is off by about as large a share of itself.
+    assert all(abs(ours[step] - whole[step]) <= 2**-7 * (whole[1] - whole[step]) for step in range(2, 7))
+    assert ours[2] != whole[2]
 
 
 def test_sharded_runs_are_the_same_and_go_on_with_other_numbers_of_processes(flags, reference, tmp_path):
-    sharded(2, GPT2, *flags, f"--output_dir={tmp_path / 'two'}")
+    """Four processes, two from step 3 on, and four again from step 5."""
+    flags = (*flags, "--micro_batch_size=1")
+    sharded(4, GPT2, *flags, f"--output_dir={tmp_path / 'four'}")
     for name in ("loss", "validation_loss"):
-        assert losses(tmp_path / "two", name) == pytest.approx(losses(reference, name), rel=REORDERED)
+        assert losses(tmp_path / "four", name) == pytest.approx(losses(reference, name), rel=REORDERED)
+    checkpoint = tmp_path / "four" / "checkpoints" / "step_00000002"
+    assert len(list(checkpoint.rglob("*.distcp"))) == 8  # model and optimizer, four pieces each
+    sharded(2, GPT2, *flags, f"--output_dir={tmp_path / 'two'}", f"--resume={checkpoint}")
     checkpoint = tmp_path / "two" / "checkpoints" / "step_00000004"
-    assert len(list(checkpoint.rglob("*.distcp"))) == 4  # model and optimizer, two pieces each
-    whole, ours = (load_file(folder / "model.safetensors") for folder in (reference, tmp_path / "two"))
-    assert whole.keys() == ours.keys()
-    for name in whole:
-        torch.testing.assert_close(ours[name], whole[name], rtol=0, atol=1e-4)  # a hundredth of the learning rate
-
-    sharded(4, GPT2, *flags, "--micro_batch_size=1", f"--output_dir={tmp_path / 'four'}", f"--resume={checkpoint}")
-    assert losses(tmp_path / "four") == pytest.approx(losses(reference), rel=REORDERED)
-    sessions = json.loads((tmp_path / "four" / "record.json").read_text())["sessions"]
-    assert [(s["num_processes"], s["first_step"]) for s in sessions] == [(2, 1), (4, 5)]
+    sharded(4, GPT2, *flags, f"--output_dir={tmp_path / 'again'}", f"--resume={checkpoint}")
+    assert processes(tmp_path / "again") == [(4, 1), (2, 3), (4, 5)]
+    for name in ("loss", "validation_loss"):
+        assert losses(tmp_path / "again", name) == pytest.approx(losses(reference, name), rel=REORDERED)
+    for folder in ("four", "again"):
+        whole, ours = (load_file(run / "model.safetensors") for run in (reference, tmp_path / folder))
+        assert whole.keys() == ours.keys()
+        for name in whole:
+            torch.testing.assert_close(ours[name], whole[name], rtol=0, atol=1e-4)  # a hundredth of the learning rate
 
 
 def test_sharded_runs_in_half_precision_keep_the_loss_whole(flags, reference, tmp_path):
@@ -90,10 +192,12 @@ def test_fsdp_where_there_is_nothing_to_shard_on_is_refused(flags, tmp_path):
     assert "error: the launcher chose FSDP, and accelerate shards on GPUs alone" in output
 
 
-def test_processes_on_a_cpu(flags, reference, tmp_path):
-    code, output = launch(2, *flags, f"--output_dir={tmp_path}", config="cpu.yaml")
-    assert code == 0, output
-    assert losses(tmp_path) == pytest.approx(losses(reference), rel=REORDERED)
+def test_processes_on_a_cpu_are_the_same_and_go_on_as_one(flags, reference, two_processes, tmp_path):
+    assert losses(two_processes) == pytest.approx(losses(reference), rel=REORDERED)
+    checkpoint = two_processes / "checkpoints" / "step_00000004"
+    run_here(gpt2_pretrain, tmp_path / "one", *flags, f"--resume={checkpoint}")
+    assert losses(tmp_path / "one") == pytest.approx(losses(reference), rel=REORDERED)
+    assert processes(tmp_path / "one") == [(2, 1), (1, 5)]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -130,6 +234,61 @@ def test_the_job_script_starts_each_machine_and_asks_to_be_started_again(tmp_pat
     text = script.read_text()
     assert "#SBATCH --requeue" in text
     assert "#SBATCH --signal=" in text
+
+
+def kubernetes():
+    """The service and the job; the options of torchrun, the recipe and its flags."""
+    service, job = yaml.safe_load_all((ROOT / "recipes" / "kubernetes.yaml").read_text())
+    launcher, *words = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert launcher == "torchrun"
+    recipe = next(index for index, word in enumerate(words) if not word.startswith("-"))
+    options = dict(word.split("=") for word in words[:recipe])
+    return service, job, options, ROOT / words[recipe], words[recipe + 1 :]
+
+
+def test_the_kubernetes_job_agrees_with_itself():
+    service, job, options, recipe, flags = kubernetes()
+    name, spec = job["metadata"]["name"], job["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    # The name of the first pod, which the service has to give it, and before it is ready.
+    assert options["--rdzv_endpoint"].split(":")[0] == f"{name}-0.{service['metadata']['name']}"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["publishNotReadyAddresses"] is True
+    assert spec["completionMode"] == "Indexed"
+    # All at once, or they wait for each other.
+    assert int(options["--nnodes"]) == spec["completions"] == spec["parallelism"]
+    assert int(options["--nproc_per_node"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert pod["restartPolicy"] == "Never"  # podFailurePolicy asks for it
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert recipe == GPT2
+    config, preset = parse_config(gpt2_pretrain.Config, gpt2_pretrain.PRESETS, "demo", flags)
+    assert preset == "gpt2-124m"
+    assert config.output_dir.startswith("/shared/")
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_machines_starts_a_dead_process_again(flags, reference, tmp_path):
+    """The command of the Kubernetes job in two places on this machine, where the second process dies at step 2."""
+    _, _, options, recipe, _ = kubernetes()
+    options |= {"--nproc_per_node": "1", "--rdzv_endpoint": f"localhost:{get_free_port()}"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", *(f"{name}={value}" for name, value in options.items())]
+    dies = map(str, (STOPPING, *stopping(signal.SIGKILL, 2, recipe, rank=1)))
+    run = [*launcher, *dies, *flags, f"--output_dir={tmp_path / 'run'}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    logs = [(tmp_path / f"{number}.txt").open("w+") for number in range(2)]
+    machines = [subprocess.Popen(run, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT) for log in logs]
+    try:
+        codes = [machine.wait(240) for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+        outputs = [(log.seek(0), log.read(), log.close())[1] for log in logs]
+    assert codes == [0, 0], outputs
+    assert losses(tmp_path / "run") == pytest.approx(losses(reference), rel=REORDERED)
+    assert processes(tmp_path / "run") == [(2, 1), (2, 3)]  # it went on from the checkpoint
 
 
 @pytest.mark.slow

@@ -45,6 +45,15 @@ def test_a_way_to_distribute_that_is_none_of_ours(tmp_path, monkeypatch):
         make(tmp_path)
 
 
+def test_compression_where_nothing_is_reduced_by_ddp_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="this run is one process"):
+        make(tmp_path, compress_gradients="bf16")
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    monkeypatch.setattr(Accelerator, "is_fsdp2", True)
+    with pytest.raises(ConfigError, match="--compress_gradients bf16 was given, and this run is FSDP2"):
+        make(tmp_path, compress_gradients="bf16")
+
+
 def test_auto_is_resolved_for_the_record(tmp_path):
     config = TrainConfig(output_dir=str(tmp_path), report_to="auto")
     make_accelerator(config)

@@ -50,10 +50,13 @@ def test_what_is_not_finite_is_null(tmp_path):
 
 def test_the_environment_names_what_decides_a_result(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     found = environment()
     assert found["versions"]["torch"] == torch.__version__
     assert found["hardware"]["cpu_count"] >= 1
     assert found["command"].startswith("python ")  # nothing launched this
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert environment()["command"].startswith("torchrun ")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert environment()["command"].startswith("accelerate launch ")
     assert found.keys() >= {"commit", "dirty"}
