@@ -84,7 +84,7 @@ def test_failures_of_tests_are_named(tmp_path):
         "import pytest\ndef test_right(): pass\ndef test_wrong(): assert 1 == 2\n"
         "def test_skipped(): pytest.skip('no reason')\n"
     )
-    found = run_suite((str(path), f"--rootdir={tmp_path}"), torch.device("cpu"))
+    found = run_suite((str(path), f"--rootdir={tmp_path}"), torch.device("cpu"), seconds=100)
     assert (found["status"], found["tests"]) == (1, 3)
     assert found["skipped"] == {"no reason": 1}
     ((name, message),) = found["failures"].items()
