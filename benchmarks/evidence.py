@@ -9,6 +9,7 @@ arrays in an .npz file, or in several, whose parts are put together.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ import yaml
 from benchmarks.common import QUICK_RESULTS, RESULTS, Goal, machine, make_parser, pick_device, write
 from benchmarks.processes import ROOT, run_for
 from hf_gem.compare.plan import Plan, load_plan
-from hf_gem.compare.study import Study
+from hf_gem.compare.study import Study, StudyError
+from hf_gem.compare.words import mean
 
 PLAN = ROOT / "recipes" / "plans" / "cifar10-fast.yaml"
 DATASET = ROOT / "data" / "cifar10.npz"
@@ -76,28 +79,40 @@ def fitted(plan: Plan, seconds_a_run: float, seconds: float) -> Plan:
     )
 
 
-def compare(plan: Plan, folder: Path, dataset: Path, jobs: int, seconds: float, flags: dict[str, Any]) -> float:
-    """Runs a plan through recipes/compare.py, as far as its time reaches; returns the seconds that it took."""
+def compare(plan: Plan, folder: Path, dataset: Path, jobs: int, seconds: float, flags: dict[str, Any]) -> Study:
+    """Runs a plan through recipes/compare.py, as far as its time reaches."""
     path = folder.with_suffix(".yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(asdict(plan), sort_keys=False))
     settings = [f"{name}={value}" for name, value in {"dataset": dataset.resolve(), **flags}.items()]
     command = [sys.executable, "recipes/compare.py", "--plan", str(path), "--study", str(folder)]
-    ended = run_for(seconds, [*command, "--jobs", str(jobs), "--set", *settings])
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    ended = run_for(seconds, [*command, "--jobs", str(jobs), "--set", *settings], threads)
     if ended.status and not ended.stopped:
         raise RuntimeError(f"the study {plan.name} ended with status {ended.status}: {ended.last_lines[-1:]}")
-    return ended.seconds
+    return Study(folder)
+
+
+def seconds_a_run(study: Study) -> float:
+    """What a run adds to the time of a study, several at once, from the first that trains to the last record."""
+    records = list((study.folder / "records").glob("*.json"))
+    sessions = [json.loads(path.read_text())["sessions"][0] for path in records]
+    first = min(datetime.fromisoformat(session["started"]).timestamp() for session in sessions)
+    return (max(path.stat().st_mtime for path in records) - first) / len(records)
 
 
 def findings(study: Study) -> dict[str, Any]:
-    """What a study says of each arm, as JSON."""
-    choices = study.choices()
+    """What a study says of each arm, as JSON; nothing, as long as its tuning is not over."""
+    try:
+        choices = study.choices()
+    except StudyError:
+        return {"comparisons": []}
     compared = [
         {
             **{key: getattr(c, key) for key in ("arm", "seeds", "difference", "interval", "p_holm", "verdict")},
             "choice": choices[c.arm],
-            "mean": statistics.fmean(c.values),
-            "baseline_mean": statistics.fmean(c.baseline),
+            "mean": mean(dict(enumerate(c.values))),
+            "baseline_mean": mean(dict(enumerate(c.baseline))),
         }
         for c in study.comparisons()
     ]
@@ -117,14 +132,13 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
     if arguments.quick:
         plan = replace(plan, arms={name: plan.arms[name] for name in ("relu", "egem")})
     first = pilot(plan)
-    each = compare(first, folder.with_name("pilot"), dataset, jobs, 60 * arguments.minutes, flags) / first.num_runs()[1]
+    each = seconds_a_run(compare(first, folder.with_name("pilot"), dataset, jobs, 60 * arguments.minutes, flags))
     if not (folder / "plan.json").exists():
         left = 60 * arguments.minutes * _RESERVE - (time.monotonic() - began)
         plan = replace(first, name=plan.name, final_seeds=[0, 1]) if arguments.quick else fitted(plan, each, left)
     else:
         plan = Study(folder).plan  # of a run that was cut off
-    compare(plan, folder, dataset, jobs, 60 * arguments.minutes - (time.monotonic() - began), flags)
-    study = Study(folder)
+    study = compare(plan, folder, dataset, jobs, 60 * arguments.minutes - (time.monotonic() - began), flags)
     seconds = study.seconds()
     cost = {
         "runs": len(seconds),

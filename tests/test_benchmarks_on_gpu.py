@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, report
 from benchmarks.device import run_suite
-from benchmarks.evidence import PLAN, fitted, joined, pilot
+from benchmarks.evidence import PLAN, findings, fitted, joined, pilot, seconds_a_run
 from benchmarks.processes import run_for
 from hf_gem.compare.plan import load_plan
-from tests.helpers import needs_compiler
+from hf_gem.compare.study import Study, freeze
+from tests.helpers import ROOT, needs_compiler
 
 
 @pytest.fixture
@@ -109,6 +110,26 @@ def test_a_study_takes_as_much_as_fits():
     first = pilot(plan)
     assert first.num_runs() == (0, 2 * len(plan.arms))
     assert not set(first.final_seeds) & {*found.final_seeds, *plan.tuning_seeds}
+
+
+def test_what_a_study_found_is_on_the_page():
+    study = Study(ROOT / "results" / "cifar100-resnet20-short")
+    found = json.loads(json.dumps(findings(study)))
+    results = {"cost": {"runs": study.num_records()}, "study": "cifar10-fast", **found}
+    text = report.evidence_table({"results": results})
+    for comparison in study.comparisons():
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| {comparison.arm} |"))
+        assert f"{comparison.difference:+.4g}" in row
+        assert f"**{comparison.verdict}**" in row
+    assert f"runs {study.num_records()}" in text
+    assert seconds_a_run(study) > 0
+    assert "Not run" in report.evidence_table({"results": {}})
+
+
+def test_a_study_that_was_cut_off_in_its_tuning_says_so(tmp_path):
+    freeze(load_plan(PLAN), tmp_path)
+    found = findings(Study(tmp_path))
+    assert "not over" in report.evidence_table({"results": {"cost": {}, "study": "cifar10-fast", **found}})
 
 
 def test_parts_of_a_dataset_are_put_together(tmp_path):
