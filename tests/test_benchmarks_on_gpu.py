@@ -135,7 +135,7 @@ def test_parts_of_a_dataset_are_put_together(tmp_path):
     whole = {"x_train": np.arange(24).reshape(6, 4), "y_train": np.arange(6)}
     for k in range(2):
         np.savez(tmp_path / f"part{k}.npz", **{key: array[3 * k : 3 * k + 3] for key, array in whole.items()})
-    path = joined([tmp_path / f"part{k}.npz" for k in range(2)], tmp_path / "made")
+    path = joined([tmp_path / f"part{k}.npz" for k in range(2)], tmp_path / "whole.npz")
     loaded = np.load(path)
     assert {key: loaded[key].tolist() for key in loaded} == {key: array.tolist() for key, array in whole.items()}
-    assert joined([path], tmp_path) == path
+    assert joined([path], tmp_path / "other.npz") == path
