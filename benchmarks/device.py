@@ -61,7 +61,7 @@ def speeds(device: torch.device, quick: bool) -> dict[str, Any]:
     }
 
 
-def run_suite(arguments: tuple[str, ...], device: torch.device, seconds: float = 400) -> dict[str, Any]:
+def run_suite(arguments: tuple[str, ...], device: torch.device, seconds: float) -> dict[str, Any]:
     """Counts of a run of pytest, in processes of their own, and what failed or was skipped.
 
     Args:
@@ -107,10 +107,11 @@ def outcomes(report: Path) -> dict[str, Any]:
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list[str]]:
     device = pick_device(arguments.device)
     results = speeds(device, arguments.quick)
-    torch.accelerator.empty_cache() if device.type == "cuda" else None
-    suites = {
-        name: run_suite(command, device) for name, command in (QUICK_SUITES if arguments.quick else SUITES).items()
-    }
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # for the tests
+    chosen = QUICK_SUITES if arguments.quick else SUITES
+    each = 60 * arguments.minutes / len(chosen)
+    suites = {name: run_suite(command, device, each) for name, command in chosen.items()}
     # 5: no test was found, which is a failure here too.
     goals = [Goal(f"{name}: failed", len(s["failures"]) or int(s["status"] != 0), 0) for name, s in suites.items()]
     return {**results, "suites": suites}, goals, []
@@ -118,7 +119,9 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    arguments = make_parser(__doc__, rounds=1).parse_args(argv)
+    parser = make_parser(__doc__, rounds=1)
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all tests (default: 8)")
+    arguments = parser.parse_args(argv)
     write("device", arguments, argv, *run(arguments))
 
 

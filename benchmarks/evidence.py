@@ -2,13 +2,14 @@
 
 recipes/plans/cifar10-fast.yaml, by recipes/compare.py, several runs at once on one card. Two runs of each arm are timed
 first; learning rates and seeds are then as many as fit. The study stays in a folder beside the record; after a cut, the
-same command goes on with it. Needs the images in --dataset: `x_train`, `y_train`, `x_test` and `y_test` as NumPy
+same command goes on with it, and without the folder begins another. Needs the images in --dataset: `x_train`, `y_train`, `x_test` and `y_test` as NumPy
 arrays in an .npz file, or in several, whose parts are put together.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +27,23 @@ import yaml
 from benchmarks.common import QUICK_RESULTS, RESULTS, Goal, machine, make_parser, pick_device, write
 from benchmarks.processes import ROOT, run_for
 from hf_gem.compare.plan import Plan, load_plan
-from hf_gem.compare.study import Study
+from hf_gem.compare.study import Study, StudyError
+from hf_gem.compare.words import mean
 
 PLAN = ROOT / "recipes" / "plans" / "cifar10-fast.yaml"
 DATASET = ROOT / "data" / "cifar10.npz"
+SCRATCH = QUICK_RESULTS / "evidence"  # for the timed runs and what is made of the data
 GRIDS = ((4, 4), (3, 4), (3, 3), (2, 2))  # learning rates and tuning seeds, from the best to the least
 _MOST_SEEDS = 40
 _RESERVE = 0.85  # of the time; what remains is for the reports and for what varies
 _QUICK = {"steps": 3, "warmup_steps": 1, "global_batch_size": 8, "micro_batch_size": 8, "model": "resnet8x2-cifar"}
 
 
-def joined(parts: Sequence[Path], folder: Path) -> Path:
-    """One .npz file of several, each with a part of the images."""
+def joined(parts: Sequence[Path], path: Path) -> Path:
+    """One .npz file of several, each with a part of the images, made at `path`."""
     if len(parts) == 1:
         return parts[0]
-    path = folder / "dataset.npz"
     loaded = [np.load(part) for part in parts]
-    folder.mkdir(parents=True, exist_ok=True)
     arrays: Any = {key: np.concatenate([part[key] for part in loaded]) for key in loaded[0]}
     np.savez(path, **arrays)
     return path
@@ -76,28 +78,42 @@ def fitted(plan: Plan, seconds_a_run: float, seconds: float) -> Plan:
     )
 
 
-def compare(plan: Plan, folder: Path, dataset: Path, jobs: int, seconds: float, flags: dict[str, Any]) -> float:
-    """Runs a plan through recipes/compare.py, as far as its time reaches; returns the seconds that it took."""
-    path = folder.with_suffix(".yaml")
-    path.parent.mkdir(parents=True, exist_ok=True)
+def compare(plan: Plan, folder: Path, dataset: Path, jobs: int, seconds: float, flags: dict[str, Any]) -> Study:
+    """Runs a plan through recipes/compare.py, as far as its time reaches."""
+    path = SCRATCH / f"{plan.name}.yaml"
     path.write_text(yaml.safe_dump(asdict(plan), sort_keys=False))
     settings = [f"{name}={value}" for name, value in {"dataset": dataset.resolve(), **flags}.items()]
     command = [sys.executable, "recipes/compare.py", "--plan", str(path), "--study", str(folder)]
-    ended = run_for(seconds, [*command, "--jobs", str(jobs), "--set", *settings])
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    ended = run_for(seconds, [*command, "--jobs", str(jobs), "--set", *settings], threads)
     if ended.status and not ended.stopped:
         raise RuntimeError(f"the study {plan.name} ended with status {ended.status}: {ended.last_lines[-1:]}")
-    return ended.seconds
+    return Study(folder)
+
+
+def seconds_a_run(study: Study) -> float:
+    """What a run adds to the time of a study, several at once, from the first that trains to the last record.
+
+    Where a study was cut off and taken up again, the time between counts too.
+    """
+    records = list((study.folder / "records").glob("*.json"))
+    sessions = [json.loads(path.read_text())["sessions"][0] for path in records]
+    first = min(datetime.fromisoformat(session["started"]).timestamp() for session in sessions)
+    return (max(path.stat().st_mtime for path in records) - first) / len(records)
 
 
 def findings(study: Study) -> dict[str, Any]:
-    """What a study says of each arm, as JSON."""
-    choices = study.choices()
+    """What a study says of each arm, as JSON; nothing, as long as its tuning is not over."""
+    try:
+        choices = study.choices()
+    except StudyError:
+        return {"comparisons": []}
     compared = [
         {
             **{key: getattr(c, key) for key in ("arm", "seeds", "difference", "interval", "p_holm", "verdict")},
             "choice": choices[c.arm],
-            "mean": statistics.fmean(c.values),
-            "baseline_mean": statistics.fmean(c.baseline),
+            "mean": mean(dict(enumerate(c.values))),
+            "baseline_mean": mean(dict(enumerate(c.baseline))),
         }
         for c in study.comparisons()
     ]
@@ -110,26 +126,28 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
         return {}, [], [f"the study needs CIFAR-10 in {missing[0]}: x_train, y_train, x_test and y_test, by np.savez"]
     results = arguments.results or (QUICK_RESULTS if arguments.quick else RESULTS)
     folder = results / machine(device) / "cifar10-fast"
-    dataset = joined(arguments.dataset, folder.parent)
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    dataset = joined(arguments.dataset, SCRATCH / "dataset.npz")
     plan, jobs = load_plan(PLAN), arguments.jobs or max(1, min(8, (os.cpu_count() or 1) // 2))
     flags = _QUICK if arguments.quick else {}
-    shutil.rmtree(folder.with_name("pilot"), ignore_errors=True)
     if arguments.quick:
         plan = replace(plan, arms={name: plan.arms[name] for name in ("relu", "egem")})
-    first = pilot(plan)
-    each = compare(first, folder.with_name("pilot"), dataset, jobs, 60 * arguments.minutes, flags) / first.num_runs()[1]
-    if not (folder / "plan.json").exists():
+    if (folder / "plan.json").exists():
+        plan = Study(folder).plan  # of a run that was cut off
+    else:
+        shutil.rmtree(SCRATCH / "pilot", ignore_errors=True)
+        first = pilot(plan)
+        each = seconds_a_run(compare(first, SCRATCH / "pilot", dataset, jobs, 60 * arguments.minutes, flags))
         left = 60 * arguments.minutes * _RESERVE - (time.monotonic() - began)
         plan = replace(first, name=plan.name, final_seeds=[0, 1]) if arguments.quick else fitted(plan, each, left)
-    else:
-        plan = Study(folder).plan  # of a run that was cut off
-    compare(plan, folder, dataset, jobs, 60 * arguments.minutes - (time.monotonic() - began), flags)
-    study = Study(folder)
+    study = compare(plan, folder, dataset, jobs, 60 * arguments.minutes - (time.monotonic() - began), flags)
     seconds = study.seconds()
+    if not study.left():
+        shutil.rmtree(folder / "runs", ignore_errors=True)  # the records have all that matters
     cost = {
         "runs": len(seconds),
         "runs at once": jobs,
-        "seconds a run": round(each, 2),
+        "seconds a run": round(seconds_a_run(study), 2),
         "seconds of training in a run": round(statistics.median(seconds), 2),
         "learning rates": len(plan.learning_rates),
         "tuning seeds": len(plan.tuning_seeds),

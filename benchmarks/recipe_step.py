@@ -13,7 +13,8 @@ import gc
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -73,18 +74,19 @@ class Variant:
     masked: bool = False
 
 
-VARIANTS = {
+VARIANTS = {  # what matters most comes first, for where time is short
     SHIPPED: Variant(),
-    "attention with a mask": Variant(masked=True),
-    "logits of 4096 tokens at once": Variant(("--loss_chunk_size=4096",)),
-    "all logits at once": Variant(("--loss_chunk_size=0",)),
     "gelu_pytorch_tanh": Variant(("--hidden_act=gelu_pytorch_tanh",)),
-    "relu": Variant(("--hidden_act=relu",)),
-    "micro-batches of 32": Variant(("--micro_batch_size=32",)),
     "eager": Variant(("--compile=no",)),
     'eager, save="input"': Variant(("--compile=no",), save="input"),
     "eager, gelu_pytorch_tanh": Variant(("--compile=no", "--hidden_act=gelu_pytorch_tanh")),
+    "attention with a mask": Variant(masked=True),
+    "all logits at once": Variant(("--loss_chunk_size=0",)),
+    "logits of 4096 tokens at once": Variant(("--loss_chunk_size=4096",)),
+    "micro-batches of 32": Variant(("--micro_batch_size=32",)),
+    "relu": Variant(("--hidden_act=relu",)),
 }
+_SHARE = 0.65  # of the time, in which variants are compiled
 _attention = F.scaled_dot_product_attention
 
 
@@ -196,39 +198,52 @@ def loop_rate(quick: bool) -> float:
         return train(task, config, step.accelerator)["result"]["units_per_second"]
 
 
-def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list[str]]:
-    device = pick_device(arguments.device)
+def prepare_all(
+    names: Sequence[str], device: torch.device, quick: bool, until: float
+) -> tuple[dict[str, Step], dict[str, int], list[str]]:
+    """Steps and peaks of the variants, and why some do not take part: their memory, or the time."""
     steps: dict[str, Step] = {}
     peaks: dict[str, int] = {}
     skipped = []
+    for name in names:
+        if time.monotonic() > until:
+            skipped.append(f"no time was left for the variant {name}")
+            continue
+        try:
+            steps[name], peaks[name] = prepared(name, VARIANTS[name], device, quick)
+            print(f"  {name}: ready", flush=True)
+        except torch.OutOfMemoryError as error:
+            skipped.append(f"the variant {name} does not fit: {str(error).splitlines()[0]}")
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return steps, peaks, skipped
+
+
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list[str]]:
+    device, until = pick_device(arguments.device), time.monotonic() + 60 * arguments.minutes * _SHARE
     expect_compilations(4 * len(VARIANTS))
     with built_kernels(device, ("gem_n2",)):
-        for name in arguments.variants:
-            try:
-                steps[name], peaks[name] = prepared(name, VARIANTS[name], device, arguments.quick)
-                print(f"  {name}: ready", flush=True)
-            except torch.OutOfMemoryError as error:
-                skipped.append(f"{name} does not fit: {str(error).splitlines()[0]}")
-                gc.collect()
-                torch.cuda.empty_cache()
-        timings = time_together(dict(steps), device, arguments.rounds, seconds=0.0)
-        peak = peak_flops(device)
+        steps, peaks, skipped = prepare_all(arguments.variants, device, arguments.quick, until)
+        timings, peak = time_together(dict(steps), device, arguments.rounds, seconds=0.0), peak_flops(device)
         variants: dict[str, dict[str, Any]] = {}
         for name, seconds in timings.medians().items():
-            step = steps[name]
-            rate = step.tokens_a_step / seconds
-            mfu = rate * decoder_flops_per_token(step.model, step.config.block_size) / peak if peak else None
+            rate = steps[name].tokens_a_step / seconds
+            flops = decoder_flops_per_token(steps[name].model, steps[name].config.block_size)
             variants[name] = {
-                "flags": [*VARIANTS[name].flags], "tokens_per_second": rate, "mfu": mfu, "peak_bytes": peaks[name]
-            }  # fmt: skip
-        ratios = timings.summary([SHIPPED, "gelu_pytorch_tanh", "eager"])["ratios"]
-        del steps
+                "flags": list(VARIANTS[name].flags),
+                "tokens_per_second": rate,
+                "mfu": rate * flops / peak if peak else None,
+                "peak_bytes": peaks[name],
+            }
+        steps.clear()
         gc.collect()
         in_loop = loop_rate(arguments.quick) if SHIPPED in variants else None
     goals = []
     if SHIPPED in variants and re.search("h100|h200", machine(device)):
         shipped = variants[SHIPPED]["tokens_per_second"] / 1000
         goals = [Goal("thousand tokens a second, GPT-2 124M", shipped, g / 1000, at_least=True) for g in H100_GOALS]
+    ratios = timings.summary([SHIPPED, "gelu_pytorch_tanh", "eager"])["ratios"]
     results = {"variants": variants, "ratios": ratios, "tokens_per_second_of_the_loop": in_loop}
     return results, goals, skipped
 
@@ -236,6 +251,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__, rounds=9)
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: 8)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="by default all")
     arguments = parser.parse_args(argv)
     write("recipe_step", arguments, argv, *run(arguments))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS
+from hf_gem.compare import words
 from hf_gem.files import markdown_table, replace_between, write_atomically
 
 README = Path(__file__).resolve().parent / "README.md"
@@ -190,22 +191,25 @@ def evidence_table(record: dict[str, Any]) -> str:
     results = record["results"]
     if not results:
         return "Not run.\n"
-    facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in results["cost"].items())
+    if not results["comparisons"]:
+        return "Its tuning is not over.\n"
+    facts = ", ".join(f"{name} {value}" for name, value in results["cost"].items())
     rows = [
         [
             c["arm"],
             f"{c['choice'][1]:g}",
             str(len(c["seeds"])),
-            f"{c['mean']:.4f}",
-            f"{c['baseline_mean']:.4f}",
-            f"{c['difference']:+.4f} ({c['interval'][0]:+.4f} to {c['interval'][1]:+.4f})",
-            f"{c['p_holm']:.3g}",
+            words.number(c["mean"]),
+            words.number(c["baseline_mean"]),
+            f"{words.signed(c['difference'])} ({words.span(c['interval'])})",
+            words.cell(c["p_holm"], ".3g"),
             f"**{c['verdict']}**",
         ]
         for c in results["comparisons"]
     ]
     heads = ["arm", "learning rate", "seeds", results["metric"], results["baseline"], "difference, 95 %", "p, Holm", ""]
-    return f"{facts}.\n\n" + table(heads, rows)
+    link = f"[Report of the study]({results['study']}/report.md)"
+    return table(heads, rows) + f"\n{link}; {facts}.\n"
 
 
 def exhaustive_table(*records: dict[str, Any]) -> str:

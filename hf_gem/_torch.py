@@ -138,14 +138,6 @@ def reset_compiler() -> None:
     torch._dynamo.reset()
 
 
-def expect_compilations(count: int) -> None:
-    """Lets one function be compiled anew that often, for as many models; more is an error, not the eager mode."""
-    from torch._dynamo import config
-
-    config.recompile_limit = config.accumulated_recompile_limit = count
-    config.fail_on_recompile_limit_hit = True
-
-
 def explain(function: Any, *args: Any, **kwargs: Any) -> Any:
     """What the compiler makes of a call: `graphs`, `graph_break_count` and more."""
     import torch._dynamo
@@ -159,3 +151,11 @@ def compile_cpp(source: str) -> str:
 
     path: str = CppCodeCache.load(source)._name
     return path
+
+
+def expect_compilations(count: int) -> None:
+    """Lets one function be compiled anew that often, for as many models; more is an error, not the eager mode."""
+    from torch._dynamo import config
+
+    config.recompile_limit = config.accumulated_recompile_limit = count
+    config.fail_on_recompile_limit_hit = True

@@ -30,7 +30,7 @@ from hf_gem.training.report import image_card, import_of, print_summary, save_re
 from hf_gem.training.signals import run_recipe
 from hf_gem.training.task import Task
 
-_CIFAR_RESNET = r"resnet(\d+)(?:x(\d+))?-cifar"
+_CIFAR_RESNET = r"resnet(\d+)(?:x([1-9]\d*))?-cifar"
 
 # He et al. 2016, section 4.2: 64k iterations, the learning rate divided by 10 at 32k and 48k.
 _CIFAR: dict[str, Any] = {
@@ -98,8 +98,10 @@ class Config(VisionConfig, TrainConfig):
         widths = re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.widths)
         require(bool(widths), "widths", self.widths, "numbers such as 32,64,128, all above 0")
         depth = re.fullmatch(_CIFAR_RESNET, self.model)
-        sound = depth is None or (int(depth[1]) >= 8 and int(depth[1]) % 6 == 2 and int(depth[2] or 1) > 0)
-        require(sound, "model", self.model, "resnet<6n+2>-cifar, such as resnet20-cifar or resnet56-cifar")
+        sound = depth is None or (int(depth[1]) >= 8 and int(depth[1]) % 6 == 2)
+        require(
+            sound, "model", self.model, "resnet<6n+2>-cifar, such as resnet56-cifar, or with a width, resnet8x64-cifar"
+        )
 
 
 def build_model(config: Config, data: ImageData) -> PreTrainedModel:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, report
 from benchmarks.device import run_suite
-from benchmarks.evidence import PLAN, fitted, joined, pilot
+from benchmarks.evidence import PLAN, findings, fitted, joined, pilot, seconds_a_run
 from benchmarks.processes import run_for
 from hf_gem.compare.plan import load_plan
-from tests.helpers import needs_compiler
+from hf_gem.compare.study import Study, freeze
+from tests.helpers import ROOT, needs_compiler
 
 
 @pytest.fixture
@@ -65,15 +66,14 @@ def test_a_stage_that_fails_is_noted_and_the_rest_goes_on(quick, monkeypatch, ca
 SCRIPTS = {"nothing": "print('what went wrong'); raise SystemExit(3)", "processes": ""}
 
 
-def test_a_command_is_stopped_with_what_it_started_when_its_time_is_up(tmp_path):
-    script = (
-        "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
-        "print(child.pid, flush=True); child.wait()"
-    )
-    ended = run_for(2.0, [sys.executable, "-c", script], group=True)
-    assert ended.stopped
-    assert ended.status < 0
-    # Its output has ended, so the child has too; ask the system whether it still runs.
+def test_a_command_is_stopped_with_what_it_started_when_its_time_is_up():
+    for seconds in (1.0, 4.0, 16.0, 64.0):  # until it has had time to start something
+        ended = run_for(seconds, ["sh", "-c", "sleep 600 & echo $!; wait"], group=True)
+        assert ended.stopped
+        assert ended.status < 0
+        if ended.last_lines:
+            break
+    # Its output has ended, so what it started has too; ask the system whether that still runs.
     state = Path(f"/proc/{ended.last_lines[0]}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
 
@@ -84,7 +84,7 @@ def test_failures_of_tests_are_named(tmp_path):
         "import pytest\ndef test_right(): pass\ndef test_wrong(): assert 1 == 2\n"
         "def test_skipped(): pytest.skip('no reason')\n"
     )
-    found = run_suite((str(path), f"--rootdir={tmp_path}"), torch.device("cpu"))
+    found = run_suite((str(path), f"--rootdir={tmp_path}"), torch.device("cpu"), seconds=100)
     assert (found["status"], found["tests"]) == (1, 3)
     assert found["skipped"] == {"no reason": 1}
     ((name, message),) = found["failures"].items()
@@ -111,11 +111,31 @@ def test_a_study_takes_as_much_as_fits():
     assert not set(first.final_seeds) & {*found.final_seeds, *plan.tuning_seeds}
 
 
+def test_what_a_study_found_is_on_the_page():
+    study = Study(ROOT / "results" / "cifar100-resnet20-short")
+    found = json.loads(json.dumps(findings(study)))
+    results = {"cost": {"runs": study.num_records()}, "study": "cifar10-fast", **found}
+    text = report.evidence_table({"results": results})
+    for comparison in study.comparisons():
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| {comparison.arm} |"))
+        assert f"{comparison.difference:+.4g}" in row
+        assert f"**{comparison.verdict}**" in row
+    assert f"runs {study.num_records()}" in text
+    assert seconds_a_run(study) > 0
+    assert "Not run" in report.evidence_table({"results": {}})
+
+
+def test_a_study_that_was_cut_off_in_its_tuning_says_so(tmp_path):
+    freeze(load_plan(PLAN), tmp_path)
+    found = findings(Study(tmp_path))
+    assert "not over" in report.evidence_table({"results": {"cost": {}, "study": "cifar10-fast", **found}})
+
+
 def test_parts_of_a_dataset_are_put_together(tmp_path):
     whole = {"x_train": np.arange(24).reshape(6, 4), "y_train": np.arange(6)}
     for k in range(2):
         np.savez(tmp_path / f"part{k}.npz", **{key: array[3 * k : 3 * k + 3] for key, array in whole.items()})
-    path = joined([tmp_path / f"part{k}.npz" for k in range(2)], tmp_path / "made")
+    path = joined([tmp_path / f"part{k}.npz" for k in range(2)], tmp_path / "whole.npz")
     loaded = np.load(path)
     assert {key: loaded[key].tolist() for key in loaded} == {key: array.tolist() for key, array in whole.items()}
-    assert joined([path], tmp_path) == path
+    assert joined([path], tmp_path / "other.npz") == path

@@ -95,6 +95,12 @@ def test_make_bench():
     assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in names)
 
 
+def test_make_gpu_does_without_an_environment_of_its_own():
+    for folder, python in (("nowhere", "python3"), (str(Path(sys.executable).parent), "python")):
+        out = run(["make", "--dry-run", "gpu", f"RUN={folder}", "ARGS=memory --quick", "READY=nowhere"])
+        assert out.strip().endswith(f"{python} -m benchmarks.gpu memory --quick")
+
+
 @pytest.mark.slow
 def test_make_study(tmp_path):
     """What it runs is in tests/compare; here, that it starts, and what it says."""

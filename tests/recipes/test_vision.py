@@ -159,6 +159,10 @@ def test_our_models_take_any_activation(model, act):
     assert type(ACT2FN[act]).__name__ in names
 
 
+def test_the_name_of_a_residual_network_may_have_its_width():
+    assert [build(model=f"resnet8{width}-cifar").config.width for width in ("", "x4")] == [16, 4]
+
+
 def test_a_model_that_cannot_be_fine_tuned_names_the_way_out(tmp_path):
     model, config = ConvNetForImageClassification(NO_ACTIVATIONS), vision_finetune.Config(model="x")
     with pytest.raises(ConfigError, match=r"cannot go into --model 'x'.*has no activation modules.*--hidden_act none"):
