@@ -2,8 +2,8 @@
 
 recipes/plans/cifar10-fast.yaml, by recipes/compare.py, several runs at once on one card. Two runs of each arm are timed
 first; learning rates and seeds are then as many as fit. The study stays in a folder beside the record; after a cut, the
-same command goes on with it, and without the folder begins another. Needs the images in --dataset: `x_train`, `y_train`, `x_test` and `y_test` as NumPy
-arrays in an .npz file, or in several, whose parts are put together.
+same command goes on with it, and without the folder begins another. Needs the images in --dataset: `x_train`,
+`y_train`, `x_test` and `y_test` as NumPy arrays in an .npz file, or in several, whose parts are put together.
 """
 
 from __future__ import annotations

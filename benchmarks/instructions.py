@@ -54,7 +54,7 @@ class Card:
     copy: float
 
     def share(self, instructions: float, num_bytes: int) -> float:
-        """Of the speed of a copy, that instructions an element leave to a kernel that moves so many bytes an element."""
+        """Of the speed of a copy, what is left to a kernel with so many instructions and bytes an element."""
         return min(1.0, num_bytes / (self.copy * 1e12) / (instructions / (self.lanes * self.clock * 1e9)))
 
 

@@ -12,8 +12,8 @@ def exact(x, n, eps):
 
 
 def value(z, n: int, r, e):
-    t = gate_power(torch.maximum(z, -z) * r, n)
-    return t / (t + e) * z
+    t = gate_power(torch.abs(z) * r, n)
+    return z * (t / (t + e))
 
 
 def slope(z, n: int, r, e):
