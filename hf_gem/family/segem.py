@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arithmetic import Real, beyond, excess, gate_power, power, rarely, remainder
+from .arithmetic import Real, at_most, beyond, bound, excess, power, rarely, remainder
 from .egem import eps_slope as egem_eps_slope
 from .table import Family, add
 
@@ -23,17 +23,24 @@ def exact(x: Any, n: int, eps: Any) -> Any:
 
 
 def value(z: Tensor, n: int, r: Real, e: Real) -> Tensor:
-    c = 1.0 / (gate_power(-z * r, n) + e) * e
-    return torch.where(z < 0, -remainder(-z, beyond(-z, n, r), n, c), z)
+    m = torch.abs(z)
+    c = 1.0 / (_power(m * r, n) + e) * e
+    return torch.where(z < 0, -remainder(m, beyond(m, n, r), n, c), z)
 
 
 def slope(z: Tensor, n: int, r: Real, e: Real) -> Tensor:
-    t = gate_power(-z * r, n)
+    m = torch.abs(z)
+    t = _power(m * r, n)
     inverse = 1.0 / (t + e)
     c = inverse * e
-    w = beyond(-z, n, r)
+    w = beyond(m, n, r)
     factor = rarely(w >= 1.0, c * power(excess(w), 2 * n), c)
     return torch.where(z < 0, factor * (1.0 - inverse * t * (2 * n)), 1.0)
+
+
+def _power(v: Tensor, n: int) -> Tensor:
+    """`gate_power` of a v >= 0."""
+    return power(at_most(v, bound(n, v.dtype)), 2 * n)
 
 
 def eps_slope(z: Tensor, n: int, r: Real, e: Real) -> Tensor:
