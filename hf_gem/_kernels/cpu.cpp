@@ -77,8 +77,8 @@ struct BackwardAt {
 };
 #endif
 
-// Half types are computed in two registers of floats, in an order of its own for each type: bfloat16 in those of even and
-// odd elements, where the sixteen upper bits of a float are, so that no element changes its lane.
+// Half types are computed in two registers of floats. For bfloat16 these hold the even and the odd elements: each is
+// the upper half of a float where it stands, and no element changes its lane.
 
 template <class T>
 inline std::tuple<V, V> widen(at::vec::Vectorized<T> x) {
@@ -90,8 +90,8 @@ inline std::tuple<V, V> widen(at::vec::Vectorized<T> x) {
   }
 }
 
-// Rounds to the upper sixteen bits, ties to even. A NaN stays one, unless all its sixteen upper bits are set and a lower
-// one is, which those of bfloat16 and of arithmetic are not.
+// Rounds to the upper sixteen bits, ties to even. A NaN stays one where its lower half is zero, as it is in those that
+// come from bfloat16 and in those that arithmetic makes.
 inline VInt rounded(V x) {
   const VInt b = bits<VInt>(x);
   return b + VInt(0x7fff) + ((b >> VInt(16)) & VInt(1));

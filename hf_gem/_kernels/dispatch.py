@@ -25,7 +25,8 @@ from .printer import DTYPES
 
 BACKENDS = ("auto", "eager", "compiled", "triton")
 _GPUS = ("cuda", "xpu")
-_OUTPUTS_LIKE = {"forward": (0,), "backward": (1,), "backward_at": (1,), "glu": (0,), "glu_backward": (1, 2)}
+# The input whose strides the results have.
+_LIKE = {"forward": 0, "backward": 1, "backward_at": 1, "glu": 0, "glu_backward": 1}
 
 
 def _check(backend: str, where: str) -> str:
@@ -97,14 +98,13 @@ def run(operation: str, family: Family, n: int, eps: float | Tensor, *inputs: Te
     backend = _kernels_for(operation, family, n, eps, inputs)
     if backend is None:
         return formulas.run(operation, family, n, eps, *inputs)
-    outputs = [torch.empty_like(inputs[k]) for k in _OUTPUTS_LIKE[operation]]
+    y = torch.empty_like(inputs[_LIKE[operation]])
     # A dense tensor is one run of memory. Others are copied into one first: the buffer of a result has such strides.
-    strides = outputs[0].stride()
-    dense = [x if x.stride() == strides else torch.empty_like(outputs[0]).copy_(x) for x in inputs]
-    if len(outputs) == 2 and outputs[1].stride() != strides:
-        outputs[1] = torch.empty_like(outputs[0])
+    strides = y.stride()
+    dense = [x if x.stride() == strides else torch.empty_like(y).copy_(x) for x in inputs]
+    outputs = (y, torch.empty_like(y)) if operation == "glu_backward" else (y,)
     backend.launch(operation, family, n, eps, outputs, dense)
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+    return outputs if operation == "glu_backward" else y
 
 
 def keeps_output(family: Family, n: int, eps: float | Tensor, x: Tensor, save: str) -> bool:
@@ -138,21 +138,21 @@ def _kernels_for(operation: str, family: Family, n: int, eps: float | Tensor, in
     if _selected == "eager" or isinstance(eps, Tensor) or in_dispatch_mode():
         return None
     x = inputs[0]
-    numel, dtype, device = x.numel(), x.dtype, x.device
+    numel, dtype = x.numel(), x.dtype
     if numel == 0 or dtype not in DTYPES or in_functorch_transform():
         return None
     for other in inputs:
-        if type(other) not in (Tensor, Parameter) or other.dtype != dtype or other.device != device:
+        if type(other) not in (Tensor, Parameter) or lacks_own_memory(other):
             return None
-        if lacks_own_memory(other):
+        if other is not x and (other.dtype != dtype or other.device != x.device):
             return None
-    if device.type == "cpu":
+    if x.is_cpu:
         if _selected == "triton":
             return _interpreter()
         # Training is known by its backward passes. Inference has to go on for longer before a build pays.
         work = numel if "backward" in operation else numel / 16
         return cpu if cpu.library(family, n).ready(work, wait=_selected == "compiled") else None
-    return _triton() if device.type in _GPUS else None
+    return _triton() if x.device.type in _GPUS else None
 
 
 @functools.cache

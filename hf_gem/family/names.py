@@ -50,6 +50,8 @@ def _grammar() -> str:
 
 def check_n(n: int) -> int:
     """Returns `n` as an int, or raises TypeError (not an integer) or ValueError (outside 1..32)."""
+    if type(n) is int and 1 <= n <= MAX_N:  # at every call of an activation
+        return n
     if isinstance(n, bool):
         raise TypeError(f"n must be an integer from 1 to {MAX_N}, got {n!r} of type bool; write n=1 or n=2")
     try:
@@ -65,6 +67,8 @@ def check_n(n: int) -> int:
 
 def check_eps(eps: float, n: int = 1) -> float:
     """Returns `eps` as a float, or raises TypeError (not a number) or ValueError (not positive, not finite)."""
+    if type(eps) is float and 1e-60 < eps < 1e60:  # at every call of an activation; allowed for every n
+        return eps
     if isinstance(eps, (bool, str, bytes)):
         raise TypeError(f"eps must be a positive number, got {eps!r} of type {type(eps).__name__}; write eps=1e-4")
     try:
