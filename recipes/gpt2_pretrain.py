@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Config(TextConfig, TrainConfig):
     """The fields of this recipe."""
 
-    runtime: ClassVar[frozenset[str]] = frozenset({"prompt"})
+    runtime: ClassVar[frozenset[str]] = frozenset({"loss_chunk_size", "prompt"})
 
     n_layer: int = option(12, "Transformer blocks.")
     n_embd: int = option(768, "Width.")
@@ -54,7 +54,9 @@ class Config(TextConfig, TrainConfig):
         False, "Draw the weights of feed-forward layers so that each activation keeps the scale of what it is given."
     )
     pad_vocab_to_multiple_of: int = option(64, "Rows of the embedding are rounded up to this; 50257 becomes 50304.")
-    loss_chunk_size: int = option(4096, "Tokens whose logits are in memory at once; 0: all.")
+    loss_chunk_size: int | Literal["auto"] = option(
+        "auto", "Tokens whose logits are in memory at once; 0: all; auto: all where a GPU has room for them, else 4096."
+    )
     prompt: str = option("def ", "Start of the sample that is generated at the end.")
 
     def validate(self) -> None:

@@ -24,6 +24,7 @@ from hf_gem.training.evaluate import evaluate
 from hf_gem.training.launch import make_accelerator
 from hf_gem.training.loop import train
 from hf_gem.training.loss import ClassificationLoss
+from hf_gem.training.memory import fixed_micro_batch_size
 from hf_gem.training.report import image_card, import_of, print_summary, save_results
 from hf_gem.training.signals import check, run_recipe
 from hf_gem.training.task import Task
@@ -89,8 +90,8 @@ class Config(VisionConfig, TrainConfig):
         at_least(self, 1, "fit_batches")
         at_least(self, 0, "head_lr_ratio", "mixup", "cutmix")
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
-        mixes = bool(self.mixup or self.cutmix)
-        require(not mixes or self.micro_batch_size % 2 == 0, "micro_batch_size", self.micro_batch_size, "even, to mix")
+        fits = not (self.mixup or self.cutmix) or fixed_micro_batch_size(self) % 2 == 0
+        require(fits, "micro_batch_size", self.micro_batch_size, "even, to mix")
 
 
 def _is_positive(text: str | None) -> bool:
@@ -110,7 +111,7 @@ def convert(model: PreTrainedModel, config: Config, data: ImageData, device: tor
     batches = []
     for k in range(config.fit_batches if config.eps == "fit" else 0):
         check()
-        indices = order.batch(k, config.micro_batch_size)
+        indices = order.batch(k, fixed_micro_batch_size(config))
         batches.append({"pixel_values": data.train.batch(indices)["pixel_values"].to(device)})
     eps = float(config.eps) if config.eps not in (None, "fit") else config.eps
     fix = "choose another --model, or leave its activations with --hidden_act none"
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         lr_ratios={last_layer(model): config.head_lr_ratio},
     )
     with accelerator.autocast():  # as it is evaluated later
-        before = evaluate(task.objective, task, config.micro_batch_size, accelerator)
+        before = evaluate(task.objective, task, fixed_micro_batch_size(config), accelerator)
     accelerator.print("before: " + ", ".join(f"{name} {value:.4f}" for name, value in before.items()))
     report = convert(model, config, data, accelerator.device) if config.hidden_act != "none" else ""
     accelerator.print(report)

@@ -23,6 +23,7 @@ from transformers.hf_argparser import string_to_bool
 from ..family.names import is_claimed, parse
 
 Config = TypeVar("Config", bound="TrainConfig")
+WholeOrAuto = int | Literal["auto"]
 
 
 def option(default: Any, help: str) -> Any:
@@ -62,8 +63,10 @@ class TrainConfig:
 
     steps: int = option(1000, "Number of optimizer steps.")
     global_batch_size: int = option(64, "Samples in one optimizer step, over all processes and micro-batches.")
-    micro_batch_size: int = option(
-        16, "Samples in one forward pass of one process, at most; the batch is split evenly."
+    micro_batch_size: int | Literal["auto"] = option(
+        16,
+        "Samples in one forward pass of one process, at most; the batch is split evenly. auto: as many as fit into "
+        "the memory of the GPU, by trying; 16 on a CPU.",
     )
     optimizer: Literal["adamw", "sgd"] = option("adamw", "Optimizer.")
     learning_rate: float = option(6e-4, "Peak learning rate.")
@@ -141,9 +144,10 @@ class TrainConfig:
 
 
 def at_least(config: Any, least: int, *names: str) -> None:
-    """Requires some fields to be numbers of at least `least`."""
+    """Requires some fields to be numbers of at least `least`, or auto where their type has it."""
     for name in names:
-        require(least <= getattr(config, name) < math.inf, name, getattr(config, name), f"at least {least}")
+        value = getattr(config, name)
+        require(value == "auto" or least <= value < math.inf, name, value, f"at least {least}")
 
 
 def require(condition: bool, name: str, got: object, allowed: str) -> None:
@@ -201,6 +205,12 @@ def parse_config(
 
 
 class _Parser(HfArgumentParser):
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
+        if field.type == WholeOrAuto:  # transformers knows no such union
+            field.type = _whole_or_auto  # what argparse takes for a type
+        HfArgumentParser._parse_dataclass_field(parser, field)
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -250,6 +260,8 @@ def _converted(values: Mapping[str, Any], types: Mapping[str, Any], source: str)
 def _as_type(value: Any, kind: Any) -> Any:
     """A value out of a preset or of YAML as the type of a field: bool, int, float, str or Literal, optional or not."""
     kind = _required(kind)
+    if kind == WholeOrAuto:
+        return "auto" if value == "auto" else _as_type(value, int)
     if isinstance(value, bool) and kind is not bool:
         value = "yes" if value else "no"  # YAML reads a bare `no` as false
     if kind is bool:
@@ -268,11 +280,20 @@ def _as_type(value: Any, kind: Any) -> Any:
 def _required(kind: Any) -> Any:
     """The type of a field without its None."""
     kinds = [part for part in get_args(kind) if part is not type(None)]
-    return kinds[0] if get_origin(kind) in (Union, UnionType) else kind
+    return kinds[0] if get_origin(kind) in (Union, UnionType) and len(kinds) == 1 else kind
+
+
+def _whole_or_auto(text: str) -> WholeOrAuto:
+    try:
+        return "auto" if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be {_allowed(WholeOrAuto)}, got {text!r}") from None
 
 
 def _allowed(kind: Any) -> str:
     kind = _required(kind)
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
+    if kind == WholeOrAuto:
+        return "a whole number or auto"
     return {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")

@@ -28,6 +28,7 @@ from .errors import ConfigError, DataError, Interrupted, TrainingError
 from .evaluate import evaluate
 from .launch import layers_to_shard, start_tracker
 from .loss import IGNORE
+from .memory import checkpoint_gradients, fit_to_memory
 from .optim import learning_rate, make_optimizer
 from .progress import Progress
 from .push import CheckpointPusher
@@ -109,15 +110,15 @@ class _Run:
         self.task, self.config, self.accelerator = task, config, accelerator
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
         self.is_main = accelerator.is_main_process
-        self.micro_batch_size = _micro_batch_size(config, self.world)
         self.order = SampleOrder(len(task.train), config.data_seed)
         self.folder = Path(config.output_dir)
         self.log = MetricsLog(self.folder / "log.jsonl")
         self.saved = 0  # the newest step that is saved
         self.owes_evaluation = False  # at that step, where a signal came in between
-        self.session = new_session(accelerator, self.micro_batch_size)
         self.record = new_record(task, config, accelerator, self.order)
-        self._prepare()
+        sizes = self._prepare()
+        self.micro_batch_size = sizes["micro_batch_size"]
+        self.session = new_session(accelerator, sizes)
         decides = {**trajectory(config), "mixed_precision": accelerator.mixed_precision, "data_hash": task.data["hash"]}
         decides.update(task.identity)
         self.checkpoints = CheckpointStore(self.folder / "checkpoints", config.keep_checkpoints, decides)
@@ -125,11 +126,11 @@ class _Run:
         if self.is_main and config.push_to_hub and config.hub_strategy == "checkpoint":
             self.pusher = CheckpointPusher(config.push_to_hub, self.folder, private=not config.hub_public)
 
-    def _prepare(self) -> None:
-        """Puts model and optimizer where they train."""
+    def _prepare(self) -> dict[str, int]:
+        """Puts model and optimizer where they train; returns the sizes that fit there."""
         task, config, accelerator = self.task, self.config, self.accelerator
         if config.gradient_checkpointing:
-            _checkpoint_gradients(task.model)
+            checkpoint_gradients(task.model)
         if config.compile:
             task.objective.compile()
         if accelerator.is_fsdp2:
@@ -137,6 +138,7 @@ class _Run:
             task.objective._no_split_modules = layers  # where accelerate looks for what to shard as one
         else:
             task.objective.to(accelerator.device)  # before the optimizer, which is a fused one on a GPU
+        sizes = fit_to_memory(task, config, accelerator)
         self.objective, self.optimizer = accelerator.prepare(
             task.objective, make_optimizer(task.objective, config, task.lr_ratios)
         )
@@ -151,6 +153,7 @@ class _Run:
             self.ema = ModelEmaV3(task.objective, decay=config.ema_decay)
             self.evaluated = self.ema.module
             accelerator.register_for_checkpointing(self.ema)
+        return sizes
 
     def train(self) -> dict[str, Any]:
         steps = self.config.steps
@@ -418,21 +421,6 @@ class _Run:
                 self.task.model = type(model)(model.config)
                 weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
                 self.task.model.load_state_dict(weights)
-
-
-def _micro_batch_size(config: TrainConfig, world: int) -> int:
-    """The largest one allowed that splits each process's share of a batch evenly."""
-    if config.global_batch_size % world:
-        raise ConfigError(f"--global_batch_size {config.global_batch_size} must be a multiple of the {world} processes")
-    share = config.global_batch_size // world
-    return next(n for n in range(min(share, config.micro_batch_size), 0, -1) if share % n == 0)
-
-
-def _checkpoint_gradients(model: Any) -> None:
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise ConfigError(f"{type(model).__name__} has no --gradient_checkpointing; leave it out")
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # newer name
-    enable({"use_reentrant": False})
 
 
 def _seed(*key: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -82,13 +82,13 @@ class CausalLMLoss(nn.Module):
 
     Args:
         model: The model; its decoder and output embeddings are called separately.
-        chunk_size: Tokens in a chunk of `chunked_cross_entropy`.
+        chunk_size: Tokens in a chunk of `chunked_cross_entropy`; for auto, training puts a number here.
     """
 
-    def __init__(self, model: PreTrainedModel, chunk_size: int = 0) -> None:
+    def __init__(self, model: PreTrainedModel, chunk_size: int | Literal["auto"] = 0) -> None:
         super().__init__()
         self.model = model
-        self.chunk_size = chunk_size
+        self.chunk_size: Any = chunk_size
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Output:
         """`labels[b, i]` is the token that follows `input_ids[b, i]`, both (batch, length)."""

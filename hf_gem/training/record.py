@@ -70,12 +70,17 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     write_atomically(path, to_json({"schema": SCHEMA, **record}, indent=2) + "\n")
 
 
-def new_session(accelerator: Accelerator, micro_batch_size: int) -> dict[str, Any]:
-    """An entry for each time the command ran and took steps: nothing that happened elsewhere is claimed for it."""
+def new_session(accelerator: Accelerator, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """An entry for each time the command ran and took steps: nothing that happened elsewhere is claimed for it.
+
+    Args:
+        accelerator: Of the run.
+        sizes: What was chosen for the memory of this machine, of `fit_to_memory`.
+    """
     return {
         **(environment() if accelerator.is_main_process else {}),
         "num_processes": accelerator.num_processes,
-        "micro_batch_size": micro_batch_size,
+        **sizes,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

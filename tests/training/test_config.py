@@ -55,6 +55,7 @@ class Kinds(TrainConfig):
     maybe_whole: int | None = option(None, "A whole number or nothing.")
     maybe_number: Optional[float] = option(None, "A number or nothing.")  # noqa: UP045  # the older spelling
     maybe_text: str | None = option(None, "Text or nothing.")
+    auto: int | Literal["auto"] = option("auto", "A whole number or auto.")
     maybe_flag: bool | None = option(None, "A flag or nothing.")
     maybe_choice: Literal["no", "bf16"] | None = option(None, "A choice or nothing.")
 
@@ -75,6 +76,7 @@ CONVERTED = [
     *(("maybe_flag", "no", False), ("maybe_flag", "on", True), ("maybe_flag", "'Yes'", True)),
     *(("choice", "no", "no"), ("choice", "yes", "yes"), ("choice", "1", "1"), ("maybe_choice", "no", "no")),
     *((name, "null", None) for name in ("maybe_whole", "maybe_number", "maybe_text", "maybe_flag", "maybe_choice")),
+    *(("auto", "4", 4), ("auto", "'4'", 4), ("auto", "auto", "auto"), ("auto", "null", "auto")),
     *(("whole", "null", 1), ("text", "~", "a"), ("choice", "null", "1")),
 ]
 
@@ -95,6 +97,8 @@ def test_a_value_in_a_file_has_the_type_of_its_field(tmp_path, name, text, value
         ("whole", "1e3", "--whole must be a whole number, got '1e3'"),
         ("whole", "yes", "--whole must be a whole number, got True"),
         ("maybe_whole", "[1]", "--maybe_whole must be a whole number, got [1]"),
+        ("auto", "many", "--auto must be a whole number or auto, got 'many'"),
+        ("auto", "1.5", "--auto must be a whole number or auto, got 1.5"),
         ("number", "fast", "--number must be a number, got 'fast'"),
         ("number", "no", "--number must be a number, got False"),
         ("text", "[a, b]", "--text must be text, got ['a', 'b']"),
@@ -124,6 +128,13 @@ def test_a_flag_wins_even_with_the_value_of_the_default(tmp_path):
     file.write_text("whole: 5\nflag: yes\nmaybe_text: x\n")
     config, _ = parse_config(Kinds, {"demo": {}}, "demo", ["--config", str(file), "--whole", "1", "--flag", "no"])
     assert (config.whole, config.flag, config.maybe_text) == (1, False, "x")
+
+
+def test_sizes_can_be_left_to_the_machine():
+    config = parse("--micro_batch_size", "auto", "--loss-chunk-size", "8")
+    assert (config.micro_batch_size, config.loss_chunk_size) == ("auto", 8)
+    assert parse("--micro_batch_size", "4").micro_batch_size == 4
+    assert parse().loss_chunk_size == "auto"
 
 
 def test_null_takes_a_preset_back_to_the_default(tmp_path):
@@ -172,6 +183,8 @@ def test_the_124m_preset_is_gpt2_small():
         (["--seed", "-1"], ["--seed", "at least 0", "got -1"]),
         (["--learning_rate", "inf"], ["--learning_rate", "finite", "got inf"]),
         (["--n_head", "0"], ["--n_head", "at least 1"]),
+        (["--micro_batch_size", "0"], ["--micro_batch_size", "at least 1", "got 0"]),
+        (["--micro_batch_size", "most"], ["--micro_batch_size", "a whole number or auto", "'most'"]),
         (["--loss_chunk_size", "-1"], ["--loss_chunk_size", "at least 0"]),
         (["--max_train_tokens", "-5"], ["--max_train_tokens", "got -5"]),
         (["--resume", "Auto"], ["--resume", "auto, never", "Auto"]),
@@ -226,7 +239,9 @@ def test_only_what_changes_results_belongs_to_the_trajectory():
             "--dataset",
             "x",
             "--micro_batch_size",
-            8,
+            "auto",
+            "--loss_chunk_size",
+            64,
             "--output_dir",
             "y",
             "--report_to",

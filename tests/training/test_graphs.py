@@ -15,8 +15,8 @@ from transformers import (
 
 from hf_gem._torch import TorchDispatchMode, explain, waits_for_device
 from hf_gem.training.image_models import CifarResNetConfig, CifarResNetForImageClassification
-from hf_gem.training.loop import _checkpoint_gradients
 from hf_gem.training.loss import CausalLMLoss, ClassificationLoss, MaskedLMLoss
+from hf_gem.training.memory import checkpoint_gradients
 
 VOCAB, LENGTH, BATCH, LAYERS = 64, 16, 4, 2
 
@@ -30,7 +30,7 @@ def gpt2():
 
 def checkpointed_gpt2():
     objective, batch = gpt2()
-    _checkpoint_gradients(objective.model)
+    checkpoint_gradients(objective.model)
     return objective, batch
 
 
