@@ -43,6 +43,7 @@ from hf_gem.training.data.text import TokenBlocks
 from hf_gem.training.launch import make_accelerator
 from hf_gem.training.loop import train
 from hf_gem.training.loss import CausalLMLoss
+from hf_gem.training.memory import fit_to_memory, fixed_micro_batch_size
 from hf_gem.training.optim import make_optimizer
 from hf_gem.training.task import Task
 from hf_gem.training.throughput import decoder_flops_per_token, peak_flops
@@ -81,7 +82,6 @@ VARIANTS = {  # what matters most comes first, for where time is short
     'eager, save="input"': Variant(("--compile=no",), save="input"),
     "eager, gelu_pytorch_tanh": Variant(("--compile=no", "--hidden_act=gelu_pytorch_tanh")),
     "attention with a mask": Variant(masked=True),
-    "all logits at once": Variant(("--loss_chunk_size=0",)),
     "logits of 4096 tokens at once": Variant(("--loss_chunk_size=4096",)),
     "micro-batches of 32": Variant(("--micro_batch_size=32",)),
     "relu": Variant(("--hidden_act=relu",)),
@@ -120,14 +120,18 @@ class Step:
             if isinstance(module, GemActivation):
                 module.save = variant.save
         self.loss = CausalLMLoss(self.model, self.config.loss_chunk_size)
-        self.tokens = (
-            np.random.default_rng(0).integers(vocabulary, size=2**20 if not quick else 2**10).astype(np.uint16)
-        )
-        self.blocks = TokenBlocks(self.tokens, self.config.block_size)
-        rows = np.arange(self.config.global_batch_size) % len(self.blocks)
+        tokens = np.random.default_rng(0).integers(vocabulary, size=2**20 if not quick else 2**10).astype(np.uint16)
+        length, micro_batch = self.config.block_size, fixed_micro_batch_size(self.config)
+        blocks = TokenBlocks(tokens, length)
+        self.task = Task(
+            name="gpt2_pretrain", preset="gpt2-124m", model=self.model, objective=self.loss, train=blocks,
+            validation=TokenBlocks(tokens[: micro_batch * length + 1], length), data={"hash": "random"},
+            units_per_sample=length,
+        )  # fmt: skip
+        rows = np.arange(self.config.global_batch_size) % len(blocks)
         self.batches = [
-            {name: tensor.to(device) for name, tensor in self.blocks.batch(part).items()}
-            for part in np.split(rows, self.config.global_batch_size // self.config.micro_batch_size)
+            {name: tensor.to(device) for name, tensor in blocks.batch(part).items()}
+            for part in np.split(rows, self.config.global_batch_size // micro_batch)
         ]
         self.tokens_a_step = rows.size * self.config.block_size
 
@@ -136,6 +140,7 @@ class Step:
         if self.config.compile:
             self.loss.compile()
         self.loss.to(self.accelerator.device)
+        fit_to_memory(self.task, self.config, self.accelerator)
         optimizer = make_optimizer(self.loss, self.config)
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # a step costs the same, and all of them compute the same loss
@@ -189,13 +194,7 @@ def loop_rate(quick: bool) -> float:
         steps = 4 if quick else 30
         more = (f"--steps={steps}", "--warmup_steps=0", "--eval_every=0", "--save_every=0", f"--log_every={steps // 3}")
         step = Step(VARIANTS[SHIPPED], quick, *more, f"--output_dir={folder}")
-        config = step.config
-        validation = TokenBlocks(step.tokens[: config.micro_batch_size * config.block_size + 1], config.block_size)
-        task = Task(
-            name="gpt2_pretrain", preset="gpt2-124m", model=step.model, objective=step.loss, train=step.blocks,
-            validation=validation, data={"hash": "random"}, units_per_sample=config.block_size,
-        )  # fmt: skip
-        return train(task, config, step.accelerator)["result"]["units_per_second"]
+        return train(step.task, step.config, step.accelerator)["result"]["units_per_second"]
 
 
 def prepare_all(
