@@ -24,7 +24,7 @@ from hf_gem.training.throughput import peak_flops
 ROOT = Path(__file__).resolve().parent.parent
 SUITES: dict[str, tuple[str, ...]] = {
     "tests that need a GPU": ("-m", "gpu", "tests"),
-    "kernels": ("-m", "not gpu and not slow", "tests/kernels", "tests/test_fit.py"),
+    "kernels": ("-m", "not gpu and not slow", "tests/kernels/test_gpu.py", "tests/test_fit.py"),
 }
 QUICK_SUITES: dict[str, tuple[str, ...]] = {"kernels": ("-k", "autograd or auto_keeps", "tests/kernels/test_gpu.py")}
 _CLOCKS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")

@@ -3,6 +3,7 @@
 // of products and sums. So the results are the bits of the formulas in torch. Several of them come out of one pass, and
 // work that cannot change a lane is skipped.
 
+#include <ATen/cpu/vec/functional.h>  // which has the conversions of float16
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
