@@ -4,6 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -17,8 +21,10 @@ from hf_gem._torch import TorchDispatchMode, explain, waits_for_device
 from hf_gem.training.image_models import CifarResNetConfig, CifarResNetForImageClassification
 from hf_gem.training.loss import CausalLMLoss, ClassificationLoss, MaskedLMLoss
 from hf_gem.training.memory import checkpoint_gradients
+from recipes import bert_pretrain, gpt2_pretrain, vision_train
+from tests.helpers import run_here, write_corpus
 
-VOCAB, LENGTH, BATCH, LAYERS = 64, 16, 4, 2
+VOCAB, LENGTH, BATCH, LAYERS = 80, 16, 4, 2
 
 
 def gpt2():
@@ -150,3 +156,58 @@ def test_other_attention_keeps_its_masks(chosen):
     bound = BATCH * LENGTH * torch.finfo(torch.float32).eps
     torch.testing.assert_close(objective(**batch).loss, expected, rtol=bound, atol=0)
     assert objective.model.config._attn_implementation == chosen
+
+
+def test_a_compiled_step_holds_no_logits_in_float32():
+    """In bf16 autocast the loss is computed in float32, and its backward pass from logits that are held in bf16."""
+    objective, batch = gpt2()
+    objective.chunk_size = 0
+    held = []
+
+    def forward(graph, _):
+        (output,) = (node for node in graph.graph.nodes if node.op == "output")
+        held.extend(node.meta["val"] for node in output.args[0] if isinstance(node, torch.fx.Node))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(  # as Inductor does it, without its kernels
+        fw_compiler=forward,
+        bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = torch.compile(objective.train(), backend=backend)(**batch).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    logits = [tensor for tensor in held if tensor.numel() == BATCH * LENGTH * VOCAB]
+    assert [tensor.dtype for tensor in logits] == [torch.bfloat16]
+
+
+SMALL = (
+    *("--validation_fraction=0.2", "--steps=6", "--global_batch_size=8", "--micro_batch_size=4", "--warmup_steps=2"),
+    *("--log_every=1", "--eval_every=3", "--save_every=0", "--report_to=none", "--compile=true"),
+)
+TEXT = ("--n_layer=2", "--n_embd=16", "--n_head=2", "--block_size=16", "--vocab_size=300")
+
+
+@pytest.mark.parametrize("recipe", [gpt2_pretrain, bert_pretrain, vision_train], ids=lambda recipe: recipe.__name__)
+def test_a_compiled_run_of_a_recipe_is_one_graph_without_masks(recipe, tmp_path, monkeypatch):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_with = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_with(module, backend=backend))
+    torch._dynamo.reset()
+    flags = SMALL
+    if recipe is not vision_train:
+        flags += (*TEXT, f"--dataset={write_corpus(tmp_path / 'corpus.txt')}", f"--cache_dir={tmp_path / 'cache'}")
+    run_here(recipe, tmp_path / "run", *flags)
+    assert len(graphs) == 1
+    attention = calls(graphs, F.scaled_dot_product_attention)
+    assert len(attention) == (0 if recipe is vision_train else LAYERS)
+    for call in attention:
+        assert (call.kwargs["attn_mask"], call.kwargs["is_causal"]) == (None, recipe is gpt2_pretrain)
