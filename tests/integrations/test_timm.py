@@ -210,9 +210,7 @@ def test_nfnet():
     with pytest.warns(UserWarning, match="does not reach 12 of the activations of NormFreeNet, such as relu at .*attn"):
         act = on_meta("dm_nfnet_f0", act_layer="egem_n2").final_act  # applies functions, and gamma to their output
     x = torch.randn(10)
-    whole = not torch.__version__.startswith(
-        "2.11."
-    )  # whose compiler cannot trace methods of names, and breaks the graph
+    whole = not torch.__version__.startswith("2.11.")  # whose compiler cannot trace a name, and breaks the graph
     for run in (act, torch.compile(act, fullgraph=whole, backend="eager"), torch.fx.symbolic_trace(act)):
         assert torch.equal(run(x), hf_gem.egem(x, 2) * gamma)
     with pytest.raises(ValueError, match=r"'egem_learnable' has a parameter.* or 'egem' in a model that takes"):
