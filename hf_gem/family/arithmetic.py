@@ -90,16 +90,13 @@ def power(x: Tensor, k: int) -> Tensor:
 
 
 def gate_power(v: Tensor, n: int) -> Tensor:
-    """t = max(v, 0)^(2n) for the scaled v = z r, constant past the bound."""
-    return power(at_most(v, bound(n, v.dtype)).clamp(min=0.0), 2 * n)
+    """t = max(v, 0)^(2n) for the scaled v = z r, constant past the bound.
 
-
-def at_most(v: Tensor, limit: float) -> Tensor:
-    """min(v, limit), by a selection: the derivative of clamp at its upper limit depends on the version of torch."""
-    if isinstance(v, Tensor):
-        return torch.where(v >= limit, limit, v)
-    else:  # noqa: RET505  # TorchScript leaves out a branch that is one, and not what follows a return
-        return v.clamp(max=limit)  # a symbol of the printer of kernels
+    It clamps, and does not select a constant: the compiler shares a constant among all layers, does not compute again
+    what is selected far from the first use, and keeps that in float32 for the backward pass. At the bound itself the
+    derivative of clamp depends on the version of torch, and that of the gate rounds to 0.
+    """
+    return power(v.clamp(0.0, bound(n, v.dtype)), 2 * n)
 
 
 def positive(z: Tensor) -> Tensor:

@@ -24,12 +24,12 @@ from hf_gem.training.memory import checkpoint_gradients
 from recipes import bert_pretrain, gpt2_pretrain, vision_train
 from tests.helpers import run_here, write_corpus
 
-VOCAB, LENGTH, BATCH, LAYERS = 80, 16, 4, 2
+VOCAB, LENGTH, BATCH, LAYERS = 80, 16, 4, 3
 
 
-def gpt2():
+def gpt2(activation="gem_n2"):
     sizes = {"vocab_size": VOCAB, "n_positions": LENGTH, "n_embd": 16, "n_layer": LAYERS, "n_head": 2}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, activation_function="gem_n2", bos_token_id=0, eos_token_id=0))
+    model = GPT2LMHeadModel(GPT2Config(**sizes, activation_function=activation, bos_token_id=0, eos_token_id=0))
     ids = torch.randint(VOCAB, (BATCH, LENGTH + 1))
     return CausalLMLoss(model, chunk_size=LENGTH), {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
 
@@ -158,10 +158,8 @@ def test_other_attention_keeps_its_masks(chosen):
     assert objective.model.config._attn_implementation == chosen
 
 
-def test_a_compiled_step_holds_no_logits_in_float32():
-    """In bf16 autocast the loss is computed in float32, and its backward pass from logits that are held in bf16."""
-    objective, batch = gpt2()
-    objective.chunk_size = 0
+def held_by_the_compiler(objective, batch):
+    """The loss in bf16 autocast, and what Inductor would keep for its backward pass."""
     held = []
 
     def forward(graph, _):
@@ -179,16 +177,34 @@ def test_a_compiled_step_holds_no_logits_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         loss = torch.compile(objective.train(), backend=backend)(**batch).loss
     loss.backward()
+    return loss, held
+
+
+def test_a_compiled_step_holds_no_logits_in_float32():
+    """In bf16 autocast the loss is computed in float32, and its backward pass from logits that are held in bf16."""
+    objective, batch = gpt2()
+    objective.chunk_size = 0
+    loss, held = held_by_the_compiler(objective, batch)
     assert loss.dtype == torch.float32
     logits = [tensor for tensor in held if tensor.numel() == BATCH * LENGTH * VOCAB]
     assert [tensor.dtype for tensor in logits] == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("activation", ["gem", "egem_n2", "segem", "egem_learnable"])
+def test_compiled_activations_hold_what_gelu_holds(activation):
+    def held_bytes(activation):
+        _, held = held_by_the_compiler(*gpt2(activation))
+        # Beside tensors there are sizes, and a learnable eps, a number for each layer.
+        return sum(t.nbytes for t in held if isinstance(t, torch.Tensor) and t.numel() > LAYERS)
+
+    assert held_bytes(activation) == held_bytes("gelu_pytorch_tanh")
 
 
 SMALL = (
     *("--validation_fraction=0.2", "--steps=6", "--global_batch_size=8", "--micro_batch_size=4", "--warmup_steps=2"),
     *("--log_every=1", "--eval_every=3", "--save_every=0", "--report_to=none", "--compile=true"),
 )
-TEXT = ("--n_layer=2", "--n_embd=16", "--n_head=2", "--block_size=16", "--vocab_size=300")
+TEXT = (f"--n_layer={LAYERS}", "--n_embd=16", "--n_head=2", "--block_size=16", "--vocab_size=300")
 
 
 @pytest.mark.parametrize("recipe", [gpt2_pretrain, bert_pretrain, vision_train], ids=lambda recipe: recipe.__name__)
