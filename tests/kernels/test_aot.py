@@ -57,5 +57,5 @@ def test_kernels_for_one_card():
 
 
 @pytest.mark.slow
-def test_kernels_for_all_cards():
-    check(compiled())
+def test_kernels_for_other_cards():
+    check(compiled("--targets", "sm_80", "sm_100", "gfx942", "--dtypes", "bfloat16", "float32", "--n", "1", "3"))
