@@ -4,16 +4,25 @@ import math
 
 import pytest
 
+from hf_gem.training.config import parse_config
+from hf_gem.training.data import text
 from recipes import gpt2_pretrain
-from tests.helpers import TINY, finish, losses, run_here, start, write_corpus
+from tests.helpers import TINY, finish, losses, run_here, start
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    corpus = write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
-    return (*TINY, f"--dataset={corpus}", f"--cache_dir={corpus.parent / 'cache'}")
+    """Trains on a part of the standard library that is prepared once, and so without the package datasets."""
+    cache = tmp_path_factory.mktemp("cache")
+    flags = (*TINY, "--vocab_size=300", "--dataset=stdlib", f"--cache_dir={cache}")
+    with pytest.MonkeyPatch.context() as patch:
+        files = text._stdlib_files()[::40]
+        patch.setattr(text, "_stdlib_files", lambda: files)
+        text.prepare_text(parse_config(gpt2_pretrain.Config, gpt2_pretrain.PRESETS, "demo", flags)[0])
+    (prepared,) = (path.parent for path in cache.rglob("train.bin"))
+    return (*TINY, f"--dataset={prepared}")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -19,7 +19,7 @@ from .normalisation import Normalisation
 from .source import SourceConfig, load_splits
 
 DIGITS = "digits"
-# Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998, CC BY 4.0;
+# Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, CC BY 4.0;
 # the 1797 images of 8 x 8 pixels that scikit-learn has too, as bytes.
 _DIGITS_FILE = Path(__file__).parent / "digits.npz"
 
