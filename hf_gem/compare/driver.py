@@ -319,9 +319,18 @@ def _environment_of(device: int) -> dict[str, str]:
 
 
 def _start_nothing() -> None:
-    process = _CONTEXT.Process(target=os.getpid, daemon=True)
-    process.start()
-    process.join()
+    """Has the server of processes import all; a signal may have killed the one before, which can still seem alive."""
+    for pause in (0.1, 1.0, 0.0):
+        process = _CONTEXT.Process(target=os.getpid, daemon=True)
+        try:
+            process.start()
+        except (EOFError, ConnectionError):
+            if not pause:
+                raise
+            time.sleep(pause)
+        else:
+            process.join()
+            return
 
 
 def _run_script(command: list[str], log: Path, env: Mapping[str, str]) -> None:
