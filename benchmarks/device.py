@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from benchmarks.common import Goal, make_parser, pick_device, time_together, write
+from benchmarks.processes import run_for
 from hf_gem.training.throughput import peak_flops
 
-ROOT = Path(__file__).resolve().parent.parent
 SUITES: dict[str, tuple[str, ...]] = {
     "tests that need a GPU": ("-m", "gpu", "tests"),
     "kernels": ("-m", "not gpu and not slow", "tests/kernels/test_gpu.py", "tests/test_fit.py"),
@@ -78,13 +78,9 @@ def run_suite(arguments: tuple[str, ...], device: torch.device, seconds: float) 
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         command += ["--continue-on-collection-errors", f"--junitxml={report}"]
-        try:
-            done = subprocess.run(command, cwd=ROOT, env={**os.environ, **here}, timeout=seconds, check=False)
-            status = done.returncode
-        except subprocess.TimeoutExpired:
-            status = 124
+        ended = run_for(seconds, command, here)  # in the group that a stage is stopped with
         found = outcomes(report) if report.exists() else {"tests": 0, "failures": {}, "skipped": {}, "seconds": seconds}
-    return {"status": status, **found}
+    return {"status": 124 if ended.stopped else ended.status, **found}
 
 
 def outcomes(report: Path) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         stages[name] = run_stage(STAGES[name], arguments)
         goals = [Goal("stages that failed", sum(stage["failed"] for stage in stages.values()), 0)]
         write("gpu", arguments, argv, {"stages": stages}, goals)
-        report.write_pages(results)
+        report.write_pages(results, report.load(results))
     if results == RESULTS:
         report.report(RESULTS, report.README)
     print(f"\nAll tables: {results / machine(device) / 'README.md'}")

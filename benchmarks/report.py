@@ -322,14 +322,12 @@ def render(machines: dict[str, dict[str, Any]], results: str) -> str:
     return text + "\n"
 
 
-def write_pages(results: Path) -> dict[str, dict[str, Any]]:
-    """Writes the page and the plot of each machine beside its records; returns the records."""
-    machines = load(results)
+def write_pages(results: Path, machines: dict[str, dict[str, Any]]) -> None:
+    """Writes the page and the plot of each machine beside its records."""
     for machine, records in machines.items():
         if "sweep" in records:
             draw_sweep(records["sweep"], results / machine / "sweep.png")
         write_atomically(results / machine / "README.md", page(machine, records))
-    return machines
 
 
 def report(results: Path, readme: Path) -> dict[str, dict[str, Any]]:
@@ -342,7 +340,8 @@ def report(results: Path, readme: Path) -> dict[str, dict[str, Any]]:
     machines = load(results)
     text = replace_between(readme.read_text(encoding="utf-8"), START, END, render(machines, folder))
     write_atomically(readme, text)
-    return write_pages(results)
+    write_pages(results, machines)
+    return machines
 
 
 def main(argv: list[str] | None = None) -> None:

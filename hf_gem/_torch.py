@@ -121,14 +121,10 @@ def uncompiled(model: nn.Module) -> nn.Module | None:
     return wrapped
 
 
-def compiler_is_loaded() -> bool:
-    """Whether anything has imported the compiler."""
-    return "torch._dynamo" in sys.modules
-
-
 def without_compiler() -> contextlib.AbstractContextManager[Any]:
     """A context in which whatever is compiled runs as it was written, and nothing is compiled."""
-    return torch.compiler.set_stance("force_eager") if compiler_is_loaded() else contextlib.nullcontext()
+    loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
 
 
 def reset_compiler() -> None:

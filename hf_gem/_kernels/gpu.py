@@ -27,7 +27,7 @@ NUM_WARPS = 4
 ALIGNMENT = 16  # bytes, of pointers for which Triton compiles wide loads
 interpreted = not isinstance(forward, triton.runtime.jit.JITFunction)
 # Triton takes longer to find what it has compiled, by all arguments, than a small kernel runs.
-_compiled: dict[tuple[str, str, int, torch.dtype, torch.device], tuple[Any, tuple[int, ...], int]] = {}
+_compiled: dict[tuple[str, str, int, torch.dtype, torch.device], Any] = {}
 
 
 @functools.cache
@@ -41,6 +41,7 @@ def kernels(name: str, n: int) -> dict[str, Any]:
     return functions
 
 
+@functools.cache
 def constants(operation: str, dtype: torch.dtype) -> dict[str, int]:
     """What a kernel is compiled for, besides types, in the order of its arguments."""
     wanted = {"DIGITS": digits(dtype)} if operation == "backward_at" else {}
@@ -54,11 +55,12 @@ def launch(
     x = inputs[0]
     numel, device = x.numel(), x.device
     key = operation, family.kernels, n, x.dtype, device
-    compiled, compiled_for, block = _compiled.get(key) or _uncompiled(*key[:4])
+    compiled = _compiled.get(key)
+    chosen = constants(operation, x.dtype)
     pointers = [tensor.data_ptr() for tensor in (*outputs, *inputs)]
     aligned = not any(pointer % ALIGNMENT for pointer in pointers)
-    grid = (-(-numel // block), 1, 1)
-    numbers = (numel, *cached_scale(eps, n), *compiled_for)
+    grid = (-(-numel // chosen["BLOCK"]), 1, 1)
+    numbers = (numel, *cached_scale(eps, n), *chosen.values())
     with _on(device):
         if compiled is not None and aligned:
             compiled[grid](*pointers, *numbers)
@@ -66,12 +68,7 @@ def launch(
         kernel = kernels(family.kernels, n)[operation]
         compiled = kernel[grid](*outputs, *inputs, *numbers, num_warps=NUM_WARPS)
     if aligned and not interpreted:
-        _compiled[key] = compiled, compiled_for, block
-
-
-def _uncompiled(operation: str, name: str, n: int, dtype: torch.dtype) -> tuple[None, tuple[int, ...], int]:
-    found = constants(operation, dtype)
-    return None, tuple(found.values()), found["BLOCK"]
+        _compiled[key] = compiled
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

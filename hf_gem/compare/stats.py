@@ -257,19 +257,16 @@ def bca_interval(differences: np.ndarray, resamples: int = _RESAMPLES) -> tuple[
         return float(differences[0]), float(differences[0])
     if n < 3:
         return math.nan, math.nan  # leaving one out leaves nothing to estimate the acceleration from
-    tail = _scipy().norm.cdf(-math.sqrt(n / (n - 1)) * _scipy().t.ppf(1 - ALPHA / 2, n - 1))
-    found = (
-        _scipy()
-        .bootstrap(
-            (differences,),
-            np.mean,
-            n_resamples=resamples,
-            confidence_level=1 - 2 * tail,
-            method="BCa",
-            rng=np.random.default_rng(0),
-        )
-        .confidence_interval
-    )
+    stats = _scipy()
+    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf(1 - ALPHA / 2, n - 1))
+    found = stats.bootstrap(
+        (differences,),
+        np.mean,
+        n_resamples=resamples,
+        confidence_level=1 - 2 * tail,
+        method="BCa",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
     return float(found.low), float(found.high)
 
 
@@ -283,8 +280,9 @@ def equivalence_p(differences: np.ndarray, smallest_effect: float) -> float:
     """The larger p of two one-sided t tests: that the mean is not above -smallest_effect, and not below it."""
     if differences.std() == 0:
         return 0.0 if abs(differences[0]) < smallest_effect else 1.0
-    above = _scipy().ttest_1samp(differences, -smallest_effect, alternative="greater").pvalue
-    below = _scipy().ttest_1samp(differences, smallest_effect, alternative="less").pvalue
+    stats = _scipy()
+    above = stats.ttest_1samp(differences, -smallest_effect, alternative="greater").pvalue
+    below = stats.ttest_1samp(differences, smallest_effect, alternative="less").pvalue
     return float(max(above, below))
 
 
@@ -398,9 +396,10 @@ def interquartile_mean(tasks: Sequence[np.ndarray], resamples: int = _RESAMPLES)
         n, mean = len(task), np.mean(task)
         parts.append(mean + math.sqrt(n / (n - 1)) * (draw.choice(task, (resamples, n)) - mean))
     degrees = sum(len(task) - 1 for task in tasks)
-    tail = _scipy().norm.cdf(-_scipy().t.ppf(1 - ALPHA / 2, degrees))
-    low, high = np.quantile(_scipy().trim_mean(np.concatenate(parts, axis=1), 0.25, axis=1), [tail, 1 - tail])
-    return float(_scipy().trim_mean(np.concatenate(tasks), 0.25)), float(low), float(high)
+    stats = _scipy()
+    tail = stats.norm.cdf(-stats.t.ppf(1 - ALPHA / 2, degrees))
+    low, high = np.quantile(stats.trim_mean(np.concatenate(parts, axis=1), 0.25, axis=1), [tail, 1 - tail])
+    return float(stats.trim_mean(np.concatenate(tasks), 0.25)), float(low), float(high)
 
 
 def expected_best_of(values: Sequence[float], tries: int, higher_is_better: bool) -> float:

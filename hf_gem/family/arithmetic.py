@@ -105,16 +105,20 @@ def positive(z: Tensor) -> Tensor:
     return z.clamp(0.0, largest)
 
 
-def beyond(z: Tensor, n: int, r: Real) -> Tensor:
-    """|z r| over the bound. Where z r overflows this does not, or all that it scales has vanished."""
-    return z * (r / bound(n, z.dtype))
+def complement(z: Tensor, n: int, r: Real, e: Real) -> tuple[Tensor, Tensor, Tensor]:
+    """What 1 - s is made of for z > 0, with one division: t, whether z r is past the bound, and q.
+
+    Up to the bound `1 - s = q e`; past it `q^(2n) e`, over the t at the bound, since t falls behind z r there.
+    """
+    t = gate_power(z * r, n)
+    w = z * (r / bound(n, z.dtype))  # where z r overflows this does not, or all that it scales has vanished
+    far = w >= 1.0
+    return t, far, 1.0 / torch.where(far, w, t + e)
 
 
 def remainder(z: Tensor, n: int, r: Real, e: Real) -> Tensor:
-    """`z (1 - s)` for z > 0, with one division: by `beyond` past the bound, where 1 - s falls as its power -2n."""
-    w = beyond(z, n, r)
-    far = w >= 1.0
-    q = 1.0 / torch.where(far, w, gate_power(z * r, n) + e)
+    """`z (1 - s)` for z > 0."""
+    _, far, q = complement(z, n, r, e)
     x = positive(z) * q
     return rarely(far, x * power(q, 2 * n - 1) * at_bound(n, z.dtype), x) * e
 
@@ -128,7 +132,7 @@ def rarely(condition: Tensor, then: Tensor, otherwise: Tensor) -> Tensor:
     """`torch.where`, for a condition that hardly ever holds: kernels on a CPU skip `then` where no lane needs it."""
     if isinstance(condition, Tensor):
         return torch.where(condition, then, otherwise)
-    else:  # noqa: RET505  # as above
+    else:  # noqa: RET505  # TorchScript leaves out a branch that is one, and not what follows a return
         return condition.rarely(then, otherwise)
 
 

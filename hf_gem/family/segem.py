@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arithmetic import Real, at_bound, beyond, gate_power, power, rarely, remainder
+from .arithmetic import Real, at_bound, complement, power, rarely, remainder
 from .egem import eps_slope as egem_eps_slope
 from .table import Family, add
 
@@ -27,10 +27,7 @@ def value(z: Tensor, n: int, r: Real, e: Real) -> Tensor:
 
 
 def slope(z: Tensor, n: int, r: Real, e: Real) -> Tensor:
-    t = gate_power(-z * r, n)
-    w = beyond(-z, n, r)
-    far = w >= 1.0
-    q = 1.0 / torch.where(far, w, t + e)
+    t, far, q = complement(-z, n, r, e)
     c = rarely(far, power(q, 2 * n) * at_bound(n, z.dtype), q) * e
     s = torch.where(far, 1.0, q * t)
     return torch.where(z < 0, c * (1.0 - s * (2 * n)), 1.0)

@@ -18,6 +18,8 @@ from .config import TrainConfig
 from .errors import ConfigError
 from .signals import check
 
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """The accelerator of a run, with precision, trackers and determinism as configured.
@@ -109,7 +111,7 @@ def _check_distribution(accelerator: Accelerator, config: TrainConfig) -> None:
 def _check_precision(accelerator: Accelerator) -> None:
     """Checks what the launcher or the config chose; FSDP2 gets gradients and losses in float32 with any of them."""
     precision = accelerator.mixed_precision
-    if precision not in ("no", "bf16", "fp16"):
+    if precision not in PRECISIONS:
         raise ConfigError(f"--mixed_precision can be no, bf16 or fp16; the launcher chose {precision}")
     if precision == "fp16" and accelerator.device.type != "cuda":
         raise ConfigError(
@@ -117,6 +119,5 @@ def _check_precision(accelerator: Accelerator) -> None:
         )
     if accelerator.is_fsdp2 and precision != "no":
         # accelerate would reduce gradients, and round the summed loss, in the lower precision
-        low = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=PRECISIONS[precision], reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy

@@ -14,6 +14,7 @@ from .._torch import without_compiler
 from .config import TrainConfig
 from .device import batch_to_device
 from .errors import ConfigError
+from .launch import PRECISIONS
 from .loss import CausalLMLoss
 from .task import Task
 
@@ -21,8 +22,6 @@ CHUNK_SIZE = 4096  # tokens; of a vocabulary of 50k, 0.8 GB of logits in float32
 _SHARE_OF_LOGITS = 1 / 3  # of the memory beside weights and optimizer; the rest is for activations
 _SPARE = 0.05  # of all memory: a compiler's buffers, kernels, fragments
 _MICRO_BATCH_SIZE = 16  # where nothing is tried
-
-_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def checkpoint_gradients(model: Any) -> None:
@@ -121,7 +120,7 @@ def _chunk_size(task: Task, config: TrainConfig, accelerator: Accelerator, batch
     weights = _weight_bytes(task.model)
     available = memory - (2 * weights + _state_bytes(weights, config)) // shards
     model: Any = task.model
-    dtype = _DTYPES[accelerator.mixed_precision]
+    dtype = PRECISIONS[accelerator.mixed_precision]
     return auto_chunk_size(available, batch, task.units_per_sample, model.config.vocab_size, dtype)
 
 
