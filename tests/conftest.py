@@ -1,6 +1,7 @@
 """What every test relies on: no network, a fixed seed, and a reason beside every skipped GPU test."""
 
 import os
+import sys
 from pathlib import Path
 
 # Before anything imports huggingface_hub, which reads it once.
@@ -26,6 +27,14 @@ hf_gem.register_family(DGEM)  # a family that is not ours is there in all tests
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    """accelerate keeps its state for the life of the process, also that of a Trainer."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def pytest_collection_modifyitems(items):
