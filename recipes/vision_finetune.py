@@ -145,6 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         objective=ClassificationLoss(model, config.label_smoothing, mixup),
         train=data.train,
         validation=data.validation,
+        test=data.test,
         data=data.facts,
         units_per_sample=1,
         unit="images",
@@ -152,19 +153,16 @@ def main(argv: list[str] | None = None) -> None:
         lr_ratios={last_layer(model): config.head_lr_ratio},
     )
     with accelerator.autocast():  # as it is evaluated later
-        before = evaluate(task.objective, task, fixed_micro_batch_size(config), accelerator)
+        size = fixed_micro_batch_size(config)
+        before = evaluate(task.objective, task.validation, task.metric, size, accelerator).values
     accelerator.print("before: " + ", ".join(f"{name} {value:.4f}" for name, value in before.items()))
     report = convert(model, config, data, accelerator.device) if config.hidden_act != "none" else ""
     accelerator.print(report)
     # Each process has fitted by itself, and so does one that goes on from a checkpoint, which has no eps in it.
     activations = [module.spec.name for module in model.modules() if isinstance(module, GemActivation)]
     task.identity = {"activations": activations}
-    task.facts = {
-        "before_conversion": before,
-        "conversion": report,
-        "ours": bool(activations),
-        "imported": import_of(model),
-    }
+    task.facts = {"before_conversion": before, "conversion": report}
+    task.facts |= {"ours": bool(activations), "imported": import_of(model)}
     record = train(task, config, accelerator)
     if accelerator.is_main_process:
         save_results(task.model, image_processor(data), record, **card_values(config, record))
