@@ -9,7 +9,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
-from hf_gem.init import init_feed_forward_
+from hf_gem.init import init_feed_forward_, std_like_width
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
 from hf_gem.training.data.masking import MaskedBlocks
 from hf_gem.training.data.text import TextConfig, prepare_text
@@ -72,6 +72,9 @@ class Config(TextConfig, TrainConfig):
     own_gain: bool = option(
         False, "Draw the weights around each activation, in the head too, so that it keeps the scale of what it gets."
     )
+    init_like_width: int = option(
+        0, "Draw the weights so that activations are given what a model of this width gives them; 0: std 0.02."
+    )
     mask_probability: float = option(0.15, "Share of tokens to predict.")
     prompt: str = option("import [MASK]", "Text whose masked tokens are filled in at the end.")
 
@@ -81,7 +84,10 @@ class Config(TextConfig, TrainConfig):
         TrainConfig.validate(self)
         at_least(self, 1, "n_layer", "n_embd", "n_head", "n_inner")
         at_least(self, 3, "block_size")
+        at_least(self, 0, "init_like_width")
         require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
+        both = self.own_gain and self.init_like_width
+        require(not both, "init_like_width", both, "0 with --own_gain, which draws the same weights in its own way")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         require(0 < self.mask_probability < 1, "mask_probability", self.mask_probability, "between 0 and 1")
 
@@ -96,6 +102,7 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: 
             num_attention_heads=config.n_head,
             intermediate_size=config.n_inner,
             hidden_act=config.hidden_act,
+            initializer_range=std_like_width(config.n_embd, config.init_like_width),
             hidden_dropout_prob=config.dropout,
             attention_probs_dropout_prob=config.dropout,
             max_position_embeddings=max(512, config.block_size),

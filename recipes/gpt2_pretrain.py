@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
-from hf_gem.init import init_feed_forward_
+from hf_gem.init import init_feed_forward_, std_like_width
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
 from hf_gem.training.data.text import TextConfig, prepare_text
 from hf_gem.training.launch import make_accelerator
@@ -53,6 +53,9 @@ class Config(TextConfig, TrainConfig):
     own_gain: bool = option(
         False, "Draw the weights of feed-forward layers so that each activation keeps the scale of what it is given."
     )
+    init_like_width: int = option(
+        0, "Draw the weights so that activations are given what a model of this width gives them; 0: std 0.02."
+    )
     pad_vocab_to_multiple_of: int = option(64, "Rows of the embedding are rounded up to this; 50257 becomes 50304.")
     loss_chunk_size: int | Literal["auto"] = option(
         "auto", "Tokens whose logits are in memory at once; 0: all; auto: all where a GPU has room for them, else 4096."
@@ -64,8 +67,10 @@ class Config(TextConfig, TrainConfig):
         TextConfig.validate(self)
         TrainConfig.validate(self)
         at_least(self, 1, "n_layer", "n_embd", "n_head", "pad_vocab_to_multiple_of")
-        at_least(self, 0, "loss_chunk_size")
+        at_least(self, 0, "loss_chunk_size", "init_like_width")
         require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
+        both = self.own_gain and self.init_like_width
+        require(not both, "init_like_width", both, "0 with --own_gain, which draws the same weights in its own way")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
 
 
@@ -80,6 +85,7 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: 
             n_embd=config.n_embd,
             n_head=config.n_head,
             activation_function=config.hidden_act,
+            initializer_range=std_like_width(config.n_embd, config.init_like_width),
             resid_pdrop=config.dropout,
             embd_pdrop=config.dropout,
             attn_pdrop=config.dropout,

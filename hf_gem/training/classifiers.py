@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -17,6 +18,17 @@ from ..surgery.kinds import describe, is_elementwise, is_gate, kind, stock_slots
 from ..surgery.reports import path_patterns
 from . import image_models  # noqa: F401  # registers its models
 from .errors import ConfigError
+
+
+def depth_and_width(name: str) -> tuple[int, int] | None:
+    """Of a residual network for CIFAR, resnet<6n+2>-cifar or resnet<6n+2>x<width>-cifar; None for another name."""
+    found = re.fullmatch(r"resnet(\d+)(?:x([1-9]\d*))?-cifar", name)
+    return (int(found[1]), int(found[2] or 16)) if found else None
+
+
+def is_own(name: str) -> bool:
+    """Whether this is a model of `image_models`."""
+    return name == "convnet" or depth_and_width(name) is not None
 
 
 def class_names(classes: list[str]) -> dict[str, Any]:

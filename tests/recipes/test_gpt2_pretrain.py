@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
 from hf_gem import gain
-from recipes import gpt2_pretrain
+from recipes import bert_pretrain, gpt2_pretrain
 from recipes.gpt2_pretrain import PRESETS, Config, build_model, parse_config
 from tests.helpers import (
     GPT2,
@@ -220,7 +220,7 @@ def test_a_mistake_is_one_line_and_not_a_traceback(flags, tmp_path, argument, wo
 
 
 class Tokenizer:
-    bos_token_id = eos_token_id = 0
+    bos_token_id = eos_token_id = pad_token_id = 0
 
 
 def test_presets_have_the_sizes_they_state():
@@ -250,6 +250,38 @@ def test_each_activation_can_start_at_its_own_gain(act):
         assert block.mlp.c_fc.weight.std().item() == pytest.approx(128**-0.5, **near)
         expected = gain(ACT2FN[act]) / (8 * 512) ** 0.5
         assert block.mlp.c_proj.weight.std().item() == pytest.approx(expected, **near)
+
+
+def scales(model, ids):
+    """Root mean squares of what the activations of a model are given."""
+    seen = []
+    for act in (module for module in model.modules() if isinstance(module, torch.nn.ReLU)):
+        act.register_forward_pre_hook(lambda _, args: seen.append(args[0].square().mean().item() ** 0.5))
+    model.eval()(input_ids=ids)
+    return seen
+
+
+@pytest.mark.parametrize("recipe", [gpt2_pretrain, bert_pretrain])
+def test_a_narrow_model_gives_its_activations_what_a_wide_one_does(recipe):
+    ids, found = torch.arange(128).reshape(2, 64), {}
+    sizes = {"n_layer": 1, "n_head": 4, "block_size": 64, "hidden_act": "relu"}
+    for width, like in ((768, 0), (64, 768), (64, 0)):
+        torch.manual_seed(0)
+        config = recipe.Config(**sizes, n_embd=width, init_like_width=like)
+        found[width, like] = scales(recipe.build_model(config, Tokenizer(), 256), ids)
+    assert len(found[64, 0]) == (2 if recipe is bert_pretrain else 1)
+    assert found[768, 0] == pytest.approx([0.02 * 768**0.5] * len(found[64, 0]), rel=0.02)
+    # Of a layer of 64 x 64 weights the rms of the outputs is off by 1 / sqrt(2 x 4096) in one deviation, and the eps of
+    # LayerNorm takes 0.6 % from the inputs of GPT-2's first layer at width 768.
+    assert found[64, 768] == pytest.approx(found[768, 0], rel=4 / (2 * 4096) ** 0.5)
+    assert found[64, 0] == pytest.approx([0.16] * len(found[64, 0]), rel=0.05)
+
+
+@pytest.mark.parametrize("recipe", [gpt2_pretrain, bert_pretrain])
+def test_two_ways_to_draw_the_same_weights(recipe, capsys):
+    with pytest.raises(SystemExit):
+        recipe.main(["--own_gain=yes", "--init_like_width=768"])
+    assert "--init_like_width must be 0 with --own_gain, which draws" in capsys.readouterr().err
 
 
 def test_a_prompt_longer_than_the_context_is_cut_at_its_start(flags, tmp_path):

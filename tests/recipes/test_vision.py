@@ -159,6 +159,12 @@ def test_our_models_take_any_activation(model, act):
     assert type(ACT2FN[act]).__name__ in names
 
 
+def test_nothing_behind_the_additions():
+    same, none = (build(model="resnet8-cifar", act_after_add=which) for which in ("same", "none"))
+    assert [sum("EGEM" in type(module).__name__ for module in model.modules()) for model in (same, none)] == [7, 4]
+    assert none.config.act_after_add == "none"
+
+
 def test_the_name_of_a_residual_network_may_have_its_width():
     assert [build(model=f"resnet8{width}-cifar").config.width for width in ("", "x4")] == [16, 4]
 
@@ -289,6 +295,7 @@ def test_the_cifar_presets_are_those_of_the_paper():
             ["--model=timm/resnet18", "--own_gain"],
             "--own_gain must be false for models other than convnet",
         ),
+        (vision_train, ["--act_after_add=none"], "--act_after_add must be same for models other than resnet-cifar"),
         (vision_train, ["--widths=3,x"], "--widths must be numbers such as 32,64,128"),
         (vision_train, ["--widths=8,0"], "--widths must be numbers such as 32,64,128, all above 0, got 8,0"),
         (vision_train, ["--model=my-cifar", "--own_gain"], "--own_gain must be false for models other than convnet"),
