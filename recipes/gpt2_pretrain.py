@@ -29,6 +29,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 400, "global_batch_size": 32, "micro_batch_size": 32, "warmup_steps": 50, "learning_rate": 3e-3,
         "eval_every": 100, "save_every": 100, "log_every": 10,
     },
+    # 0.14M parameters whose activations are given what those of GPT-2 small are given: for studies on CPUs.
+    "narrow": {
+        "n_layer": 2, "n_embd": 64, "n_head": 2, "block_size": 64, "init_like_width": 768,
+        "vocab_size": 512, "validation_fraction": 0.05, "test_fraction": 0.08,
+        "steps": 600, "global_batch_size": 32, "micro_batch_size": 32, "warmup_steps": 60, "learning_rate": 5e-3,
+        "eval_every": 300, "save_every": 0, "log_every": 20,
+    },
     # GPT-2 small as in nanoGPT: 0.5M tokens a step, dropout 0, vocabulary 50257 padded to 50304.
     "gpt2-124m": {
         "n_layer": 12, "n_embd": 768, "n_head": 12, "block_size": 1024,

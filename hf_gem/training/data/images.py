@@ -46,7 +46,9 @@ class VisionConfig(SourceConfig):
         None, "Height and width; by default those of the data where all are alike, and otherwise what the model takes."
     )
     resident: bool | None = option(
-        None, "Keep decoded images on the device; by default where all have one size and take at most 2 GiB."
+        None,
+        "Keep decoded images on the device, scaled once where an --image_size is given; by default where all have that "
+        "size and take at most 2 GiB.",
     )
     crop_padding: int = option(0, "Zeros around resident images, from which training takes random crops.")
     crop_min_scale: float = option(1.0, "Smallest share of an image's area in random crops of images not resident.")

@@ -35,6 +35,15 @@ def test_digits_are_those_of_scikit_learn(tmp_path):
     assert splits.classes == [str(name) for name in theirs.target_names]
 
 
+def test_resident_images_are_scaled_once(tmp_path):
+    folder = write_folder(tmp_path / "data")
+    data = prepare(tmp_path, dataset=str(folder), image_size=6, resident=True)
+    whole = prepare(tmp_path, dataset=str(folder), resident=True)
+    assert data.train.images.shape == (*whole.train.images.shape[:2], 6, 6)
+    image = Image.fromarray(whole.train.images[0].permute(1, 2, 0).numpy())
+    assert np.array_equal(data.train.images[0].permute(1, 2, 0), np.asarray(image.resize((6, 6), Image.BICUBIC)))
+
+
 def test_grey_images_among_others(tmp_path):
     folder = write_folder(tmp_path / "data")
     Image.new("L", (12, 12), 7).save(folder / "cat" / "grey.png")
