@@ -82,6 +82,13 @@ class Histogram:
         """How many NaN and infinities were met."""
         return int(self.counts.sum()) - self.num_values
 
+    @property
+    def rms(self) -> float:
+        """Root mean square of what was counted; NaN where that is nothing, or has a NaN or an infinity in it."""
+        values, counts = self.points()
+        shares = counts.to(torch.float64) / counts.sum()
+        return math.nan if self.num_nonfinite or not len(values) else math.sqrt(_mean_square(values, shares))
+
     def points(self) -> tuple[Tensor, Tensor]:
         """The distinct finite values, float64, and how often each was counted, int64; both on the CPU."""
         values = torch.arange(-(2**15), 2**15, dtype=torch.int16, device="cpu").view(torch.bfloat16)

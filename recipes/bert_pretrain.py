@@ -13,6 +13,7 @@ from hf_gem.init import init_feed_forward_, std_like_width
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
 from hf_gem.training.data.masking import MaskedBlocks
 from hf_gem.training.data.text import TextConfig, prepare_text
+from hf_gem.training.initial import new_task
 from hf_gem.training.launch import make_accelerator
 from hf_gem.training.loop import train
 from hf_gem.training.loss import MaskedLMLoss
@@ -148,22 +149,24 @@ def main(argv: list[str] | None = None) -> None:
     config.output_dir = config.output_dir or f"runs/bert-{preset}-{config.hidden_act}-seed{config.seed}"
     data = prepare_text(config, min_validation_tokens=config.block_size - 2)  # without [CLS] and [SEP]
     accelerator = make_accelerator(config)
-    torch.manual_seed(config.seed)
-    model = build_model(config, data.tokenizer, data.vocab_size)
 
     def masked(blocks: Any) -> MaskedBlocks:
         return MaskedBlocks(blocks.tokens, config.block_size, data.tokenizer, config.mask_probability, config.data_seed)
 
-    task = Task(
-        name="bert_pretrain",
-        preset=preset,
-        model=model,
-        objective=MaskedLMLoss(model, head="cls"),
-        train=masked(data.train),
-        validation=masked(data.validation),
-        data=data.facts,
-        units_per_sample=config.block_size,
-    )
+    def make() -> Task:
+        model = build_model(config, data.tokenizer, data.vocab_size)
+        return Task(
+            name="bert_pretrain",
+            preset=preset,
+            model=model,
+            objective=MaskedLMLoss(model, head="cls"),
+            train=masked(data.train),
+            validation=masked(data.validation),
+            data=data.facts,
+            units_per_sample=config.block_size,
+        )
+
+    task = new_task(make, config)
     record = train(task, config, accelerator)
     if accelerator.is_main_process:
         save_results(task.model, data.tokenizer, record, **card_values(config, record))

@@ -5,7 +5,6 @@ It reports the accuracy before the activations are replaced, right after, and af
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +15,12 @@ from transformers import PreTrainedModel
 from hf_gem.family.names import GemSpec, is_name, parse
 from hf_gem.modules import GemActivation
 from hf_gem.training.classifiers import last_layer, load_classifier, replace_activations
-from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
+from hf_gem.training.config import TrainConfig, at_least, is_positive, option, parse_config, require
 from hf_gem.training.data.images import ImageData, VisionConfig
 from hf_gem.training.data.order import SampleOrder
 from hf_gem.training.data.vision import image_processor, prepare_images, preprocessing_of
 from hf_gem.training.evaluate import evaluate
+from hf_gem.training.initial import activation_inputs
 from hf_gem.training.launch import make_accelerator
 from hf_gem.training.loop import train
 from hf_gem.training.loss import ClassificationLoss
@@ -82,7 +82,7 @@ class Config(VisionConfig, TrainConfig):
             require(is_name(self.hidden_act), "hidden_act", self.hidden_act, "of the family, such as egem, or none")
         require(bool(self.model), "model", "nothing", "timm/<name>, a Hub id or a folder")
         if self.eps not in (None, "fit"):
-            require(_is_positive(self.eps), "eps", self.eps, "a finite number above 0, or fit")
+            require(is_positive(self.eps), "eps", self.eps, "a finite number above 0, or fit")
             if self.hidden_act != "none":
                 spec = parse(self.hidden_act)
                 GemSpec(spec.family, spec.n, float(self.eps), spec.learnable)  # or ValueError
@@ -92,13 +92,6 @@ class Config(VisionConfig, TrainConfig):
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
         fits = not (self.mixup or self.cutmix) or fixed_micro_batch_size(self) % 2 == 0
         require(fits, "micro_batch_size", self.micro_batch_size, "even, to mix")
-
-
-def _is_positive(text: str | None) -> bool:
-    try:
-        return 0 < float(text or 0) < math.inf
-    except ValueError:
-        return False
 
 
 def convert(model: PreTrainedModel, config: Config, data: ImageData, device: torch.device) -> str:
@@ -159,12 +152,8 @@ def main(argv: list[str] | None = None) -> None:
     # Each process has fitted by itself, and so does one that goes on from a checkpoint, which has no eps in it.
     activations = [module.spec.name for module in model.modules() if isinstance(module, GemActivation)]
     task.identity = {"activations": activations}
-    task.facts = {
-        "before_conversion": before,
-        "conversion": report,
-        "ours": bool(activations),
-        "imported": import_of(model),
-    }
+    task.facts = {"before_conversion": before, "conversion": report, "ours": bool(activations)}
+    task.facts |= {"imported": import_of(model), "activation_inputs": activation_inputs(task, config)}
     record = train(task, config, accelerator)
     if accelerator.is_main_process:
         save_results(task.model, image_processor(data), record, **card_values(config, record))

@@ -150,6 +150,14 @@ def at_least(config: Any, least: int, *names: str) -> None:
         require(value == "auto" or least <= value < math.inf, name, value, f"at least {least}")
 
 
+def is_positive(text: str) -> bool:
+    """Whether this is a finite number above 0."""
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
+
+
 def require(condition: bool, name: str, got: object, allowed: str) -> None:
     """Raises ValueError, naming the flag, what came and what is allowed, unless `condition` holds."""
     if not condition:

@@ -45,6 +45,9 @@ def test_a_run_leaves_everything_and_says_where(reference):
     assert "[MASK]" not in printed.split("Filled in: ")[1].splitlines()[0]
     record = json.loads((folder / "record.json").read_text())
     assert (record["status"], record["recipe"], record["result"]["unit"]) == ("finished", "bert_pretrain", "tokens")
+    layers = record["activation_inputs"]["layers"]
+    assert [path.rpartition(".")[2] for path in layers] == ["intermediate_act_fn", "transform_act_fn"]
+    assert list(layers.values()) == pytest.approx([0.02 * 16**0.5] * 2, rel=0.2)
     card = (folder / "README.md").read_text()
     assert f"{last:.4f} nats per masked token" in card
     assert "pipeline_tag: fill-mask" in card

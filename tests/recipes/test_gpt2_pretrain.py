@@ -80,6 +80,9 @@ def test_a_run_leaves_everything_and_says_where(reference):
     card = (folder / "README.md").read_text()
     assert f"{last:.4f}" in card
     record = json.loads((folder / "record.json").read_text())
+    layers = record["activation_inputs"]["layers"]
+    assert list(layers) == ["transformer.h.0.mlp.act", "transformer.h.1.mlp.act"]
+    assert [*layers.values(), record["activation_inputs"]["rms"]] == pytest.approx([0.02 * 16**0.5] * 3, rel=0.2)
     assert (record["status"], record["recipe"], record["config"]["hidden_act"]) == (
         "finished",
         "gpt2_pretrain",

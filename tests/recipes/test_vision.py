@@ -53,6 +53,7 @@ def test_the_demo_learns_the_digits(demo):
     record = json.loads((folder / "record.json").read_text())
     assert record["result"]["validation_accuracy"] == pytest.approx(accuracy / 100, abs=1e-4)
     assert (record["result"]["unit"], record["data"]["num_classes"]) == ("images", 10)
+    assert list(record["activation_inputs"]["layers"]) == ["layers.1", "layers.3", "layers.6", "layers.8"]
     card = (folder / "README.md").read_text()
     for fact in (f"{accuracy:.2f} % of 359 images", "pipeline_tag: image-classification", "1,438 images to train on"):
         assert fact in card
@@ -80,6 +81,9 @@ def test_the_launcher_gives_the_same_run(short, cache, tmp_path, num_processes):
 def test_batch_normalisation_resumes_bit_for_bit(cache, tmp_path):
     flags = (cache, *SHORT, "--model=resnet8-cifar", "--optimizer=sgd", "--lr_schedule=step", "--learning_rate=0.05")
     run_here(vision_train, tmp_path / "whole", *flags, "--keep_checkpoints=9")
+    inputs = json.loads((tmp_path / "whole" / "record.json").read_text())["activation_inputs"]
+    firsts = [inputs["layers"][path] for path in ("act", *(f"blocks.{i}.act1" for i in range(3)))]
+    assert firsts == pytest.approx([1] * 4, rel=2**-8)  # behind batch normalisation, which has seen no batch before
     checkpoint = tmp_path / "whole" / "checkpoints" / "step_00000004"
     run_here(vision_train, tmp_path / "rest", *flags, f"--resume={checkpoint}")
     assert losses(tmp_path / "rest") == losses(tmp_path / "whole")
@@ -236,6 +240,7 @@ def test_fine_tuning(demo, cache, tmp_path, extra):
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["before_conversion"]["accuracy"] == trained
     assert "4 activations replaced" in record["conversion"]
+    assert len(record["activation_inputs"]["layers"]) == 4
     model = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert hf_gem.audit(model, pixel_values=torch.zeros(1, 3, 8, 8)).num_gem == 4
     card = (tmp_path / "README.md").read_text()
