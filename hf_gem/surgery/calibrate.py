@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,23 +27,38 @@ _Sample = tuple[Histogram, Callable[..., Tensor]]
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """What `calibrate` chose.
+class Scales:
+    """Root mean squares of what activations are given; NaN where a value of it was NaN or infinite.
 
     Attributes:
+        rms: Over all of them: the root of the mean square of all values, so that an activation counts by their number.
+        layers: Path -> that of one activation, where it ran; those that share a module have one for all.
+    """
+
+    rms: float
+    layers: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was chosen for a model, and by what.
+
+    Attributes:
+        members: Path -> the member.
         fits: Path -> the member, with its error in place of the activation there; None where the data did not reach it.
         unfitted_errors: Path -> the error of the given member.
-        members: Path -> the member.
         output_change: Relative root-mean-square change of the model's output on the first batch; None where outputs
             before and after cannot be compared.
         unfitted_output_change: The same for the given member everywhere.
+        scales: Of what the activations are given, where that was looked at.
     """
 
-    fits: dict[str, Fit | None]
-    unfitted_errors: dict[str, float]
     members: dict[str, GemSpec]
-    output_change: float | None
-    unfitted_output_change: float | None
+    fits: dict[str, Fit | None] = field(default_factory=dict)
+    unfitted_errors: dict[str, float] = field(default_factory=dict)
+    output_change: float | None = None
+    unfitted_output_change: float | None = None
+    scales: Scales | None = None
 
 
 def calibrate(
@@ -101,7 +116,7 @@ def calibrate(
             together.setdefault(id(recorder), []).append(path)
         members = _settle(change, given, common, ns, members, list(together.values()) if per_layer else [])
     fits = {path: _as_fit(members[path], samples[path]) if path in samples else None for path in slots}
-    return Calibration(fits, unfitted, members, change(members), unfitted_change)
+    return Calibration(members, fits, unfitted, change(members), unfitted_change)
 
 
 def _settle(

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ..surgery.calibrate import Scales
 from ..surgery.kinds import activation_slots
-from ..surgery.scales import Scales, input_scales
+from ..surgery.scales import input_scales
 from .config import TrainConfig
 from .data.order import SampleOrder
 from .device import batch_to_device
