@@ -146,7 +146,7 @@ def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     config, preset = parse_config(Config, PRESETS, "demo", argv)
-    config.output_dir = config.output_dir or f"runs/bert-{preset}-{config.hidden_act}-seed{config.seed}"
+    config.output_dir = config.output_dir or f"runs/bert-{preset}-{config.act_label}-seed{config.seed}"
     data = prepare_text(config, min_validation_tokens=config.block_size - 2)  # without [CLS] and [SEP]
     accelerator = make_accelerator(config)
 

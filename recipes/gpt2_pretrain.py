@@ -138,7 +138,7 @@ def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     config, preset = parse_config(Config, PRESETS, "demo", argv)
-    config.output_dir = config.output_dir or f"runs/gpt2-{preset}-{config.hidden_act}-seed{config.seed}"
+    config.output_dir = config.output_dir or f"runs/gpt2-{preset}-{config.act_label}-seed{config.seed}"
     data = prepare_text(config)
     accelerator = make_accelerator(config)
 

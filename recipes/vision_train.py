@@ -146,7 +146,7 @@ def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     config, preset = parse_config(Config, PRESETS, "demo", argv)
-    config.output_dir = config.output_dir or f"runs/vision-{preset}-{config.hidden_act}-seed{config.seed}"
+    config.output_dir = config.output_dir or f"runs/vision-{preset}-{config.act_label}-seed{config.seed}"
     accelerator = make_accelerator(config)
     size = config.image_size or (None if is_own(config.model) else input_size(config.model))
     data = prepare_images(config, config.data_seed, accelerator.device, Preprocessing(image_size=size))

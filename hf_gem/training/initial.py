@@ -1,4 +1,4 @@
-"""What a run starts from: a model with new weights, and the scale of what the activations in it are given."""
+"""What a run starts from: new weights, the scale of what the activations are given, and an eps chosen by that."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ..family.names import parse
 from ..surgery.calibrate import Scales
 from ..surgery.kinds import activation_slots
-from ..surgery.scales import input_scales
+from ..surgery.scales import input_scales, matched
 from .config import TrainConfig
 from .data.order import SampleOrder
 from .device import batch_to_device
-from .errors import DataError
+from .errors import ConfigError, DataError
 from .signals import check
 from .task import Task
 
@@ -25,18 +26,34 @@ _MOST_IMAGES, _MOST_SEQUENCES, _MOST_TOKENS = 64, 8, 2048
 def new_task(make: Callable[[], Task], config: TrainConfig) -> Task:
     """The task of a recipe with weights drawn from the seed; its facts say what the activations are given.
 
+    With `--eps match`, eps is chosen by that: the model is built with the eps of `hidden_act`, measured, and built
+    again from the same seed with the name that came out, which is in `hidden_act` from then on.
+
     Args:
-        make: Builds the model, on the CPU, and the task.
+        make: Builds the model, on the CPU, and the task. Called again, it reads `config.hidden_act` again.
         config: Of the run.
 
     Raises:
+        ConfigError: no eps belongs to what was measured.
         DataError: the first samples cannot be read.
         Interrupted: a signal arrived.
     """
-    torch.manual_seed(config.seed)
-    task = make()
+    task = _seeded(make, config)
+    if config.eps == "match":
+        asked, rms = config.hidden_act, first_scales(task, config).rms
+        try:
+            config.hidden_act = matched(parse(asked), rms, config.match_c, "over all activations").name
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        task = _seeded(make, config)
+        task.facts["match"] = {"hidden_act": asked, "rms": rms, "c": config.match_c}
     task.facts["activation_inputs"] = activation_inputs(task, config)
     return task
+
+
+def _seeded(make: Callable[[], Task], config: TrainConfig) -> Task:
+    torch.manual_seed(config.seed)
+    return make()
 
 
 def activation_inputs(task: Task, config: TrainConfig) -> dict[str, object] | None:

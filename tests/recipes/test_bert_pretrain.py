@@ -62,6 +62,18 @@ def test_the_saved_model_loads(reference):
     assert model.config.pad_token_id == tokenizer.pad_token_id
 
 
+def test_an_eps_that_matches(flags, tmp_path):
+    run_here(bert_pretrain, tmp_path / "match", *flags, "--hidden_act=egem_n2", "--eps=match", "--init_like_width=768")
+    record = json.loads((tmp_path / "match" / "record.json").read_text())
+    name = record["config"]["hidden_act"]
+    assert record["match"]["rms"] == pytest.approx(0.02 * 768**0.5, rel=0.1)
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "match").config.hidden_act == name
+    run_here(bert_pretrain, tmp_path / "plain", *flags, f"--hidden_act={name}", "--init_like_width=768")
+    plain = json.loads((tmp_path / "plain" / "record.json").read_text())
+    assert (plain["init_hash"], plain["samples_hash"]) == (record["init_hash"], record["samples_hash"])
+    assert losses(tmp_path / "plain") == losses(tmp_path / "match")
+
+
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_the_launcher_gives_the_same_run(reference, flags, tmp_path, num_processes):
     command = (*flags, f"--output_dir={tmp_path}", "--micro_batch_size=4")

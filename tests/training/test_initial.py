@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_gem.training.config import TrainConfig
 from hf_gem.training.data.order import SampleOrder
-from hf_gem.training.errors import DataError
+from hf_gem.training.errors import ConfigError, DataError
 from hf_gem.training.initial import activation_inputs, new_task
 from tests.training.toys import WIDTH, Objective, make_task
 
@@ -65,3 +65,18 @@ def test_samples_that_cannot_be_read():
     task.train.batch = read
     with pytest.raises(DataError, match="first samples cannot be read: OSError: the disk is gone; fix the data"):
         activation_inputs(task, TrainConfig())
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [(nn.Identity, "found an rms of nan over all activations"), (nn.ReLU, "found an rms of 0 over all activations")],
+)
+def test_no_eps_belongs_to_what_is_measured(act, message):
+    def zero():
+        task = make(act)
+        nn.init.zeros_(task.model[0].weight)
+        nn.init.zeros_(task.model[0].bias)
+        return task
+
+    with pytest.raises(ConfigError, match=message):
+        new_task(zero, TrainConfig(hidden_act="egem", eps="match"))
