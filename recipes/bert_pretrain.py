@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # 1.0M parameters on the standard library's source: minutes on two CPU cores.
     "demo": {
         "n_layer": 2, "n_embd": 128, "n_head": 4, "n_inner": 512, "block_size": 64,
-        "vocab_size": 4096, "validation_fraction": 0.02,
+        "vocab_size": 4096, "validation_fraction": 0.02, "min_validation_tokens": 30_000,
         "steps": 300, "global_batch_size": 64, "micro_batch_size": 64, "warmup_steps": 18, "learning_rate": 3e-3,
         "eval_every": 100, "save_every": 100, "log_every": 10,
     },
@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # As short as in arXiv 2604.21677.
     "bert-small-paper": {
-        **_SMALL, "steps": 3000, "warmup_steps": 180, "max_train_tokens": 100_000_000,
+        **_SMALL, "steps": 3000, "warmup_steps": 180, "max_train_tokens": 100_000_000, "validation_fraction": 0.0025,
         "eval_every": 250, "save_every": 500,
     },
 }  # fmt: skip
@@ -147,11 +147,12 @@ def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     config, preset = parse_config(Config, PRESETS, "demo", argv)
     config.output_dir = config.output_dir or f"runs/bert-{preset}-{config.act_label}-seed{config.seed}"
-    data = prepare_text(config, min_validation_tokens=config.block_size - 2)  # without [CLS] and [SEP]
+    data = prepare_text(config, smallest_sample=config.block_size - 2)  # without [CLS] and [SEP]
     accelerator = make_accelerator(config)
 
     def masked(blocks: Any) -> MaskedBlocks:
-        return MaskedBlocks(blocks.tokens, config.block_size, data.tokenizer, config.mask_probability, config.data_seed)
+        sizes = config.block_size, data.tokenizer, config.mask_probability, config.data_seed
+        return MaskedBlocks(blocks.tokens, *sizes, blocks.ends)
 
     def make() -> Task:
         model = build_model(config, data.tokenizer, data.vocab_size)
@@ -162,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
             objective=MaskedLMLoss(model, head="cls"),
             train=masked(data.train),
             validation=masked(data.validation),
+            test=data.test and masked(data.test),
             data=data.facts,
             units_per_sample=config.block_size,
         )

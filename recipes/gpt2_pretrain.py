@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # 1.3M parameters on the standard library's source: minutes on two CPU cores.
     "demo": {
         "n_layer": 4, "n_embd": 128, "n_head": 4, "block_size": 128,
-        "vocab_size": 4096, "validation_fraction": 0.02,
+        "vocab_size": 4096, "validation_fraction": 0.02, "min_validation_tokens": 30_000,
         "steps": 400, "global_batch_size": 32, "micro_batch_size": 32, "warmup_steps": 50, "learning_rate": 3e-3,
         "eval_every": 100, "save_every": 100, "log_every": 10,
     },
@@ -151,6 +151,7 @@ def main(argv: list[str] | None = None) -> None:
             objective=CausalLMLoss(model, config.loss_chunk_size),
             train=data.train,
             validation=data.validation,
+            test=data.test,
             data=data.facts,
             units_per_sample=config.block_size,
             flops_per_unit=decoder_flops_per_token(model, config.block_size),

@@ -138,6 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         objective=ClassificationLoss(model, config.label_smoothing, mixup),
         train=data.train,
         validation=data.validation,
+        test=data.test,
         data=data.facts,
         units_per_sample=1,
         unit="images",
@@ -145,7 +146,8 @@ def main(argv: list[str] | None = None) -> None:
         lr_ratios={last_layer(model): config.head_lr_ratio},
     )
     with accelerator.autocast():  # as it is evaluated later
-        before = evaluate(task.objective, task, fixed_micro_batch_size(config), accelerator)
+        size = fixed_micro_batch_size(config)
+        before = evaluate(task.objective, task.validation, task.metric, size, accelerator).values
     accelerator.print("before: " + ", ".join(f"{name} {value:.4f}" for name, value in before.items()))
     report = convert(model, config, data, accelerator.device) if config.hidden_act != "none" else ""
     accelerator.print(report)

@@ -160,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
             objective=ClassificationLoss(model, config.label_smoothing),
             train=data.train,
             validation=data.validation,
+            test=data.test,
             data=data.facts,
             units_per_sample=1,
             unit="images",

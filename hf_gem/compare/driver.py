@@ -35,7 +35,7 @@ from ..files import write_atomically
 from ..training.errors import Interrupted, TrainingError
 from ..training.record import environment
 from ..training.signals import Caught, catch_signals, wait_for
-from .plan import PlanError, Run
+from .plan import PlanError, Run, parse_flags
 from .study import Study, StudyError
 
 _TICK = 0.1  # seconds between looks at the flag
@@ -173,10 +173,11 @@ class Driver:
     def command(self, run: Run) -> list[str]:
         """The command line of a run: a script and its arguments."""
         plan = self.study.plan
-        ours = {"preset": plan.preset, "hidden_act": run.act, "learning_rate": run.learning_rate, "seed": run.seed}
+        act, *own = run.act.split()
+        ours = {"preset": plan.preset, "hidden_act": act, "learning_rate": run.learning_rate, "seed": run.seed}
         ours |= {"data_seed": run.seed, "output_dir": self._folder(run)}
         tuning = plan.tuning_flags if run.seed in plan.tuning_seeds else {}
-        flags = {"report_to": "none", **plan.flags, **tuning, **ours}
+        flags = {"report_to": "none", **plan.flags, **parse_flags(own), **tuning, **ours}
         text = {True: "yes", False: "no"}  # YAML's for what may be a word of its own, such as mixed_precision: no
         return [
             str(self.recipes / f"{plan.recipe}.py"),
@@ -273,7 +274,10 @@ class Driver:
             tail = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:]) if log.exists() else ""
             raise StudyError(f"the run {run.name} ended with status {status}: {tail}. Its output is in {log}")
         if outcome == "finished" and plan.metric not in found["result"]:
-            raise PlanError(f"{plan.recipe} has no {plan.metric}; it has {', '.join(found['result'])}")
+            raise PlanError(
+                f"{plan.recipe} has no {plan.metric}; it has {', '.join(found['result'])}. Test samples are asked for "
+                "by the flag test_split or test_fraction"
+            )
         write_atomically(self.study.folder / "records" / f"{run.name}.json", record.read_text())
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         for weights in folder.glob("*.safetensors"):

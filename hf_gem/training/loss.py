@@ -31,14 +31,23 @@ class Output(NamedTuple):
     Attributes:
         loss: Sum over all targets, a float32 scalar.
         predictions: Of a classifier, the likeliest class of each sample, int64.
+        losses: In evaluation, that of each target, in the shape of the labels, float32; 0 where there is none.
     """
 
     loss: Tensor
     predictions: Tensor | None = None
+    losses: Tensor | None = None
+
+    @classmethod
+    def evaluated(cls, losses: Tensor, labels: Tensor, predictions: Tensor | None = None) -> Output:
+        """That of an evaluation, from the loss of each target."""
+        return cls(losses.sum(), predictions, losses.view(labels.shape))
 
 
-def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk_size: int) -> Tensor:
-    """Summed cross-entropy of `head(hidden)`, in float32, with the logits of one chunk in memory at a time.
+def chunked_cross_entropy(
+    hidden: Tensor, head: nn.Module, labels: Tensor, chunk_size: int, reduction: Literal["sum", "none"] = "sum"
+) -> Tensor:
+    """Cross-entropy of `head(hidden)`, in float32, with the logits of one chunk in memory at a time.
 
     The backward pass computes the logits of each chunk again, so neither the logits nor a float32 copy of them is ever
     held whole. One chunk that holds everything is not recomputed.
@@ -48,16 +57,19 @@ def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk
         head: Maps (tokens, width) to logits (tokens, vocabulary).
         labels: int64 of shape (tokens,); `IGNORE` is left out.
         chunk_size: Tokens in a chunk; 0 takes all at once.
+        reduction: The sum, or the loss of each token.
 
     Returns:
-        A float32 scalar.
+        A float32 scalar, or (tokens,).
     """
 
     def loss(hidden: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden).float(), labels, ignore_index=IGNORE, reduction="sum")
+        return F.cross_entropy(head(hidden).float(), labels, ignore_index=IGNORE, reduction=reduction)
 
     if chunk_size == 0 or len(labels) <= chunk_size:
         return loss(hidden, labels)
+    if reduction == "none":
+        return torch.cat([loss(*part) for part in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True)])
     total = torch.zeros((), device=hidden.device)
     for part, target in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
         total = total + checkpoint(loss, part, target, use_reentrant=False, preserve_rng_state=False)
@@ -76,6 +88,14 @@ def whole_sequences(model: nn.Module) -> Iterator[None]:
     finally:
         for config in configs:
             config._attn_implementation = {"": "sdpa"}
+
+
+def _token_losses(objective: nn.Module, hidden: Tensor, head: nn.Module, labels: Tensor, chunk_size: int) -> Output:
+    """What an objective returns for hidden states, (batch, length, width), and labels, (batch, length)."""
+    parts = hidden.flatten(0, 1), head, labels.flatten(), chunk_size
+    if objective.training:
+        return Output(chunked_cross_entropy(*parts))
+    return Output.evaluated(chunked_cross_entropy(*parts, "none"), labels)
 
 
 class CausalLMLoss(nn.Module):
@@ -98,7 +118,7 @@ class CausalLMLoss(nn.Module):
             hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False)[0]
         head = self.model.get_output_embeddings()
         size = CHUNK_SIZE if self.chunk_size == "auto" else self.chunk_size
-        return Output(chunked_cross_entropy(hidden.flatten(0, 1), head, labels.flatten(), size))
+        return _token_losses(self, hidden, head, labels, size)
 
 
 class MaskedLMLoss(nn.Module):
@@ -121,9 +141,7 @@ class MaskedLMLoss(nn.Module):
         with whole_sequences(self.model):
             hidden = self.model.base_model(input_ids=input_ids)[0]
         chosen = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-        return Output(
-            chunked_cross_entropy(chosen.flatten(0, 1), self.model.get_submodule(self.head), labels.flatten(), 0)
-        )
+        return _token_losses(self, chosen, self.model.get_submodule(self.head), labels, 0)
 
 
 class ClassificationLoss(nn.Module):
@@ -148,7 +166,10 @@ class ClassificationLoss(nn.Module):
             pixel_values, labels = self._mix(pixel_values, labels)
         with whole_sequences(self.model):
             logits = self.model(pixel_values=pixel_values).logits.float()
-        smoothing = self.label_smoothing if self.training and self.mixup is None else 0.0
+        if not self.training:
+            losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+            return Output.evaluated(losses, labels, logits.argmax(-1))
+        smoothing = self.label_smoothing if self.mixup is None else 0.0
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
         return Output(loss, logits.argmax(-1))
 

@@ -35,7 +35,10 @@ loss += random.Random(seed * 7 + len(act)).gauss(0, 0.002) - 0.02 * (act == "gem
 status = "diverged" if rate > float(flags.get(f"limit_for_{act}", flags.get("limit", 1))) else "finished"
 session = {**environment(), "seconds": 3.0}
 gain = act if flags.get("own_gain") else ""
-record = {"status": status, "result": {"validation_loss": loss}, "sessions": [session],
+result = {"validation_loss": loss}
+if "test" in flags:  # where the two rates that are best by validation are others
+    result["test_loss"] = 2 + abs(math.log(rate / best))
+record = {"status": status, "result": result, "sessions": [session],
           "data": {"hash": flags.get("data", "test")},
           "init_hash": f"w{seed}{gain}", "init_signs_hash": f"s{seed}",
           "order_hash": f"o{seed}", "samples_hash": f"x{seed}",

@@ -15,7 +15,14 @@ from tests.helpers import BERT, finish, launch, losses, run_here, save_bytes_tok
 
 TINY = (
     *("--n_layer=1", "--n_embd=16", "--n_head=2", "--n_inner=32", "--block_size=16", "--vocab_size=300"),
-    *("--validation_fraction=0.2", "--steps=6", "--global_batch_size=8", "--micro_batch_size=8", "--warmup_steps=2"),
+    *(
+        "--validation_fraction=0.2",
+        "--min_validation_tokens=0",
+        "--steps=6",
+        "--global_batch_size=8",
+        "--micro_batch_size=8",
+        "--warmup_steps=2",
+    ),
     *("--learning_rate=0.01", "--log_every=1", "--eval_every=3", "--save_every=2"),
 )
 # Rounding of float32 sums taken in another order, carried through six steps of a model this small.

@@ -50,12 +50,16 @@ class ResidentImages:
         return len(self.labels)
 
     def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, Tensor]:
-        """`pixel_values`, float32 of shape (len(indices), 3, height, width) on the device, and `labels`."""
+        """`pixel_values`, float32 of shape (len(indices), 3, height, width) on the device, and `labels`.
+
+        In evaluation, `units` too, the numbers of the images.
+        """
         device = self.images.device
         pixels = self.normalisation(self.images[to_device(torch.from_numpy(np.asarray(indices)), device)])
         if draws is not None and (self.padding or self.flip):
             pixels = self._augment(pixels, uniforms((self.seed, 2), draws, (3,)))
-        return {"pixel_values": pixels, "labels": self.labels[torch.from_numpy(np.asarray(indices))]}
+        batch = {"pixel_values": pixels, "labels": self.labels[torch.from_numpy(np.asarray(indices))]}
+        return batch if draws is not None else {**batch, "units": torch.from_numpy(np.asarray(indices))}
 
     def _augment(self, pixels: Tensor, random: np.ndarray) -> Tensor:
         height, width = pixels.shape[-2:]
@@ -93,7 +97,7 @@ def prepare_resident(
     labels_hash = hashlib.sha256(splits.label_bytes()).hexdigest()  # of a dataset whose order has changed on the Hub
     key = [_CACHE_FORMAT, source_state(config), config.image_column, config.label_column, labels_hash]
     folder, meta = cached(config, "images", key, lambda folder: _decode_all(config, splits, folder))
-    images = {split: np.load(folder / f"{split}.npy") for split in ("train", "validation")}
+    images = {split: np.load(folder / f"{split}.npy") for split in splits.parts}
     height, size = images["train"].shape[-2:]
     wanted = preprocessing.image_size
     if height != size or wanted not in (None, size):
@@ -103,21 +107,27 @@ def prepare_resident(
         )
     normalisation = preprocessing.normalisation or Normalisation(meta["mean"], meta["std"])
 
-    def resident(split: str, labels: np.ndarray, **augmentation: Any) -> ResidentImages:
-        pixels = torch.from_numpy(images[split]).to(device)
-        return ResidentImages(pixels, torch.from_numpy(labels), normalisation, seed, **augmentation)
-
-    train = resident("train", splits.train.labels, padding=config.crop_padding, flip=config.flip)
-    validation = resident("validation", splits.validation.labels)
+    augmentation: dict[str, Any] = {"padding": config.crop_padding, "flip": config.flip}
+    resident = {
+        split: ResidentImages(
+            torch.from_numpy(images[split]).to(device),
+            torch.from_numpy(rows.labels),
+            normalisation,
+            seed,
+            **(augmentation if split == "train" else {}),
+        )
+        for split, rows in splits.parts.items()
+    }
     facts = splits.facts(meta["hash"], "images and labels", size)
-    return ImageData(train, validation, splits.classes, size, normalisation, facts)
+    evaluated = resident["validation"], resident.get("test")
+    return ImageData(resident["train"], *evaluated, splits.classes, size, normalisation, facts)
 
 
 def _decode_all(config: VisionConfig, splits: ImageSplits, folder: Path) -> dict[str, Any]:
-    """Writes the pixels of both splits, and returns their hash and the mean and deviation of the training images."""
+    """Writes the pixels of each part, and returns their hash and the mean and deviation of the training images."""
     digest = hashlib.sha256()
     moments: tuple[list[float], list[float]] = ([], [])
-    for split, rows in (("train", splits.train), ("validation", splits.validation)):
+    for split, rows in splits.parts.items():
         images = _decode(config, rows, split)
         np.save(folder / f"{split}.npy", images)
         digest.update(images.tobytes() + rows.labels.tobytes())

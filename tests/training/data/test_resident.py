@@ -27,8 +27,8 @@ def test_digits(tmp_path):
 def test_digits_are_those_of_scikit_learn(tmp_path):
     theirs = pytest.importorskip("sklearn.datasets", reason="it has them too").load_digits()
     splits = read_splits(VisionConfig(validation_fraction=0.2))
-    chosen = hold_out(1797, 0.2)
-    for rows, part in ((splits.train, ~chosen), (splits.validation, chosen)):
+    for name, part in hold_out(1797, {"validation": 0.2}).items():
+        rows = splits.parts[name]
         assert np.array_equal(rows.labels, theirs.target[part])
         pixels = np.stack([np.asarray(rows.image(index)) for index in range(len(rows))])
         assert np.array_equal(pixels, np.round(theirs.images[part] * 255 / 16))
