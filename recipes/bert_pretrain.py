@@ -13,6 +13,7 @@ from hf_gem.init import init_feed_forward_, std_like_width
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
 from hf_gem.training.data.masking import MaskedBlocks
 from hf_gem.training.data.text import TextConfig, prepare_text
+from hf_gem.training.initial import new_task
 from hf_gem.training.launch import make_accelerator
 from hf_gem.training.loop import train
 from hf_gem.training.loss import MaskedLMLoss
@@ -145,27 +146,29 @@ def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     config, preset = parse_config(Config, PRESETS, "demo", argv)
-    config.output_dir = config.output_dir or f"runs/bert-{preset}-{config.hidden_act}-seed{config.seed}"
+    config.output_dir = config.output_dir or f"runs/bert-{preset}-{config.act_label}-seed{config.seed}"
     data = prepare_text(config, smallest_sample=config.block_size - 2)  # without [CLS] and [SEP]
     accelerator = make_accelerator(config)
-    torch.manual_seed(config.seed)
-    model = build_model(config, data.tokenizer, data.vocab_size)
 
     def masked(blocks: Any) -> MaskedBlocks:
         sizes = config.block_size, data.tokenizer, config.mask_probability, config.data_seed
         return MaskedBlocks(blocks.tokens, *sizes, blocks.ends)
 
-    task = Task(
-        name="bert_pretrain",
-        preset=preset,
-        model=model,
-        objective=MaskedLMLoss(model, head="cls"),
-        train=masked(data.train),
-        validation=masked(data.validation),
-        test=data.test and masked(data.test),
-        data=data.facts,
-        units_per_sample=config.block_size,
-    )
+    def make() -> Task:
+        model = build_model(config, data.tokenizer, data.vocab_size)
+        return Task(
+            name="bert_pretrain",
+            preset=preset,
+            model=model,
+            objective=MaskedLMLoss(model, head="cls"),
+            train=masked(data.train),
+            validation=masked(data.validation),
+            test=data.test and masked(data.test),
+            data=data.facts,
+            units_per_sample=config.block_size,
+        )
+
+    task = new_task(make, config)
     record = train(task, config, accelerator)
     if accelerator.is_main_process:
         save_results(task.model, data.tokenizer, record, **card_values(config, record))

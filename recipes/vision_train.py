@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
@@ -23,6 +22,7 @@ from hf_gem.training.image_models import (
     ConvNetConfig,
     ConvNetForImageClassification,
 )
+from hf_gem.training.initial import new_task
 from hf_gem.training.launch import make_accelerator
 from hf_gem.training.loop import train
 from hf_gem.training.loss import ClassificationLoss
@@ -130,7 +130,7 @@ def build_model(config: Config, data: ImageData) -> PreTrainedModel:
         )
     if found := depth_and_width(config.model):
         own |= {"hidden_act": config.hidden_act, "act_after_add": config.act_after_add}
-        return CifarResNetForImageClassification(CifarResNetConfig(*found, **own, **shared))
+        return CifarResNetForImageClassification(CifarResNetConfig(depth=found[0], width=found[1], **own, **shared))
     return new_classifier(config.model, config.hidden_act, data.classes)
 
 
@@ -146,26 +146,29 @@ def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     config, preset = parse_config(Config, PRESETS, "demo", argv)
-    config.output_dir = config.output_dir or f"runs/vision-{preset}-{config.hidden_act}-seed{config.seed}"
+    config.output_dir = config.output_dir or f"runs/vision-{preset}-{config.act_label}-seed{config.seed}"
     accelerator = make_accelerator(config)
     size = config.image_size or (None if is_own(config.model) else input_size(config.model))
     data = prepare_images(config, config.data_seed, accelerator.device, Preprocessing(image_size=size))
-    torch.manual_seed(config.seed)
-    model = build_model(config, data)
-    task = Task(
-        name="vision_train",
-        preset=preset,
-        model=model,
-        objective=ClassificationLoss(model, config.label_smoothing),
-        train=data.train,
-        validation=data.validation,
-        test=data.test,
-        data=data.facts,
-        units_per_sample=1,
-        unit="images",
-        metric="accuracy",
-        facts={"imported": import_of(model)},
-    )
+
+    def make() -> Task:
+        model = build_model(config, data)
+        return Task(
+            name="vision_train",
+            preset=preset,
+            model=model,
+            objective=ClassificationLoss(model, config.label_smoothing),
+            train=data.train,
+            validation=data.validation,
+            test=data.test,
+            data=data.facts,
+            units_per_sample=1,
+            unit="images",
+            metric="accuracy",
+            facts={"imported": import_of(model)},
+        )
+
+    task = new_task(make, config)
     record = train(task, config, accelerator)
     if accelerator.is_main_process:
         save_results(task.model, image_processor(data), record, **card_values(config, record))

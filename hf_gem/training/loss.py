@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .errors import ConfigError
 
+CHUNK_SIZE = 4096  # tokens; of a vocabulary of 50k, 0.8 GB of logits in float32
 IGNORE = -100  # a label that counts for nothing, as in torch and transformers
 
 # SDPA for sequences that are neither padded nor packed. No mask belongs to it, so transformers looks for neither: to
@@ -102,7 +103,8 @@ class CausalLMLoss(nn.Module):
 
     Args:
         model: The model; its decoder and output embeddings are called separately.
-        chunk_size: Tokens in a chunk of `chunked_cross_entropy`; for auto, training puts a number here.
+        chunk_size: Tokens in a chunk of `chunked_cross_entropy`; for auto, training puts a number here, and until then
+            it is `CHUNK_SIZE`.
     """
 
     def __init__(self, model: PreTrainedModel, chunk_size: int | Literal["auto"] = 0) -> None:
@@ -115,7 +117,8 @@ class CausalLMLoss(nn.Module):
         with whole_sequences(self.model):
             hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False)[0]
         head = self.model.get_output_embeddings()
-        return _token_losses(self, hidden, head, labels, self.chunk_size)
+        size = CHUNK_SIZE if self.chunk_size == "auto" else self.chunk_size
+        return _token_losses(self, hidden, head, labels, size)
 
 
 class MaskedLMLoss(nn.Module):
