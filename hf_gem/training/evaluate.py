@@ -22,6 +22,7 @@ from .loss import IGNORE, Output
 from .signals import agreed_stop
 from .task import Samples
 
+_SUMMED, _PAIRED = ("losses", "counts", "correct"), ("predictions", "references")
 MOST_GROUPS = 256  # of units, whose sums a record keeps: enough to estimate a variance from
 _AGREE_EVERY = 10  # rounds, for agreeing waits for the device
 
@@ -130,7 +131,7 @@ class _Rows:
         if "predictions" in found and units is not None:
             found["correct"] = found["predictions"] == found["references"]
         size = MOST_GROUPS if units is not None else 1
-        for key in ("losses", "counts", "correct"):
+        for key in _SUMMED:
             if key in found:
                 found[key] = np.bincount(group, found[key].astype(np.float64), size)
         return found
@@ -139,19 +140,16 @@ class _Rows:
 def _together(parts: Sequence[Mapping[str, np.ndarray]], metric: str) -> Evaluation:
     """One evaluation, of what each process has; one without samples has nothing."""
     parts = [part for part in parts if part]
-    losses, counts = (sum(part[key] for part in parts) for key in ("losses", "counts"))
-    loss = math.fsum(losses) / float(counts.sum())
-    pairs = {
-        key: np.concatenate([part[key] for part in parts]) for key in ("predictions", "references") if key in parts[0]
-    }
-    value = METRICS[metric](*(pairs.values() or (losses, counts)))
+    sums = {key: np.sum([part[key] for part in parts], axis=0) for key in _SUMMED if key in parts[0]}
+    pairs = [np.concatenate([part[key] for part in parts]) for key in _PAIRED if key in parts[0]]
+    loss = math.fsum(sums["losses"]) / float(sums["counts"].sum())
+    values = {"loss": loss, metric: METRICS[metric](*(pairs or (sums["losses"], sums["counts"])))}
     if "num_units" not in parts[0]:
-        return Evaluation({"loss": loss, metric: value})
-    used = counts > 0
-    groups = {"counts": counts[used].astype(int).tolist(), "losses": [float(f"{x:.8g}") for x in losses[used]]}
-    if "correct" in parts[0]:
-        groups["correct"] = sum(part["correct"] for part in parts)[used].astype(int).tolist()
-    return Evaluation({"loss": loss, metric: value}, groups, int(max(part["num_units"][0] for part in parts)))
+        return Evaluation(values)
+    used = sums["counts"] > 0
+    groups: dict[str, list[Any]] = {key: found[used].astype(int).tolist() for key, found in sums.items()}
+    groups["losses"] = [float(f"{loss:.8g}") for loss in sums["losses"][used]]
+    return Evaluation(values, groups, int(max(part["num_units"][0] for part in parts)))
 
 
 def _check(accelerator: Accelerator) -> None:
