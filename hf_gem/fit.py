@@ -28,7 +28,7 @@ _GRID_STEP = 0.5
 _TOLERANCE = 1e-6  # in log eps
 EPS_RANGE = (1e-6, 10.0)  # of what is chosen, unless asked otherwise
 # Half point of the gate over the root mean square of its inputs, where nothing else is asked for. A study may move it.
-MATCH_C = 0.5
+MATCH_C = 1.0
 _TIE = 1e-12  # of E[f^2]: a root mean square of 1e-6, which float32 outputs hardly show
 _CHUNK = 2**20  # elements binned at a time: bounds the memory, and is faster on a CPU than all at once
 

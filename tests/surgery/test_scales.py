@@ -148,7 +148,7 @@ def test_an_eps_beyond_all():
         match_eps(1e-40, 1)
     with pytest.raises(ValueError, match="n must be an integer from 1 to 32"):
         match_eps(1.0, 0)
-    assert match_eps(0.5, 2) == 0.0039
+    assert match_eps(0.5, 2, 0.5) == 0.0039
 
 
 def names(model):

@@ -215,7 +215,7 @@ def test_the_124m_preset_is_gpt2_small():
         (["--hidden_act", "gelu", "--eps", "match"], ["--eps must be left out: --hidden_act gelu has none"]),
         (["--hidden_act", "gem_n2", "--eps", "match"], ["gem has eps = 1, fixed", "'egem' has others"]),
         (["--hidden_act", "gem_n2", "--eps", "0.1"], ["gem has eps = 1, fixed; got eps=0.1"]),
-        (["--hidden_act", "egem", "--match_c", "1"], ["--match_c must be left out without --eps match, got 1.0"]),
+        (["--hidden_act", "egem", "--match_c", "2"], ["--match_c must be left out without --eps match, got 2.0"]),
         (["--hidden_act", "egem", "--eps", "match", "--match_c", "0"], ["c must be positive and finite, got 0.0"]),
         (["--config", "missing.yaml"], ["missing.yaml"]),
     ],
