@@ -109,6 +109,17 @@ class Study:
         value = record["result"][self.plan.metric] if record["status"] == "finished" else None
         return math.nan if value is None else float(value)
 
+    def parts(self, run: Run) -> np.ndarray | None:
+        """Sums and counts of the metric in each group of evaluation samples, (2, groups), whose sums make the outcome.
+
+        None where the run diverged, the metric is no mean over samples, or the record is older than such parts.
+        """
+        record = self.record(run)
+        data, _, mean = self.plan.metric.partition("_")
+        sums = {"loss": "losses", "accuracy": "correct"}.get(mean, "")
+        found = record.get("evaluation", {}).get(data, {}) if record and record["status"] == "finished" else {}
+        return np.array([found[sums], found["counts"]], dtype=float) if sums in found else None
+
     def missing(self) -> list[Run]:
         """What can be run next: first the tuning, as `_missing_in_tuning` has it, then the final seeds, seed by seed:
         what changes over time or between machines is then no difference between arms.
@@ -208,7 +219,9 @@ class Study:
         """
         plan = self.plan
         terms = plan.smallest_effect, plan.higher_is_better, plan.min_seeds
-        found = compare(self.outcomes(), baseline or plan.baseline, *terms)
+        parts = {arm: {run.seed: part for run in runs if (part := self.parts(run)) is not None}
+                 for arm, runs in self.final_runs().items()}  # fmt: skip
+        found = compare(self.outcomes(), baseline or plan.baseline, *terms, parts)
         if self.missing():
             found = [replace(c, verdict="pending", further_seeds=None, barred=False) for c in found]
         return found
