@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..family.names import is_name, parse
+from .estimates import over_seeds
 from .plan import Plan, Run
-from .stats import Comparison, t_interval
+from .stats import Comparison
 from .study import Study
 
 
@@ -105,7 +106,10 @@ def ablation(study: Study, key: str) -> bytes | None:
         for label, points in lines.items():
             color = colors.setdefault(label, f"C{len(colors)}")
             means = [float(np.mean(values)) for values in points.values()]
-            bars = [np.ptp(t_interval(np.array(values))) / 2 if len(values) > 1 else 0 for values in points.values()]
+            bars = [
+                np.ptp(over_seeds(np.array(values)).interval()) / 2 if len(values) > 1 else 0
+                for values in points.values()
+            ]
             axes.errorbar(list(points), means, bars, fmt=style, color=color, label=f"{label}: {source}")
     axes.set(xlabel=key, ylabel=plan.metric, xscale="log" if key == "eps" else "linear")
     if key == "n":

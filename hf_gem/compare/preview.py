@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 
 from .plan import Plan
-from .stats import Comparison, minimum_detectable_effect
+from .power import minimum_detectable_effect
+from .sample import tuning_components
+from .stats import Comparison
 from .study import PLAN, Study, freeze
+from .two_way import Components
 from .words import render
 
 
@@ -23,7 +26,8 @@ class Detectable:
 
     Attributes:
         effect: In standard deviations of the differences of a pair; None where there is no such difference.
-        seen: For each arm, the same in the unit of the metric, by the spread that was seen.
+        seen: For each arm, the same in the unit of the metric, by the spread that was seen; with the evaluation sample,
+            where the records have parts of it.
     """
 
     effect: float | None
@@ -35,8 +39,43 @@ def detectable(plan: Plan, comparisons: Sequence[Comparison] = ()) -> Detectable
     effect = minimum_detectable_effect(len(plan.final_seeds), len(plan.arms) - 1)
     if len(plan.final_seeds) < plan.min_seeds or math.isinf(effect):
         return Detectable(None, [])
-    spreads = [np.subtract(c.values, c.baseline).std(ddof=1) for c in comparisons if len(c.seeds) > 1]
+    spreads = [_spread(c) for c in comparisons if len(c.seeds) > 1]
     return Detectable(effect, [float(effect * spread) for spread in spreads])
+
+
+def _spread(c: Comparison) -> float:
+    """Standard deviation of paired differences that would give their mean the standard error that it has."""
+    if c.components:
+        return math.sqrt(len(c.seeds)) * c.components.estimate.error
+    return float(np.subtract(c.values, c.baseline).std(ddof=1))
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the final seeds are expected to say of an arm, by its tuning.
+
+    Attributes:
+        seen: Variance of the mean difference from the baseline over the tuning seeds.
+        planned: The same over the final seeds, with the same samples.
+        effect: The true difference that is found with power 0.8; None where there is none.
+    """
+
+    seen: Components
+    planned: Components
+    effect: float | None
+
+
+def expected(study: Study) -> dict[str, Expected]:
+    """Arm -> what is expected, of those with tuning runs whose records have the parts of their outcomes."""
+    seeds, effect = len(study.plan.final_seeds), detectable(study.plan).effect
+    return {
+        arm: Expected(
+            seen,
+            planned := seen.planned(seeds, seen.num_groups),
+            effect and effect * math.sqrt(seeds) * planned.estimate.error,
+        )
+        for arm, seen in tuning_components(study).items()
+    }
 
 
 def preview(plan: Plan) -> str:
@@ -46,7 +85,7 @@ def preview(plan: Plan) -> str:
 
 
 def dry_run(plan: Plan, folder: Path, jobs: int) -> str:
-    """The runs that would be started now, and how long what is planned takes.
+    """The runs that would be started now, how long what is planned takes, and how exact it is expected to be.
 
     Args:
         plan: Of the study.
@@ -58,6 +97,7 @@ def dry_run(plan: Plan, folder: Path, jobs: int) -> str:
     """
     missing, left, seconds = list(plan.tuning_runs()), sum(plan.num_runs()), list[float]()
     hardware: dict[str, Any] = {}
+    arms: dict[str, Expected] = {}
     if (folder / PLAN).exists():
         freeze(plan, folder)  # which refuses another plan
         study = Study(folder)
@@ -65,11 +105,13 @@ def dry_run(plan: Plan, folder: Path, jobs: int) -> str:
         for record in (folder / "records").glob("*.json"):
             hardware = json.loads(record.read_text())["sessions"][-1]["hardware"]
             break
+        arms = expected(study)
     each = sum(seconds) / max(1, len(seconds))
     hours = left * each / 3600 / max(1, jobs)
     return render(
         "dry_run.txt.j2",
         plan=plan,
+        expected=arms,
         missing=missing,
         left=left,
         done=len(seconds),

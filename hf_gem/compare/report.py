@@ -10,9 +10,10 @@ from typing import Any
 
 from ..files import to_json, write_atomically
 from ..training.errors import needed_for
+from .estimates import expected_best_of
 from .plan import Run
 from .preview import detectable
-from .stats import Comparison, expected_best_of
+from .stats import Comparison
 from .study import Study
 from .words import cell, mean, number, render, signed, span, spread
 

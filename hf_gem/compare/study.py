@@ -244,7 +244,9 @@ class Study:
         """
         plan = self.plan
         terms = plan.smallest_effect, plan.higher_is_better, plan.min_seeds
-        found = compare(self.outcomes(), baseline or plan.baseline, *terms)  # parts=self._all_parts()
+        parts = {arm: {run.seed: part for run in runs if (part := self.parts(run)) is not None}
+                 for arm, runs in self.final_runs().items()}  # fmt: skip
+        found = compare(self.outcomes(), baseline or plan.baseline, *terms, parts)
         if self.missing():
             found = [replace(c, verdict="pending", further_seeds=None, barred=False) for c in found]
         return found

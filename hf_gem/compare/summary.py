@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from .estimates import interquartile_mean
 from .figures import forest
 from .pages import write_pages
 from .plan import PlanError
-from .stats import Comparison, interquartile_mean
+from .stats import Comparison
 from .study import Study
 from .words import cell, render, span
 

@@ -1,6 +1,5 @@
 """The statistics against simulated studies whose truth is known, and against what can be counted by hand."""
 
-import itertools
 import math
 
 import numpy as np
@@ -8,26 +7,10 @@ import pytest
 
 from hf_gem.compare import stats
 from hf_gem.compare.stats import compare
+from hf_gem.compare.two_way import components
+from tests.compare.simulated import STUDIES, crossed, rate_bound, simulate
 
 scipy_stats = pytest.importorskip("scipy.stats", reason="verdicts are made by it")
-
-# How many studies are simulated: enough to notice what is plainly wrong, and what is promised, to within a percent.
-STUDIES = pytest.mark.parametrize("studies", [400, pytest.param(2000, marks=pytest.mark.slow)])
-
-
-def simulate(seeds, difference, draw, spread=0.01, shared=0.02, arms=1):
-    """Outcomes of a baseline and arms that share the noise of a seed, as paired runs do."""
-    common = draw.normal(0, shared, seeds)
-    base = 3 + common + draw.normal(0, spread, seeds)
-    found = {"base": dict(enumerate(base))}
-    for arm in range(arms):
-        found[f"arm{arm}"] = dict(enumerate(3 + difference + common + draw.normal(0, spread, seeds)))
-    return found
-
-
-def rate_bound(rate, studies):
-    """A rate and three standard errors of its estimate."""
-    return rate + 3 * math.sqrt(rate * (1 - rate) / studies)
 
 
 @pytest.fixture
@@ -81,49 +64,6 @@ def test_equivalence_is_not_claimed_at_its_edge(quick, studies):
     assert claims / studies <= rate_bound(0.05, studies)
 
 
-@pytest.mark.parametrize("seeds", [8, 10])
-@pytest.mark.parametrize("noise", ["normal", "skewed"])
-@STUDIES
-def test_intervals_cover_as_promised(seeds, noise, studies):
-    draw = np.random.default_rng(3)
-    covered = {"t": 0, "bca": 0}
-    for _ in range(studies):
-        drawn = draw.normal(0, 1, seeds) if noise == "normal" else draw.gamma(4, 0.5, seeds) - 2
-        for name, (low, high) in (("t", stats.t_interval(drawn)), ("bca", stats.bca_interval(drawn, resamples=600))):
-            covered[name] += low <= 0 <= high
-    slack = 3 * math.sqrt(0.05 * 0.95 / studies)
-    # Few and skewed differences are covered less often by any interval made of them alone.
-    least = 0.95 - slack - (0.0 if noise == "normal" else 0.02)
-    assert least <= covered["t"] / studies <= 0.95 + slack
-    # of percentiles estimated from 600 resamples
-    assert least - 0.01 <= covered["bca"] / studies <= 0.95 + slack + 0.01
-
-
-def test_the_sign_flip_test_counts_all_flips():
-    differences = np.array([0.3, -0.1, 0.4, 0.2, 0.25])
-    flips = np.array(list(itertools.product((1, -1), repeat=5))) * differences
-    share = np.mean(np.abs(flips.mean(1)) >= abs(differences.mean()) - 1e-12)
-    assert stats.sign_flip_p(differences) == pytest.approx(share)
-    assert stats.sign_flip_p(np.zeros(5)) == 1
-    assert stats.sign_flip_p(np.ones(8)) == 2 / 2**8
-    assert stats.sign_flip_p(np.ones(1)) == 1
-
-
-def test_the_sign_flip_test_counts_ties():
-    draw = np.random.default_rng(8)
-    for _ in range(50):
-        hits = draw.integers(0, 20, (2, 8))  # of 359
-        flips = np.array(list(itertools.product((1, -1), repeat=8))) * (hits[0] - hits[1])
-        share = np.mean(np.abs(flips.sum(1)) >= abs((hits[0] - hits[1]).sum()))
-        assert stats.sign_flip_p(hits[0] / 359 - hits[1] / 359) == pytest.approx(share)
-
-
-def test_holm():
-    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert stats.holm([0.5, 0.9]) == [1.0, 1.0]
-    assert stats.holm([]) == []
-
-
 def test_a_comparison_has_the_numbers_of_its_pairs():
     arm = {0: 1.0, 1: 1.2, 2: 0.9, 3: 1.1, 4: math.nan, 6: 5.0}
     base = {0: 1.1, 1: 1.25, 2: 1.1, 3: 1.1, 4: 1.0, 5: 7.0}
@@ -173,65 +113,6 @@ def test_a_run_that_diverged_is_worse_than_any_that_did_not():
         assert found.verdict == {"worse": "better"}.get(expected, expected)
 
 
-@pytest.mark.parametrize(
-    ("mean", "smallest_effect"),
-    [(0.8, 0.1), (0.8, 1.1), (0.3, 0.75), (0.0, 0.75)],  # where a difference is found, and where equivalence is
-)
-def test_as_many_further_seeds_settle_it_as_promised(mean, smallest_effect):
-    draw = np.random.default_rng(4)
-    seen = draw.normal(0, 1, 6)
-    seen = (seen - seen.mean()) / seen.std(ddof=1) + mean  # standard deviation 1
-    seeds = 6 + stats.further_seeds(seen, smallest_effect, 2)
-
-    def settled(seeds, studies=400):
-        verdicts = []
-        for _ in range(studies):
-            differences = draw.normal(mean, 1, seeds)
-            p = scipy_stats.ttest_1samp(differences, 0).pvalue if seeds > 12 else stats.sign_flip_p(differences)
-            equivalence = stats.equivalence_p(differences, smallest_effect)
-            verdicts.append(stats.verdict(differences, p, equivalence, enough=True, diverged=(0, 0)))
-        return 1 - verdicts.count("inconclusive") / studies
-
-    slack = 3 * math.sqrt(0.8 * 0.2 / 400)
-    assert settled(seeds) >= 0.8 - slack
-    assert settled(seeds // 2) < 0.8  # and not many more than are needed
-    assert stats.further_seeds(seen - mean, 1e-9, 2) is None
-
-
-def test_more_seeds_find_smaller_effects_and_more_arms_larger_ones():
-    effects = [stats.minimum_detectable_effect(n) for n in (4, 8, 16, 32)]
-    assert effects == sorted(effects, reverse=True)
-    assert effects[1] == pytest.approx(1.16, abs=0.02)  # of tables of the power of the t test, n = 8
-    assert stats.minimum_detectable_effect(8, arms=3) > effects[1]
-
-
-def test_interquartile_mean():
-    tasks = [np.array([0.0, 1, 2, 3]), np.array([2.0, 4, 5, 90])]
-    mean, low, high = stats.interquartile_mean(tasks, resamples=500)
-    assert mean == (2 + 2 + 3 + 4) / 4  # of 0 1 | 2 2 3 4 | 5 90
-    assert low < mean < high
-
-
-@pytest.mark.parametrize(("tasks", "seeds"), [(2, 4), (3, 8)])
-def test_the_interval_of_an_interquartile_mean_covers_as_promised(tasks, seeds):
-    draw, studies = np.random.default_rng(7), 600
-    covered = 0
-    for _ in range(studies):
-        _, low, high = stats.interquartile_mean([draw.normal(0, 1, seeds) for _ in range(tasks)], resamples=400)
-        covered += low <= 0 <= high
-    slack = 3 * math.sqrt(0.05 * 0.95 / studies) + 0.01
-    assert 0.95 - slack <= covered / studies <= 0.95 + slack
-
-
-def test_the_expected_best_of_some_tries():
-    values = [1.0, 4.0, 2.0]
-    every = [max(pair) for pair in itertools.product(values, repeat=2)]
-    assert stats.expected_best_of(values, 2, True) == pytest.approx(np.mean(every))
-    assert stats.expected_best_of(values, 1, False) == pytest.approx(np.mean(values))
-    lows = [min(triple) for triple in itertools.product(values, repeat=3)]
-    assert stats.expected_best_of(values, 3, False) == pytest.approx(np.mean(lows))
-
-
 def test_a_baseline_that_is_no_arm():
     with pytest.raises(ValueError, match="baseline 'gelu' is no arm; the arms are a, b"):
         compare({"a": {}, "b": {}}, "gelu", 0.1, False, 8)
@@ -255,17 +136,147 @@ def test_arms_with_nothing_to_compare_are_judged_by_what_diverged():
     assert few.verdict == "inconclusive"
 
 
-@pytest.mark.parametrize(("seeds", "alpha"), [(8, 0.05), (8, 0.0125), (10, 0.01), (14, 0.01)])
-def test_the_power_of_the_sign_flip_test(seeds, alpha):
-    draw, effect = np.random.default_rng(6), 1.4
-    rejected = np.mean([stats.sign_flip_p(draw.normal(effect, 1, seeds)) <= alpha for _ in range(300)])
-    promised = stats.power(seeds, effect, alpha)
-    # both are shares, of 300 and of 2,000 draws; from 13 seeds on it is Student's t test's
-    slack = 3 * math.sqrt(promised * (1 - promised) * (1 / 300 + 1 / 2000))
-    assert rejected == pytest.approx(promised, abs=slack + (0.02 if seeds > 12 else 0))
+SEEDS, DOCUMENTS, ALL = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.4, 0.4, 0.2)  # what varies
 
 
-def test_where_the_sign_flip_test_cannot_reject():
-    assert stats.power(8, 100.0, 0.05 / 7) == 0  # its smallest p is 2 / 2^8
-    assert stats.minimum_detectable_effect(8, 7) == math.inf
-    assert stats.minimum_detectable_effect(8, 4) < 2
+@STUDIES
+@pytest.mark.parametrize(
+    ("seeds", "groups", "shares", "uneven", "arms"),
+    [(8, 40, SEEDS, False, 1), (8, 40, DOCUMENTS, True, 1), (8, 350, ALL, False, 1), (12, 40, ALL, True, 3)],
+)
+def test_false_positives_are_as_rare_with_documents(quick, seeds, groups, shares, uneven, arms, studies):
+    draw, wrong, on_these = np.random.default_rng(0), 0, 0
+    for _ in range(studies):
+        outcomes, parts = crossed(seeds, groups, shares, draw, uneven=uneven, arms=arms)
+        found = compare(outcomes, "base", 1e-6, False, 8, parts)
+        wrong += any(c.verdict in ("better", "worse") for c in found)
+        on_these += found[0].p < 0.05
+    assert 0 < wrong / studies <= rate_bound(0.05, studies)
+    if shares is DOCUMENTS:
+        assert on_these == studies  # seeds alone show what is true of these documents
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("shares", [SEEDS, DOCUMENTS, ALL, (0.5, 0.0, 0.5), (0.0, 0.5, 0.5)])
+@pytest.mark.parametrize(("seeds", "groups"), [(8, 40), (8, 350), (16, 40), (16, 350), (20, 40), (20, 350)])
+def test_intervals_cover_seeds_and_documents(seeds, groups, shares, uneven):
+    draw, studies, covered = np.random.default_rng(1), 2000, 0
+    for _ in range(studies):
+        _, parts = crossed(seeds, groups, shares, draw, uneven=uneven)
+        sums = np.array([parts["arm0"][seed][0] - parts["base"][seed][0] for seed in range(seeds)])
+        low, high = components(sums, parts["base"][0][1]).estimate.interval()
+        covered += low <= 0 <= high
+    assert 0.95 - 3 * math.sqrt(0.05 * 0.95 / studies) <= covered / studies < 0.995
+
+
+@STUDIES
+def test_equivalence_is_not_claimed_at_its_edge_with_documents(quick, studies):
+    draw, claims = np.random.default_rng(2), 0
+    for _ in range(studies):
+        outcomes, parts = crossed(8, 40, ALL, draw, difference=0.04)
+        claims += compare(outcomes, "base", 0.04, False, 8, parts)[0].verdict == "equivalent"
+    assert 0 < claims / studies <= rate_bound(0.05, studies)
+
+
+@STUDIES
+def test_adjusted_intervals_cover_together(quick, studies):
+    draw, missed, alone = np.random.default_rng(3), 0, 0
+    for _ in range(studies):
+        outcomes, parts = crossed(8, 40, ALL, draw, arms=4)
+        found = compare(outcomes, "base", 1e-6, False, 8, parts)
+        missed += not all(c.adjusted_interval[0] <= 0 <= c.adjusted_interval[1] for c in found)
+        alone += not all(c.interval[0] <= 0 <= c.interval[1] for c in found)
+    assert missed / studies <= rate_bound(0.05, studies) < alone / studies
+
+
+def test_a_comparison_with_documents_has_their_interval_and_p():
+    outcomes, parts = crossed(8, 40, ALL, np.random.default_rng(4), difference=-0.05, uneven=True)
+    (found,) = compare(outcomes, "base", 0.005, False, 8, parts)
+    (without,) = compare(outcomes, "base", 0.005, False, 8)
+    sums = np.array([parts["arm0"][seed][0] - parts["base"][seed][0] for seed in range(8)])
+    estimate = components(sums, parts["base"][0][1]).estimate
+    assert found.components.estimate == estimate
+    assert (found.interval, found.adjusted_interval) == (estimate.interval(), estimate.interval())
+    assert found.p_two_way == pytest.approx(estimate.p())
+    assert found.p_equivalence == found.p_equivalence_holm == estimate.p_equivalence(0.005)
+    assert found.difference == pytest.approx(estimate.mean)
+    for same in ("p", "t_interval", "difference", "d_z", "welch_p", "superiority", "correlation"):
+        assert getattr(found, same) == getattr(without, same)
+    assert found.verdict == "better"
+    assert found.p_holm == max(found.p, found.p_two_way)
+    assert without.p_holm == without.p
+    assert math.isnan(without.p_two_way)
+    assert without.components is None
+    assert without.interval == stats.bca_interval(np.subtract(without.values, without.baseline))
+    (mirrored,) = compare(outcomes, "arm0", 0.005, False, 8, parts)
+    assert (mirrored.verdict, mirrored.p_two_way) == ("worse", pytest.approx(found.p_two_way))
+    assert mirrored.interval == pytest.approx((-found.interval[1], -found.interval[0]))
+    assert compare(outcomes, "base", 0.005, True, 8, parts)[0].verdict == "worse"
+
+
+def test_what_holds_on_these_documents_alone_is_not_better():
+    """Two documents of forty make the difference: all seeds agree, and other documents might not."""
+    outcomes, parts = crossed(8, 40, SEEDS, np.random.default_rng(5))
+    for seed, (sums, counts) in parts["arm0"].items():
+        sums[:2] -= 2 * counts[:2]
+        outcomes["arm0"][seed] = sums.sum() / counts.sum()
+    (found,) = compare(outcomes, "base", 1e-6, False, 8, parts)
+    assert found.p == 2 / 2**8
+    assert found.verdict == "inconclusive"
+    assert found.components.limited_by == "groups"
+    assert found.further_seeds is None  # for no seeds settle it
+    assert compare(outcomes, "base", 1e-6, False, 8)[0].verdict == "better"
+
+
+def test_runs_that_diverged_count_with_documents():
+    outcomes, parts = crossed(8, 40, ALL, np.random.default_rng(6))
+    before = compare(outcomes, "base", 1e-6, False, 8, parts)[0]
+    assert before.verdict == "inconclusive"
+    for lost, expected in ((1, "inconclusive"), (7, "worse"), (8, "worse")):
+        gone = {"base": outcomes["base"], "arm": outcomes["arm0"] | dict.fromkeys(range(lost), math.nan)}
+        there = {"base": parts["base"], "arm": {s: part for s, part in parts["arm0"].items() if s >= lost}}
+        (found,) = compare(gone, "base", 1e-6, False, 8, there)
+        assert (found.verdict, found.diverged) == (expected, (lost, 0))
+        assert (found.components is None) == (lost >= 7)  # one pair has no interval
+
+
+def test_parts_that_are_not_there_leave_all_as_it_was():
+    outcomes, parts = crossed(8, 40, ALL, np.random.default_rng(7), arms=2)
+    without = compare(outcomes, "base", 0.005, False, 8)
+    del parts["arm1"][3]
+    first, second = compare(outcomes, "base", 0.005, False, 8, parts)
+    assert first.components is not None
+    assert second.components is None
+    assert second.interval == without[1].interval
+    one = {arm: {seed: part.sum(1, keepdims=True) for seed, part in of.items()} for arm, of in parts.items()}
+    assert compare(outcomes, "base", 0.005, False, 8, one)[0].interval == without[0].interval  # one group
+
+
+def test_parts_of_other_samples_or_another_metric():
+    outcomes, parts = crossed(8, 4, ALL, np.random.default_rng(8))
+    parts["arm0"][2] = parts["arm0"][2] * [[1.1], [1.1]]
+    with pytest.raises(ValueError, match="the seeds 0 and 2 of arm0 were evaluated on different samples"):
+        compare(outcomes, "base", 0.005, False, 8, parts)
+    parts["arm0"] = {seed: 2 * part for seed, part in parts["base"].items()}
+    outcomes["arm0"] = outcomes["base"]
+    with pytest.raises(ValueError, match="arm0 and base were evaluated on different samples: their counts by group"):
+        compare(outcomes, "base", 0.005, False, 8, parts)
+    outcomes["arm0"] = {seed: value + 0.01 for seed, value in outcomes["arm0"].items()}
+    with pytest.raises(ValueError, match=r"the parts of arm0, seed 0, make \d\.\d+; its outcome is \d\.\d+"):
+        compare(outcomes, "base", 0.005, False, 8, parts)
+
+
+def test_equivalence_is_adjusted_for_the_number_of_arms():
+    draw = np.random.default_rng(9)
+    noise = draw.normal(0, 1, 8)
+    noise = (noise - noise.mean()) / noise.std(ddof=1)
+    # each is equivalent at 0.03 alone, and the two of them together are not
+    edge = scipy_stats.t.isf(0.03, 7) / math.sqrt(8)
+    base = dict.fromkeys(range(8), 0.0)
+    arm = dict(enumerate(noise))
+    (alone,) = compare({"base": base, "arm": arm}, "base", edge, False, 8)
+    assert (alone.verdict, alone.p_equivalence_holm) == ("equivalent", pytest.approx(0.03))
+    both = compare({"base": base, "arm": arm, "other": arm}, "base", edge, False, 8)
+    assert [(c.verdict, c.p_equivalence_holm) for c in both] == [("inconclusive", pytest.approx(0.06))] * 2
+    assert [c.p_equivalence for c in both] == pytest.approx([0.03, 0.03])

@@ -121,3 +121,23 @@ def test_tuning_can_be_evaluated_on_samples_of_its_own(study):
     assert data == {100: "held-out", 1: "test"}
     write_report(toy)
     assert "Tuning runs had `data=held-out`." in (toy.folder / "report.md").read_text()
+
+
+def test_outcomes_have_parts(study):
+    toy = study(**TWO_ARMS, flags={"documents": 12})
+    run(toy)
+    found = toy.parts(Run("gem", 0.01, 3))
+    assert found.shape == (2, 12)
+    assert found[0].sum() / found[1].sum() == pytest.approx(toy.outcome(Run("gem", 0.01, 3)))
+    assert toy.parts(Run("gem", 0.02, 3)) is None  # there is no such run
+    (compared,) = toy.comparisons()
+    assert (compared.components.num_seeds, compared.components.num_groups) == (8, 12)
+    assert toy.comparisons("gem")[0].components is not None
+
+
+def test_outcomes_without_parts(study):
+    old, lost = study("old", **TWO_ARMS), study("lost", **TWO_ARMS, flags={"documents": 12, "limit_for_gem": 1e-9})
+    for toy in (old, lost):
+        run(toy)
+        assert toy.parts(Run("gem", 0.01, 3)) is None
+        assert toy.comparisons()[0].components is None

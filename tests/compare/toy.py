@@ -42,6 +42,15 @@ record = {"status": status, "result": result, "sessions": [session],
           "nonfinite": {"skipped_batches": 3 if flags.get("skips") == folder.name else 0},
           "recipe": "toy", "run_id": folder.name, "config": {**flags, "dataset": "toy"},
           "curves": {"validation_loss": [[0, 5.0], [10, loss]]}}
+if flags.get("documents"):
+    counts, spread = [100 + document % 3 for document in range(int(flags["documents"]))], float(flags.get("spread", 0))
+    losses = []
+    for document, count in enumerate(counts):
+        own = random.Random(f"{act} {document}").gauss(0, spread)
+        losses.append(count * (loss + own + random.Random(f"{act} {seed} {document}").gauss(0, 0.01)))
+    record["result"] = {"validation_loss": sum(losses) / sum(counts), "unit": "tokens"}
+    parts = {"counts": counts, "losses": losses}
+    record["evaluation"] = {"unit": "documents", "num_units": len(counts), "validation": parts}
 if flags.get("unpaired"):
     record[flags["unpaired"]] += act
 (folder / "record.json").write_text(json.dumps(record))
