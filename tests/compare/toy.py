@@ -50,7 +50,7 @@ if flags.get("documents"):
         losses.append(count * (loss + own + random.Random(f"{act} {seed} {document}").gauss(0, 0.01)))
     record["result"] = {"validation_loss": sum(losses) / sum(counts), "unit": "tokens"}
     parts = {"counts": counts, "losses": losses}
-    record["evaluation"] = {"unit": "documents", "num_units": len(counts), "validation": parts}
+    record["evaluation"] = {"unit": "documents", "validation": {"num_units": len(counts), **parts}}
 if flags.get("unpaired"):
     record[flags["unpaired"]] += act
 (folder / "record.json").write_text(json.dumps(record))
