@@ -52,9 +52,7 @@ def joined(parts: Sequence[Path], path: Path) -> Path:
 def pilot(plan: Plan) -> Plan:
     """Two runs of each arm, which cost what others cost; nothing of the study depends on what comes out."""
     middle = plan.learning_rates[len(plan.learning_rates) // 2]
-    return replace(
-        plan, name="pilot", learning_rates=[middle], tuning_seeds=[], final_seeds=[1000, 1001], tuning_flags={}
-    )
+    return replace(plan, name="pilot", learning_rates=[middle], tuning_seeds=[], final_seeds=[1000, 1001])
 
 
 def fitted(plan: Plan, seconds_a_run: float, seconds: float) -> Plan:

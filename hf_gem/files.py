@@ -6,10 +6,13 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+_NUMBERS = re.compile(r"(?<=\[)\n(?:[-+\d.eE,\s]|null)+(?=\])")  # no text has a line break in JSON
 
 
 def cache_folder() -> Path:
@@ -27,8 +30,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON with null for NaN and infinity, which it lacks."""
-    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+    """JSON with null for NaN and infinity, which it lacks; indented, a list of numbers still takes one line."""
+    text = json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+    return text if indent is None else _NUMBERS.sub(lambda found: " ".join(found[0].split()), text)
 
 
 def _without_nan(value: Any) -> Any:

@@ -3,6 +3,8 @@
 `Histogram` counts the values that reach the activation; `fit` minimises `E[(g(x) - f(x))^2]` over them, f being the
 activation replaced and g the member. Only this one layer's output is looked at, every value with the same weight.
 
+`match_eps` needs no other activation: it puts the half point of the gate where the values are.
+
 GELU and SiLU satisfy f(x) = x + f(-x), and segem(x) = x + egem(-x). So SE-GEM replaces them on x as well as E-GEM does
 on -x: on inputs symmetric about 0 the two are equally close, and where inputs are mostly negative SE-GEM is closer.
 """
@@ -25,6 +27,8 @@ from .family.table import DEFAULT_EPS, family_named
 _GRID_STEP = 0.5
 _TOLERANCE = 1e-6  # in log eps
 EPS_RANGE = (1e-6, 10.0)  # of what is chosen, unless asked otherwise
+# Half point of the gate over the root mean square of its inputs, where nothing else is asked for. A study may move it.
+MATCH_C = 1.0
 _TIE = 1e-12  # of E[f^2]: a root mean square of 1e-6, which float32 outputs hardly show
 _CHUNK = 2**20  # elements binned at a time: bounds the memory, and is faster on a CPU than all at once
 
@@ -82,6 +86,13 @@ class Histogram:
         """How many NaN and infinities were met."""
         return int(self.counts.sum()) - self.num_values
 
+    @property
+    def rms(self) -> float:
+        """Root mean square of what was counted; NaN where that is nothing, or has a NaN or an infinity in it."""
+        values, counts = self.points()
+        shares = counts.to(torch.float64) / counts.sum()
+        return math.nan if self.num_nonfinite or not len(values) else math.sqrt(_mean_square(values, shares))
+
     def points(self) -> tuple[Tensor, Tensor]:
         """The distinct finite values, float64, and how often each was counted, int64; both on the CPU."""
         values = torch.arange(-(2**15), 2**15, dtype=torch.int16, device="cpu").view(torch.bfloat16)
@@ -109,6 +120,28 @@ class Fit:
 
 
 Target = Callable[[Tensor], Tensor]
+
+
+def match_eps(rms: float, n: int, c: float = MATCH_C) -> float:
+    """`(c rms)^(2n)`, the eps with which the gate `x^(2n) / (x^(2n) + eps)` is half open at c times the rms.
+
+    Args:
+        rms: Root mean square of what the activation is given, in its units.
+        n: The paper's N.
+        c: The half point in units of the rms.
+
+    Returns:
+        eps, rounded to two significant digits: the half point moves by at most 5 % / 2n, and where the rms comes out
+        otherwise in its last digits, on another machine, eps is the same.
+
+    Raises:
+        ValueError: rms or c is not positive and finite, n is out of range, or eps would be.
+    """
+    n = check_n(n)
+    for name, value in (("rms", rms), ("c", c)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value!r}; eps is (c rms)^(2n)")
+    return check_eps(float(f"{(c * rms) ** (2 * n):.2g}"), n)
 
 
 def fit(

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .family.names import parse
 from .modules import get_activation
 
+TRANSFORMERS_STD = 0.02  # `initializer_range` of GPT-2, BERT and most others
+
 
 def gain(activation: str | Callable[[Tensor], Tensor], centered: bool = False) -> float:
     r"""`1 / sqrt(E[f(Z)^2])` for a unit normal Z: He-style initialisation draws weights with std `gain / sqrt(fan_in)`.
@@ -48,13 +50,26 @@ def gain(activation: str | Callable[[Tensor], Tensor], centered: bool = False) -
     return 1 / math.sqrt(moment)
 
 
+def std_like_width(width: int, like_width: int) -> float:
+    """The std of initial weights with which a model of one width gives its activations the inputs of one of another.
+
+    Transformers draws every weight with std 0.02, so that a layer of `width` inputs of second moment 1 has outputs with
+    a root mean square of `0.02 sqrt(width)`: 0.55 at 768, 0.16 at 64. This is `0.02 sqrt(like_width / width)`.
+
+    Args:
+        width: Of the model.
+        like_width: Of the one that it stands for; 0 for the 0.02 of transformers.
+    """
+    return TRANSFORMERS_STD * math.sqrt((like_width or width) / width)
+
+
 def init_feed_forward_(
     up: Tensor, down: Tensor, width: int, activation: str | Callable[[Tensor], Tensor], scale: float = 1.0
 ) -> None:
     """Draws the weights of the two layers around an activation so that its own gain makes up for what it takes off.
 
     Where the input has a second moment of 1, as behind a normalisation, so have the activation's inputs, and the output
-    has `scale^2`, whatever the activation. Transformers draw with a fixed std of 0.02 instead, which in small models
+    has `scale^2`, whatever the activation. Transformers draws with a fixed std of 0.02 instead, which in small models
     gives activations inputs so small that they differ in scale more than in shape.
 
     Args:

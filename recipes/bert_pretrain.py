@@ -9,10 +9,11 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
-from hf_gem.init import init_feed_forward_
+from hf_gem.init import init_feed_forward_, std_like_width
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
 from hf_gem.training.data.masking import MaskedBlocks
 from hf_gem.training.data.text import TextConfig, prepare_text
+from hf_gem.training.initial import new_task
 from hf_gem.training.launch import make_accelerator
 from hf_gem.training.loop import train
 from hf_gem.training.loss import MaskedLMLoss
@@ -31,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # 1.0M parameters on the standard library's source: minutes on two CPU cores.
     "demo": {
         "n_layer": 2, "n_embd": 128, "n_head": 4, "n_inner": 512, "block_size": 64,
-        "vocab_size": 4096, "validation_fraction": 0.02,
+        "vocab_size": 4096, "validation_fraction": 0.02, "min_validation_tokens": 30_000,
         "steps": 300, "global_batch_size": 64, "micro_batch_size": 64, "warmup_steps": 18, "learning_rate": 3e-3,
         "eval_every": 100, "save_every": 100, "log_every": 10,
     },
@@ -42,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # As short as in arXiv 2604.21677.
     "bert-small-paper": {
-        **_SMALL, "steps": 3000, "warmup_steps": 180, "max_train_tokens": 100_000_000,
+        **_SMALL, "steps": 3000, "warmup_steps": 180, "max_train_tokens": 100_000_000, "validation_fraction": 0.0025,
         "eval_every": 250, "save_every": 500,
     },
 }  # fmt: skip
@@ -72,6 +73,9 @@ class Config(TextConfig, TrainConfig):
     own_gain: bool = option(
         False, "Draw the weights around each activation, in the head too, so that it keeps the scale of what it gets."
     )
+    init_like_width: int = option(
+        0, "Draw the weights so that activations are given what a model of this width gives them; 0: std 0.02."
+    )
     mask_probability: float = option(0.15, "Share of tokens to predict.")
     prompt: str = option("import [MASK]", "Text whose masked tokens are filled in at the end.")
 
@@ -81,7 +85,10 @@ class Config(TextConfig, TrainConfig):
         TrainConfig.validate(self)
         at_least(self, 1, "n_layer", "n_embd", "n_head", "n_inner")
         at_least(self, 3, "block_size")
+        at_least(self, 0, "init_like_width")
         require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
+        both = self.own_gain and self.init_like_width
+        require(not both, "init_like_width", both, "0 with --own_gain, which draws the same weights in its own way")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         require(0 < self.mask_probability < 1, "mask_probability", self.mask_probability, "between 0 and 1")
 
@@ -96,6 +103,7 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: 
             num_attention_heads=config.n_head,
             intermediate_size=config.n_inner,
             hidden_act=config.hidden_act,
+            initializer_range=std_like_width(config.n_embd, config.init_like_width),
             hidden_dropout_prob=config.dropout,
             attention_probs_dropout_prob=config.dropout,
             max_position_embeddings=max(512, config.block_size),
@@ -138,25 +146,29 @@ def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     config, preset = parse_config(Config, PRESETS, "demo", argv)
-    config.output_dir = config.output_dir or f"runs/bert-{preset}-{config.hidden_act}-seed{config.seed}"
-    data = prepare_text(config, min_validation_tokens=config.block_size - 2)  # without [CLS] and [SEP]
+    config.output_dir = config.output_dir or f"runs/bert-{preset}-{config.act_label}-seed{config.seed}"
+    data = prepare_text(config, smallest_sample=config.block_size - 2)  # without [CLS] and [SEP]
     accelerator = make_accelerator(config)
-    torch.manual_seed(config.seed)
-    model = build_model(config, data.tokenizer, data.vocab_size)
 
     def masked(blocks: Any) -> MaskedBlocks:
-        return MaskedBlocks(blocks.tokens, config.block_size, data.tokenizer, config.mask_probability, config.data_seed)
+        sizes = config.block_size, data.tokenizer, config.mask_probability, config.data_seed
+        return MaskedBlocks(blocks.tokens, *sizes, blocks.ends)
 
-    task = Task(
-        name="bert_pretrain",
-        preset=preset,
-        model=model,
-        objective=MaskedLMLoss(model, head="cls"),
-        train=masked(data.train),
-        validation=masked(data.validation),
-        data=data.facts,
-        units_per_sample=config.block_size,
-    )
+    def make() -> Task:
+        model = build_model(config, data.tokenizer, data.vocab_size)
+        return Task(
+            name="bert_pretrain",
+            preset=preset,
+            model=model,
+            objective=MaskedLMLoss(model, head="cls"),
+            train=masked(data.train),
+            validation=masked(data.validation),
+            test=data.test and masked(data.test),
+            data=data.facts,
+            units_per_sample=config.block_size,
+        )
+
+    task = new_task(make, config)
     record = train(task, config, accelerator)
     if accelerator.is_main_process:
         save_results(task.model, data.tokenizer, record, **card_values(config, record))

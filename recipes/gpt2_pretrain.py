@@ -10,9 +10,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
-from hf_gem.init import init_feed_forward_
+from hf_gem.init import init_feed_forward_, std_like_width
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
 from hf_gem.training.data.text import TextConfig, prepare_text
+from hf_gem.training.initial import new_task
 from hf_gem.training.launch import make_accelerator
 from hf_gem.training.loop import train
 from hf_gem.training.loss import CausalLMLoss
@@ -25,9 +26,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     # 1.3M parameters on the standard library's source: minutes on two CPU cores.
     "demo": {
         "n_layer": 4, "n_embd": 128, "n_head": 4, "block_size": 128,
-        "vocab_size": 4096, "validation_fraction": 0.02,
+        "vocab_size": 4096, "validation_fraction": 0.02, "min_validation_tokens": 30_000,
         "steps": 400, "global_batch_size": 32, "micro_batch_size": 32, "warmup_steps": 50, "learning_rate": 3e-3,
         "eval_every": 100, "save_every": 100, "log_every": 10,
+    },
+    # 0.14M parameters whose activations are given what those of GPT-2 small are given: for studies on CPUs.
+    "narrow": {
+        "n_layer": 2, "n_embd": 64, "n_head": 2, "block_size": 64, "init_like_width": 768,
+        "vocab_size": 512, "validation_fraction": 0.05, "test_fraction": 0.08,
+        "steps": 600, "global_batch_size": 32, "micro_batch_size": 32, "warmup_steps": 60, "learning_rate": 5e-3,
+        "eval_every": 300, "save_every": 0, "log_every": 20,
     },
     # GPT-2 small as in nanoGPT: 0.5M tokens a step, dropout 0, vocabulary 50257 padded to 50304.
     "gpt2-124m": {
@@ -53,6 +61,9 @@ class Config(TextConfig, TrainConfig):
     own_gain: bool = option(
         False, "Draw the weights of feed-forward layers so that each activation keeps the scale of what it is given."
     )
+    init_like_width: int = option(
+        0, "Draw the weights so that activations are given what a model of this width gives them; 0: std 0.02."
+    )
     pad_vocab_to_multiple_of: int = option(64, "Rows of the embedding are rounded up to this; 50257 becomes 50304.")
     loss_chunk_size: int | Literal["auto"] = option(
         "auto", "Tokens whose logits are in memory at once; 0: all; auto: all where a GPU has room for them, else 4096."
@@ -64,8 +75,10 @@ class Config(TextConfig, TrainConfig):
         TextConfig.validate(self)
         TrainConfig.validate(self)
         at_least(self, 1, "n_layer", "n_embd", "n_head", "pad_vocab_to_multiple_of")
-        at_least(self, 0, "loss_chunk_size")
+        at_least(self, 0, "loss_chunk_size", "init_like_width")
         require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
+        both = self.own_gain and self.init_like_width
+        require(not both, "init_like_width", both, "0 with --own_gain, which draws the same weights in its own way")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
 
 
@@ -80,6 +93,7 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: 
             n_embd=config.n_embd,
             n_head=config.n_head,
             activation_function=config.hidden_act,
+            initializer_range=std_like_width(config.n_embd, config.init_like_width),
             resid_pdrop=config.dropout,
             embd_pdrop=config.dropout,
             attn_pdrop=config.dropout,
@@ -131,22 +145,26 @@ def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     config, preset = parse_config(Config, PRESETS, "demo", argv)
-    config.output_dir = config.output_dir or f"runs/gpt2-{preset}-{config.hidden_act}-seed{config.seed}"
+    config.output_dir = config.output_dir or f"runs/gpt2-{preset}-{config.act_label}-seed{config.seed}"
     data = prepare_text(config)
     accelerator = make_accelerator(config)
-    torch.manual_seed(config.seed)
-    model = build_model(config, data.tokenizer, data.vocab_size)
-    task = Task(
-        name="gpt2_pretrain",
-        preset=preset,
-        model=model,
-        objective=CausalLMLoss(model, config.loss_chunk_size),
-        train=data.train,
-        validation=data.validation,
-        data=data.facts,
-        units_per_sample=config.block_size,
-        flops_per_unit=decoder_flops_per_token(model, config.block_size),
-    )
+
+    def make() -> Task:
+        model = build_model(config, data.tokenizer, data.vocab_size)
+        return Task(
+            name="gpt2_pretrain",
+            preset=preset,
+            model=model,
+            objective=CausalLMLoss(model, config.loss_chunk_size),
+            train=data.train,
+            validation=data.validation,
+            test=data.test,
+            data=data.facts,
+            units_per_sample=config.block_size,
+            flops_per_unit=decoder_flops_per_token(model, config.block_size),
+        )
+
+    task = new_task(make, config)
     record = train(task, config, accelerator)
     if accelerator.is_main_process:
         save_results(task.model, data.tokenizer, record, **card_values(config, record))

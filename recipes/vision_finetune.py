@@ -5,15 +5,14 @@ It reports the accuracy before the activations are replaced, right after, and af
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.data import Mixup
 from transformers import PreTrainedModel
 
-from hf_gem.family.names import GemSpec, is_name, parse
+from hf_gem.family.names import is_claimed
 from hf_gem.modules import GemActivation
 from hf_gem.training.classifiers import last_layer, load_classifier, replace_activations
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
@@ -21,6 +20,7 @@ from hf_gem.training.data.images import ImageData, VisionConfig
 from hf_gem.training.data.order import SampleOrder
 from hf_gem.training.data.vision import image_processor, prepare_images, preprocessing_of
 from hf_gem.training.evaluate import evaluate
+from hf_gem.training.initial import activation_inputs
 from hf_gem.training.launch import make_accelerator
 from hf_gem.training.loop import train
 from hf_gem.training.loss import ClassificationLoss
@@ -57,15 +57,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Config(VisionConfig, TrainConfig):
     """The fields of this recipe."""
 
+    eps_choices: ClassVar[tuple[str, ...]] = ("fit", "match")
+
     hidden_act: str = option("egem", "What the activations become: a name of the family; or none, to leave them.")
     min_lr_ratio: float = option(0.0, "Final learning rate, as a fraction of the peak.")
     weight_decay: float = option(0.05, "Weight decay of matrices and filters; nothing else is decayed.")
     model: str = option(
         "", "timm/<name>, a Hub id, or the folder of an image classifier of transformers, timm or vision_train.py."
     )
-    eps: str | None = option(None, "A number in place of the eps in --hidden_act; or fit, to choose it by data.")
-    fit_per_layer: bool = option(False, "With --eps fit, an eps for each activation.")
-    fit_batches: int = option(4, "Batches of training images to fit on.")
+    eps: str | None = option(
+        None, "A number in place of the eps in --hidden_act; or fit or match, to choose it as hf_gem.convert does."
+    )
+    fit_per_layer: bool = option(False, "With --eps fit or match, an eps for each activation.")
+    fit_batches: int = option(4, "Batches of training images for that.")
     new_head: bool = option(False, "Start with a new last layer even where the number of classes is that of the model.")
     head_lr_ratio: float = option(1.0, "Learning rate of the last layer, as a multiple of that of the others.")
     mixup: float = option(0.0, "Alpha of mixup (arXiv 1710.09412); 0: none. Images mix within a micro-batch.")
@@ -76,29 +80,18 @@ class Config(VisionConfig, TrainConfig):
         """Raises ValueError, naming the field, when a value makes no sense."""
         VisionConfig.validate(self)
         if self.hidden_act == "none":
-            TrainConfig.validate(replace(self, hidden_act="relu"))  # for all the other fields
+            TrainConfig.validate(replace(self, hidden_act="relu", eps=None))  # for all the other fields
         else:
+            require(is_claimed(self.hidden_act), "hidden_act", self.hidden_act, "of the family, such as egem, or none")
             TrainConfig.validate(self)
-            require(is_name(self.hidden_act), "hidden_act", self.hidden_act, "of the family, such as egem, or none")
         require(bool(self.model), "model", "nothing", "timm/<name>, a Hub id or a folder")
-        if self.eps not in (None, "fit"):
-            require(_is_positive(self.eps), "eps", self.eps, "a finite number above 0, or fit")
-            if self.hidden_act != "none":
-                spec = parse(self.hidden_act)
-                GemSpec(spec.family, spec.n, float(self.eps), spec.learnable)  # or ValueError
-        require(not self.fit_per_layer or self.eps == "fit", "fit_per_layer", True, "false without --eps fit")
+        chooses = self.eps in self.eps_choices
+        require(chooses or not self.fit_per_layer, "fit_per_layer", True, "false without --eps fit or match")
         at_least(self, 1, "fit_batches")
         at_least(self, 0, "head_lr_ratio", "mixup", "cutmix")
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
         fits = not (self.mixup or self.cutmix) or fixed_micro_batch_size(self) % 2 == 0
         require(fits, "micro_batch_size", self.micro_batch_size, "even, to mix")
-
-
-def _is_positive(text: str | None) -> bool:
-    try:
-        return 0 < float(text or 0) < math.inf
-    except ValueError:
-        return False
 
 
 def convert(model: PreTrainedModel, config: Config, data: ImageData, device: torch.device) -> str:
@@ -109,13 +102,13 @@ def convert(model: PreTrainedModel, config: Config, data: ImageData, device: tor
     """
     order = SampleOrder(len(data.train), config.data_seed)
     batches = []
-    for k in range(config.fit_batches if config.eps == "fit" else 0):
+    chosen = config.eps if config.eps in config.eps_choices else None  # a number is in the name
+    for k in range(config.fit_batches if chosen else 0):
         check()
         indices = order.batch(k, fixed_micro_batch_size(config))
         batches.append({"pixel_values": data.train.batch(indices)["pixel_values"].to(device)})
-    eps = float(config.eps) if config.eps not in (None, "fit") else config.eps
     fix = "choose another --model, or leave its activations with --hidden_act none"
-    how: Any = {"eps": eps, "data": batches or None, "per_layer": config.fit_per_layer}
+    how: Any = {"eps": chosen, "data": batches or None, "per_layer": config.fit_per_layer, "c": config.match_c}
     return replace_activations(model, config.model, config.hidden_act, fix, **how)
 
 
@@ -145,6 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         objective=ClassificationLoss(model, config.label_smoothing, mixup),
         train=data.train,
         validation=data.validation,
+        test=data.test,
         data=data.facts,
         units_per_sample=1,
         unit="images",
@@ -152,19 +146,16 @@ def main(argv: list[str] | None = None) -> None:
         lr_ratios={last_layer(model): config.head_lr_ratio},
     )
     with accelerator.autocast():  # as it is evaluated later
-        before = evaluate(task.objective, task, fixed_micro_batch_size(config), accelerator)
+        size = fixed_micro_batch_size(config)
+        before = evaluate(task.objective, task.validation, task.metric, size, accelerator).values
     accelerator.print("before: " + ", ".join(f"{name} {value:.4f}" for name, value in before.items()))
     report = convert(model, config, data, accelerator.device) if config.hidden_act != "none" else ""
     accelerator.print(report)
     # Each process has fitted by itself, and so does one that goes on from a checkpoint, which has no eps in it.
     activations = [module.spec.name for module in model.modules() if isinstance(module, GemActivation)]
     task.identity = {"activations": activations}
-    task.facts = {
-        "before_conversion": before,
-        "conversion": report,
-        "ours": bool(activations),
-        "imported": import_of(model),
-    }
+    task.facts = {"before_conversion": before, "conversion": report, "ours": bool(activations)}
+    task.facts |= {"imported": import_of(model), "activation_inputs": activation_inputs(task, config)}
     record = train(task, config, accelerator)
     if accelerator.is_main_process:
         save_results(task.model, image_processor(data), record, **card_values(config, record))

@@ -6,12 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from hf_gem.init import gain
-from hf_gem.training.classifiers import class_names, input_size, new_classifier
+from hf_gem.training.classifiers import class_names, depth_and_width, input_size, is_own, new_classifier
 from hf_gem.training.config import TrainConfig, option, parse_config, require
 from hf_gem.training.data.images import ImageData, VisionConfig
 from hf_gem.training.data.normalisation import Preprocessing
@@ -23,14 +22,13 @@ from hf_gem.training.image_models import (
     ConvNetConfig,
     ConvNetForImageClassification,
 )
+from hf_gem.training.initial import new_task
 from hf_gem.training.launch import make_accelerator
 from hf_gem.training.loop import train
 from hf_gem.training.loss import ClassificationLoss
 from hf_gem.training.report import image_card, import_of, print_summary, save_results
 from hf_gem.training.signals import run_recipe
 from hf_gem.training.task import Task
-
-_CIFAR_RESNET = r"resnet(\d+)(?:x([1-9]\d*))?-cifar"
 
 # He et al. 2016, section 4.2: 64k iterations, the learning rate divided by 10 at 32k and 48k.
 _CIFAR: dict[str, Any] = {
@@ -83,6 +81,9 @@ class Config(VisionConfig, TrainConfig):
     own_gain: bool = option(
         False, "Draw the filters of convnet and resnet-cifar with the gain of the activation, not sqrt(2) for all."
     )
+    act_after_add: Literal["same", "none"] = option(
+        "same", "Behind the addition of each block of a resnet-cifar: the same activation, or none."
+    )
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, when a value makes no sense."""
@@ -90,18 +91,22 @@ class Config(VisionConfig, TrainConfig):
         TrainConfig.validate(self)
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
         require(
-            not self.own_gain or _is_own(self.model),
+            not self.own_gain or is_own(self.model),
             "own_gain",
             True,
             "false for models other than convnet and resnet-cifar",
         )
         widths = re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.widths)
         require(bool(widths), "widths", self.widths, "numbers such as 32,64,128, all above 0")
-        depth = re.fullmatch(_CIFAR_RESNET, self.model)
-        sound = depth is None or (int(depth[1]) >= 8 and int(depth[1]) % 6 == 2)
+        found = depth_and_width(self.model)
         require(
-            sound, "model", self.model, "resnet<6n+2>-cifar, such as resnet56-cifar, or with a width, resnet8x64-cifar"
+            found is None or (found[0] >= 8 and found[0] % 6 == 2),
+            "model",
+            self.model,
+            "resnet<6n+2>-cifar, such as resnet56-cifar, or with a width, resnet8x64-cifar",
         )
+        fits = self.act_after_add == "same" or found is not None
+        require(fits, "act_after_add", self.act_after_add, "same for models other than resnet-cifar")
 
 
 def build_model(config: Config, data: ImageData) -> PreTrainedModel:
@@ -123,16 +128,10 @@ def build_model(config: Config, data: ImageData) -> PreTrainedModel:
         return ConvNetForImageClassification(
             ConvNetConfig(widths=widths, hidden_act=config.hidden_act, **own, **shared)
         )
-    if found := re.fullmatch(_CIFAR_RESNET, config.model):
-        depth, width = int(found[1]), int(found[2] or 16)
-        return CifarResNetForImageClassification(
-            CifarResNetConfig(depth=depth, width=width, hidden_act=config.hidden_act, **own, **shared)
-        )
+    if found := depth_and_width(config.model):
+        own |= {"hidden_act": config.hidden_act, "act_after_add": config.act_after_add}
+        return CifarResNetForImageClassification(CifarResNetConfig(depth=found[0], width=found[1], **own, **shared))
     return new_classifier(config.model, config.hidden_act, data.classes)
-
-
-def _is_own(model: str) -> bool:
-    return model == "convnet" or re.fullmatch(_CIFAR_RESNET, model) is not None
 
 
 def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
@@ -141,31 +140,35 @@ def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
         **image_card(config.model, record),
         "title": f"{config.model} {record['preset']}, {config.hidden_act}",
         # Older records do not say it.
-        "imported": record.get("imported", f"hf_gem{'.training.image_models' if _is_own(config.model) else ''}"),
+        "imported": record.get("imported", f"hf_gem{'.training.image_models' if is_own(config.model) else ''}"),
     }
 
 
 def main(argv: list[str] | None = None) -> None:
     config, preset = parse_config(Config, PRESETS, "demo", argv)
-    config.output_dir = config.output_dir or f"runs/vision-{preset}-{config.hidden_act}-seed{config.seed}"
+    config.output_dir = config.output_dir or f"runs/vision-{preset}-{config.act_label}-seed{config.seed}"
     accelerator = make_accelerator(config)
-    size = config.image_size or (None if _is_own(config.model) else input_size(config.model))
+    size = config.image_size or (None if is_own(config.model) else input_size(config.model))
     data = prepare_images(config, config.data_seed, accelerator.device, Preprocessing(image_size=size))
-    torch.manual_seed(config.seed)
-    model = build_model(config, data)
-    task = Task(
-        name="vision_train",
-        preset=preset,
-        model=model,
-        objective=ClassificationLoss(model, config.label_smoothing),
-        train=data.train,
-        validation=data.validation,
-        data=data.facts,
-        units_per_sample=1,
-        unit="images",
-        metric="accuracy",
-        facts={"imported": import_of(model)},
-    )
+
+    def make() -> Task:
+        model = build_model(config, data)
+        return Task(
+            name="vision_train",
+            preset=preset,
+            model=model,
+            objective=ClassificationLoss(model, config.label_smoothing),
+            train=data.train,
+            validation=data.validation,
+            test=data.test,
+            data=data.facts,
+            units_per_sample=1,
+            unit="images",
+            metric="accuracy",
+            facts={"imported": import_of(model)},
+        )
+
+    task = new_task(make, config)
     record = train(task, config, accelerator)
     if accelerator.is_main_process:
         save_results(task.model, image_processor(data), record, **card_values(config, record))

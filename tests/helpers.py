@@ -34,6 +34,7 @@ VISION = ROOT / "recipes" / "vision_train.py"
 STOPPING = ROOT / "tests" / "stopping.py"
 TINY = (
     *("--n_layer=2", "--n_embd=16", "--n_head=2", "--block_size=16", "--vocab_size=300", "--validation_fraction=0.2"),
+    "--min_validation_tokens=0",
     *("--steps=6", "--global_batch_size=4", "--micro_batch_size=4", "--warmup_steps=2", "--learning_rate=0.01"),
     *("--log_every=1", "--eval_every=3", "--save_every=2", "--report_to=none"),
 )

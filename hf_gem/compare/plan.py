@@ -6,8 +6,9 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import runpy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,13 @@ from transformers.activations import ACT2FN
 from ..family.names import is_claimed, parse
 from ..training.errors import ConfigError
 
-METRICS = {"validation_loss": False, "validation_perplexity": False, "validation_accuracy": True}  # higher is better
+# Metric of a recipe -> whether higher is better. On test samples runs are compared, on validation samples they are
+# tuned; a plan whose metric is one of validation does both on the same.
+METRICS = {
+    f"{part}_{name}": higher
+    for part in ("test", "validation")
+    for name, higher in (("loss", False), ("perplexity", False), ("accuracy", True))
+}
 MOST_EXTENSIONS = 3  # of a grid of learning rates, at either end
 
 
@@ -31,7 +38,7 @@ class Run:
     """One training run of a study.
 
     Attributes:
-        act: The activation.
+        act: The activation, with flags of its own behind it where a plan gives some: `egem_n2 eps=match`.
         learning_rate: Peak.
         seed: Of weights and dropout, and of data.
     """
@@ -42,8 +49,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder and record."""
-        return f"{self.act}-lr{self.learning_rate:g}-seed{self.seed}"
+        """Of its folder and record: letters, digits, points, hyphens and underscores."""
+        return f"{slug(self.act)}-lr{self.learning_rate:g}-seed{self.seed}"
+
+
+def slug(act: str) -> str:
+    """An activation with its flags, as a part of names of files."""
+    return re.sub(r"[^\w.]+", "-", act)
 
 
 @dataclass(frozen=True)
@@ -55,8 +67,9 @@ class Plan:
         recipe: A file of `recipes/`, without its ending.
         preset: Of the recipe.
         arms: Arm -> the activations among which it chooses, in tuning; n and eps count as trials like learning rates.
+            Flags of the recipe may follow one, `egem_n2 eps=match`, for this activation alone.
         baseline: The arm that the others are compared with.
-        metric: One of `METRICS`, at the last step.
+        metric: One of `METRICS`, at the last step. Tuning goes by the same metric of the validation samples.
         smallest_effect: Differences smaller than this are of no interest.
         learning_rates: The same grid for every arm, ascending, with ratios that are alike and at most six digits. An
             optimum of one arm at its edge extends it for all, by the mean ratio.
@@ -66,6 +79,10 @@ class Plan:
         tuning_flags: Flags in place of those in tuning, such as those that hold out a part of the training data, so
             that nothing is chosen on the samples of the comparison.
         min_seeds: With fewer finished pairs, no arm is called better or worse.
+        further_baselines: Other arms that all others are compared with as well; for each, that is a family of
+            hypotheses of its own.
+        final_rates: How many of an arm's trials, the best in tuning, run on the final seeds: with 2, validation over
+            all seeds decides between them, and not what few tuning seeds had by chance.
         notes: What a report has to say about the data or the setting.
     """
 
@@ -83,6 +100,8 @@ class Plan:
     tuning_flags: dict[str, Any] = field(default_factory=dict)
     min_seeds: int = 8
     notes: str = ""
+    further_baselines: list[str] = field(default_factory=list)
+    final_rates: int = 1
 
     def __post_init__(self) -> None:
         def require(condition: object, message: str) -> None:
@@ -90,11 +109,14 @@ class Plan:
                 raise PlanError(f"plan {self.name!r}: {message}")
 
         require(self.metric in METRICS, f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
-        require(self.baseline in self.arms, f"baseline {self.baseline!r} is no arm; arms: {', '.join(self.arms)}")
         require(len(self.arms) > 1, "it has one arm, and a comparison takes two")
-        for act in self.acts:
+        for name in (self.baseline, *self.further_baselines):
+            require(name in self.arms, f"baseline {name!r} is no arm; arms: {', '.join(self.arms)}")
+        for act, *own in map(str.split, self.acts):
             require(act in ACT2FN, f"the activation {act!r} is not known")
             require(not is_claimed(act) or parse(act).name == act, f"write {act!r} in its canonical spelling")
+            _refuse_ours(parse_flags(own), require)
+        require(len(set(map(slug, self.acts))) == len(self.acts), "two activations would have runs of the same names")
         require(all(self.arms.values()), "every arm needs an activation")
         rates = self.learning_rates
         require(rates and all(0 < a < b for a, b in itertools.pairwise(rates)) and rates[0] > 0,
@@ -108,9 +130,20 @@ class Plan:
         require(len(self.final_seeds) > 1, "final_seeds needs two or more")
         require(self.tuning_seeds or not self.tunes, "tuning_seeds is empty, and there is something to choose")
         require(self.smallest_effect > 0, f"smallest_effect must be above 0, got {self.smallest_effect}")
-        ours = {"hidden_act", "learning_rate", "seed", "data_seed", "output_dir", "preset", "resume"}
-        ours &= {*self.flags, *self.tuning_flags}
-        require(not ours, f"flags {', '.join(sorted(ours))} are set by the study")
+        _refuse_ours({**self.flags, **self.tuning_flags}, require)
+        require(self.final_rates in (1, 2), f"final_rates must be 1 or 2, got {self.final_rates}")
+        require(
+            self.final_rates == 1 or self.metric != self.tuning_metric,
+            f"final_rates 2 needs a metric of test samples, got {self.metric}: which of the two rates counts is chosen "
+            "by validation, on the final seeds too",
+        )
+        if self.final_rates > 1 and not self.tunes:
+            raise PlanError(f"plan {self.name!r}: final_rates is {self.final_rates}, and there is nothing to choose")
+
+    @property
+    def tuning_metric(self) -> str:
+        """What is chosen by."""
+        return self.metric.replace("test_", "validation_")
 
     @property
     def higher_is_better(self) -> bool:
@@ -141,8 +174,9 @@ class Plan:
     def hash(self) -> str:
         """SHA-256 over all fields: a changed plan is another study."""
         values = asdict(self)
-        if not self.tuning_flags:
-            del values["tuning_flags"]  # which plans that were frozen before there were any do not have
+        for name, default in (("tuning_flags", {}), ("further_baselines", []), ("final_rates", 1)):
+            if values[name] == default:
+                del values[name]  # which plans that were frozen before there were any do not have
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -185,7 +219,12 @@ class Plan:
 
     def num_runs(self) -> tuple[int, int]:
         """Tuning runs without extensions of the grid, and final runs."""
-        return len(list(self.tuning_runs())), len(self.arms) * len(self.final_seeds)
+        return len(list(self.tuning_runs())), len(self.arms) * len(self.final_seeds) * self.final_rates
+
+
+def _refuse_ours(flags: Iterable[str], require: Callable[[object, str], None]) -> None:
+    ours = {"hidden_act", "learning_rate", "seed", "data_seed", "output_dir", "preset", "resume"} & set(flags)
+    require(not ours, f"flags {', '.join(sorted(ours))} are set by the study")
 
 
 def parse_flags(words: Sequence[str]) -> dict[str, Any]:

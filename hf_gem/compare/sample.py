@@ -41,11 +41,10 @@ def sample_of(study: Study) -> Sample | None:
 
 def _sample(metric: str, record: Mapping[str, Any]) -> Sample | None:
     data = metric.partition("_")[0]
-    evaluation, counted = record.get("evaluation", {}), record["result"].get("unit", "samples")
+    evaluation, counted = record.get("evaluation") or {}, record["result"].get("unit", "samples")
     if data in evaluation:
         parts = evaluation[data]
-        num_units = parts.get("num_units", evaluation["num_units"])
-        return Sample(data, sum(parts["counts"]), counted, evaluation["unit"], num_units)
+        return Sample(data, sum(parts["counts"]), counted, evaluation["unit"], parts["num_units"])
     size = record["data"].get(f"num_{counted}", {}).get(data)  # older records
     return Sample(data, size, counted, None, 0) if size else None
 

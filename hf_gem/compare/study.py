@@ -100,25 +100,24 @@ class Study:
         return ((name, record) for name in self._names() if (record := self._record(name)))
 
     def outcome(self, run: Run) -> float:
-        """The metric at the end; NaN where the run diverged."""
+        """What a run is judged by at its end, validation in tuning; NaN where the run diverged."""
+        return self._value(run, self.plan.metric if run.seed in self.plan.final_seeds else self.plan.tuning_metric)
+
+    def _value(self, run: Run, metric: str) -> float:
         record = self.record(run)
         assert record is not None, run
-        return self._outcome(record)
-
-    def _outcome(self, record: Mapping[str, Any]) -> float:
-        value = record["result"][self.plan.metric] if record["status"] == "finished" else None
-        return math.nan if value is None else float(value)
+        return _outcome(record, metric)
 
     def parts(self, run: Run) -> np.ndarray | None:
-        """Sums and counts of the metric in each group of evaluation samples, (2, groups), whose sums make the outcome.
-
-        None where the run diverged, the metric is no mean over samples, or the record is older than such parts.
+        """Of what the outcome of a run is made: sums and counts of each group of documents or images, (2, groups); None
+        where the run diverged or its record does not have them.
         """
         record = self.record(run)
-        data, _, mean = self.plan.metric.partition("_")
-        sums = {"loss": "losses", "accuracy": "correct"}.get(mean, "")
-        found = record.get("evaluation", {}).get(data, {}) if record and record["status"] == "finished" else {}
-        return np.array([found[sums], found["counts"]], dtype=float) if sums in found else None
+        assert record is not None, run
+        part, name = (self.plan.metric if run.seed in self.plan.final_seeds else self.plan.tuning_metric).split("_", 1)
+        found = (record.get("evaluation") or {}).get(part) if record["status"] == "finished" else None
+        sums = found.get({"accuracy": "correct", "loss": "losses"}.get(name)) if found else None
+        return None if not found or sums is None else np.array([sums, found["counts"]], dtype=float)
 
     def missing(self) -> list[Run]:
         """What can be run next: first the tuning, as `_missing_in_tuning` has it, then the final seeds, seed by seed:
@@ -126,7 +125,8 @@ class Study:
         """
         if tuning := self._missing_in_tuning():
             return tuning
-        final = [run for runs in zip(*self.final_runs().values(), strict=True) for run in runs]
+        finalists = [trial for trials in self.finalists().values() for trial in trials]
+        final = [Run(*trial, seed) for seed in self.plan.final_seeds for trial in finalists]
         return [run for run in dict.fromkeys(final) if self.record(run) is None]
 
     def _missing_in_tuning(self) -> list[Run]:
@@ -146,8 +146,8 @@ class Study:
         tuning = bool(missing) and missing[0].seed in self.plan.tuning_seeds
         return len(missing) + (self.plan.num_runs()[1] if tuning else 0)
 
-    def choices(self) -> dict[str, tuple[str, float]]:
-        """Arm -> the activation and learning rate that were best in tuning.
+    def finalists(self) -> dict[str, list[tuple[str, float]]]:
+        """Arm -> the activations and learning rates that run on the final seeds: the best in tuning, best first.
 
         Where all of an arm's runs diverged, that is its first activation at the lowest rate: it has had its chance.
 
@@ -161,9 +161,33 @@ class Study:
                 "started it goes on"
             )
         if not plan.tunes:
-            return {arm: (acts[0], plan.learning_rates[0]) for arm, acts in plan.arms.items()}
-        trials = {arm: self.trials(arm) for arm in plan.arms}
-        return {arm: plan.best(means, key=means.__getitem__) for arm, means in trials.items()}
+            return {arm: [(acts[0], plan.learning_rates[0])] for arm, acts in plan.arms.items()}
+        ranked = {}
+        for arm in plan.arms:
+            means = self.trials(arm)
+            ranked[arm] = sorted(means, key=means.__getitem__, reverse=plan.higher_is_better)[: plan.final_rates]
+        return ranked
+
+    def choices(self) -> dict[str, tuple[str, float]]:
+        """Arm -> the activation and learning rate that it is judged at.
+
+        Of several finalists, that is the one that is best by validation over tuning and final seeds, once all of these
+        are done, and in tuning before. The one that diverged less often is better than another.
+
+        Raises:
+            StudyError: the tuning is not over.
+        """
+        finalists, plan = self.finalists(), self.plan
+
+        def rank(trial: tuple[str, float]) -> tuple[int, float]:
+            runs = [Run(*trial, seed) for seed in (*plan.tuning_seeds, *plan.final_seeds)]
+            values = np.array([self._value(run, plan.tuning_metric) for run in runs])
+            finite = values[np.isfinite(values)]
+            mean = float(finite.mean()) if len(finite) else math.inf
+            return len(values) - len(finite), -mean if plan.higher_is_better else mean
+
+        decided = plan.final_rates > 1 and not self.missing()
+        return {arm: min(trials, key=rank) if decided else trials[0] for arm, trials in finalists.items()}
 
     def rates(self) -> list[float]:
         """The grid of learning rates, as far as it has been extended, ascending."""
@@ -205,12 +229,13 @@ class Study:
         """Activation and learning rate -> outcomes on the final seeds that are compared with nothing: the tuning chose
         these once, and does not any more.
         """
-        final = {run.name for runs in self.final_runs().values() for run in runs}
+        finalists = [trial for trials in self.finalists().values() for trial in trials]
+        final = {Run(*trial, seed).name for trial in finalists for seed in self.plan.final_seeds}
         found: dict[tuple[str, float], list[float]] = {}
         for name, record in self._records():
             if name not in final and not self._tunes(name):
                 act, rate = name.rpartition("-seed")[0].rpartition("-lr")[::2]
-                found.setdefault((act, float(rate)), []).append(self._outcome(record))
+                found.setdefault((act, float(rate)), []).append(_outcome(record, self.plan.metric))
         return found
 
     def comparisons(self, baseline: str | None = None) -> list[Comparison]:
@@ -219,7 +244,7 @@ class Study:
         """
         plan = self.plan
         terms = plan.smallest_effect, plan.higher_is_better, plan.min_seeds
-        parts = {arm: {run.seed: part for run in runs if (part := self.parts(run)) is not None}
+        parts = {arm: {run.seed: part for run in runs if self.record(run) and (part := self.parts(run)) is not None}
                  for arm, runs in self.final_runs().items()}  # fmt: skip
         found = compare(self.outcomes(), baseline or plan.baseline, *terms, parts)
         if self.missing():
@@ -260,9 +285,9 @@ class Study:
 
     def _by_seed(self) -> dict[int, list[dict[str, Any]]]:
         """Final seed -> the records of its runs."""
-        arms = self.final_runs().values()
+        trials = dict.fromkeys(trial for finalists in self.finalists().values() for trial in finalists)
         return {
-            seed: [record for runs in arms for run in runs if run.seed == seed and (record := self.record(run))]
+            seed: [record for trial in trials if (record := self.record(Run(*trial, seed)))]
             for seed in self.plan.final_seeds
         }
 
@@ -306,3 +331,8 @@ def _code(session: Mapping[str, Any]) -> dict[str, Any]:
 
 def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _outcome(record: Mapping[str, Any], metric: str) -> float:
+    value = record["result"][metric] if record["status"] == "finished" else None
+    return math.nan if value is None else float(value)

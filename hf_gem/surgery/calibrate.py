@@ -7,8 +7,8 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,23 +27,38 @@ _Sample = tuple[Histogram, Callable[..., Tensor]]
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """What `calibrate` chose.
+class Scales:
+    """Root mean squares of what activations are given; NaN where a value of it was NaN or infinite.
 
     Attributes:
+        rms: Over all of them: the root of the mean square of all values, so that an activation counts by their number.
+        layers: Path -> that of one activation, where it ran; those that share a module have one for all.
+    """
+
+    rms: float
+    layers: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was chosen for a model, and by what.
+
+    Attributes:
+        members: Path -> the member.
         fits: Path -> the member, with its error in place of the activation there; None where the data did not reach it.
         unfitted_errors: Path -> the error of the given member.
-        members: Path -> the member.
         output_change: Relative root-mean-square change of the model's output on the first batch; None where outputs
             before and after cannot be compared.
         unfitted_output_change: The same for the given member everywhere.
+        scales: Of what the activations are given, where that was looked at.
     """
 
-    fits: dict[str, Fit | None]
-    unfitted_errors: dict[str, float]
     members: dict[str, GemSpec]
-    output_change: float | None
-    unfitted_output_change: float | None
+    fits: dict[str, Fit | None] = field(default_factory=dict)
+    unfitted_errors: dict[str, float] = field(default_factory=dict)
+    output_change: float | None = None
+    unfitted_output_change: float | None = None
+    scales: Scales | None = None
 
 
 def calibrate(
@@ -78,7 +93,7 @@ def calibrate(
     batches = iter(batches)
     first = next(batches)
     before = outputs(model, first)
-    recorders = _record(model, slots, itertools.chain([first], batches))
+    recorders = record_inputs(model, slots, itertools.chain([first], batches))
     samples, unfitted = _samples(recorders, given)
     common = fit_together(_pooled(recorders, samples), given.family, ns=ns).spec
     own = {path: fit(*sample, given.family, ns=ns).spec if per_layer else common for path, sample in samples.items()}
@@ -101,7 +116,7 @@ def calibrate(
             together.setdefault(id(recorder), []).append(path)
         members = _settle(change, given, common, ns, members, list(together.values()) if per_layer else [])
     fits = {path: _as_fit(members[path], samples[path]) if path in samples else None for path in slots}
-    return Calibration(fits, unfitted, members, change(members), unfitted_change)
+    return Calibration(members, fits, unfitted, change(members), unfitted_change)
 
 
 def _settle(
@@ -154,7 +169,7 @@ def replace_all(model: nn.Module, slots: dict[str, Slot], members: dict[str, Gem
     replace(model, by_name, get_activation)
 
 
-def _samples(recorders: dict[str, _Recorder], given: GemSpec) -> tuple[dict[str, _Sample], dict[str, float]]:
+def _samples(recorders: dict[str, Recorder], given: GemSpec) -> tuple[dict[str, _Sample], dict[str, float]]:
     """Path -> what arrived there, with the function that it entered; and path -> the error of the given member."""
     samples: dict[str, _Sample] = {}
     unfitted: dict[str, float] = {}
@@ -174,12 +189,14 @@ def _samples(recorders: dict[str, _Recorder], given: GemSpec) -> tuple[dict[str,
     return samples, unfitted
 
 
-def _record(model: nn.Module, chosen: dict[str, Slot], batches: Iterable[Any]) -> dict[str, _Recorder]:
-    """Runs the batches; path -> what was recorded there, in one recorder where one module is shared."""
-    recorders: dict[str, _Recorder] = {}
-    shared: dict[int, _Recorder] = {}
+def record_inputs(
+    model: nn.Module, chosen: Mapping[str, Slot], batches: Iterable[Any], batch_statistics: bool = False
+) -> dict[str, Recorder]:
+    """Runs the batches, as `run` does; path -> what was recorded there, in one recorder where one module is shared."""
+    recorders: dict[str, Recorder] = {}
+    shared: dict[int, Recorder] = {}
     for path, slot in chosen.items():
-        own = _Recorder(slot.occupant)
+        own = Recorder(slot.occupant)
         recorders[path] = shared.setdefault(id(slot.occupant), own) if isinstance(slot.occupant, nn.Module) else own
     modes = {recorder: getattr(recorder.recorded[0], "training", False) for recorder in recorders.values()}
     with put_back(model, chosen.values()) as stack:
@@ -190,11 +207,11 @@ def _record(model: nn.Module, chosen: dict[str, Slot], batches: Iterable[Any]) -
         for path, slot in chosen.items():
             slot.put(recorders[path])
         for batch in batches:
-            run(model, batch)
+            run(model, batch, batch_statistics)
     return recorders
 
 
-def _pooled(recorders: dict[str, _Recorder], samples: dict[str, _Sample]) -> Iterable[_Sample]:
+def _pooled(recorders: dict[str, Recorder], samples: dict[str, _Sample]) -> Iterable[_Sample]:
     """The samples, those of equal functions as one: it takes less time, and nothing else changes."""
     probe = torch.arange(-(2**15), 2**15, dtype=torch.int16, device="cpu").view(torch.bfloat16).double()
     distinct = {id(recorders[path]): sample for path, sample in samples.items()}  # one for a shared module
@@ -238,8 +255,8 @@ def put_back(model: nn.Module, slots: Iterable[Slot]) -> Iterator[contextlib.Exi
         yield stack
 
 
-class _Recorder(nn.Module):
-    """Stands in for an activation and counts what enters it."""
+class Recorder(nn.Module):
+    """Stands in for an activation and counts what enters it, in `histogram`."""
 
     def __init__(self, activation: Callable[..., Tensor]) -> None:
         super().__init__()

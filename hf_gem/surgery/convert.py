@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from ..family.names import GemSpec, is_name, parse
 from ..files import to_json
-from ..fit import Fit
+from ..fit import MATCH_C, Fit
 from .audit import Audit, audit
 from .calibrate import Calibration, calibrate, replace_all
 from .configs import own_config, write_plan
 from .kinds import describe, is_elementwise, is_gate, kind, stock_slots
 from .reports import places
 from .running import arguments
+from .scales import check_match, match
 from .slots import Slot, undo
 from .tracer import ActivationCall
 
@@ -44,6 +45,7 @@ class Replacement:
         new: The name that is there now.
         fit: With `eps="fit"`, how well the new one matches the old one on the data; None where these did not reach it.
         unfitted_error: With `eps="fit"`, the expected squared difference at the n and eps of the given name.
+        rms: With `eps="match"`, root mean square of what it was given; None where the data did not reach it.
     """
 
     path: str
@@ -51,6 +53,7 @@ class Replacement:
     new: str
     fit: Fit | None = None
     unfitted_error: float | None = None
+    rms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Conversion:
         output_change: With `eps="fit"`: relative root-mean-square change of the model's output on the first batch;
             None where the two outputs cannot be compared.
         unfitted_output_change: The same with the given name everywhere.
+        rms: With `eps="match"`, root mean square of what all activations were given.
+        c: With `eps="match"`, the half point of the gate in units of the rms.
     """
 
     model: str
@@ -74,6 +79,8 @@ class Conversion:
     not_audited: str = ""
     output_change: float | None = None
     unfitted_output_change: float | None = None
+    rms: float | None = None
+    c: float | None = None
 
     @property
     def unreached(self) -> tuple[ActivationCall, ...]:
@@ -93,6 +100,26 @@ class Conversion:
         values: dict[str, Any] = json.loads(to_json(report))
         return values
 
+    def _about_eps(self) -> list[str]:
+        """What eps was chosen by, for the activations with the largest of it; no lines where it was given."""
+        rows: list[tuple[float, str]] = []
+        for r in self.replaced:
+            if r.rms is not None:
+                rows.append((r.rms, f"{r.path}: rms {r.rms:.3g} -> {r.new}"))
+            elif r.fit is not None:
+                rows.append((r.fit.error, f"{r.path}: {r.unfitted_error:.3g} -> {r.fit.error:.3g} {_edge(r.fit)}"))
+        if not rows:
+            return []
+        title = "expected squared difference from the old activation, at the given name -> fitted:"
+        if self.c is not None:
+            title = f"eps = (c rms)^(2n) with c = {self.c:g} and the rms of what is given, {self.rms:.3g} over all:"
+        rows.sort(key=lambda row: -row[0])
+        lines = [title, *(f"  {row}" for _, row in rows[:_MOST])]
+        if len(rows) > _MOST:
+            lines.append(f"  and {len(rows) - _MOST} more, none larger; to_dict() has all")
+        unseen = [r.path for r in self.replaced if r.fit is None and r.rms is None]
+        return lines + ([f"not reached by data=, so given the eps of all: {places(unseen)}"] if unseen else [])
+
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.replaced)} activations replaced"]
         groups: dict[tuple[str, str], list[str]] = {}
@@ -100,15 +127,7 @@ class Conversion:
         for r, key in zip(self.replaced, columns, strict=True):
             groups.setdefault(key, []).append(r.path)
         lines += [f"  {old} -> {new}: {places(paths)}" for (old, new), paths in groups.items()]
-        fits = [(r.path, r.unfitted_error, r.fit) for r in self.replaced if r.fit is not None]
-        fits.sort(key=lambda row: -row[2].error)
-        if fits:
-            lines.append("  expected squared difference from the old activation, at the given name -> fitted:")
-            lines += [f"    {path}: {old:.3g} -> {fit.error:.3g} {_edge(fit)}" for path, old, fit in fits[:_MOST]]
-            if len(fits) > _MOST:
-                lines.append(f"    and {len(fits) - _MOST} more, none larger; to_dict() has all")
-            unseen = [r.path for r in self.replaced if r.fit is None]
-            lines += [f"  not reached by data=, so given the eps of all: {places(unseen)}"] if unseen else []
+        lines += [f"  {line}" for line in self._about_eps()]
         if self.output_change is not None:
             lines.append(
                 "  relative change of the output on the first batch, at the given name -> fitted: "
@@ -135,6 +154,7 @@ def convert(
     data: Iterable[Any] | None = None,
     per_layer: bool = False,
     fit_to: str = "output",
+    c: float = MATCH_C,
     inputs: Any = None,
 ) -> Conversion:
     """Replaces the activations of a model, in place, and reports which, and what it could not reach.
@@ -156,15 +176,19 @@ def convert(
             several. By default all with a usual name, except gates (sigmoid, tanh, softplus and their like).
         skip: Which to leave: patterns of paths such as `"*.pooler.*"`, or module classes, one or several.
         eps: A number in place of the one in the name; or `"fit"`, to choose it, and n unless the name gives one, such
-            that the model changes least on `data`.
-        data: Batches for `eps="fit"`: tensors, tuples of positional or dicts of keyword arguments of the model, on its
-            device; any iterable, which is read once. They are run in evaluation mode, without gradients.
-        per_layer: With `eps="fit"`, a member for each activation; otherwise one for the whole model.
+            that the model changes least on `data`; or `"match"`, for a model that is still to be trained:
+            `(c rms)^(2n)`, rms being the root mean square of what the activations are given on `data`.
+        data: Batches for `eps="fit"` and `"match"`: tensors, tuples of positional or dicts of keyword arguments of the
+            model, on its device; any iterable, which is read once. They are run in evaluation mode, without gradients;
+            for `"match"`, batch normalisation takes the statistics of the batch, as in training.
+        per_layer: With `eps="fit"` or `"match"`, a member for each activation; otherwise one for the whole model, with
+            the rms of all values that all activations are given.
         fit_to: What `eps="fit"` makes smallest. `"output"`: the change of the model's output, all the floating-point
             tensors in it, on the first batch, over some 50 runs of it; with `per_layer` and 4 more for each layer,
             starting from one member for all. `"activations"`: the expected squared difference from what is replaced,
             over the values that reach it in all batches, which takes 5 runs of the first one and can change the output
             more than the given name would; the report has both changes.
+        c: With `eps="match"`, where the gate is half open, in units of the rms.
         inputs: A batch for the forward pass of the audit; by default the first one of `data`, or one made up on the
             meta device where the model allows it.
 
@@ -174,13 +198,13 @@ def convert(
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: the name is malformed, nothing was found to replace, `replace` or `skip` matches nothing, the model
-            does not run on `data`, an activation cannot be fitted, or the model is one that cannot be converted
-            (scripted, computing with quantised tensors, ...). Nothing is changed then.
+            does not run on `data`, an activation cannot be fitted, what it is given has no scale to match, or the model
+            is one that cannot be converted (scripted, computing with quantised tensors, ...). Nothing is changed then.
     """
-    spec = _check(model, name, eps, data, per_layer, fit_to)
+    spec = _check(model, name, eps, data, per_layer, fit_to, c)
     if inputs is not None:
         arguments(inputs)  # or an error
-    chosen, left = _choose(model, None if eps == "fit" else spec, _as_tuple(replace), _as_tuple(skip))
+    chosen, left = _choose(model, None if isinstance(eps, str) else spec, _as_tuple(replace), _as_tuple(skip))
     if not chosen and not any(reason == _ALREADY for *_, reason in left):
         raise ValueError(_nothing_to_replace(model, left, replace, skip, inputs))
     _check_wrappers(model, spec, chosen)
@@ -188,22 +212,24 @@ def convert(
     first = next(batches, None)
     if first is None and data is not None:
         raise ValueError("data= holds no batch; a generator can be read only once")
-    fitted = Calibration({}, {}, dict.fromkeys(chosen, spec), None, None)
+    batches = itertools.chain([] if first is None else [first], batches)
+    found = Calibration(dict.fromkeys(chosen, spec))
     if eps == "fit":
         ns = (spec.n,) if "_n" in name.lower() else (1, 2, 3)
-        fitted = calibrate(model, chosen, spec, ns, itertools.chain([first], batches), per_layer, fit_to)
-    members = {path: dataclasses.replace(m, learnable=spec.learnable) for path, m in fitted.members.items()}
-    replaced = [
-        Replacement(
-            path, describe(slot.occupant), members[path].name, fitted.fits.get(path), fitted.unfitted_errors.get(path)
-        )
-        for path, slot in chosen.items()
-    ]
+        found = calibrate(model, chosen, spec, ns, batches, per_layer, fit_to)
+    elif eps == "match":
+        found = match(model, chosen, spec, batches, per_layer, c)
+    members = {path: dataclasses.replace(m, learnable=spec.learnable) for path, m in found.members.items()}
+    layers = found.scales.layers if found.scales else {}
+    numbers = [(found.fits.get(path), found.unfitted_errors.get(path), layers.get(path)) for path in chosen]
+    names = [(path, describe(slot.occupant), members[path].name) for path, slot in chosen.items()]
+    replaced = tuple(Replacement(*name, *number) for name, number in zip(names, numbers, strict=True))
     replace_all(model, chosen, members)
     _write_plans(model)
     seen, reason = _audit(model, first if inputs is None else inputs)
-    changes = fitted.output_change, fitted.unfitted_output_change
-    return Conversion(type(model).__name__, tuple(replaced), tuple(left), seen, reason, *changes)
+    changes = found.output_change, found.unfitted_output_change
+    matched = (found.scales.rms, c) if found.scales else ()
+    return Conversion(type(model).__name__, replaced, tuple(left), seen, reason, *changes, *matched)
 
 
 def revert(model: nn.Module) -> list[str]:
@@ -223,7 +249,9 @@ def revert(model: nn.Module) -> list[str]:
 # ---- what may be converted
 
 
-def _check(model: nn.Module, name: str, eps: float | str | None, data: Any, per_layer: bool, fit_to: str) -> GemSpec:
+def _check(
+    model: nn.Module, name: str, eps: float | str | None, data: Any, per_layer: bool, fit_to: str, c: float
+) -> GemSpec:
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module, got {type(model).__name__}"
@@ -233,15 +261,20 @@ def _check(model: nn.Module, name: str, eps: float | str | None, data: Any, per_
     spec = parse(name)
     if fit_to not in ("output", "activations"):
         raise ValueError(f"fit_to must be 'output' or 'activations', got {fit_to!r}")
-    if isinstance(eps, str) and eps != "fit":
-        raise ValueError(f"eps must be a number or 'fit', got {eps!r}")
-    if eps == "fit" and data is None:
-        raise ValueError("eps='fit' needs data=, batches to run the model on; a few dozen examples will do")
-    if per_layer and eps != "fit":
-        raise ValueError(f"per_layer=True is about fitting: it needs eps='fit' and data=, got eps={eps!r}")
+    chooses = isinstance(eps, str)
+    if chooses and eps not in ("fit", "match"):
+        raise ValueError(f"eps must be a number, 'fit' or 'match', got {eps!r}")
+    if chooses and data is None:
+        raise ValueError(f"eps={eps!r} needs data=, batches to run the model on; a few dozen examples will do")
+    if eps == "match":
+        check_match(spec, c)
+    if per_layer and not chooses:
+        raise ValueError(f"per_layer=True needs an eps that is chosen by data=: 'fit' or 'match', got eps={eps!r}")
+    if c != MATCH_C and eps != "match":
+        raise ValueError(f"c={c!r} needs eps='match', got eps={eps!r}; leave it out")
     if isinstance(data, (Tensor, Mapping, str)) or (data is not None and not isinstance(data, Iterable)):
         raise TypeError(f"data must be an iterable of batches, got {type(data).__name__}; write data=[batch] for one")
-    if eps is not None and eps != "fit":
+    if eps is not None and not chooses:
         spec = GemSpec(spec.family, spec.n, eps, spec.learnable)  # type: ignore[arg-type]
     for path, module in model.named_modules():
         home = type(module).__module__

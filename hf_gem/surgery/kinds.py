@@ -101,6 +101,13 @@ def is_stock(occupant: Any) -> bool:
     return what is not None and what not in FAMILIES and not is_gate(what)
 
 
+def activation_slots(model: nn.Module) -> Iterator[Slot]:
+    """The places of `stock_slots` that hold an activation, ours too: no gate, and nothing that does more."""
+    for slot in stock_slots(model):
+        if not is_gate(kind(slot.occupant) or "") and is_elementwise(slot.occupant):
+            yield slot
+
+
 def stock_slots(model: nn.Module, also: tuple[type, ...] = ()) -> Iterator[Slot]:
     """Every place that holds an activation: submodules, those in containers too, and attributes that are functions.
 

@@ -23,12 +23,21 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise TypeError(f"a batch is a tensor, a tuple of arguments or a dict of keyword ones, got {type(batch).__name__}")
 
 
-def run(model: nn.Module, batch: Any) -> Any:
-    """What a model returns for a batch, which leaves no trace on it: no statistics, flags or caches."""
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def run(model: nn.Module, batch: Any, batch_statistics: bool = False) -> Any:
+    """What a model returns for a batch, which leaves no trace on it: no statistics, flags or caches.
+
+    Args:
+        model: In any mode; it runs in evaluation mode.
+        batch: Its arguments.
+        batch_statistics: Whether batch normalisation takes the statistics of the batch all the same.
+    """
     args, kwargs = arguments(batch)
     model = unwrapped(model)
     try:
-        with evaluating(model):
+        with evaluating(model, _BATCH_NORMS if batch_statistics else ()):
             return torch.func.functional_call(model, copied_buffers(model), args, kwargs)
     except Exception as error:
         raise ValueError(
@@ -60,10 +69,14 @@ def copied_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module, training: tuple[type[nn.Module], ...] = ()) -> Iterator[None]:
     """Evaluation mode without gradients, compilation and fused encoder layers; on leaving, all is as it was.
 
     But for what is written into buffers: see `copied_buffers`.
+
+    Args:
+        model: Whatever mode it is in.
+        training: Classes of modules that are in training mode meanwhile.
     """
     devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
     kind = next(iter(devices)).type if devices else "cuda"
@@ -77,7 +90,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         for module in model.modules():
-            module.training = False  # `model.eval()` may do more, such as merging adapters
+            module.training = isinstance(module, training)  # `model.eval()` may do more, such as merging adapters
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -13,10 +14,21 @@ from transformers.activations import ACT2FN
 
 from .. import convert, set_activation
 from ..family.names import is_name
-from ..surgery.kinds import describe, is_elementwise, is_gate, kind, stock_slots
+from ..surgery.kinds import activation_slots, describe, kind
 from ..surgery.reports import path_patterns
 from . import image_models  # noqa: F401  # registers its models
 from .errors import ConfigError
+
+
+def depth_and_width(name: str) -> tuple[int, int] | None:
+    """Of a residual network for CIFAR, resnet<6n+2>-cifar or resnet<6n+2>x<width>-cifar; None for another name."""
+    found = re.fullmatch(r"resnet(\d+)(?:x([1-9]\d*))?-cifar", name)
+    return (int(found[1]), int(found[2] or 16)) if found else None
+
+
+def is_own(name: str) -> bool:
+    """Whether this is a model of `image_models`."""
+    return name == "convnet" or depth_and_width(name) is not None
 
 
 def class_names(classes: list[str]) -> dict[str, Any]:
@@ -138,8 +150,7 @@ def last_layer(model: nn.Module) -> nn.Module:
 def _check_is_everywhere(model: PreTrainedModel, name: str, hidden_act: str) -> None:
     """A stock activation has to be wherever `hf_gem.convert` puts one of the family, or two runs differ in more."""
     wanted = kind(ACT2FN[hidden_act])
-    found = ((slot, kind(slot.occupant) or "") for slot in stock_slots(model))
-    others = [s for s, what in found if what != wanted and not is_gate(what) and is_elementwise(s.occupant)]
+    others = [slot for slot in activation_slots(model) if kind(slot.occupant) != wanted]
     if others:
         kinds = Counter(describe(slot.occupant) for slot in others)
         raise ConfigError(

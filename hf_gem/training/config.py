@@ -20,7 +20,9 @@ from transformers import HfArgumentParser
 from transformers.activations import ACT2FN
 from transformers.hf_argparser import string_to_bool
 
-from ..family.names import is_claimed, parse
+from ..family.names import GemSpec, is_claimed, parse
+from ..fit import MATCH_C
+from ..surgery.scales import check_match
 
 Config = TypeVar("Config", bound="TrainConfig")
 WholeOrAuto = int | Literal["auto"]
@@ -39,6 +41,8 @@ class TrainConfig:
     # micro_batch_size splits other batches, the masks of dropout, mixup, and the statistics of batch normalisation.
     runtime: ClassVar[frozenset[str]] = frozenset(
         (
+            "eps",  # what it comes to is in hidden_act
+            "match_c",
             "output_dir",
             "micro_batch_size",
             "log_every",
@@ -56,7 +60,14 @@ class TrainConfig:
         )
     )
 
+    # What eps may be besides a number: ways to choose it.
+    eps_choices: ClassVar[tuple[str, ...]] = ("match",)
+
     hidden_act: str = option("gem_n2", "Activation: a name of the family or one that transformers knows, e.g. gelu.")
+    eps: str | None = option(
+        None, "A number in place of the eps in --hidden_act; or match, to choose it by the scale of what arrives there."
+    )
+    match_c: float = option(MATCH_C, "With --eps match, where the gate is half open, in units of that scale, the rms.")
     output_dir: str = option("", "Folder of the run; by default runs/ and a name made of recipe, preset and seed.")
     seed: int = option(0, "Seed of initial weights and dropout.")
     data_seed: int = option(0, "Seed of the sample order.")
@@ -125,6 +136,7 @@ class TrainConfig:
             )
         if is_claimed(self.hidden_act):
             self.hidden_act = parse(self.hidden_act).name  # or ValueError, with the nearest valid name
+        self._check_eps()
         at_least(self, 1, "steps", "global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints")
         at_least(self, 0, "seed", "data_seed", "warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every")
         for name in ("momentum", "adam_beta1", "adam_beta2", "ema_decay"):
@@ -142,12 +154,41 @@ class TrainConfig:
         require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
         require(self.warmup_steps <= self.steps, "warmup_steps", self.warmup_steps, f"at most steps = {self.steps}")
 
+    def _check_eps(self) -> None:
+        """Checks eps, and puts a number into the name, where it replaces another."""
+        matches = self.eps == "match"
+        require(matches or self.match_c == MATCH_C, "match_c", self.match_c, "left out without --eps match")
+        if self.eps is None:
+            return
+        chosen = self.eps in self.eps_choices
+        allowed = f"a finite number above 0, or {' or '.join(self.eps_choices)}"
+        require(chosen or is_positive(self.eps), "eps", self.eps, allowed)
+        require(is_claimed(self.hidden_act), "eps", self.eps, f"left out: --hidden_act {self.hidden_act} has none")
+        spec = parse(self.hidden_act)
+        if matches:
+            check_match(spec, self.match_c)
+        elif not chosen:
+            self.hidden_act = GemSpec(spec.family, spec.n, float(self.eps), spec.learnable).name
+
+    @property
+    def act_label(self) -> str:
+        """The activation as it is asked for, in names of folders: `gelu`, `egem_n2-match`."""
+        return self.hidden_act + ("-match" if self.eps == "match" else "")
+
 
 def at_least(config: Any, least: int, *names: str) -> None:
     """Requires some fields to be numbers of at least `least`, or auto where their type has it."""
     for name in names:
         value = getattr(config, name)
         require(value == "auto" or least <= value < math.inf, name, value, f"at least {least}")
+
+
+def is_positive(text: str) -> bool:
+    """Whether this is a finite number above 0."""
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def require(condition: bool, name: str, got: object, allowed: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from tqdm.auto import tqdm
 from .._torch import without_compiler
 from .device import batch_to_device
 from .errors import DataError, Interrupted
-from .loss import IGNORE
+from .loss import IGNORE, Output
 from .signals import agreed_stop
-from .task import Task
+from .task import Samples
 
+_SUMMED, _PAIRED = ("losses", "counts", "correct"), ("predictions", "references")
+MOST_GROUPS = 256  # of units, whose sums a record keeps: enough to estimate a variance from
 _AGREE_EVERY = 10  # rounds, for agreeing waits for the device
 
 
@@ -44,18 +47,35 @@ def accuracy(predictions: Sequence[int], references: Sequence[int]) -> float:
 METRICS: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {"perplexity": perplexity, "accuracy": accuracy}
 
 
+@dataclass
+class Evaluation:
+    """What an evaluation found; empty but on the main process.
+
+    Attributes:
+        values: `loss`, the mean over all targets in nats, and the metric.
+        groups: `counts` of targets, summed `losses` and, of classifiers, how many are `correct`, each a list with one
+            number for each group of units, such as documents or images; unit k is in group k modulo `MOST_GROUPS`.
+            None where samples or objective do not say which losses belong to which unit.
+        num_units: How many units there are.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    groups: dict[str, list[Any]] | None = None
+    num_units: int = 0
+
+
 @torch.no_grad()
-def evaluate(objective: nn.Module, task: Task, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
-    """Loss and metric over the whole validation set, each target counted once.
+def evaluate(
+    objective: nn.Module, samples: Samples, metric: str, batch_size: int, accelerator: Accelerator
+) -> Evaluation:
+    """Loss and metric over all of some samples, each target counted once.
 
     Args:
         objective: On the device of the accelerator, but not wrapped by it, except by FSDP.
-        task: Whose validation samples and metric are used.
+        samples: To evaluate on.
+        metric: Of `METRICS`.
         batch_size: Samples in one forward pass of one process, at most.
         accelerator: All of whose processes call this.
-
-    Returns:
-        `loss` in nats and the metric; empty but on the main process.
 
     Raises:
         DataError: samples cannot be read.
@@ -66,29 +86,70 @@ def evaluate(objective: nn.Module, task: Task, batch_size: int, accelerator: Acc
     if world > 1:
         for buffer in objective.buffers():  # statistics of batch normalisation, of which those of rank 0 are saved
             torch.distributed.broadcast(buffer, 0)
-    count = len(task.validation)
-    rows: dict[str, list[Any]] = {"losses": [], "targets": [], "predictions": [], "references": []}
+    count, rows = len(samples), _Rows()
     rounds = range(0, count, world * batch_size)  # as many on each process, for FSDP gathers weights in each
     hidden = not (accelerator.is_main_process and sys.stderr.isatty())
     for number, first in enumerate(tqdm(rounds, desc="Evaluating", leave=False, disable=hidden)):
         if world == 1 or number % _AGREE_EVERY == 0:
             _check(accelerator)
         indices = np.arange(first + rank * batch_size, min(first + (rank + 1) * batch_size, count))
-        batch = _read(task, indices if len(indices) else np.zeros(1, np.int64))
+        batch = _read(samples, indices if len(indices) else np.zeros(1, np.int64))
+        units = batch.pop("units", None)
         # The modes of evaluation and the size of its last batch would each be compiled anew, for a share of the work.
         with without_compiler():
             output = objective(**batch_to_device(batch, accelerator.device))
         if len(indices):
-            rows["losses"].append(output.loss)
-            rows["targets"].append((batch["labels"] != IGNORE).sum())
-            if output.predictions is not None:
-                rows["predictions"].extend(output.predictions.unbind())
-                rows["references"].extend(batch["labels"].unbind())
-    mine = {key: torch.stack(values).tolist() if values else [] for key, values in rows.items()}
-    gathered = gather_object([mine]) if world > 1 else [mine]
-    if not accelerator.is_main_process:
-        return {}
-    return _values({key: [value for part in gathered for value in part[key]] for key in rows}, task.metric)
+            rows.add(output, batch["labels"], units)
+    mine = rows.sums()
+    parts = gather_object([mine]) if world > 1 else [mine]
+    return _together(parts, metric) if accelerator.is_main_process else Evaluation()
+
+
+class _Rows:
+    """The outputs of one process, which stay on the device until all are there: to fetch each would wait for it."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, output: Output, labels: torch.Tensor, units: torch.Tensor | None) -> None:
+        counted = labels != IGNORE
+        row = {"losses": output.loss, "counts": counted.sum()}
+        if output.losses is not None and units is not None:
+            row = {"losses": output.losses, "counts": counted, "units": units}
+        if output.predictions is not None:
+            row |= {"predictions": output.predictions, "references": labels}
+        for key, tensor in row.items():
+            self._parts.setdefault(key, []).append(tensor.reshape(-1))
+
+    def sums(self) -> dict[str, np.ndarray]:
+        """`losses` and `counts` of each group, of one where there are no units; predictions and references in full."""
+        found = {key: torch.cat(parts).cpu().numpy() for key, parts in self._parts.items()}
+        units = found.pop("units", None)
+        if units is not None:
+            found["num_units"] = units.max(keepdims=True) + 1
+        group = units % MOST_GROUPS if units is not None else np.zeros(len(found["losses"]), np.int64)
+        if "predictions" in found and units is not None:
+            found["correct"] = found["predictions"] == found["references"]
+        size = MOST_GROUPS if units is not None else 1
+        for key in _SUMMED:
+            if key in found:
+                found[key] = np.bincount(group, found[key].astype(np.float64), size)
+        return found
+
+
+def _together(parts: Sequence[Mapping[str, np.ndarray]], metric: str) -> Evaluation:
+    """One evaluation, of what each process has; one without samples has nothing."""
+    parts = [part for part in parts if part]
+    sums = {key: np.sum([part[key] for part in parts], axis=0) for key in _SUMMED if key in parts[0]}
+    pairs = [np.concatenate([part[key] for part in parts]) for key in _PAIRED if key in parts[0]]
+    loss = math.fsum(sums["losses"]) / float(sums["counts"].sum())
+    values = {"loss": loss, metric: METRICS[metric](*(pairs or (sums["losses"], sums["counts"])))}
+    if "num_units" not in parts[0]:
+        return Evaluation(values)
+    used = sums["counts"] > 0
+    groups: dict[str, list[Any]] = {key: found[used].astype(int).tolist() for key, found in sums.items()}
+    groups["losses"] = [float(f"{loss:.8g}") for loss in sums["losses"][used]]
+    return Evaluation(values, groups, int(max(part["num_units"][0] for part in parts)))
 
 
 def _check(accelerator: Accelerator) -> None:
@@ -96,14 +157,8 @@ def _check(accelerator: Accelerator) -> None:
         raise Interrupted("stopped in an evaluation; the same command goes on", number)
 
 
-def _read(task: Task, indices: np.ndarray) -> dict[str, torch.Tensor]:
+def _read(samples: Samples, indices: np.ndarray) -> dict[str, torch.Tensor]:
     try:
-        return task.validation.batch(indices)
+        return samples.batch(indices)
     except Exception as error:  # whatever the data are made of
-        raise DataError(f"validation samples cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _values(rows: dict[str, list[Any]], name: str) -> dict[str, float]:
-    predictions, references = rows["predictions"] or rows["losses"], rows["references"] or rows["targets"]
-    loss = math.fsum(rows["losses"]) / sum(rows["targets"])
-    return {"loss": loss, name: METRICS[name](predictions, references)}
+        raise DataError(f"samples to evaluate on cannot be read: {type(error).__name__}: {error}") from error

@@ -25,6 +25,7 @@ class CifarResNetConfig(PretrainedConfig):
         initializer_gain: Filters are normal with standard deviation gain / sqrt(outputs x height x width), sqrt(2) as
             in the paper's reference 13.
         num_channels: Of the images.
+        act_after_add: What is behind the addition of each block: the same activation, or none.
     """
 
     model_type = "cifar_resnet"
@@ -36,8 +37,11 @@ class CifarResNetConfig(PretrainedConfig):
         hidden_act: str = "relu",
         initializer_gain: float = math.sqrt(2),
         num_channels: int = 3,
+        act_after_add: str = "same",
         **kwargs: Any,
     ) -> None:
+        if act_after_add not in ("same", "none"):
+            raise ValueError(f"act_after_add must be 'same' or 'none', got {act_after_add!r}")
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"depth must be 6n + 2, such as 20, 56 or 110, got {depth}")
         self.depth = depth
@@ -45,6 +49,7 @@ class CifarResNetConfig(PretrainedConfig):
         self.hidden_act = hidden_act
         self.initializer_gain = initializer_gain
         self.num_channels = num_channels
+        self.act_after_add = act_after_add
         super().__init__(**kwargs)
 
 
@@ -106,7 +111,7 @@ class _ImageClassifier(PreTrainedModel):
 class _BasicBlock(nn.Module):
     """Two 3 x 3 convolutions and a shortcut without parameters: every other pixel, new channels zero (option A)."""
 
-    def __init__(self, inputs: int, outputs: int, act: str) -> None:
+    def __init__(self, inputs: int, outputs: int, act: str, act_after_add: str) -> None:
         super().__init__()
         self.stride = 1 if inputs == outputs else 2
         self.new = outputs - inputs
@@ -115,7 +120,7 @@ class _BasicBlock(nn.Module):
         self.act1 = ACT2FN[act]
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
-        self.act2 = ACT2FN[act]
+        self.act2 = ACT2FN[act] if act_after_add == "same" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         residual = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
@@ -144,7 +149,8 @@ class CifarResNetForImageClassification(_ImageClassifier):
         self.act = ACT2FN[config.hidden_act]
         channels = [width, *(width * 2**stage for stage in range(3) for _ in range(per_stage))]
         pairs = itertools.pairwise(channels)
-        self.blocks = nn.Sequential(*[_BasicBlock(before, after, config.hidden_act) for before, after in pairs])
+        acts = config.hidden_act, config.act_after_add
+        self.blocks = nn.Sequential(*[_BasicBlock(before, after, *acts) for before, after in pairs])
         self.classifier = nn.Linear(channels[-1], config.num_labels or 2)
         self.post_init()  # type: ignore[no-untyped-call]  # of transformers
 

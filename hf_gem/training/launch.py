@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from .config import TrainConfig
+from .device import keep_freed_memory
 from .errors import ConfigError
 from .signals import check
 
@@ -57,6 +58,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError(
             f"--report_to {config.report_to} needs its package: pip install {config.report_to}, or use none"
         )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     threads, cores = torch.get_num_threads(), (os.cpu_count() or 1) // accelerator.num_processes
     if accelerator.device.type == "cpu" and threads < cores:
         accelerator.print(f"training with {threads} of {cores} CPU threads; OMP_NUM_THREADS={cores} in front uses all")

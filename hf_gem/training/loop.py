@@ -32,7 +32,7 @@ from .memory import checkpoint_gradients, fit_to_memory
 from .optim import learning_rate, make_optimizer
 from .progress import Progress
 from .push import CheckpointPusher
-from .record import MetricsLog, hash_tensors, new_record, new_session, results, write_record
+from .record import MetricsLog, evaluation_record, hash_tensors, new_record, new_session, results, write_record
 from .signals import agreed_stop, catch_signals
 from .task import Task
 from .throughput import peak_flops
@@ -41,7 +41,7 @@ _CANNOT_WRITE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),  # a file where a folder should be, or the other way round
 )
-_KEPT = ("run_id", "sessions", "samples_hash")  # of the record, in checkpoints
+_KEPT = ("run_id", "sessions", "samples_hash", "evaluation")  # of the record, in checkpoints
 _MOST_SKIPPED = 10  # steps one after the other
 _MOST_ROLLBACKS = 3  # in a run
 
@@ -343,19 +343,25 @@ class _Run:
         )
 
     def _evaluate(self, step: int) -> None:
+        last = step == self.config.steps
+        parts = {"validation": self.task.validation, "test": self.task.test if last else None}
+        how = self.task.metric, self.micro_batch_size, self.accelerator
         try:
-            values = evaluate(self.evaluated, self.task, self.micro_batch_size, self.accelerator)
+            found = {part: evaluate(self.evaluated, samples, *how) for part, samples in parts.items() if samples}
         except Interrupted as stopped:
             self.owes_evaluation = True  # the same command begins with it
             self._stop(step, stopped.signal_number)
         self.owes_evaluation = False
         if self.is_main:
-            named = {f"validation_{name}": value for name, value in values.items()}
+            named = {f"{part}_{name}": value for part, e in found.items() for name, value in e.values.items()}
             self.log.add(step=step, **named)
-            tqdm.write(f"step {step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+            for part, e in found.items():
+                tqdm.write(f"step {step}: {part} " + ", ".join(f"{k} {v:.4f}" for k, v in e.values.items()))
             self.accelerator.log(named, step=step)
+            self.record["evaluation"] = evaluation_record(self.task, found) if last else None
         if step:  # no step has seen yet what its own update did; only the main process has the values
-            lost = torch.tensor(float(not math.isfinite(values.get("loss", 0.0))), device=self.accelerator.device)
+            loss = found["validation"].values.get("loss", 0.0)
+            lost = torch.tensor(float(not math.isfinite(loss)), device=self.accelerator.device)
             self.finite &= self.accelerator.reduce(lost, "sum") == 0
 
     def _is_finite(self) -> bool:

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .errors import ConfigError
 
+CHUNK_SIZE = 4096  # tokens; of a vocabulary of 50k, 0.8 GB of logits in float32
 IGNORE = -100  # a label that counts for nothing, as in torch and transformers
 
 # SDPA for sequences that are neither padded nor packed. No mask belongs to it, so transformers looks for neither: to
@@ -30,14 +31,23 @@ class Output(NamedTuple):
     Attributes:
         loss: Sum over all targets, a float32 scalar.
         predictions: Of a classifier, the likeliest class of each sample, int64.
+        losses: In evaluation, that of each target, in the shape of the labels, float32; 0 where there is none.
     """
 
     loss: Tensor
     predictions: Tensor | None = None
+    losses: Tensor | None = None
+
+    @classmethod
+    def evaluated(cls, losses: Tensor, labels: Tensor, predictions: Tensor | None = None) -> Output:
+        """That of an evaluation, from the loss of each target."""
+        return cls(losses.sum(), predictions, losses.view(labels.shape))
 
 
-def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk_size: int) -> Tensor:
-    """Summed cross-entropy of `head(hidden)`, in float32, with the logits of one chunk in memory at a time.
+def chunked_cross_entropy(
+    hidden: Tensor, head: nn.Module, labels: Tensor, chunk_size: int, reduction: Literal["sum", "none"] = "sum"
+) -> Tensor:
+    """Cross-entropy of `head(hidden)`, in float32, with the logits of one chunk in memory at a time.
 
     The backward pass computes the logits of each chunk again, so neither the logits nor a float32 copy of them is ever
     held whole. One chunk that holds everything is not recomputed.
@@ -47,16 +57,19 @@ def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk
         head: Maps (tokens, width) to logits (tokens, vocabulary).
         labels: int64 of shape (tokens,); `IGNORE` is left out.
         chunk_size: Tokens in a chunk; 0 takes all at once.
+        reduction: The sum, or the loss of each token.
 
     Returns:
-        A float32 scalar.
+        A float32 scalar, or (tokens,).
     """
 
     def loss(hidden: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden).float(), labels, ignore_index=IGNORE, reduction="sum")
+        return F.cross_entropy(head(hidden).float(), labels, ignore_index=IGNORE, reduction=reduction)
 
     if chunk_size == 0 or len(labels) <= chunk_size:
         return loss(hidden, labels)
+    if reduction == "none":
+        return torch.cat([loss(*part) for part in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True)])
     total = torch.zeros((), device=hidden.device)
     for part, target in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
         total = total + checkpoint(loss, part, target, use_reentrant=False, preserve_rng_state=False)
@@ -77,12 +90,21 @@ def whole_sequences(model: nn.Module) -> Iterator[None]:
             config._attn_implementation = {"": "sdpa"}
 
 
+def _token_losses(objective: nn.Module, hidden: Tensor, head: nn.Module, labels: Tensor, chunk_size: int) -> Output:
+    """What an objective returns for hidden states, (batch, length, width), and labels, (batch, length)."""
+    parts = hidden.flatten(0, 1), head, labels.flatten(), chunk_size
+    if objective.training:
+        return Output(chunked_cross_entropy(*parts))
+    return Output.evaluated(chunked_cross_entropy(*parts, "none"), labels)
+
+
 class CausalLMLoss(nn.Module):
     """Next-token loss of a transformers causal language model on sequences that are neither padded nor packed.
 
     Args:
         model: The model; its decoder and output embeddings are called separately.
-        chunk_size: Tokens in a chunk of `chunked_cross_entropy`; for auto, training puts a number here.
+        chunk_size: Tokens in a chunk of `chunked_cross_entropy`; for auto, training puts a number here, and until then
+            it is `CHUNK_SIZE`.
     """
 
     def __init__(self, model: PreTrainedModel, chunk_size: int | Literal["auto"] = 0) -> None:
@@ -95,7 +117,8 @@ class CausalLMLoss(nn.Module):
         with whole_sequences(self.model):
             hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False)[0]
         head = self.model.get_output_embeddings()
-        return Output(chunked_cross_entropy(hidden.flatten(0, 1), head, labels.flatten(), self.chunk_size))
+        size = CHUNK_SIZE if self.chunk_size == "auto" else self.chunk_size
+        return _token_losses(self, hidden, head, labels, size)
 
 
 class MaskedLMLoss(nn.Module):
@@ -118,9 +141,7 @@ class MaskedLMLoss(nn.Module):
         with whole_sequences(self.model):
             hidden = self.model.base_model(input_ids=input_ids)[0]
         chosen = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-        return Output(
-            chunked_cross_entropy(chosen.flatten(0, 1), self.model.get_submodule(self.head), labels.flatten(), 0)
-        )
+        return _token_losses(self, chosen, self.model.get_submodule(self.head), labels, 0)
 
 
 class ClassificationLoss(nn.Module):
@@ -145,7 +166,10 @@ class ClassificationLoss(nn.Module):
             pixel_values, labels = self._mix(pixel_values, labels)
         with whole_sequences(self.model):
             logits = self.model(pixel_values=pixel_values).logits.float()
-        smoothing = self.label_smoothing if self.training and self.mixup is None else 0.0
+        if not self.training:
+            losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+            return Output.evaluated(losses, labels, logits.argmax(-1))
+        smoothing = self.label_smoothing if self.mixup is None else 0.0
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
         return Output(loss, logits.argmax(-1))
 

@@ -15,10 +15,9 @@ from .config import TrainConfig
 from .device import batch_to_device
 from .errors import ConfigError
 from .launch import PRECISIONS
-from .loss import CausalLMLoss
+from .loss import CHUNK_SIZE, CausalLMLoss
 from .task import Task
 
-CHUNK_SIZE = 4096  # tokens; of a vocabulary of 50k, 0.8 GB of logits in float32
 _SHARE_OF_LOGITS = 1 / 3  # of the memory beside weights and optimizer; the rest is for activations
 _SPARE = 0.05  # of all memory: a compiler's buffers, kernels, fragments
 _MICRO_BATCH_SIZE = 16  # where nothing is tried

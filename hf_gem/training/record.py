@@ -25,6 +25,7 @@ from ..files import to_json, write_atomically
 from ..modules import GemActivation
 from .config import TrainConfig
 from .data.order import SampleOrder
+from .evaluate import Evaluation
 from .task import Task
 from .throughput import FLOP_COUNT
 
@@ -56,9 +57,9 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(to_json(entry) + "\n")
 
-    def keys(self, prefix: str) -> list[str]:
-        """The metrics whose names start so, in the order in which they came."""
-        return list(dict.fromkeys(key for entry in self.entries for key in entry if key.startswith(prefix)))
+    def keys(self, *prefixes: str) -> list[str]:
+        """The metrics whose names start with one of these, in the order in which they came."""
+        return list(dict.fromkeys(key for entry in self.entries for key in entry if key.startswith(prefixes)))
 
     def curve(self, key: str) -> list[tuple[int, float]]:
         """The (step, value) pairs of one metric."""
@@ -101,15 +102,27 @@ def new_record(task: Task, config: TrainConfig, accelerator: Accelerator, order:
         "init_signs_hash": hash_weights(task.model, signs=True) if hashes else None,
         "order_hash": order.hash(config.steps, config.global_batch_size),
         "samples_hash": None,  # of the first micro-batch as the model sees it, cropped, flipped and masked
+        "evaluation": None,
         "num_parameters": sum(p.numel() for p in task.model.parameters()),
         "nonfinite": {"skipped_steps": 0, "rollbacks": 0, "skipped_batches": 0},
         "sessions": [],
     }
 
 
+def evaluation_record(task: Task, found: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """What a record keeps of the last evaluation, for intervals that count documents or images as well as seeds.
+
+    Args:
+        task: Which was evaluated.
+        found: Part of the data, `validation` or `test` -> what was found.
+    """
+    parts = {part: {"num_units": e.num_units, **e.groups} for part, e in found.items() if e.groups is not None}
+    return {"unit": {"tokens": "documents"}.get(task.unit, task.unit), **parts}
+
+
 def results(log: MetricsLog, task: Task) -> dict[str, Any]:
     """The part of a record that follows from the log: `result` and `curves`."""
-    curves = {key: curve for key in log.keys("validation_") if (curve := log.curve(key))}
+    curves = {key: curve for key in log.keys("validation_", "test_") if (curve := log.curve(key))}
     losses = [loss for _, loss in curves.get("validation_loss", [])]
     finite = [loss for loss in losses if math.isfinite(loss)]
 

@@ -21,7 +21,9 @@ class Samples(Protocol):
         Args:
             indices: Which samples.
             draws: In training, the number of each in the order of the whole run: what is random about a sample, masks
-                or augmentation, is a function of it and of a seed. None in evaluation, which is always the same.
+                or augmentation, is a function of it and of a seed. None in evaluation, which is always the same; there,
+                `units` may be among the results, in the shape of `labels`: the number of the document or image that
+                each target belongs to.
         """
         ...
 
@@ -38,6 +40,7 @@ class Task:
         train: Training samples.
         validation: Validation samples, all of which are evaluated.
         data: What the record says of the data; its `hash` identifies it.
+        test: Samples to evaluate once, at the end; None without a test.
         units_per_sample: How much of what throughput counts is in a sample: tokens, or 1 image.
         unit: What that is called.
         flops_per_unit: Training FLOPs for one, for the share of peak reported as MFU.
@@ -58,6 +61,7 @@ class Task:
     unit: str = "tokens"
     flops_per_unit: float | None = None
     metric: str = "perplexity"
+    test: Samples | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     lr_ratios: dict[nn.Module, float] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)

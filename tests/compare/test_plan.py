@@ -15,7 +15,13 @@ from tests.helpers import ROOT
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metric": "loss"}, "metric must be one of validation_loss"),
+        ({"metric": "loss"}, "metric must be one of test_loss"),
+        ({"further_baselines": ["gelu"]}, "baseline 'gelu' is no arm"),
+        ({"final_rates": 2}, "final_rates 2 needs a metric of test samples, got validation_loss"),
+        ({"final_rates": 3}, "must be 1 or 2, got 3"),
+        ({"arms": {"relu": ["relu"], "x": ["gem seed=3"]}}, "flags seed are set by the study"),
+        ({"arms": {"relu": ["relu"], "x": ["gem steps"]}}, "takes FLAG=VALUE"),
+        ({"arms": {"relu": ["relu a=1"], "x": ["relu a 1"]}}, "FLAG=VALUE"),
         ({"baseline": "gelu"}, "baseline 'gelu' is no arm"),
         ({"arms": {"relu": ["relu"]}}, "a comparison takes two"),
         ({"arms": {"relu": ["relu"], "x": ["gem_2"]}}, "'gem_2'"),

@@ -47,7 +47,7 @@ def differences():
     """Every difference of two arms of a study, with its interval; those of accuracies in points."""
     found = []
     for study in map(Study, STUDIES):
-        points = 100 if study.plan.metric == "validation_accuracy" else 1
+        points = 100 if study.plan.metric.endswith("accuracy") else 1
         for baseline in study.plan.arms:
             found += [np.multiply(points, (c.difference, *c.interval)) for c in study.comparisons(baseline)]
     return found

@@ -58,6 +58,34 @@ def test_diverged_runs_are_outcomes(study):
     assert toy.choices()["relu"] == ("relu", 0.01)
 
 
+def test_the_two_best_rates_run_on_the_final_seeds_and_validation_decides(study):
+    plan = {"metric": "test_loss", "final_rates": 2, "flags": {"test": 1}, "final_seeds": list(range(8))}
+    toy = study(**plan, arms={"relu": ["relu"], "gem": ["gem best=0.012"]})
+    run(toy)
+    assert toy.finalists()["relu"][0] == ("relu", 0.01)
+    assert {rate for _, rate in toy.finalists()["gem"]} == {0.01, 0.02}
+    assert len([name for name in started(toy) if "seed10" not in name]) == 2 * 2 * 8
+    means = {
+        trial: [toy._value(Run(*trial, seed), "validation_loss") for seed in (100, 101, *range(8))]
+        for trial in toy.finalists()["gem"]
+    }
+    assert toy.choices()["gem"] == min(means, key=lambda trial: sum(means[trial]))
+    assert toy.outcomes()["gem"][0] == pytest.approx(2 + abs(math.log(toy.choices()["gem"][1] / 0.012)))
+    assert not toy.set_aside()
+    assert Run("gem best=0.012", 0.01, 0).name == "gem-best-0.012-lr0.01-seed0"
+
+
+def test_a_finalist_that_diverges_is_not_chosen(study):
+    plan = {"metric": "test_loss", "final_rates": 2, "flags": {"test": 1}, "final_seeds": [0, 1]}
+    toy = study(**plan, arms={"relu": ["relu"], "gem": ["gem"]})
+    run(toy)
+    (act, rate), other = toy.finalists()["gem"]
+    path = toy.folder / "records" / f"{Run(act, rate, 1).name}.json"
+    path.write_text(path.read_text().replace('"finished"', '"diverged"'))
+    again = study(**plan, arms={"relu": ["relu"], "gem": ["gem"]})
+    assert again.choices()["gem"] == other
+
+
 def test_a_frozen_plan_that_was_changed(study):
     toy = study()
     path = toy.folder / "plan.json"
@@ -101,7 +129,6 @@ def test_outcomes_have_parts(study):
     found = toy.parts(Run("gem", 0.01, 3))
     assert found.shape == (2, 12)
     assert found[0].sum() / found[1].sum() == pytest.approx(toy.outcome(Run("gem", 0.01, 3)))
-    assert toy.parts(Run("gem", 0.02, 3)) is None  # there is no such run
     (compared,) = toy.comparisons()
     assert (compared.components.num_seeds, compared.components.num_groups) == (8, 12)
     assert toy.comparisons("gem")[0].components is not None

@@ -1,15 +1,12 @@
 """A recipe that takes no time, a plan for it, and its studies, run in this process or in processes of their own."""
 
-import contextlib
 import functools
-import runpy
-import sys
 import threading
 import time
-import traceback
 from unittest import mock
 
 from hf_gem.compare.driver import Driver
+from hf_gem.compare.executors import InProcess
 from hf_gem.training import record
 
 # Its loss is lowest at a learning rate of 0.01, and lower with gem_n2; it counts how often it was started.
@@ -35,7 +32,10 @@ loss += random.Random(seed * 7 + len(act)).gauss(0, 0.002) - 0.02 * (act == "gem
 status = "diverged" if rate > float(flags.get(f"limit_for_{act}", flags.get("limit", 1))) else "finished"
 session = {**environment(), "seconds": 3.0}
 gain = act if flags.get("own_gain") else ""
-record = {"status": status, "result": {"validation_loss": loss}, "sessions": [session],
+result = {"validation_loss": loss}
+if "test" in flags:  # where the two rates that are best by validation are others
+    result["test_loss"] = 2 + abs(math.log(rate / best))
+record = {"status": status, "result": result, "sessions": [session],
           "data": {"hash": flags.get("data", "test")},
           "init_hash": f"w{seed}{gain}", "init_signs_hash": f"s{seed}",
           "order_hash": f"o{seed}", "samples_hash": f"x{seed}",
@@ -48,9 +48,9 @@ if flags.get("documents"):
     for document, count in enumerate(counts):
         own = random.Random(f"{act} {document}").gauss(0, spread)
         losses.append(count * (loss + own + random.Random(f"{act} {seed} {document}").gauss(0, 0.01)))
-    record["result"] = {"validation_loss": sum(losses) / sum(counts), "unit": "tokens"}
-    parts = {"counts": counts, "losses": losses}
-    record["evaluation"] = {"unit": "documents", "num_units": len(counts), "validation": parts}
+    record["result"] |= {"validation_loss": sum(losses) / sum(counts), "unit": "tokens"}
+    parts = {"num_units": len(counts), "counts": counts, "losses": losses}
+    record["evaluation"] = {"unit": "documents", "validation": parts}
 if flags.get("unpaired"):
     record[flags["unpaired"]] += act
 (folder / "record.json").write_text(json.dumps(record))
@@ -67,46 +67,14 @@ TWO_ARMS = {"learning_rates": [0.01], "arms": {"relu": ["relu"], "gem": ["gem"]}
 environment = functools.cache(record.environment)  # which takes longer than all else that the toy does
 
 
-class Ended:
-    """A command that has run."""
-
-    def __init__(self, exitcode):
-        self.exitcode = exitcode
-
-    def terminate(self):
-        pass
-
-
-class InThisProcess:
-    """Runs each command to its end when it is started, in this process."""
+class InThisProcess(InProcess):
+    """As `--jobs 0` has it, with git asked once for all runs."""
 
     one_at_a_time = threading.Lock()  # the streams and the arguments are those of the process
 
     def start(self, command, log, env):
-        with (
-            self.one_at_a_time,
-            log.open("w") as output,
-            contextlib.redirect_stdout(output),
-            contextlib.redirect_stderr(output),
-            mock.patch.object(sys, "argv", command),
-            mock.patch.dict("os.environ", env),
-            mock.patch.object(record, "environment", environment),
-        ):
-            try:
-                runpy.run_path(command[0], run_name="__main__")
-            except SystemExit as error:
-                if isinstance(error.code, int):
-                    return Ended(error.code)
-                print(error.code)
-                return Ended(1)
-            except Exception:
-                traceback.print_exc()
-                return Ended(1)
-        return Ended(0)
-
-    def wait(self, children, seconds):
-        if not children:
-            time.sleep(seconds)
+        with self.one_at_a_time, mock.patch.object(record, "environment", environment):
+            return super().start(command, log, env)
 
 
 def run(study, jobs=1, **more):

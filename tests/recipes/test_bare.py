@@ -13,7 +13,14 @@ from tests.helpers import ROOT, run_here, run_python
 
 BARE = os.pathsep.join(map(str, (ROOT / "tests" / "bare", ROOT)))
 FEW = ("--steps=4", "--warmup_steps=1", "--eval_every=2", "--save_every=2", "--log_every=1")
-TEXT = (*FEW, "--global_batch_size=4", "--max_train_tokens=20000", "--validation_fraction=0.02", "--vocab_size=300")
+TEXT = (
+    *FEW,
+    "--global_batch_size=4",
+    "--max_train_tokens=20000",
+    "--validation_fraction=0.02",
+    "--min_validation_tokens=0",
+    "--vocab_size=300",
+)
 DEMOS = """
 import importlib, json, pathlib, sys
 from hf_gem.training.data import text

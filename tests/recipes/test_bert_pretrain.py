@@ -15,7 +15,14 @@ from tests.helpers import BERT, finish, launch, losses, run_here, save_bytes_tok
 
 TINY = (
     *("--n_layer=1", "--n_embd=16", "--n_head=2", "--n_inner=32", "--block_size=16", "--vocab_size=300"),
-    *("--validation_fraction=0.2", "--steps=6", "--global_batch_size=8", "--micro_batch_size=8", "--warmup_steps=2"),
+    *(
+        "--validation_fraction=0.2",
+        "--min_validation_tokens=0",
+        "--steps=6",
+        "--global_batch_size=8",
+        "--micro_batch_size=8",
+        "--warmup_steps=2",
+    ),
     *("--learning_rate=0.01", "--log_every=1", "--eval_every=3", "--save_every=2"),
 )
 # Rounding of float32 sums taken in another order, carried through six steps of a model this small.
@@ -45,6 +52,9 @@ def test_a_run_leaves_everything_and_says_where(reference):
     assert "[MASK]" not in printed.split("Filled in: ")[1].splitlines()[0]
     record = json.loads((folder / "record.json").read_text())
     assert (record["status"], record["recipe"], record["result"]["unit"]) == ("finished", "bert_pretrain", "tokens")
+    layers = record["activation_inputs"]["layers"]
+    assert [path.rpartition(".")[2] for path in layers] == ["intermediate_act_fn", "transform_act_fn"]
+    assert list(layers.values()) == pytest.approx([0.02 * 16**0.5] * 2, rel=0.2)
     card = (folder / "README.md").read_text()
     assert f"{last:.4f} nats per masked token" in card
     assert "pipeline_tag: fill-mask" in card
@@ -57,6 +67,18 @@ def test_the_saved_model_loads(reference):
     assert type(model.bert.encoder.layer[0].intermediate.intermediate_act_fn).__name__ == "GEM"
     assert tokenizer.mask_token == "[MASK]"
     assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_an_eps_that_matches(flags, tmp_path):
+    run_here(bert_pretrain, tmp_path / "match", *flags, "--hidden_act=egem_n2", "--eps=match", "--init_like_width=768")
+    record = json.loads((tmp_path / "match" / "record.json").read_text())
+    name = record["config"]["hidden_act"]
+    assert record["match"]["rms"] == pytest.approx(0.02 * 768**0.5, rel=0.1)
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "match").config.hidden_act == name
+    run_here(bert_pretrain, tmp_path / "plain", *flags, f"--hidden_act={name}", "--init_like_width=768")
+    plain = json.loads((tmp_path / "plain" / "record.json").read_text())
+    assert (plain["init_hash"], plain["samples_hash"]) == (record["init_hash"], record["samples_hash"])
+    assert losses(tmp_path / "plain") == losses(tmp_path / "match")
 
 
 @pytest.mark.parametrize("num_processes", [2, 4])

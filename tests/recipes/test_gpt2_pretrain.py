@@ -15,8 +15,10 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
+import hf_gem
 from hf_gem import gain
-from recipes import gpt2_pretrain
+from hf_gem.fit import MATCH_C, match_eps
+from recipes import bert_pretrain, gpt2_pretrain
 from recipes.gpt2_pretrain import PRESETS, Config, build_model, parse_config
 from tests.helpers import (
     GPT2,
@@ -80,6 +82,9 @@ def test_a_run_leaves_everything_and_says_where(reference):
     card = (folder / "README.md").read_text()
     assert f"{last:.4f}" in card
     record = json.loads((folder / "record.json").read_text())
+    layers = record["activation_inputs"]["layers"]
+    assert list(layers) == ["transformer.h.0.mlp.act", "transformer.h.1.mlp.act"]
+    assert [*layers.values(), record["activation_inputs"]["rms"]] == pytest.approx([0.02 * 16**0.5] * 3, rel=0.2)
     assert (record["status"], record["recipe"], record["config"]["hidden_act"]) == (
         "finished",
         "gpt2_pretrain",
@@ -220,7 +225,7 @@ def test_a_mistake_is_one_line_and_not_a_traceback(flags, tmp_path, argument, wo
 
 
 class Tokenizer:
-    bos_token_id = eos_token_id = 0
+    bos_token_id = eos_token_id = pad_token_id = 0
 
 
 def test_presets_have_the_sizes_they_state():
@@ -250,6 +255,93 @@ def test_each_activation_can_start_at_its_own_gain(act):
         assert block.mlp.c_fc.weight.std().item() == pytest.approx(128**-0.5, **near)
         expected = gain(ACT2FN[act]) / (8 * 512) ** 0.5
         assert block.mlp.c_proj.weight.std().item() == pytest.approx(expected, **near)
+
+
+MATCH = ("--hidden_act=egem_n2", "--eps=match")
+
+
+@pytest.fixture(scope="module")
+def matched(corpus, tmp_path_factory):
+    """A run whose eps is chosen, and its record."""
+    folder = tmp_path_factory.mktemp("matched") / "run"
+    run(folder, (*TINY, f"--dataset={corpus}", f"--cache_dir={corpus.parent / 'cache'}"), *MATCH, "--dropout=0.5")
+    return folder, json.loads((folder / "record.json").read_text())
+
+
+def test_an_eps_that_matches_is_a_plain_name(matched, flags, tmp_path):
+    folder, record = matched
+    name, match = record["config"]["hidden_act"], record["match"]
+    assert (record["config"]["eps"], match["hidden_act"], match["c"]) == ("match", "egem_n2", MATCH_C)
+    assert hf_gem.parse(name) == hf_gem.GemSpec("egem", 2, match_eps(match["rms"], 2))
+    assert match["rms"] == pytest.approx(record["activation_inputs"]["rms"], rel=0.01)  # with its eps in place
+    assert AutoModelForCausalLM.from_pretrained(folder).config.activation_function == name
+    assert f"tags:\n- activation-function\n- {name}\n" in (folder / "README.md").read_text()
+    run(tmp_path, flags, f"--hidden_act={name}", "--dropout=0.5")
+    plain = json.loads((tmp_path / "record.json").read_text())
+    for key in ("init_hash", "order_hash", "samples_hash", "activation_inputs"):
+        assert record[key] == plain[key]
+    assert "match" not in plain
+    assert losses(tmp_path) == losses(folder)
+    run(tmp_path, flags, *MATCH, "--dropout=0.5")  # goes on with the plain run, as it is the same
+
+
+def test_an_eps_that_matches_is_found_again(matched, flags, tmp_path):
+    folder, record = matched
+    command = (*stopping(signal.SIGKILL, 2), *flags, *MATCH, "--dropout=0.5", f"--output_dir={tmp_path}")
+    code, _ = finish(start(*command, recipe=STOPPING, **same_threads()))
+    assert code == -signal.SIGKILL
+    run(tmp_path, flags, *MATCH, "--dropout=0.5")
+    assert losses(tmp_path) == losses(folder)
+    (tmp_path / "checkpoints" / "step_00000006" / "COMPLETE").unlink()
+    with pytest.raises(Exception, match=rf"hidden_act: '{record['config']['hidden_act']}' in .*, 'egem_n2_eps"):
+        run(tmp_path, flags, *MATCH, "--match_c=2", "--dropout=0.5")
+
+
+def test_processes_choose_the_same_eps(matched, flags, tmp_path):
+    code, output = launch(2, *flags, *MATCH, "--dropout=0.5", "--micro_batch_size=2", f"--output_dir={tmp_path}")
+    assert code == 0, output
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["config"]["hidden_act"] == matched[1]["config"]["hidden_act"]
+    assert record["match"]["rms"] == pytest.approx(matched[1]["match"]["rms"], rel=REORDERED)
+
+
+def test_folders_of_runs_say_how_eps_was_chosen():
+    config, _ = parse_config(Config, PRESETS, "demo", [*MATCH])
+    assert config.act_label == "egem_n2-match"
+    config, _ = parse_config(Config, PRESETS, "demo", ["--hidden_act=egem_n2", "--eps=1e-6"])
+    assert (config.act_label, config.hidden_act) == ("egem_n2_eps1em6",) * 2
+
+
+def scales(model, ids):
+    """Root mean squares of what the activations of a model are given."""
+    seen = []
+    for act in (module for module in model.modules() if isinstance(module, torch.nn.ReLU)):
+        act.register_forward_pre_hook(lambda _, args: seen.append(args[0].square().mean().item() ** 0.5))
+    model.eval()(input_ids=ids)
+    return seen
+
+
+@pytest.mark.parametrize("recipe", [gpt2_pretrain, bert_pretrain])
+def test_a_narrow_model_gives_its_activations_what_a_wide_one_does(recipe):
+    ids, found = torch.arange(128).reshape(2, 64), {}
+    sizes = {"n_layer": 1, "n_head": 4, "block_size": 64, "hidden_act": "relu"}
+    for width, like in ((768, 0), (64, 768), (64, 0)):
+        torch.manual_seed(0)
+        config = recipe.Config(**sizes, n_embd=width, init_like_width=like)
+        found[width, like] = scales(recipe.build_model(config, Tokenizer(), 256), ids)
+    assert len(found[64, 0]) == (2 if recipe is bert_pretrain else 1)
+    assert found[768, 0] == pytest.approx([0.02 * 768**0.5] * len(found[64, 0]), rel=0.02)
+    # Of a layer of 64 x 64 weights the rms of the outputs is off by 1 / sqrt(2 x 4096) in one deviation, and the eps of
+    # LayerNorm takes 0.6 % from the inputs of GPT-2's first layer at width 768.
+    assert found[64, 768] == pytest.approx(found[768, 0], rel=4 / (2 * 4096) ** 0.5)
+    assert found[64, 0] == pytest.approx([0.16] * len(found[64, 0]), rel=0.05)
+
+
+@pytest.mark.parametrize("recipe", [gpt2_pretrain, bert_pretrain])
+def test_two_ways_to_draw_the_same_weights(recipe, capsys):
+    with pytest.raises(SystemExit):
+        recipe.main(["--own_gain=yes", "--init_like_width=768"])
+    assert "--init_like_width must be 0 with --own_gain, which draws" in capsys.readouterr().err
 
 
 def test_a_prompt_longer_than_the_context_is_cut_at_its_start(flags, tmp_path):

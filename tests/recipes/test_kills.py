@@ -12,7 +12,15 @@ from tests.helpers import losses, write_corpus
 
 KILLS = 50
 FLAGS = (
-    *("--n_layer=1", "--n_embd=16", "--n_head=2", "--block_size=16", "--vocab_size=300", "--validation_fraction=0.1"),
+    *(
+        "--n_layer=1",
+        "--n_embd=16",
+        "--n_head=2",
+        "--block_size=16",
+        "--vocab_size=300",
+        "--validation_fraction=0.1",
+        "--min_validation_tokens=0",
+    ),
     *("--steps=600", "--global_batch_size=2", "--micro_batch_size=2", "--warmup_steps=2", "--learning_rate=0.01"),
     *("--log_every=1", "--eval_every=200", "--save_every=1", "--report_to=none", "--dropout=0.1"),
 )

@@ -15,6 +15,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 import hf_gem
+from hf_gem.fit import match_eps
 from hf_gem.training.data.vision import prepare_images
 from hf_gem.training.errors import ConfigError, TrainingError
 from hf_gem.training.image_models import ConvNetConfig, ConvNetForImageClassification
@@ -53,6 +54,7 @@ def test_the_demo_learns_the_digits(demo):
     record = json.loads((folder / "record.json").read_text())
     assert record["result"]["validation_accuracy"] == pytest.approx(accuracy / 100, abs=1e-4)
     assert (record["result"]["unit"], record["data"]["num_classes"]) == ("images", 10)
+    assert list(record["activation_inputs"]["layers"]) == ["layers.1", "layers.3", "layers.6", "layers.8"]
     card = (folder / "README.md").read_text()
     for fact in (f"{accuracy:.2f} % of 359 images", "pipeline_tag: image-classification", "1,438 images to train on"):
         assert fact in card
@@ -80,6 +82,9 @@ def test_the_launcher_gives_the_same_run(short, cache, tmp_path, num_processes):
 def test_batch_normalisation_resumes_bit_for_bit(cache, tmp_path):
     flags = (cache, *SHORT, "--model=resnet8-cifar", "--optimizer=sgd", "--lr_schedule=step", "--learning_rate=0.05")
     run_here(vision_train, tmp_path / "whole", *flags, "--keep_checkpoints=9")
+    inputs = json.loads((tmp_path / "whole" / "record.json").read_text())["activation_inputs"]
+    firsts = [inputs["layers"][path] for path in ("act", *(f"blocks.{i}.act1" for i in range(3)))]
+    assert firsts == pytest.approx([1] * 4, rel=2**-8)  # behind batch normalisation, which has seen no batch before
     checkpoint = tmp_path / "whole" / "checkpoints" / "step_00000004"
     run_here(vision_train, tmp_path / "rest", *flags, f"--resume={checkpoint}")
     assert losses(tmp_path / "rest") == losses(tmp_path / "whole")
@@ -142,6 +147,26 @@ def test_transformers_models_train_by_folder(cache, tmp_path):
     assert not any(isinstance(module, torch.nn.ReLU) for module in model.modules())
 
 
+@pytest.mark.parametrize("model", ["convnet", "resnet8-cifar", "timm/test_resnet"])
+def test_an_eps_that_matches(cache, tmp_path, model):
+    """The model is the one that the name gives, and what it is given is what the name was chosen for."""
+    sizes = ("--steps=2", "--warmup_steps=0", "--resident=no", "--image_size=32", "--crop_padding=0", "--widths=4,8")
+    flags = (cache, *SHORT, *sizes, "--eval_every=0", f"--model={model}")
+    run_here(vision_train, tmp_path / "match", *flags, "--hidden_act=segem_n2", "--eps=match", "--match_c=0.3")
+    record = json.loads((tmp_path / "match" / "record.json").read_text())
+    name, match = record["config"]["hidden_act"], record["match"]
+    assert (record["config"]["eps"], match["hidden_act"], match["c"]) == ("match", "segem_n2", 0.3)
+    assert hf_gem.parse(name) == hf_gem.GemSpec("segem", 2, match_eps(match["rms"], 2, 0.3))
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "match")
+    names = {module.spec.name for module in loaded.modules() if isinstance(module, hf_gem.modules.GemActivation)}
+    assert names == {name}
+    run_here(vision_train, tmp_path / "plain", *flags, f"--hidden_act={name}")
+    plain = json.loads((tmp_path / "plain" / "record.json").read_text())
+    for key in ("init_hash", "order_hash", "samples_hash", "activation_inputs"):
+        assert record[key] == plain[key]
+    assert losses(tmp_path / "match") == losses(tmp_path / "plain")
+
+
 def build(**fields):
     return vision_train.build_model(vision_train.Config(**fields), DATA)
 
@@ -157,6 +182,12 @@ def test_more_stages_than_the_images_can_be_halved():
 def test_our_models_take_any_activation(model, act):
     names = {type(module).__name__ for module in build(model=model, hidden_act=act).modules()}
     assert type(ACT2FN[act]).__name__ in names
+
+
+def test_nothing_behind_the_additions():
+    same, none = (build(model="resnet8-cifar", act_after_add=which) for which in ("same", "none"))
+    assert [sum("EGEM" in type(module).__name__ for module in model.modules()) for model in (same, none)] == [7, 4]
+    assert none.config.act_after_add == "none"
 
 
 def test_the_name_of_a_residual_network_may_have_its_width():
@@ -218,7 +249,14 @@ def test_all_processes_agree_that_a_run_has_diverged(cache, tmp_path):
     check_diverged(tmp_path)
 
 
-@pytest.mark.parametrize("extra", [("--eps=fit",), ("--eps=0.3", "--ema_decay=0.5", "--mixup=0.2", "--cutmix=1.0")])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("--eps=fit",),
+        ("--eps=match", "--fit_per_layer=yes"),
+        ("--eps=0.3", "--ema_decay=0.5", "--mixup=0.2", "--cutmix=1.0"),
+    ],
+)
 def test_fine_tuning(demo, cache, tmp_path, extra):
     flags = (cache, "--report_to=none", f"--model={demo[0]}", "--head_lr_ratio=2", *extra)
     printed = run_here(vision_finetune, tmp_path, *flags)
@@ -230,6 +268,7 @@ def test_fine_tuning(demo, cache, tmp_path, extra):
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["before_conversion"]["accuracy"] == trained
     assert "4 activations replaced" in record["conversion"]
+    assert len(record["activation_inputs"]["layers"]) == 4
     model = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert hf_gem.audit(model, pixel_values=torch.zeros(1, 3, 8, 8)).num_gem == 4
     card = (tmp_path / "README.md").read_text()
@@ -289,21 +328,23 @@ def test_the_cifar_presets_are_those_of_the_paper():
             ["--model=timm/resnet18", "--own_gain"],
             "--own_gain must be false for models other than convnet",
         ),
+        (vision_train, ["--act_after_add=none"], "--act_after_add must be same for models other than resnet-cifar"),
         (vision_train, ["--widths=3,x"], "--widths must be numbers such as 32,64,128"),
         (vision_train, ["--widths=8,0"], "--widths must be numbers such as 32,64,128, all above 0, got 8,0"),
         (vision_train, ["--model=my-cifar", "--own_gain"], "--own_gain must be false for models other than convnet"),
         (vision_train, [f"--output_dir={__file__}"], "--output_dir must be a folder, there or to be made"),
         (vision_finetune, ["--model=x", "--hidden_act=relu"], "--hidden_act must be of the family"),
         *[
-            (vision_finetune, ["--model=x", f"--eps={eps}"], "--eps must be a finite number above 0, or fit")
+            (vision_finetune, ["--model=x", f"--eps={eps}"], "--eps must be a finite number above 0, or fit or match")
             for eps in ("small", "inf", "nan", "-1")
         ],
         (vision_finetune, ["--model=x", "--hidden_act=gem", "--eps=0.01"], "gem has eps = 1, fixed; got eps=0.01"),
         (
             vision_finetune,
             ["--model=x", "--eps=0.1", "--fit_per_layer"],
-            "--fit_per_layer must be false without --eps fit",
+            "--fit_per_layer must be false without --eps fit or match",
         ),
+        (vision_finetune, ["--model=x", "--match_c=0.2"], "--match_c must be left out without --eps match, got 0.2"),
         (vision_finetune, ["--model="], "--model must be timm/<name>"),
     ],
 )

@@ -7,6 +7,7 @@ from typing import Literal, Optional
 import pytest
 import yaml
 
+from hf_gem.fit import MATCH_C
 from hf_gem.training.config import TrainConfig, option, parse_config, trajectory
 from recipes.gpt2_pretrain import PRESETS, Config
 
@@ -154,6 +155,24 @@ def test_names_of_the_family_are_made_canonical():
     assert parse("--hidden_act", "EGEM_n2_eps1e-06").hidden_act == "egem_n2_eps1em6"
 
 
+def test_a_number_replaces_the_eps_of_the_name(tmp_path):
+    flags = ("--hidden_act", "segem_n2_eps0.5_learnable")
+    assert parse(*flags, "--eps", "1e-6").hidden_act == "segem_n2_eps1em6_learnable"
+    assert parse("--hidden_act", "egem_eps3", "--eps", "1e-4").hidden_act == "egem"
+    (tmp_path / "run.yaml").write_text("eps: 0.25\n")
+    config = parse(*flags, "--config", tmp_path / "run.yaml")
+    assert (config.eps, config.hidden_act) == ("0.25", "segem_n2_eps0.25_learnable")
+    config.validate()
+    assert config.hidden_act == "segem_n2_eps0.25_learnable"
+    assert trajectory(config) == trajectory(parse("--hidden_act", "segem_n2_eps0.25_learnable"))
+
+
+def test_an_eps_that_matches_waits_for_the_model():
+    config = parse("--hidden_act", "egem_n2_eps3", "--eps", "match", "--match_c", "0.2")
+    assert (config.hidden_act, config.eps, config.match_c) == ("egem_n2_eps3", "match", 0.2)
+    assert parse().match_c == MATCH_C
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_valid(preset):
     config = parse("--preset", preset)
@@ -191,6 +210,13 @@ def test_the_124m_preset_is_gpt2_small():
         (["--streaming", "true"], ["--max_train_tokens", "--streaming"]),
         (["--hidden_act", "gelo"], ["gelo", "gem_n2", "gelu", "HF_GEM_FAMILIES"]),
         (["--hidden_act", "egem-n2"], ["egem-n2", "egem_n2"]),
+        (["--hidden_act", "egem", "--eps", "fit"], ["--eps must be a finite number above 0, or match, got fit"]),
+        (["--hidden_act", "egem", "--eps", "0"], ["--eps must be a finite number above 0, or match, got 0"]),
+        (["--hidden_act", "gelu", "--eps", "match"], ["--eps must be left out: --hidden_act gelu has none"]),
+        (["--hidden_act", "gem_n2", "--eps", "match"], ["gem has eps = 1, fixed", "'egem' has others"]),
+        (["--hidden_act", "gem_n2", "--eps", "0.1"], ["gem has eps = 1, fixed; got eps=0.1"]),
+        (["--hidden_act", "egem", "--match_c", "2"], ["--match_c must be left out without --eps match, got 2.0"]),
+        (["--hidden_act", "egem", "--eps", "match", "--match_c", "0"], ["c must be positive and finite, got 0.0"]),
         (["--config", "missing.yaml"], ["missing.yaml"]),
     ],
 )

@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from hf_gem.training.errors import DataError, Interrupted
-from hf_gem.training.evaluate import METRICS, accuracy, evaluate, perplexity
-from hf_gem.training.loss import IGNORE
+from hf_gem.training.evaluate import METRICS, MOST_GROUPS, accuracy, evaluate, perplexity
+from hf_gem.training.loss import IGNORE, Output
 from hf_gem.training.signals import catch_signals
 from tests.training.toys import Sequences, make_task
 
@@ -57,7 +57,7 @@ def test_metrics_of_evaluate_count_together(name, tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
 def test_every_target_is_weighed_once(batch_size):
     task = make_task()
-    found = evaluate(task.objective, task, batch_size, Accelerator(cpu=True))
+    found = evaluate(task.objective, task.validation, task.metric, batch_size, Accelerator(cpu=True)).values
     data = task.validation
     assert data.asked == list(range(7))
     with torch.no_grad():
@@ -65,6 +65,40 @@ def test_every_target_is_weighed_once(batch_size):
         exact = torch.nn.functional.cross_entropy(logits.mT, data.labels, ignore_index=IGNORE).item()
     assert found["loss"] == pytest.approx(exact, rel=20 * torch.finfo(torch.float32).eps)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+
+
+class Units(Sequences):
+    """Of sequence k, each target is of unit 100 k; there are more units than groups."""
+
+    def batch(self, indices, draws=None):
+        found = super().batch(indices, draws)
+        return {**found, "units": torch.from_numpy(100 * indices)[:, None].expand(found["labels"].shape)}
+
+
+class Losses(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, labels):
+        losses = torch.nn.functional.cross_entropy(self.model(x).mT, labels, ignore_index=IGNORE, reduction="none")
+        return Output.evaluated(losses, labels)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_losses_of_each_group_of_units(batch_size):
+    task = make_task(Losses)
+    samples = Units(7, seed=1)
+    found = evaluate(task.objective, samples, task.metric, batch_size, Accelerator(cpu=True))
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(
+            task.model(samples.x).mT, samples.labels, ignore_index=IGNORE, reduction="none"
+        )
+    exact = {100 * k % MOST_GROUPS: (losses[k].double().sum().item(), k) for k in range(7)}
+    assert found.groups["losses"] == pytest.approx([exact[group][0] for group in sorted(exact)], rel=1e-7)
+    assert found.groups["counts"] == [int((samples.labels[exact[g][1]] != IGNORE).sum()) for g in sorted(exact)]
+    assert found.num_units == 601
+    assert found.values["loss"] == pytest.approx(sum(found.groups["losses"]) / sum(found.groups["counts"]), rel=1e-7)
 
 
 def test_what_cannot_be_read_and_what_is_asked_to_stop():
@@ -76,9 +110,9 @@ def test_what_cannot_be_read_and_what_is_asked_to_stop():
 
     task = make_task()
     task.validation = Broken(7)
-    with pytest.raises(DataError, match="validation samples cannot be read: OSError: the disk is gone"):
-        evaluate(task.objective, task, 2, Accelerator(cpu=True))
+    with pytest.raises(DataError, match="samples to evaluate on cannot be read: OSError: the disk is gone"):
+        evaluate(task.objective, task.validation, task.metric, 2, Accelerator(cpu=True))
     with catch_signals() as caught:
         caught.number = signal.SIGTERM
         with pytest.raises(Interrupted, match="stopped in an evaluation"):
-            evaluate(task.objective, task, 2, Accelerator(cpu=True))
+            evaluate(task.objective, task.validation, task.metric, 2, Accelerator(cpu=True))

@@ -209,10 +209,23 @@ def test_all_compiled_activations_hold_what_gelu_holds():
 
 
 SMALL = (
-    *("--validation_fraction=0.2", "--steps=6", "--global_batch_size=8", "--micro_batch_size=4", "--warmup_steps=2"),
+    *(
+        "--validation_fraction=0.2",
+        "--steps=6",
+        "--global_batch_size=8",
+        "--micro_batch_size=4",
+        "--warmup_steps=2",
+    ),
     *("--log_every=1", "--eval_every=3", "--save_every=0", "--report_to=none", "--compile=true"),
 )
-TEXT = (f"--n_layer={LAYERS}", "--n_embd=16", "--n_head=2", "--block_size=16", "--vocab_size=300")
+TEXT = (
+    "--min_validation_tokens=0",
+    f"--n_layer={LAYERS}",
+    "--n_embd=16",
+    "--n_head=2",
+    "--block_size=16",
+    "--vocab_size=300",
+)
 
 
 @pytest.mark.parametrize("recipe", [gpt2_pretrain, bert_pretrain, vision_train], ids=lambda recipe: recipe.__name__)

@@ -33,9 +33,10 @@ def test_residual_networks_have_the_published_sizes(depth, millions):
     )
 
 
-def test_the_published_network_by_hand():
-    """Layer for layer, with the shortcut of option A written out."""
-    model = resnet().eval()
+@pytest.mark.parametrize("act_after_add", ["same", "none"])
+def test_the_published_network_by_hand(act_after_add):
+    """Layer for layer, with the shortcut of option A written out, and without the activations behind the additions."""
+    model = resnet(act_after_add=act_after_add).eval()
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.normal_(norm.running_mean)
         nn.init.uniform_(norm.running_var, 0.5, 2)
@@ -44,7 +45,8 @@ def test_the_published_network_by_hand():
     for block, (width, stride) in zip(model.blocks, ((16, 1), (32, 2), (64, 2)), strict=True):
         shortcut = x.new_zeros(2, width, x.shape[-1] // stride, x.shape[-1] // stride)
         shortcut[:, : x.shape[1]] = x[:, :, ::stride, ::stride]
-        x = (shortcut + block.bn2(block.conv2(block.bn1(block.conv1(x)).relu()))).relu()
+        x = shortcut + block.bn2(block.conv2(block.bn1(block.conv1(x)).relu()))
+        x = x.relu() if act_after_add == "same" else x
     expected = model.classifier(x.mean((2, 3)))
     torch.testing.assert_close(model(images).logits, expected)
     assert model(images, labels=torch.tensor([1, 2])).loss == nn.functional.cross_entropy(
@@ -67,6 +69,8 @@ def test_every_activation_is_the_one_asked_for():
         audit = hf_gem.audit(model, pixel_values=torch.randn(1, 3, 16, 16))
         assert audit.complete
         assert audit.num_gem == (7 if "resnet" in model.config.model_type else 6)
+    audit = hf_gem.audit(resnet(hidden_act="gem_n2", act_after_add="none"), pixel_values=torch.randn(1, 3, 16, 16))
+    assert (audit.complete, audit.num_gem) == (True, 4)
 
 
 def test_the_plain_network_halves_between_stages():
@@ -78,7 +82,7 @@ def test_the_plain_network_halves_between_stages():
 
 def small(cls):
     torch.manual_seed(0)
-    sizes = {"depth": 8} if cls is CifarResNetForImageClassification else {"widths": (4, 8)}
+    sizes = {"depth": 8, "act_after_add": "none"} if cls is CifarResNetForImageClassification else {"widths": (4, 8)}
     model = cls(cls.config_class(hidden_act="egem_eps0.1", num_labels=3, **sizes)).train()
     model(torch.randn(4, 3, 8, 8))  # moves the statistics
     return model.eval()
@@ -119,6 +123,11 @@ def test_a_checkpoint_brings_its_own_code(tmp_path):
         assert module == "transformers_modules"
         assert [float(x) for x in logits] == pytest.approx(model(torch.ones(1, 3, 8, 8)).logits[0].tolist(), rel=1e-5)
         assert "import hf_gem.training.image_models" in (tmp_path / folder / "README.md").read_text()
+
+
+def test_what_cannot_be_behind_an_addition():
+    with pytest.raises(ValueError, match="act_after_add must be 'same' or 'none', got 'relu'"):
+        CifarResNetConfig(depth=8, act_after_add="relu")
 
 
 @pytest.mark.parametrize("depth", [7, 21, 2])

@@ -413,7 +413,7 @@ def test_what_the_data_raise_is_not_taken_for_a_full_disk(tmp_path):
 
     task = make_task()
     task.validation = Broken(7)
-    with pytest.raises(DataError, match="validation samples cannot be read: OSError: cannot identify"):
+    with pytest.raises(DataError, match="samples to evaluate on cannot be read: OSError: cannot identify"):
         run(tmp_path, task)
 
 

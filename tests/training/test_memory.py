@@ -11,8 +11,8 @@ from hf_gem.training.config import TrainConfig
 from hf_gem.training.errors import ConfigError
 from hf_gem.training.launch import make_accelerator
 from hf_gem.training.loop import train
-from hf_gem.training.loss import CausalLMLoss
-from hf_gem.training.memory import CHUNK_SIZE, auto_chunk_size, fit_to_memory, largest_micro_batch
+from hf_gem.training.loss import CHUNK_SIZE, CausalLMLoss
+from hf_gem.training.memory import auto_chunk_size, fit_to_memory, largest_micro_batch
 from tests.training.toys import make_task
 
 GB = 2**30

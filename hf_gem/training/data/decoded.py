@@ -62,11 +62,15 @@ class DecodedImages:
         return len(self.rows)
 
     def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, Tensor]:
-        """`pixel_values`, float32 of shape (len(indices), 3, size, size), and `labels`."""
+        """`pixel_values`, float32 of shape (len(indices), 3, size, size), and `labels`.
+
+        In evaluation, `units` too, the numbers of the images.
+        """
         random: Any = [None] * len(indices) if draws is None else uniforms((self.seed, 3), draws, (5,))
         arrays = list(self._pool.map(self._load, indices, random))
         pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-        return {"pixel_values": self.normalisation(pixels), "labels": torch.from_numpy(self.labels[indices])}
+        batch = {"pixel_values": self.normalisation(pixels), "labels": torch.from_numpy(self.labels[indices])}
+        return batch if draws is not None else {**batch, "units": torch.from_numpy(np.asarray(indices))}
 
     def _load(self, index: int, random: np.ndarray | None) -> np.ndarray:
         from PIL import Image
@@ -106,11 +110,13 @@ def prepare_decoded(config: VisionConfig, splits: ImageSplits, seed: int, prepro
     normalisation = preprocessing.normalisation or Normalisation(*_IMAGENET)
     crop: dict[str, Any] = {"size": size, "normalisation": normalisation, "seed": seed}
     crop["num_workers"] = config.num_workers
-    train = DecodedImages(splits.train, **crop, min_scale=config.crop_min_scale, flip=config.flip)
-    validation = DecodedImages(splits.validation, **crop, crop_pct=config.crop_pct or preprocessing.crop_pct)
+    train = DecodedImages(splits.parts["train"], **crop, min_scale=config.crop_min_scale, flip=config.flip)
+    crop["crop_pct"] = config.crop_pct or preprocessing.crop_pct
+    validation = DecodedImages(splits.parts["validation"], **crop)
+    test = DecodedImages(splits.parts["test"], **crop) if "test" in splits.parts else None
     # All pixels would take hours to read. Of files, names and sizes stand for them; of a Hub dataset, its revision.
     files = [[Path(name).name, num_bytes] for name, num_bytes, _ in fingerprint(config.dataset) or []]
     source = [config.dataset_config, config.dataset_revision, config.image_column, files or config.dataset]
     digest = hashlib.sha256(json.dumps(source).encode() + splits.label_bytes())
     facts = splits.facts(digest.hexdigest(), "labels, and names and sizes of files", size)
-    return ImageData(train, validation, splits.classes, size, normalisation, facts)
+    return ImageData(train, validation, test, splits.classes, size, normalisation, facts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,7 +46,9 @@ class VisionConfig(SourceConfig):
         None, "Height and width; by default those of the data where all are alike, and otherwise what the model takes."
     )
     resident: bool | None = option(
-        None, "Keep decoded images on the device; by default where all have one size and take at most 2 GiB."
+        None,
+        "Keep decoded images on the device, scaled once where an --image_size is given; by default where all have that "
+        "size and take at most 2 GiB.",
     )
     crop_padding: int = option(0, "Zeros around resident images, from which training takes random crops.")
     crop_min_scale: float = option(1.0, "Smallest share of an image's area in random crops of images not resident.")
@@ -106,26 +108,24 @@ class ImageSplits:
     """The images to train and to evaluate on.
 
     Attributes:
-        train: To train on.
-        validation: To evaluate on.
+        parts: `train`, `validation`, and `test` where that was asked for.
         classes: Their names.
         held_out: Where those for validation come from: `split`, one of the dataset's own, or `random`.
         on_hub: Whether the dataset is one of the Hub.
     """
 
-    train: Rows
-    validation: Rows
+    parts: dict[str, Rows]
     classes: list[str]
     held_out: str
     on_hub: bool
 
     def label_bytes(self) -> bytes:
         """All labels and the names of the classes, to be hashed."""
-        return self.train.labels.tobytes() + self.validation.labels.tobytes() + json.dumps(self.classes).encode()
+        return b"".join(rows.labels.tobytes() for rows in self.parts.values()) + json.dumps(self.classes).encode()
 
     def facts(self, digest: str, hash_of: str, image_size: int) -> dict[str, Any]:
         """What the record says of the data."""
-        counts = {"train": len(self.train), "validation": len(self.validation)}
+        counts = {name: len(rows) for name, rows in self.parts.items()}
         sizes = {"image_size": image_size, "num_classes": len(self.classes)}
         return {
             "hash": digest,
@@ -144,6 +144,7 @@ class ImageData:
     Attributes:
         train: Samples to train on.
         validation: Samples to evaluate on.
+        test: Samples to evaluate on once, at the end; None without a test.
         classes: Their names.
         image_size: Height and width of what the model gets.
         normalisation: Of pixels.
@@ -152,6 +153,7 @@ class ImageData:
 
     train: Samples
     validation: Samples
+    test: Samples | None
     classes: list[str]
     image_size: int
     normalisation: Normalisation
@@ -183,16 +185,14 @@ def _read_arrays(config: VisionConfig, path: Path) -> ImageSplits:
         )
     images, labels = _checked(path, *found[config.train_split])
     classes = np.unique(labels)
-    if config.validation_split in found:
-        validation, held_out = _checked(path, *found[config.validation_split]), "split"
-    else:
-        chosen = hold_out(len(images), config.validation_fraction)
-        validation, held_out = (images[chosen], labels[chosen]), "random"
-        images, labels = images[~chosen], labels[~chosen]
-    if not np.isin(validation[1], classes).all():
-        raise DataError(f"{path} has validation images of classes that are not in x_{config.train_split}")
-    parts = [Rows(x.__getitem__, np.searchsorted(classes, y)) for x, y in ((images, labels), validation)]
-    return ImageSplits(parts[0], parts[1], [str(name) for name in classes], held_out, False)
+    shares = config.held_out(found)
+    arrays = {part: (images[chosen], labels[chosen]) for part, chosen in hold_out(len(images), shares).items()}
+    arrays |= {part: _checked(path, *found[split]) for part, split in config.own_splits(shares).items()}
+    for part, (_, classes_of_part) in arrays.items():
+        if not np.isin(classes_of_part, classes).all():
+            raise DataError(f"{path} has {part} images of classes that are not in x_{config.train_split}")
+    parts = {part: Rows(x.__getitem__, np.searchsorted(classes, y)) for part, (x, y) in arrays.items()}
+    return ImageSplits(parts, [str(name) for name in classes], _held_out(shares), False)
 
 
 def _checked(path: Path, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -206,11 +206,22 @@ def _checked(path: Path, images: np.ndarray, labels: np.ndarray) -> tuple[np.nda
     return images[..., 0] if images.shape[3:] == (1,) else images, labels.reshape(-1)
 
 
-def hold_out(count: int, fraction: float) -> np.ndarray:
-    """Which samples are for validation, always the same."""
-    chosen = np.zeros(count, bool)
-    chosen[np.random.default_rng(0).permutation(count)[: max(1, round(fraction * count))]] = True
-    return chosen
+def hold_out(count: int, shares: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """The indices of the samples of each part, always the same, ascending; what no part holds out is `train`.
+
+    Args:
+        count: Samples in all.
+        shares: Part -> the share of all samples that it holds out.
+    """
+    order, parts = np.random.default_rng(0).permutation(count), {}
+    for part, share in shares.items():
+        size = max(1, round(share * count))
+        parts[part], order = np.sort(order[:size]), order[size:]
+    return {"train": np.sort(order), **parts}
+
+
+def _held_out(shares: Mapping[str, float]) -> str:
+    return "random" if "validation" in shares else "split"
 
 
 def _read(config: VisionConfig) -> ImageSplits:
@@ -246,12 +257,11 @@ def _read(config: VisionConfig) -> ImageSplits:
 
         return Rows(source, labels)
 
-    if config.validation_split in loaded:
-        parts, held_out = (train, loaded[config.validation_split]), "split"
-    else:
-        chosen = hold_out(len(train), config.validation_fraction)
-        parts, held_out = (train.select(np.flatnonzero(~chosen)), train.select(np.flatnonzero(chosen))), "random"
-    return ImageSplits(rows(parts[0]), rows(parts[1]), [str(name) for name in names], held_out, config.on_hub)
+    shares = config.held_out(loaded)
+    tables = {part: train.select(chosen) if shares else train for part, chosen in hold_out(len(train), shares).items()}
+    tables |= {part: loaded[split] for part, split in config.own_splits(shares).items()}
+    parts = {part: rows(table) for part, table in tables.items()}
+    return ImageSplits(parts, [str(name) for name in names], _held_out(shares), config.on_hub)
 
 
 def _first_column(config: VisionConfig, table: Any, what: str, kind: type) -> str:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import DataError
 from ..loss import IGNORE
 from .order import uniforms
+from .text import documents_at
 
 
 @dataclass
@@ -27,6 +28,7 @@ class MaskedBlocks:
         tokenizer: Names the special tokens.
         probability: Share of tokens that are chosen.
         seed: Of the choice in training.
+        ends: Where each document ends.
     """
 
     tokens: np.ndarray
@@ -34,6 +36,7 @@ class MaskedBlocks:
     tokenizer: PreTrainedTokenizerBase
     probability: float = 0.15
     seed: int = 0
+    ends: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         tokenizer = self.tokenizer
@@ -57,6 +60,7 @@ class MaskedBlocks:
         Returns:
             `input_ids`, int64 of shape (blocks, block_size); `positions` in them and `labels` there, int64 of shape
             (blocks, num_chosen). Where a block has fewer ordinary tokens than that, the rest of the labels is `IGNORE`.
+            In evaluation, `units` too: the number of the document that each label belongs to.
         """
         ids = np.empty((len(indices), self.block_size), dtype=np.int64)
         ids[:, 0], ids[:, -1] = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
@@ -73,9 +77,10 @@ class MaskedBlocks:
         shown = np.where(action < 0.8, self.tokenizer.mask_token_id, np.where(action < 0.9, anything, labels))
         np.put_along_axis(ids, positions, np.where(ordinary, shown, labels), 1)
         labels = np.where(ordinary, labels, IGNORE)
-        return {
-            name: torch.from_numpy(a) for name, a in (("input_ids", ids), ("positions", positions), ("labels", labels))
-        }
+        arrays = {"input_ids": ids, "positions": positions, "labels": labels}
+        if draws is None and self.ends is not None:
+            arrays["units"] = documents_at(self.ends, indices[:, None] * self._body + positions - 1)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _random(self, indices: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
         """Uniform numbers, three for each token."""

@@ -22,7 +22,7 @@ from .normalisation import Normalisation, Preprocessing
 from .order import uniforms
 from .source import STOPPED, cached, source_state
 
-_CACHE_FORMAT = 1  # raise it when the files' content changes
+_CACHE_FORMAT = 2  # raise it when the files' content changes
 _RESIDENT_BYTES = 1 << 31  # of decoded training images, at most
 
 
@@ -50,12 +50,16 @@ class ResidentImages:
         return len(self.labels)
 
     def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, Tensor]:
-        """`pixel_values`, float32 of shape (len(indices), 3, height, width) on the device, and `labels`."""
+        """`pixel_values`, float32 of shape (len(indices), 3, height, width) on the device, and `labels`.
+
+        In evaluation, `units` too, the numbers of the images.
+        """
         device = self.images.device
         pixels = self.normalisation(self.images[to_device(torch.from_numpy(np.asarray(indices)), device)])
         if draws is not None and (self.padding or self.flip):
             pixels = self._augment(pixels, uniforms((self.seed, 2), draws, (3,)))
-        return {"pixel_values": pixels, "labels": self.labels[torch.from_numpy(np.asarray(indices))]}
+        batch = {"pixel_values": pixels, "labels": self.labels[torch.from_numpy(np.asarray(indices))]}
+        return batch if draws is not None else {**batch, "units": torch.from_numpy(np.asarray(indices))}
 
     def _augment(self, pixels: Tensor, random: np.ndarray) -> Tensor:
         height, width = pixels.shape[-2:]
@@ -91,34 +95,40 @@ def prepare_resident(
         Interrupted: a signal arrived.
     """
     labels_hash = hashlib.sha256(splits.label_bytes()).hexdigest()  # of a dataset whose order has changed on the Hub
-    key = [_CACHE_FORMAT, source_state(config), config.image_column, config.label_column, labels_hash]
-    folder, meta = cached(config, "images", key, lambda folder: _decode_all(config, splits, folder))
-    images = {split: np.load(folder / f"{split}.npy") for split in ("train", "validation")}
-    height, size = images["train"].shape[-2:]
     wanted = preprocessing.image_size
-    if height != size or wanted not in (None, size):
+    key = [_CACHE_FORMAT, source_state(config), config.image_column, config.label_column, labels_hash, wanted]
+    folder, meta = cached(config, "images", key, lambda folder: _decode_all(config, splits, wanted, folder))
+    images = {split: np.load(folder / f"{split}.npy") for split in splits.parts}
+    height, size = images["train"].shape[-2:]
+    if height != size:
         raise DataError(
-            f"the images of {config.dataset!r} are {height} x {size}, and resident ones are not "
-            f"scaled, to {wanted or 'squares'} or any other size; use --resident no with an --image_size"
+            f"the images of {config.dataset!r} are {height} x {size}, and resident ones are squares; give an "
+            "--image_size, or use --resident no"
         )
     normalisation = preprocessing.normalisation or Normalisation(meta["mean"], meta["std"])
 
-    def resident(split: str, labels: np.ndarray, **augmentation: Any) -> ResidentImages:
-        pixels = torch.from_numpy(images[split]).to(device)
-        return ResidentImages(pixels, torch.from_numpy(labels), normalisation, seed, **augmentation)
-
-    train = resident("train", splits.train.labels, padding=config.crop_padding, flip=config.flip)
-    validation = resident("validation", splits.validation.labels)
+    augmentation: dict[str, Any] = {"padding": config.crop_padding, "flip": config.flip}
+    resident = {
+        split: ResidentImages(
+            torch.from_numpy(images[split]).to(device),
+            torch.from_numpy(rows.labels),
+            normalisation,
+            seed,
+            **(augmentation if split == "train" else {}),
+        )
+        for split, rows in splits.parts.items()
+    }
     facts = splits.facts(meta["hash"], "images and labels", size)
-    return ImageData(train, validation, splits.classes, size, normalisation, facts)
+    evaluated = resident["validation"], resident.get("test")
+    return ImageData(resident["train"], *evaluated, splits.classes, size, normalisation, facts)
 
 
-def _decode_all(config: VisionConfig, splits: ImageSplits, folder: Path) -> dict[str, Any]:
-    """Writes the pixels of both splits, and returns their hash and the mean and deviation of the training images."""
+def _decode_all(config: VisionConfig, splits: ImageSplits, size: int | None, folder: Path) -> dict[str, Any]:
+    """Writes the pixels of each part, and returns their hash and the mean and deviation of the training images."""
     digest = hashlib.sha256()
     moments: tuple[list[float], list[float]] = ([], [])
-    for split, rows in (("train", splits.train), ("validation", splits.validation)):
-        images = _decode(config, rows, split)
+    for split, rows in splits.parts.items():
+        images = _decode(config, rows, size, split)
         np.save(folder / f"{split}.npy", images)
         digest.update(images.tobytes() + rows.labels.tobytes())
         if split == "train":
@@ -126,12 +136,16 @@ def _decode_all(config: VisionConfig, splits: ImageSplits, folder: Path) -> dict
     return {"hash": digest.hexdigest(), "mean": moments[0], "std": moments[1]}
 
 
-def _decode(config: VisionConfig, rows: Rows, split: str) -> np.ndarray:
-    """uint8 of shape (images, channels, height, width)."""
+def _decode(config: VisionConfig, rows: Rows, size: int | None, split: str) -> np.ndarray:
+    """uint8 of shape (images, channels, height, width), scaled to squares of a size if one is given."""
+    from PIL import Image
 
     def decode(index: int) -> np.ndarray:
         check(STOPPED)  # here, or those that wait for a thread would all be decoded before the pool ends
-        return np.asarray(rows.image(index))
+        image = rows.image(index)
+        if size is not None and image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BICUBIC)  # a smaller one is smoothed first
+        return np.asarray(image)
 
     with ThreadPoolExecutor(config.num_workers) as pool:
         decoded = pool.map(decode, range(len(rows)))

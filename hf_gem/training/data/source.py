@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -38,6 +38,8 @@ class SourceConfig:
             "train_split",
             "validation_split",
             "validation_fraction",
+            "test_split",
+            "test_fraction",
             "cache_dir",
         )
     )
@@ -52,6 +54,10 @@ class SourceConfig:
         "validation", "Split to evaluate on; where there is none, part of train is held out."
     )
     validation_fraction: float = option(0.05, "Share of train held out when the dataset has no validation split.")
+    test_split: str | None = option(
+        None, "Split to evaluate on once, at the end, so that what was chosen by validation is judged on other samples."
+    )
+    test_fraction: float = option(0.0, "Share of train held out for that when there is no test split; 0: no test.")
     cache_dir: str | None = option(None, "Cache of prepared data; by default $HF_GEM_CACHE or ~/.cache/hf_gem.")
 
     @property
@@ -62,6 +68,36 @@ class SourceConfig:
     def validate(self) -> None:
         """Raises ValueError, naming the field, when a value makes no sense."""
         require(0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "between 0 and 1")
+        rest = 1 - self.validation_fraction
+        require(0 <= self.test_fraction < rest, "test_fraction", self.test_fraction, f"in [0, {rest:g})")
+
+    def held_out(self, splits: Container[str]) -> dict[str, float]:
+        """What is held out of the training split: validation, test or both -> the share of it.
+
+        Args:
+            splits: Those that the dataset has.
+
+        Raises:
+            DataError: it has no test split, and that was asked for.
+        """
+        if self.test_split and not self.test_fraction and self.test_split not in splits:
+            raise DataError(
+                f"{self.dataset!r} has no split {self.test_split!r} for --test_split; name another one, or hold out a "
+                "--test_fraction of the training data"
+            )
+        shares = {} if self.validation_split in splits else {"validation": self.validation_fraction}
+        if self.test_fraction and self.test_split not in splits:
+            shares["test"] = self.test_fraction
+        return shares
+
+    def own_splits(self, held_out: Container[str]) -> dict[str, str]:
+        """Validation and test, so far as they are splits of the dataset -> the names of these.
+
+        Args:
+            held_out: What is not, of `held_out`.
+        """
+        own = {"validation": self.validation_split, "test": self.test_split}
+        return {part: split for part, split in own.items() if split and part not in held_out}
 
 
 def load_splits(config: SourceConfig, streaming: bool = False) -> dict[str, Any]:
@@ -160,7 +196,8 @@ def file_state(path: Path) -> list[Any]:
 def source_state(config: SourceConfig) -> list[Any]:
     """What identifies a dataset that is not the built-in one: the state of its files, or its revision on the Hub."""
     where = fingerprint(config.dataset) or [config.dataset, config.dataset_config, config.dataset_revision]
-    return [where, config.train_split, config.validation_split, config.validation_fraction]
+    fractions = [config.validation_fraction, config.test_fraction]
+    return [where, config.train_split, config.validation_split, config.test_split, fractions]
 
 
 def cached(config: SourceConfig, kind: str, key: Any, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, Any]:

@@ -7,6 +7,7 @@ token ids. The files live in a cache folder named by what they were made from; a
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import sysconfig
 import tokenize
@@ -28,7 +29,8 @@ from .source import SourceConfig, cached, checked, file_state, fingerprint, is_p
 
 STDLIB = "stdlib"
 END_OF_TEXT = "<|endoftext|>"
-_CACHE_FORMAT = 4  # raise it when the files' content changes
+_CACHE_FORMAT = 5  # raise it when the files' content changes
+_ENDS = "{}.documents.npy"  # where each document ends
 _PIECE = 1 << 20  # characters handed to the tokenizer at once: its memory grows with the length of a text
 _FEW = 100  # documents
 _TOKENIZER_CHARACTERS = 1 << 27  # that a tokenizer is trained on, at most
@@ -39,7 +41,7 @@ class TextConfig(SourceConfig):
     """Where text comes from and how it becomes blocks of tokens."""
 
     runtime: ClassVar[frozenset[str]] = frozenset(
-        ("text_column", "streaming", "max_train_tokens", "tokenizer", "vocab_size")
+        ("text_column", "streaming", "max_train_tokens", "tokenizer", "vocab_size", "min_validation_tokens")
     )
     builtin: ClassVar[str] = STDLIB
     builders: ClassVar[dict[str, str]] = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
@@ -59,11 +61,17 @@ class TextConfig(SourceConfig):
     tokenizer: str | None = option(None, "Tokenizer name or folder; by default byte-level BPE trained on the corpus.")
     vocab_size: int = option(4096, "Vocabulary of the trained tokenizer.")
     block_size: int = option(128, "Tokens in a sample.")
+    min_validation_tokens: int = option(
+        200_000,
+        "With fewer tokens of validation or test text the run is refused: differences between models would be those of "
+        "a few documents.",
+    )
 
     def validate(self) -> None:
         """Raises ValueError, naming the field, when a value makes no sense."""
         super().validate()
         at_least(self, 2, "block_size")
+        at_least(self, 0, "min_validation_tokens")
         require(self.vocab_size > 256, "vocab_size", self.vocab_size, "above 256, the number of bytes")
         if self.max_train_tokens is None:
             require(not self.streaming, "max_train_tokens", None, "given with --streaming")
@@ -79,18 +87,23 @@ class TokenBlocks:
         tokens: All ids, uint16 or uint32, usually memory-mapped.
         block_size: Tokens in a block.
         partial: Whether a last, shorter block counts too; its missing labels are `IGNORE`.
+        ends: Where each document ends, int64, ascending.
     """
 
     tokens: np.ndarray
     block_size: int
     partial: bool = False
+    ends: np.ndarray | None = None
 
     def __len__(self) -> int:
         targets = max(0, len(self.tokens) - 1)
         return -(-targets // self.block_size) if self.partial else targets // self.block_size
 
     def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, torch.Tensor]:
-        """`input_ids` and `labels` of some blocks, int64 of shape (len(indices), block_size). Nothing is random."""
+        """`input_ids` and `labels` of some blocks, int64 of shape (len(indices), block_size). Nothing is random.
+
+        In evaluation, `units` too: the number of the document that each label belongs to.
+        """
         size = self.block_size
         ids = np.zeros((len(indices), size + 1), dtype=np.int64)
         labels = np.full((len(indices), size), IGNORE, dtype=np.int64)
@@ -98,7 +111,21 @@ class TokenBlocks:
             window = self.tokens[index * size : (index + 1) * size + 1]
             ids[row, : len(window)] = window
             labels[row, : len(window) - 1] = window[1:]
-        return {"input_ids": torch.from_numpy(ids[:, :-1].copy()), "labels": torch.from_numpy(labels)}
+        batch = {"input_ids": torch.from_numpy(ids[:, :-1].copy()), "labels": torch.from_numpy(labels)}
+        if draws is None and self.ends is not None:
+            places = indices[:, None] * size + np.arange(1, size + 1)
+            batch["units"] = torch.from_numpy(documents_at(self.ends, places))
+        return batch
+
+
+def documents_at(ends: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The numbers of the documents that tokens are in, int64 of the same shape; those behind the end are in the last.
+
+    Args:
+        ends: Where each document ends.
+        places: Of tokens.
+    """
+    return np.minimum(np.searchsorted(ends, places, side="right"), len(ends) - 1)
 
 
 @dataclass
@@ -108,6 +135,7 @@ class TextData:
     Attributes:
         train: Blocks to train on.
         validation: Blocks to evaluate on, the last one possibly shorter.
+        test: Blocks to evaluate on once, at the end; None without a test.
         tokenizer: What made them.
         vocab_size: One more than the largest id that the tokenizer knows.
         facts: For the record: number of tokens, how validation text was chosen, and a SHA-256 over all ids, `hash`.
@@ -115,50 +143,66 @@ class TextData:
 
     train: TokenBlocks
     validation: TokenBlocks
+    test: TokenBlocks | None
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     facts: dict[str, Any]
 
 
-def prepare_text(config: TextConfig, min_validation_tokens: int = 2) -> TextData:
+def prepare_text(config: TextConfig, smallest_sample: int = 2) -> TextData:
     """Tokenises the dataset of `config`, or finds it in the cache. Processes that ask at once wait for the first.
 
     Args:
         config: Which, and how.
-        min_validation_tokens: As many as the smallest sample has that is evaluated.
+        smallest_sample: As many tokens as one needs that is evaluated.
 
     Raises:
         DataError: the dataset or tokenizer cannot be read, is empty, or is too small for one block; or the cache
             cannot be written.
     """
     folder, meta = cached(config, "text", _key(config), lambda folder: _build(config, folder))
+    if "num_documents" not in meta:
+        raise DataError(f"{folder} was prepared by an older version of hf_gem, without documents; prepare it again")
     tokenizer = _load_tokenizer(str(folder))
-    held_out = "split" if is_prepared(config) else meta["held_out"]
 
     def blocks(split: str, partial: bool, least: int) -> TokenBlocks:
         size = meta["num_tokens"][split]
+        fix = "give more text"
+        if split in shares and not is_prepared(config):
+            fix = f"raise --{split}_fraction, now {getattr(config, f'{split}_fraction')}"
         if size < least:
-            fix = "give more text or a smaller --block_size"
-            if split == "validation" and held_out != "split":
-                fix = f"raise --validation_fraction, now {config.validation_fraction}"
+            fix = fix if split in shares else f"{fix} or a smaller --block_size"
             raise DataError(
                 f"the {split} text of {config.dataset!r} has {size} tokens, less than one block of "
                 f"{config.block_size} needs, {least}; {fix}"
             )
+        if partial and size < config.min_validation_tokens:
+            raise DataError(
+                f"the {split} text of {config.dataset!r} has {size:,} tokens, fewer than --min_validation_tokens "
+                f"{config.min_validation_tokens:,}; {fix}, or allow fewer"
+            )
         array = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
-        return TokenBlocks(array, config.block_size, partial)
+        return TokenBlocks(
+            array, config.block_size, partial, np.load(folder / _ENDS.format(split)) if partial else None
+        )
 
-    facts = {"on_hub": config.on_hub, "held_out": held_out, **{key: meta[key] for key in ("hash", "num_tokens")}}
+    shares = meta["shares"]
+    held_out = meta["held_out"] if "validation" in shares and not is_prepared(config) else "split"
+    facts = {"on_hub": config.on_hub, "held_out": held_out}
+    facts |= {key: meta[key] for key in ("hash", "num_tokens", "num_documents")}
     train = blocks("train", False, config.block_size + 1)
-    validation = blocks("validation", True, min_validation_tokens)
-    return TextData(train, validation, tokenizer, meta["vocab_size"], facts)
+    validation, *test = [
+        blocks(split, True, smallest_sample) for split in ("validation", "test") if split in meta["num_tokens"]
+    ]
+    return TextData(train, validation, test[0] if test else None, tokenizer, meta["vocab_size"], facts)
 
 
 def _key(config: TextConfig) -> list[Any]:
     """All that decides the tokens. Files count by size and time of change, Hub datasets by revision."""
     source: Any = source_state(config)
     if config.dataset == STDLIB:
-        source = [sys.version, config.validation_fraction, *(file_state(path) for _, path in _stdlib_files())]
+        fractions = [config.validation_fraction, config.test_fraction]
+        source = [sys.version, fractions, *(file_state(path) for _, path in _stdlib_files())]
     tokenizer: Any = [config.vocab_size, config.special_tokens]
     if config.tokenizer:
         tokenizer = fingerprint(config.tokenizer) or config.tokenizer
@@ -174,20 +218,25 @@ def _build(config: TextConfig, folder: Path) -> dict[str, Any]:
     vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have holes
     dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     digest = hashlib.sha256()
-    limits: dict[str, int | None] = {"train": config.max_train_tokens, "validation": None}
-    if config.streaming and config.max_train_tokens:
-        limits["validation"] = max(config.block_size, int(config.max_train_tokens * config.validation_fraction))
-    counts = {
-        split: _write_tokens(corpus.documents(split), tokenizer, folder / f"{split}.bin", dtype, digest, limit)
-        for split, limit in limits.items()
-    }
+    counts, documents = {}, {}
+    for split in corpus.splits:
+        limit = config.max_train_tokens if split == "train" else None
+        if split != "train" and config.streaming and config.max_train_tokens:
+            share = config.validation_fraction if split == "validation" else config.test_fraction
+            limit = max(config.block_size, int(config.max_train_tokens * share))
+        ends = _write_tokens(corpus.documents(split), tokenizer, folder / f"{split}.bin", dtype, digest, limit)
+        counts[split], documents[split] = (int(ends[-1]) if len(ends) else 0), len(ends)
+        if split != "train":
+            np.save(folder / _ENDS.format(split), ends)
     if counts["train"] == 0:
         raise DataError(f"the dataset {config.dataset!r} holds no text in column {config.text_column!r}")
     save_pretrained(tokenizer, folder)
     return {
         "hash": digest.hexdigest(),
         "num_tokens": counts,
+        "num_documents": documents,
         "held_out": corpus.held_out,
+        "shares": corpus.shares,
         "vocab_size": vocab_size,
         "dtype": np.dtype(dtype).name,
     }
@@ -200,9 +249,10 @@ def _write_tokens(
     dtype: type,
     digest: Any,
     limit: int | None,
-) -> int:
-    """Writes all ids to `path`, feeds them to `digest`, and returns how many there are."""
+) -> np.ndarray:
+    """Writes all ids to `path`, feeds them to `digest`, and returns where each document ends, int64."""
     count = 0
+    ends: list[int] = []
     end: np.ndarray = np.array([_separator(tokenizer)], dtype=dtype)
     with path.open("wb") as file, tqdm(desc=f"Tokenising {path.stem}", unit=" tokens", unit_scale=True) as bar:
         for texts in _batches(documents):
@@ -214,16 +264,18 @@ def _write_tokens(
                 data = (np.concatenate([array, end]) if last else array).tobytes()
                 file.write(data)
                 digest.update(data)
-            added = sum(map(len, ids)) + sum(last for _, last in pieces)
-            count += added
-            bar.update(added)
+                count += len(piece_ids) + last
+                if last:
+                    ends.append(count)
+            bar.update(count - bar.n)
             if limit is not None and count >= limit:
                 break
         if limit is not None and count > limit:
             count = limit
             file.truncate(limit * np.dtype(dtype).itemsize)
+            ends = [*(end for end in ends if end < limit), limit]
     digest.update(str(count).encode())
-    return count
+    return np.array(ends, dtype=np.int64)
 
 
 def _batches(documents: Iterable[str], characters: int = 1 << 22) -> Iterator[list[str]]:
@@ -249,29 +301,31 @@ def _pieces(text: str) -> Iterator[tuple[str, bool]]:
 
 
 class _Corpus:
-    """The documents of the two splits.
+    """The documents of each split.
 
     Attributes:
-        held_out: Where validation text comes from: `split`, one of the dataset's own; `hash`, documents drawn by a
-            hash of their name or text; `end`, the end of each document, where they are too few to draw from.
+        splits: `train`, `validation`, and `test` where that was asked for.
+        shares: What is held out of the training text, and how much of it.
+        held_out: How: `hash`, documents drawn by a hash of their name or text; `end`, the end of each document, where
+            they are too few to draw from.
     """
 
     def __init__(self, config: TextConfig) -> None:
         self.config = config
-        self.splits = {} if config.dataset == STDLIB else load_splits(config, config.streaming)
-        if config.validation_split in self.splits:
-            self.held_out = "split"
-        elif config.dataset == STDLIB or config.streaming or len(self.splits[config.train_split]) >= _FEW:
-            self.held_out = "hash"
-        else:
-            self.held_out = "end"
+        self._rows = {} if config.dataset == STDLIB else load_splits(config, config.streaming)
+        self.shares = config.held_out(self._rows)
+        own = config.own_splits(self.shares)
+        self.splits = [part for part in ("train", "validation", "test") if part in {"train", *self.shares, *own}]
+        many = config.dataset == STDLIB or config.streaming or len(self._rows[config.train_split]) >= _FEW
+        self.held_out = "hash" if many else "end"
 
     def documents(self, split: str) -> Iterator[str]:
-        """Texts of `train` or `validation`."""
+        """Texts of one of `splits`."""
+        whole = not self.shares if split == "train" else split not in self.shares
         for name, text in checked(self._named(split)):
-            if self.held_out == "end":
-                text = self._end_or_rest(text, split)
-            if text and (self.held_out != "hash" or self._is_drawn(name) == (split == "validation")):
+            if not whole and self.held_out == "end":
+                text = self._part(text, split)
+            if text and (whole or self.held_out == "end" or self._drawn_for(name) == split):
                 yield text
 
     def _named(self, split: str) -> Iterator[tuple[str, str]]:
@@ -282,8 +336,7 @@ class _Corpus:
                 with tokenize.open(path) as file:  # reads the encoding that the source declares
                     yield name, file.read()
             return
-        own = split == "validation" and self.held_out == "split"
-        rows = self.splits[config.validation_split if own else config.train_split]
+        rows = self._rows[config.own_splits(self.shares).get(split, config.train_split)]
         if rows.column_names and config.text_column not in rows.column_names:
             raise DataError(
                 f"{config.dataset!r} has no column {config.text_column!r}; --text_column can be one of "
@@ -303,21 +356,34 @@ class _Corpus:
                 raise
             raise DataError(f"{config.dataset!r} cannot be read: {error}") from error
 
-    def _end_or_rest(self, text: str, split: str) -> str:
-        at = int(len(text) * (1 - self.config.validation_fraction))
-        newline = text.rfind("\n", 0, at)
-        cut = newline + 1 if newline >= at // 2 else at  # at the end of a line, unless lines are very long
-        return text[cut:] if split == "validation" else text[:cut]
+    def _part(self, text: str, split: str) -> str:
+        """The part of a text that is for a split: what is held out is its end."""
+        end, parts = len(text), {}
+        for name, share in reversed(self.shares.items()):
+            at = end - math.ceil(len(text) * share)
+            newline = text.rfind("\n", 0, at)
+            cut = newline + 1 if newline >= at // 2 else at  # at the end of a line, unless lines are very long
+            parts[name], end = text[cut:end], cut
+        return parts.get(split, text[:end])
 
-    def _is_drawn(self, name: str) -> bool:
+    def _drawn_for(self, name: str) -> str:
+        """The split that a document is drawn for."""
         draw = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-        return draw < self.config.validation_fraction * 2**64
+        upto = 0.0
+        for split, share in self.shares.items():
+            upto += share
+            if draw < upto * 2**64:
+                return split
+        return "train"
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:
-    """The modules of the running Python's standard library without tests, by name; build records are left out too."""
+    """The modules of the running Python's standard library without tests, by name.
+
+    Generated ones are left out: build records, and the help texts of pydoc, 7 % of all in one file.
+    """
     root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
     files = {p.relative_to(root).as_posix(): p for p in root.rglob("*.py")}
     return [
         (name, files[name])

@@ -41,7 +41,7 @@ def prepare_images(
     splits = read_splits(config)
     wanted = preprocessing or Preprocessing()
     wanted = replace(wanted, image_size=config.image_size or wanted.image_size)
-    resident = can_be_resident(splits.train, wanted.image_size) if config.resident is None else config.resident
+    resident = can_be_resident(splits.parts["train"], wanted.image_size) if config.resident is None else config.resident
     if resident:
         return prepare_resident(config, splits, seed, device, wanted)
     return prepare_decoded(config, splits, seed, wanted)

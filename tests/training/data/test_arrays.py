@@ -44,6 +44,18 @@ def test_without_a_validation_split_some_are_held_out(tmp_path):
     assert (len(data.train), len(data.validation), data.facts["held_out"]) == (30, 10, "random")
 
 
+def test_images_for_a_test_are_others(tmp_path):
+    x = images()
+    file = write(tmp_path / "a.npz", x_train=x, x_test=x[:8], y_test=LABELS[:8])
+    data = prepare(tmp_path, dataset=file, validation_fraction=0.25, test_fraction=0.2)
+    assert data.facts["num_images"] == {"train": 22, "validation": 10, "test": 8}
+    parts = [part.batch(np.arange(len(part)))["pixel_values"] for part in (data.train, data.validation, data.test)]
+    assert len({image.numpy().tobytes() for part in parts for image in part}) == 40
+    data = prepare(tmp_path, dataset=file, validation_fraction=0.25, test_split="test")
+    assert data.facts["num_images"] == {"train": 30, "validation": 10, "test": 8}
+    assert data.test.batch(np.arange(8))["units"].tolist() == list(range(8))
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [

@@ -58,7 +58,6 @@ def test_parquet_with_columns_of_any_name(tmp_path):
         ({"label_column": "breed"}, "has no column 'breed'"),
         ({"image_column": "picture"}, "has no column 'picture'; its columns are image, label"),
         ({"train_split": "training"}, "has no split 'training'"),
-        ({"image_size": 9, "resident": True}, "resident ones are not scaled, to 9"),
     ],
 )
 def test_what_cannot_be_read_is_explained(tmp_path, monkeypatch, fields, message):

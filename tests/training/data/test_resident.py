@@ -27,12 +27,21 @@ def test_digits(tmp_path):
 def test_digits_are_those_of_scikit_learn(tmp_path):
     theirs = pytest.importorskip("sklearn.datasets", reason="it has them too").load_digits()
     splits = read_splits(VisionConfig(validation_fraction=0.2))
-    chosen = hold_out(1797, 0.2)
-    for rows, part in ((splits.train, ~chosen), (splits.validation, chosen)):
+    for name, part in hold_out(1797, {"validation": 0.2}).items():
+        rows = splits.parts[name]
         assert np.array_equal(rows.labels, theirs.target[part])
         pixels = np.stack([np.asarray(rows.image(index)) for index in range(len(rows))])
         assert np.array_equal(pixels, np.round(theirs.images[part] * 255 / 16))
     assert splits.classes == [str(name) for name in theirs.target_names]
+
+
+def test_resident_images_are_scaled_once(tmp_path):
+    folder = write_folder(tmp_path / "data")
+    data = prepare(tmp_path, dataset=str(folder), image_size=6, resident=True)
+    whole = prepare(tmp_path, dataset=str(folder), resident=True)
+    assert data.train.images.shape == (*whole.train.images.shape[:2], 6, 6)
+    image = Image.fromarray(whole.train.images[0].permute(1, 2, 0).numpy())
+    assert np.array_equal(data.train.images[0].permute(1, 2, 0), np.asarray(image.resize((6, 6), Image.BICUBIC)))
 
 
 def test_grey_images_among_others(tmp_path):

@@ -21,6 +21,7 @@ from tests.helpers import save_bytes_tokenizer, write_corpus
 def prepare(tmp_path):
     def run(dataset, **fields):
         defaults = {"block_size": 16, "vocab_size": 300, "validation_fraction": 0.2, "cache_dir": str(tmp_path / "c")}
+        defaults["min_validation_tokens"] = 0
         return prepare_text(TextConfig(dataset=str(dataset), **{**defaults, **fields}))
 
     return run
@@ -244,11 +245,62 @@ def test_a_validation_set_too_small_names_its_share(prepare, tmp_path):
         prepare(write_documents(tmp_path / "data", "jsonl"), validation_fraction=1e-9)
 
 
+def test_validation_and_test_text_are_documents_of_their_own(prepare, tmp_path, bytes_tokenizer):
+    path = write_documents(tmp_path / "data", "jsonl")
+    data = prepare(path, tokenizer=bytes_tokenizer, test_fraction=0.3)
+    parts = [data.train, data.validation, data.test]
+    found = [data.tokenizer.decode(part.tokens).split("<|endoftext|>")[:-1] for part in parts]
+    assert sorted(text for part in found for text in part) == sorted(DOCUMENTS)
+    assert 0.1 < len(found[1]) / 150 < 0.3 < len(found[2]) / 150 + 0.1 < 0.5
+    assert data.facts["num_documents"] == dict(zip(("train", "validation", "test"), map(len, found), strict=True))
+    assert prepare(path, tokenizer=bytes_tokenizer).train.tokens.size == data.train.tokens.size + data.test.tokens.size
+
+
+def test_every_label_knows_its_document(prepare, tmp_path, bytes_tokenizer):
+    data = prepare(write_documents(tmp_path / "data", "jsonl"), tokenizer=bytes_tokenizer)
+    batch = data.validation.batch(np.arange(len(data.validation)))
+    counted = batch["labels"] != IGNORE
+    units, ids = batch["units"][counted].numpy(), batch["labels"][counted].numpy()
+    sizes = np.bincount(units)
+    assert sizes.sum() == len(data.validation.tokens) - 1  # the first token is no target
+    assert np.array_equal(np.flatnonzero(ids == data.tokenizer.eos_token_id) + 1, np.cumsum(sizes))
+    assert "units" not in data.train.batch(np.arange(2), np.arange(2))
+
+
+def test_three_parts_of_one_document(prepare, tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.txt")
+    data = prepare(corpus, test_fraction=0.1)
+    parts = [data.tokenizer.decode(part.tokens).replace("<|endoftext|>", "")
+             for part in (data.train, data.validation, data.test)]  # fmt: skip
+    assert "".join(parts) == corpus.read_text()
+    assert data.facts["held_out"] == "end"
+
+
+def test_a_test_split_of_the_dataset(prepare, tmp_path, bytes_tokenizer):
+    folder = tmp_path / "data"
+    write_documents(folder, "jsonl")
+    write_documents(folder, "jsonl", split="test", documents=["the test\n"])
+    data = prepare(folder, tokenizer=bytes_tokenizer, test_split="test")
+    assert data.tokenizer.decode(data.test.tokens) == "the test\n<|endoftext|>"
+    with pytest.raises(DataError, match="has no split 'exam' for --test_split; name another one, or hold out"):
+        prepare(folder, tokenizer=bytes_tokenizer, test_split="exam")
+
+
+def test_few_tokens_of_validation_have_to_be_asked_for(prepare, tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.txt")
+    count = len(prepare(corpus).validation.tokens)
+    assert len(prepare(corpus, min_validation_tokens=count).validation.tokens) == count
+    with pytest.raises(
+        DataError, match=r"fewer than --min_validation_tokens 200,000; raise --validation_fraction, now"
+    ):
+        prepare(corpus, min_validation_tokens=200_000)
+
+
 def test_a_validation_set_is_too_small_only_for_what_is_evaluated(prepare, tmp_path):
     corpus = write_corpus(tmp_path / "corpus.txt")
     count = len(prepare(corpus).validation.tokens)
     fields = {"block_size": 16, "vocab_size": 300, "validation_fraction": 0.2, "cache_dir": str(tmp_path / "c")}
-    config = TextConfig(dataset=str(corpus), **fields)
+    config = TextConfig(dataset=str(corpus), min_validation_tokens=0, **fields)
     assert len(prepare_text(config, count).validation.tokens) == count
     with pytest.raises(DataError, match=f"has {count} tokens, less than one block of 16 needs, {count + 1}"):
         prepare_text(config, count + 1)

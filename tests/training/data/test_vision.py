@@ -44,7 +44,7 @@ def test_the_image_processor_does_what_evaluation_does(tmp_path, decoded):
     data = prepare(tmp_path, dataset=str(folder), validation_fraction=0.5, resident=not decoded, **fields)
     processor = image_processor(data)
     wanted = data.validation.batch(np.arange(4))["pixel_values"]
-    chosen = np.flatnonzero(hold_out(20, 0.5))[:4]
+    chosen = hold_out(20, {"validation": 0.5})["validation"][:4]
     files = sorted((folder / "cat").glob("*.png")) + sorted((folder / "dog").glob("*.png"))
     got = processor([Image.open(files[i]) for i in chosen], return_tensors="pt")["pixel_values"]
     # A resize of the whole and a crop of it, against a resize of the crop: the same but at the edges.
