@@ -101,9 +101,9 @@ class Study:
 
     def outcome(self, run: Run) -> float:
         """What a run is judged by at its end, validation in tuning; NaN where the run diverged."""
-        return self._value(run, self.plan.metric if run.seed in self.plan.final_seeds else self.plan.tuning_metric)
+        return self.value(run, self.plan.metric if run.seed in self.plan.final_seeds else self.plan.tuning_metric)
 
-    def _value(self, run: Run, metric: str) -> float:
+    def value(self, run: Run, metric: str) -> float:
         record = self.record(run)
         assert record is not None, run
         return _outcome(record, metric)
@@ -181,7 +181,7 @@ class Study:
 
         def rank(trial: tuple[str, float]) -> tuple[int, float]:
             runs = [Run(*trial, seed) for seed in (*plan.tuning_seeds, *plan.final_seeds)]
-            values = np.array([self._value(run, plan.tuning_metric) for run in runs])
+            values = np.array([self.value(run, plan.tuning_metric) for run in runs])
             finite = values[np.isfinite(values)]
             mean = float(finite.mean()) if len(finite) else math.inf
             return len(values) - len(finite), -mean if plan.higher_is_better else mean
