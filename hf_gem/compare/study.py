@@ -104,6 +104,7 @@ class Study:
         return self.value(run, self.plan.metric if run.seed in self.plan.final_seeds else self.plan.tuning_metric)
 
     def value(self, run: Run, metric: str) -> float:
+        """A metric of a run at its end; NaN where it diverged."""
         record = self.record(run)
         assert record is not None, run
         return _outcome(record, metric)
