@@ -8,6 +8,7 @@ from typing import Any
 from ..files import replace_between
 from ..training.config import TrainConfig
 from ..training.errors import ConfigError
+from .sample import sample_of
 from .study import Study
 from .words import mean, number, render, signed, span, spread
 
@@ -68,6 +69,7 @@ def _section(record: dict[str, Any], study: Study, arms: list[str]) -> str:
         "card.md.j2",
         study=study,
         plan=plan,
+        sample=sample_of(study),
         one_of_them=record["run_id"] in {run.get("run_id") for run in runs},
         other=other,
         arms=rows,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..files import to_json, write_atomically
 from ..training.errors import needed_for
 from .estimates import expected_best_of
-from .plan import Run
+from .plan import Run, slug
 from .preview import detectable
+from .sample import sample_of
 from .stats import Comparison
 from .study import Study
 from .words import cell, mean, number, render, signed, span, spread
@@ -39,41 +40,95 @@ def write_report(study: Study, baseline: str | None = None) -> Path:
         plan.require_arm(baseline)
         folder = folder / f"against-{baseline}"
         folder.mkdir(exist_ok=True)
-    comparisons = study.comparisons(baseline)
-    pictures = figures.of_study(study, comparisons, baseline or plan.baseline)
+    families = [_family(study, name) for name in ([baseline] if baseline else [plan.baseline, *plan.further_baselines])]
+    pictures = figures.of_study(study, {family.baseline: (family.picture, family.comparisons) for family in families})
+    first, *further = families
     text = render(
         "report.md.j2",
         study=study,
         plan=plan,
-        comparisons=comparisons,
-        baseline=baseline or plan.baseline,
+        families=families,
+        baseline=first.baseline,
+        sample=sample_of(study),
         missing=study.missing(),
         mixed=study.mixtures(),
         set_aside=[(*key, len(found), mean(dict(enumerate(found)))) for key, found in study.set_aside().items()],
-        by_chance=[f"`{arm}`" for arm in plan.arms if plan.tunes and _by_chance(study, arm)],
-        verdicts=_verdicts(comparisons),
+        by_chance=[f"`{arm}`" for arm in plan.arms if plan.tunes and plan.final_rates == 1 and _by_chance(study, arm)],
         outcomes=_outcomes(study),
         ablations=[key for key in ("n", "eps") if f"{key}.png" in pictures],
+        dose="dose.png" in pictures,
         trials=_trials(study) if plan.tunes else [],
+        finalists=_finalists(study),
         facts=_facts(study),
-        detectable=detectable(plan, comparisons),
+        detectable=detectable(plan, first.comparisons),
         runs=_runs(study),
     )
-    results = {"plan_hash": plan.hash, "choices": study.choices(), "comparisons": [asdict(c) for c in comparisons]}
+    results = {
+        "plan_hash": plan.hash,
+        "choices": study.choices(),
+        "comparisons": [asdict(c) for c in first.comparisons],
+        **({"further": {f.baseline: [asdict(c) for c in f.comparisons] for f in further}} if further else {}),
+    }
     write_atomically(folder / "results.json", to_json(results, indent=2) + "\n")
     return pages.write_pages(folder, "report", text, pictures)
 
 
-def _verdicts(comparisons: Iterable[Comparison]) -> list[list[str]]:
-    return [
-        [
-            c.arm, signed(c.difference), span(c.interval), span(c.t_interval), f"{c.p:.4g}", f"{c.p_holm:.4g}",
-            cell(c.d_z, "+.2f"), cell(c.correlation, ".2f"), cell(c.superiority, ".2f"), cell(c.p_equivalence, ".4g"),
-            span(c.welch_interval), cell(c.welch_p, ".4g"), f"{c.diverged[0]} / {c.diverged[1]}", f"**{c.verdict}**",
-            "" if c.further_seeds is None else f"{c.further_seeds:,}",
-        ]
-        for c in comparisons
-    ]  # fmt: skip
+@dataclass(frozen=True)
+class _Family:
+    """All other arms against one baseline: the hypotheses that one adjustment is for.
+
+    Attributes:
+        baseline: An arm.
+        comparisons: Of the others with it.
+        picture: The file of its forest plot.
+    """
+
+    baseline: str
+    comparisons: list[Comparison]
+    picture: str
+
+    @property
+    def counts_sample(self) -> bool:
+        """Whether its intervals count the evaluation sample."""
+        return any(c.components for c in self.comparisons)
+
+    def verdicts(self) -> list[list[str]]:
+        """Rows of a table: what is concluded."""
+        return [
+            [
+                c.arm, signed(c.difference), span(c.interval), span(c.adjusted_interval), f"{c.p_holm:.4g}",
+                f"{c.p_equivalence_holm:.4g}", f"{c.diverged[0]} / {c.diverged[1]}", f"**{c.verdict}**",
+                "" if c.further_seeds is None else f"{c.further_seeds:,}",
+            ]
+            for c in self.comparisons
+        ]  # fmt: skip
+
+    def details(self) -> list[list[str]]:
+        """Rows of a table: from what."""
+        return [
+            [
+                c.arm, f"{c.p:.4g}", *([cell(c.p_two_way, ".4g")] if self.counts_sample else []),
+                cell(c.p_equivalence, ".4g"), span(c.t_interval), cell(c.d_z, "+.2f"), cell(c.correlation, ".2f"),
+                cell(c.superiority, ".2f"), span(c.welch_interval), cell(c.welch_p, ".4g"),
+            ]
+            for c in self.comparisons
+        ]  # fmt: skip
+
+    def variances(self, unit: str) -> list[list[str]]:
+        """Rows of a table: of what the variance of each difference is made."""
+        rows = []
+        for c in self.comparisons:
+            if c.components and c.components.variance:
+                parts = c.components
+                shares = (f"{100 * part / parts.variance:.0f} %" for part in (parts.seeds, parts.groups, parts.both))
+                limit = parts.limited_by if parts.limited_by == "seeds" else unit
+                rows.append([c.arm, f"{parts.estimate.error:.2g}", *shares, limit])
+        return rows
+
+
+def _family(study: Study, baseline: str) -> _Family:
+    picture = "forest.png" if baseline == study.plan.baseline else f"forest-against-{slug(baseline)}.png"
+    return _Family(baseline, study.comparisons(baseline), picture)
 
 
 def _outcomes(study: Study) -> list[list[str]]:
@@ -117,8 +172,25 @@ def _trials(study: Study) -> list[list[str]]:
     return rows
 
 
+def _finalists(study: Study) -> list[list[str]]:
+    """Rows of a table, where arms have run at two rates on the final seeds: what decided between these."""
+    plan, rows = study.plan, []
+    for arm, trials in study.finalists().items() if plan.final_rates > 1 else ():
+        for act, rate in trials:
+            runs = [Run(act, rate, seed) for seed in (*plan.tuning_seeds, *plan.final_seeds)]
+            values = {run.seed: study.value(run, plan.tuning_metric) for run in runs if study.record(run)}
+            tuning = {seed: value for seed, value in values.items() if seed in plan.tuning_seeds}
+            final = {seed: value for seed, value in values.items() if seed in plan.final_seeds}
+            means = [number(mean(found)) if found else "-" for found in (tuning, final, values)]
+            lost = sum(not math.isfinite(value) for value in values.values())
+            chosen = "yes" if (act, rate) == study.choices()[arm] else ""
+            rows.append([arm, f"`{act}`", f"{rate:g}", *means, str(lost), chosen])
+    return rows
+
+
 def _final_records(study: Study) -> list[tuple[Run, dict[str, Any]]]:
-    runs = [run for runs in study.final_runs().values() for run in runs]
+    trials = dict.fromkeys(trial for finalists in study.finalists().values() for trial in finalists)
+    runs = [Run(*trial, seed) for trial in trials for seed in study.plan.final_seeds]
     return [(run, record) for run in runs if (record := study.record(run))]
 
 

@@ -101,9 +101,10 @@ class Study:
 
     def outcome(self, run: Run) -> float:
         """What a run is judged by at its end, validation in tuning; NaN where the run diverged."""
-        return self._value(run, self._metric(run))
+        return self.value(run, self._metric(run))
 
-    def _value(self, run: Run, metric: str) -> float:
+    def value(self, run: Run, metric: str) -> float:
+        """A metric of a run at its end; NaN where it diverged."""
         record = self.record(run)
         assert record is not None, run
         return _outcome(record, metric)
@@ -183,7 +184,7 @@ class Study:
 
         def rank(trial: tuple[str, float]) -> tuple[int, float]:
             runs = [Run(*trial, seed) for seed in (*plan.tuning_seeds, *plan.final_seeds)]
-            values = np.array([self._value(run, plan.tuning_metric) for run in runs])
+            values = np.array([self.value(run, plan.tuning_metric) for run in runs])
             finite = values[np.isfinite(values)]
             mean = float(finite.mean()) if len(finite) else math.inf
             return len(values) - len(finite), -mean if plan.higher_is_better else mean
@@ -246,7 +247,7 @@ class Study:
         """
         plan = self.plan
         terms = plan.smallest_effect, plan.higher_is_better, plan.min_seeds
-        parts = {arm: {run.seed: part for run in runs if (part := self.parts(run)) is not None}
+        parts = {arm: {run.seed: part for run in runs if self.record(run) and (part := self.parts(run)) is not None}
                  for arm, runs in self.final_runs().items()}  # fmt: skip
         found = compare(self.outcomes(), baseline or plan.baseline, *terms, parts)
         if self.missing():

@@ -10,15 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from .estimates import interquartile_mean
-from .figures import forest
+from .figures import Row, forest
+from .looks import SAME, look
 from .pages import write_pages
 from .plan import PlanError
 from .stats import Comparison
 from .study import Study
 from .words import cell, render, span
 
-# Approximations that differ from what they stand for by less than 0.0005, and other names.
-_SAME = {"gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "gelu_fast": "gelu", "gelu_python": "gelu", "swish": "silu"}
 _AXIS = "gain, in smallest effects of interest"
 
 
@@ -81,7 +80,7 @@ def summarise(studies: Sequence[Study], baseline: str) -> list[Summary]:
             act = choices[c.arm][0]
             low, high = sorted(end / unit for end in c.interval)
             # arms that have chosen the same activation are the same runs
-            found.setdefault(_SAME.get(act, act), {})[plan.name] = Finding(
+            found.setdefault(SAME.get(act, act), {})[plan.name] = Finding(
                 c, np.subtract(c.values, c.baseline) / unit, (low, high)
             )
     return [Summary(act, findings, _pooled([f.gains for f in findings.values()])) for act, findings in found.items()]
@@ -117,7 +116,7 @@ def write_summary(studies: Sequence[Study], baseline: str, folder: Path) -> Path
         settings=settings,
     )
     intervals = {name: shown for summary in summaries for name, shown in _intervals(summary)}
-    return write_pages(folder, "summary", text, {"summary.png": forest(intervals, 1, _AXIS)})
+    return write_pages(folder, "summary", text, {"summary.png": forest(intervals, 1, _AXIS, higher_is_better=True)})
 
 
 def _rows(summary: Summary) -> Iterator[list[str]]:
@@ -134,11 +133,12 @@ def _rows(summary: Summary) -> Iterator[list[str]]:
         yield [f"`{summary.act}`", "all", str(pairs), f"{middle:+.3g}", span((low, high)), "", ""]
 
 
-def _intervals(summary: Summary) -> Iterator[tuple[str, tuple[float, tuple[float, float], list[float]]]]:
+def _intervals(summary: Summary) -> Iterator[tuple[str, Row]]:
     """Those of an activation in the picture, as `forest` has them."""
+    color = look(summary.act)["color"]
     for name, f in summary.findings.items():
         if len(f.gains) > 1:
-            yield f"{summary.act}: {name}", (float(f.gains.mean()), f.interval, f.gains.tolist())
+            yield f"{summary.act}: {name}", Row(float(f.gains.mean()), f.interval, color, points=f.gains.tolist())
     if summary.pooled:
         middle, low, high = summary.pooled
-        yield f"{summary.act}: all", (middle, (low, high), [])
+        yield f"{summary.act}: all", Row(middle, (low, high), color)

@@ -80,5 +80,11 @@ _templates = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_templates.filters |= {"form": format, "listed": _listed, "number": number, "one_line": _one_line}
+_templates.filters |= {
+    "code": "`{}`".format,
+    "form": format,
+    "listed": _listed,
+    "number": number,
+    "one_line": _one_line,
+}
 _templates.globals |= {"table": markdown_table}

@@ -5,12 +5,15 @@ import json
 import pytest
 
 from hf_gem import cli
+from hf_gem.compare.plan import Run
 from hf_gem.compare.report import write_report
 from hf_gem.compare.study import StudyError
 from tests.compare.toy import TWO_ARMS, run
 
 for package in ("scipy", "matplotlib", "markdown_it"):
     pytest.importorskip(package, reason="reports need it")
+
+from hf_gem.compare.figures import _dose_of, dose  # noqa: E402
 
 
 def test_runs_that_the_tuning_does_not_choose_are_told(study):
@@ -33,11 +36,11 @@ def test_a_choice_of_chance_is_called_one(study):
     toy = study(learning_rates=[0.0099, 0.01], **few)
     run(toy)
     write_report(toy)
-    assert "the second best of `relu`, `gem` was nearer than" in (toy.folder / "report.md").read_text()
+    assert "the second best of `relu`, `gem` was nearer to the best than" in (toy.folder / "report.md").read_text()
     toy = study("clear", learning_rates=[0.0001, 0.01, 1], **few)
     run(toy)
     write_report(toy)
-    assert "a choice of chance" not in (toy.folder / "report.md").read_text()
+    assert "choices of chance" not in (toy.folder / "report.md").read_text()
 
 
 def test_an_arm_that_always_diverges_has_had_its_chance(study):
@@ -46,8 +49,8 @@ def test_an_arm_that_always_diverges_has_had_its_chance(study):
     assert toy.choices()["silu"] == ("silu", 0.000625)  # the lowest, after three extensions
     write_report(toy)
     report = (toy.folder / "report.md").read_text()
-    assert "8 runs of `silu` and 0 of `relu` diverged, and 0 seeds finished at both (p = 0.016 after Holm)" in report
-    assert "it is worse." in report
+    assert "8 runs of `silu` and 0 of `relu` diverged, and 0 seeds finished at both (p = 0.016 after Holm)." in report
+    assert "(p = 0.016 after Holm). `silu` is **worse**." in report
     assert "| silu | `silu` | 0.000625 (the edge of the grid) |" in report
 
     def refuse(constant):
@@ -68,7 +71,7 @@ def test_a_study_under_way(study):
     assert "**Not finished:** 2 runs are missing, such as relu-lr0.01-seed5." in report
     assert "On 6 seeds" in report
     assert "**pending**" in report  # also of what is plainly settled: gem_n2 is better
-    assert "no verdict before they are done" in report
+    assert "there is no verdict before they are done" in report
 
 
 def test_a_run_that_skipped_batches_is_told_in_the_report(study):
@@ -89,7 +92,7 @@ def test_pairing_is_claimed_by_the_hashes_that_there_are(study):
         path.write_text(json.dumps(record))
     write_report(study(final_seeds=[0, 1]))
     report = (toy.folder / "report.md").read_text()
-    assert "are equal, of initial weights and the order of samples. Of 1 seeds not all arms" in report
+    assert "are equal: initial weights and the order of samples. At 1 seed not all arms" in report
 
 
 def test_arms_with_gains_of_their_own_are_paired_by_the_signs_of_their_weights(study):
@@ -119,8 +122,97 @@ def test_another_baseline_has_a_report_of_its_own(study, capsys):
     report = (toy.folder / "against-gem" / "report.md").read_text()
     assert "of `relu` was 0.0" in report
     assert "above that of `gem`" in report
-    assert "The plan had named `relu`" in report
+    assert "The plan named `relu` as the baseline." in report
     assert (toy.folder / "report.md").read_text() == first
     with pytest.raises(SystemExit):
         cli.main(["report", str(toy.folder), "--baseline", "gelu"])
     assert "toy has no arm 'gelu'; its arms are relu, gem, silu" in capsys.readouterr().err
+
+
+def test_a_report_says_what_intervals_count(study):
+    old = study("old")
+    run(old)
+    write_report(old)
+    report = (old.folder / "report.md").read_text()
+    assert "This study's intervals know nothing of the evaluation sample: they count seeds alone." in report
+    assert "p two-way" not in report
+    assert "limited by" not in report
+
+    new = study("new", flags={"documents": 30, "spread": 0.02})
+    run(new)
+    write_report(new)
+    report = (new.folder / "report.md").read_text()
+    assert "The validation data have 3,030 tokens in 30 documents. Intervals count documents as well as seeds" in report
+    assert (
+        "p is the larger one of the sign-flip test, over seeds, and the two-way test, over seeds and documents"
+        in report
+    )
+    found = {c.arm: c for c in new.comparisons()}
+    parts = found["gem"].components
+    shares = " | ".join(f"{100 * part / parts.variance:.0f} %" for part in (parts.seeds, parts.groups, parts.both))
+    assert f"| gem | {parts.estimate.error:.2g} | {shares} | documents |" in report
+    assert f"{found['gem'].p:.2g} over seeds, {found['gem'].p_two_way:.2g} over seeds and documents, " in report
+    saved = json.loads((new.folder / "results.json").read_text())["comparisons"][0]["components"]
+    assert saved["groups"] == parts.groups
+
+
+def test_the_number_of_validation_tokens_of_older_records(study):
+    toy = study(**TWO_ARMS, final_seeds=[0, 1])
+    run(toy)
+    for path in (toy.folder / "records").glob("*"):
+        record = json.loads(path.read_text())
+        record["data"]["num_tokens"], record["result"]["unit"] = {"train": 10**6, "validation": 6665}, "tokens"
+        path.write_text(json.dumps(record))
+    write_report(study(**TWO_ARMS, final_seeds=[0, 1]))
+    assert "The validation data have 6,665 tokens. This study's" in (toy.folder / "report.md").read_text()
+
+
+def test_each_further_baseline_is_a_family(study):
+    toy = study(further_baselines=["gem"])
+    run(toy)
+    write_report(toy)
+    report = (toy.folder / "report.md").read_text()
+    assert report.count("### Against `relu`") == report.count("### Against `gem`") == 1
+    assert "with the 2 arms that are compared with it; this report has 2 families" in report
+    assert "The plan names further baselines, `gem`: the verdicts" in report
+    assert (toy.folder / "forest-against-gem.png").exists()
+    assert "](forest-against-gem.png)" in report
+    saved = json.loads((toy.folder / "results.json").read_text())
+    assert [c["arm"] for c in saved["comparisons"]] == ["gem", "silu"]
+    assert [c["arm"] for c in saved["further"]["gem"]] == ["relu", "silu"]
+    assert [c["p_holm"] for c in saved["further"]["gem"]] == [c.p_holm for c in toy.comparisons("gem")]
+
+
+def test_two_rates_on_the_final_seeds_are_both_told(study):
+    toy = study(metric="test_loss", flags={"test": 1}, final_rates=2, final_seeds=[0, 1, 2])
+    run(toy)
+    write_report(toy)
+    report = (toy.folder / "report.md").read_text()
+    assert "Validation over all seeds decided between the two." in report
+    for arm, trials in toy.finalists().items():
+        for act, rate in trials:
+            values = [toy.value(Run(act, rate, seed), "validation_loss") for seed in (100, 101, 0, 1, 2)]
+            means = (sum(values[:2]) / 2, sum(values[2:]) / 3, sum(values) / 5)
+            chosen = "yes" if (act, rate) == toy.choices()[arm] else ""
+            cells = [arm, f"`{act}`", f"{rate:g}", *(f"{mean:.4f}" for mean in means), "0", chosen]
+            assert f"| {' | '.join(cells)} |" in report
+    assert report.count("| yes |") == 3
+    assert "choices of chance" not in report
+
+
+def test_the_dose_is_drawn_where_records_have_the_scale(study):
+    arms = {act: [act] for act in ("relu", "gem_n2", "egem_n2", "egem_n2_eps0.01")}
+    toy = study(arms=arms, learning_rates=[0.01], tuning_seeds=[], final_seeds=[0, 1])
+    run(toy)
+    assert dose(toy) is None
+    for path in (toy.folder / "records").glob("*"):
+        record = json.loads(path.read_text())
+        record["activation_inputs"] = {"rms": 0.5, "layers": {}}
+        path.write_text(json.dumps(record))
+    toy = study(arms=arms, learning_rates=[0.01], tuning_seeds=[], final_seeds=[0, 1])
+    assert _dose_of(toy, "gem_n2") == ("E-GEM, n = 2", pytest.approx(2))
+    assert _dose_of(toy, "egem_n2") == ("E-GEM, n = 2", pytest.approx(0.2))
+    assert _dose_of(toy, "relu") is None
+    write_report(toy)
+    assert (toy.folder / "dose.png").read_bytes().startswith(b"\x89PNG")
+    assert "](dose.png)" in (toy.folder / "report.md").read_text()

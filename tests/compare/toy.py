@@ -48,9 +48,9 @@ if flags.get("documents"):
     for document, count in enumerate(counts):
         own = random.Random(f"{act} {document}").gauss(0, spread)
         losses.append(count * (loss + own + random.Random(f"{act} {seed} {document}").gauss(0, 0.01)))
-    record["result"] = {"validation_loss": sum(losses) / sum(counts), "unit": "tokens"}
-    parts = {"counts": counts, "losses": losses}
-    record["evaluation"] = {"unit": "documents", "validation": {"num_units": len(counts), **parts}}
+    record["result"] |= {"validation_loss": sum(losses) / sum(counts), "unit": "tokens"}
+    parts = {"num_units": len(counts), "counts": counts, "losses": losses}
+    record["evaluation"] = {"unit": "documents", "validation": parts}
 if flags.get("unpaired"):
     record[flags["unpaired"]] += act
 (folder / "record.json").write_text(json.dumps(record))
