@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         data=data.facts,
         units_per_sample=1,
         unit="images",
-        metric="accuracy",
+        metrics=("accuracy",),
         lr_ratios={last_layer(model): config.head_lr_ratio},
     )
     with accelerator.autocast():  # as it is evaluated later

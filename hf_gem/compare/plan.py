@@ -18,7 +18,13 @@ from transformers.activations import ACT2FN
 from ..family.names import is_claimed, parse
 from ..training.errors import ConfigError
 
-METRICS = {"validation_loss": False, "validation_perplexity": False, "validation_accuracy": True}  # higher is better
+METRICS = {  # whether higher is better
+    "validation_loss": False,
+    "validation_perplexity": False,
+    "validation_accuracy": True,
+    "validation_relative_l2": False,
+    "validation_log10_relative_l2": False,
+}
 MOST_EXTENSIONS = 3  # of a grid of learning rates, at either end
 
 

@@ -41,21 +41,35 @@ def accuracy(predictions: Sequence[int], references: Sequence[int]) -> float:
     return float((np.asarray(predictions) == np.asarray(references))[counted].mean())
 
 
-METRICS: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {"perplexity": perplexity, "accuracy": accuracy}
+def relative_l2(predictions: Sequence[float], references: Sequence[float]) -> float:
+    """The norm of all errors over that of all references, for values of a field on a grid; a field of zeros has 1."""
+    found, exact = np.asarray(predictions, np.float64), np.asarray(references, np.float64)
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
+def log10_relative_l2(predictions: Sequence[float], references: Sequence[float]) -> float:
+    """The decimal logarithm of `relative_l2`, whose differences are ratios of errors."""
+    error = relative_l2(predictions, references)
+    return -math.inf if error == 0 else math.log10(error)
+
+
+METRICS: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
+    metric.__name__: metric for metric in (perplexity, accuracy, relative_l2, log10_relative_l2)
+}
 
 
 @torch.no_grad()
 def evaluate(objective: nn.Module, task: Task, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
-    """Loss and metric over the whole validation set, each target counted once.
+    """Loss and metrics over the whole validation set, each target counted once.
 
     Args:
         objective: On the device of the accelerator, but not wrapped by it, except by FSDP.
-        task: Whose validation samples and metric are used.
+        task: Whose validation samples and metrics are used.
         batch_size: Samples in one forward pass of one process, at most.
         accelerator: All of whose processes call this.
 
     Returns:
-        `loss` in nats and the metric; empty but on the main process.
+        `loss`, the mean over all targets, and the metrics; empty but on the main process.
 
     Raises:
         DataError: samples cannot be read.
@@ -88,7 +102,7 @@ def evaluate(objective: nn.Module, task: Task, batch_size: int, accelerator: Acc
     gathered = gather_object([mine]) if world > 1 else [mine]
     if not accelerator.is_main_process:
         return {}
-    return _values({key: [value for part in gathered for value in part[key]] for key in rows}, task.metric)
+    return _values({key: [value for part in gathered for value in part[key]] for key in rows}, task.metrics)
 
 
 def _check(accelerator: Accelerator) -> None:
@@ -103,7 +117,7 @@ def _read(task: Task, indices: np.ndarray) -> dict[str, torch.Tensor]:
         raise DataError(f"validation samples cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _values(rows: dict[str, list[Any]], name: str) -> dict[str, float]:
+def _values(rows: dict[str, list[Any]], metrics: Sequence[str]) -> dict[str, float]:
     predictions, references = rows["predictions"] or rows["losses"], rows["references"] or rows["targets"]
     loss = math.fsum(rows["losses"]) / sum(rows["targets"])
-    return {"loss": loss, name: METRICS[name](predictions, references)}
+    return {"loss": loss, **{name: METRICS[name](predictions, references) for name in metrics}}

@@ -352,7 +352,7 @@ class _Run:
         if self.is_main:
             named = {f"validation_{name}": value for name, value in values.items()}
             self.log.add(step=step, **named)
-            tqdm.write(f"step {step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+            tqdm.write(f"step {step}: validation " + ", ".join(f"{k} {v:.5g}" for k, v in values.items()))
             self.accelerator.log(named, step=step)
         if step:  # no step has seen yet what its own update did; only the main process has the values
             lost = torch.tensor(float(not math.isfinite(values.get("loss", 0.0))), device=self.accelerator.device)
@@ -382,7 +382,7 @@ class _Run:
             entry["max_memory_bytes"] = torch.cuda.max_memory_allocated(device)
         if self.is_main:
             self.log.add(step=step, **entry)
-            shown = {"loss": f"{value:.4f}", f"{self.task.unit}/s": f"{rate:,.0f}"}
+            shown = {"loss": f"{value:.5g}", f"{self.task.unit}/s": f"{rate:,.0f}"}
             if "mfu" in entry:
                 shown["MFU"] = f"{entry['mfu']:.1%}"
             progress.show(step, shown)

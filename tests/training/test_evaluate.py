@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from hf_gem.training.errors import DataError, Interrupted
-from hf_gem.training.evaluate import METRICS, accuracy, evaluate, perplexity
-from hf_gem.training.loss import IGNORE
+from hf_gem.training.evaluate import METRICS, accuracy, evaluate, log10_relative_l2, perplexity, relative_l2
+from hf_gem.training.loss import IGNORE, Output
 from hf_gem.training.signals import catch_signals
 from tests.training.toys import Sequences, make_task
 
@@ -32,14 +32,24 @@ def test_perplexity_is_exp_of_the_mean_weighted_by_tokens():
     assert perplexity([8e5], [1000]) == math.inf
 
 
+def test_relative_errors_are_those_of_the_whole_field():
+    exact = DRAW.normal(size=50).astype(np.float32)
+    assert relative_l2(1.25 * exact, exact) == pytest.approx(0.25, rel=5 * torch.finfo(torch.float32).eps)
+    assert relative_l2([0.0, 4.0], [3.0, 4.0]) == 0.6
+    assert log10_relative_l2([0.0, 4.0], [3.0, 4.0]) == math.log10(0.6)
+    assert (relative_l2(exact, exact), log10_relative_l2(exact, exact)) == (0, -math.inf)
+    assert relative_l2(np.zeros(50), exact) == 1
+    assert math.isnan(log10_relative_l2([math.nan, 4.0], [3.0, 4.0]))
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_metrics_of_evaluate_count_together(name, tmp_path):
     """As evaluate does it: each process writes its part to a shared folder, and the first one reads them all."""
     pytest.importorskip("evaluate", reason="these are metrics of it")
     from hf_gem.training import metrics
 
-    metric = getattr(metrics, name.capitalize())
-    predictions, references = PREDICTIONS + (name == "perplexity") * 0.5, REFERENCES + 1
+    metric = getattr(metrics, "".join(map(str.capitalize, name.split("_"))))
+    predictions, references = PREDICTIONS + (name != "accuracy") * 0.5, REFERENCES + 1
 
     def process(number):
         part = slice(None, 50) if number == 0 else slice(50, None)
@@ -65,6 +75,35 @@ def test_every_target_is_weighed_once(batch_size):
         exact = torch.nn.functional.cross_entropy(logits.mT, data.labels, ignore_index=IGNORE).item()
     assert found["loss"] == pytest.approx(exact, rel=20 * torch.finfo(torch.float32).eps)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+
+
+def test_predictions_that_are_values():
+    """Of a field, in batches of any size: each point counts once, whatever its value."""
+
+    class Field(torch.nn.Module):
+        def forward(self, x, labels):
+            values = x.square()
+            return Output((values - labels).square().sum(), values)
+
+    class Points:
+        x, labels = torch.linspace(-1, 1, 11), torch.linspace(-1, 1, 11).abs()
+
+        def __len__(self):
+            return len(self.x)
+
+        def batch(self, indices, draws=None):
+            return {"x": self.x[indices], "labels": self.labels[indices]}
+
+    task = make_task()
+    task.validation, task.metrics = Points(), ("relative_l2", "log10_relative_l2")
+    errors = Points.x.square().double() - Points.labels.double()
+    expected = (errors.norm() / Points.labels.double().norm()).item()
+    for batch_size in (1, 4, 100):
+        found = evaluate(Field(), task, batch_size, Accelerator(cpu=True))
+        # of the float32 sums of a batch, and of none in the metrics
+        assert found["loss"] == pytest.approx(errors.square().mean().item(), rel=20 * torch.finfo(torch.float32).eps)
+        assert found["relative_l2"] == pytest.approx(expected, rel=1e-12)
+        assert found["log10_relative_l2"] == math.log10(found["relative_l2"])
 
 
 def test_what_cannot_be_read_and_what_is_asked_to_stop():
