@@ -1,4 +1,4 @@
-"""Runs what a study lacks, through the command lines of the recipes, each run in a process of its own.
+"""Runs what a study lacks, through the command lines of the recipes.
 
 Any number of processes and machines may work on the folder of one study: each run has a lock. Whatever is killed goes
 on where it was when the command is started again.
@@ -11,21 +11,16 @@ bar holds its lock, or between the start of a process and the note of it.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import runpy
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -34,77 +29,14 @@ from tqdm.auto import tqdm
 from ..files import write_atomically
 from ..training.errors import Interrupted, TrainingError
 from ..training.record import environment
-from ..training.signals import Caught, catch_signals, wait_for
+from ..training.signals import Caught, catch_signals
+from .executors import Child, Executor, InProcess, Processes
 from .plan import PlanError, Run
 from .study import Study, StudyError
 
 _TICK = 0.1  # seconds between looks at the flag
 _LOOK_AGAIN = 2.0  # seconds between looks at runs that others work on
-# Runs are forked where possible from a process that has imported what all recipes do: that takes longer than a small
-# run trains.
-_CONTEXT: Any = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-IMPORTED = (
-    *(f"hf_gem.training.{module}" for module in ("data.text", "data.vision", "evaluate", "loop", "report")),
-    *("timm", "matplotlib.pyplot"),
-    *("hf_gem.compare.driver", "hf_gem.compare.report"),  # by recipes/compare.py, which each process imports as well
-)
 _STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}  # exit statuses
-
-
-class Child(Protocol):
-    """A command that an executor has started; a `multiprocessing.Process` is one."""
-
-    @property
-    def exitcode(self) -> int | None:
-        """Its status, negative for a signal; None until it has ended."""
-
-    def terminate(self) -> None:
-        """Asks it to save and stop."""
-
-
-class Executor(Protocol):
-    """Where commands run."""
-
-    def start(self, command: list[str], log: Path, env: Mapping[str, str]) -> Child:
-        """Starts a script.
-
-        Args:
-            command: The script and its arguments.
-            log: A file for all that it prints.
-            env: Further environment variables.
-
-        Raises:
-            OSError: no process can be started.
-            EOFError: likewise.
-        """
-
-    def wait(self, children: Sequence[Child], seconds: float) -> None:
-        """Returns when one of them has ended, or after some seconds; at once, where one had ended before."""
-
-
-class Processes:
-    """Runs each command in a process of its own.
-
-    Args:
-        jobs: How many there are to be at once.
-    """
-
-    def __init__(self, jobs: int) -> None:
-        if not torch.cuda.is_available():  # before the first process, which has to know when it imports torch
-            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-        _CONTEXT.set_forkserver_preload(list(IMPORTED))
-        self._ready = False
-
-    def start(self, command: list[str], log: Path, env: Mapping[str, str]) -> Child:
-        if not self._ready:  # the first process starts when all is imported
-            wait_for(_start_nothing, "stopped; the same command goes on")
-            self._ready = True
-        process: BaseProcess = _CONTEXT.Process(target=_run_script, args=(command, log, env))
-        process.start()
-        return process
-
-    def wait(self, children: Sequence[Child], seconds: float) -> None:
-        wait([child.sentinel for child in children if isinstance(child, BaseProcess)], seconds)
 
 
 @dataclass
@@ -124,9 +56,10 @@ class Driver:
     Args:
         study: What to run.
         recipes: The folder of the recipes.
-        jobs: Runs at once; on a machine with GPUs, one for each of them is a good number.
+        jobs: Runs at once, each in a process of its own; on a machine with GPUs, one for each of them is a good number.
+            0: one after the other, in this process.
         allow_mixed: Takes records together whose code, versions or data differ.
-        executor: Where runs take place; by default, in processes of their own.
+        executor: Where runs take place; by default, as `jobs` says.
 
     Raises:
         PlanError: there is no such recipe.
@@ -144,8 +77,8 @@ class Driver:
             known = ", ".join(sorted(path.stem for path in recipes.glob("*.py")))
             raise PlanError(f"no recipe {study.plan.recipe!r} in {recipes}; there are {known}")
         self.study, self.recipes, self.allow_mixed = study, recipes, allow_mixed
-        self._executor = Processes(jobs) if executor is None else executor
-        self._free = deque(range(jobs))  # devices
+        self._executor = executor or (Processes(jobs) if jobs else InProcess())
+        self._free = deque(range(max(1, jobs)))  # devices
         self._under_way: list[_Job] = []
         self._here: dict[str, Any] = {}
 
@@ -316,38 +249,3 @@ def _environment_of(device: int) -> dict[str, str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
     return {"CUDA_VISIBLE_DEVICES": devices[device % len(devices)]}
-
-
-def _start_nothing() -> None:
-    """Has the server of processes import all; a signal may have killed the one before, which can still seem alive."""
-    for pause in (0.1, 1.0, 0.0):
-        process = _CONTEXT.Process(target=os.getpid, daemon=True)
-        try:
-            process.start()
-        except (EOFError, ConnectionError):
-            if not pause:
-                raise
-            time.sleep(pause)
-        else:
-            process.join()
-            return
-
-
-def _run_script(command: list[str], log: Path, env: Mapping[str, str]) -> None:
-    """Runs a script as the main program of this process, which stops and saves when the study's is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the recipe catches it, there is nothing to save
-    os.environ.update(env)
-    with log.open("w") as output:
-        for stream in (1, 2):
-            os.dup2(output.fileno(), stream)
-    threading.Thread(target=_stop_without_parent, daemon=True).start()
-    sys.argv = command
-    sys.path[0] = str(Path(command[0]).parent)
-    runpy.run_path(command[0], run_name="__main__")
-
-
-def _stop_without_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _LOOK_EVERY = 0.2  # seconds
 _active: Caught | None = None
+terminal = 2  # the descriptor for an answer to Ctrl-C; another one while 2 goes to a file
 
 
 @dataclass
@@ -77,7 +78,7 @@ def catch_signals() -> Iterator[Caught]:
         if number == signal.SIGINT:
             signal.signal(number, previous[signal.SIGINT] or signal.default_int_handler)
             with contextlib.suppress(OSError):  # not by print, which may have been interrupted half-way
-                os.write(2, b"\nstopping as soon as possible; press Ctrl-C again to stop at once\n")
+                os.write(terminal, b"\nstopping as soon as possible; press Ctrl-C again to stop at once\n")
 
     _active = caught
     try:

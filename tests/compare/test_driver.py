@@ -1,8 +1,8 @@
 """What a driver runs, in which order, and when it stops; the runs take place in this process, or are made up."""
 
 import functools
-import importlib.util
 import json
+import re
 import signal
 import threading
 from unittest import mock
@@ -13,13 +13,35 @@ from tqdm.auto import tqdm
 
 from hf_gem import cli
 from hf_gem.compare import driver as driver_module
-from hf_gem.compare.driver import IMPORTED, Driver
+from hf_gem.compare.driver import Driver
+from hf_gem.compare.executors import Ended
 from hf_gem.compare.plan import PlanError, Run
 from hf_gem.compare.report import write_report
 from hf_gem.compare.study import StudyError
 from hf_gem.training.errors import Interrupted
 from hf_gem.training.record import environment
-from tests.compare.toy import TWO_ARMS, Ended, InThisProcess, recipes_of, run, started, until
+from tests.compare.toy import TWO_ARMS, InThisProcess, recipes_of, run, started, until
+
+
+def test_from_plan_to_report(study):
+    toy = study()
+    run(toy)
+    assert len(started(toy)) == 4 * 3 * 2 + 3 * 8  # four activations, three rates, two seeds; then three arms
+    assert toy.choices() == {"relu": ("relu", 0.01), "gem": ("gem_n2", 0.01), "silu": ("silu", 0.01)}
+    assert not list(toy.folder.glob("runs/*/*.safetensors"))
+    assert {path.stem for path in toy.folder.glob("runs/*.txt")} == set(started(toy))  # a log for each
+    page = write_report(toy).read_text()
+    results = json.loads((toy.folder / "results.json").read_text())
+    verdicts = {c["arm"]: c["verdict"] for c in results["comparisons"]}
+    assert verdicts == {"gem": "better", "silu": "equivalent"}
+    report = (toy.folder / "report.md").read_text()
+    assert "of `gem` was 0.0" in report
+    assert "below that of `relu`" in report
+    assert "equal initial weights" in report
+    assert page.count("data:image/png;base64,") == 4  # forest, curves, learning rates, n
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    for name in re.findall(r"\]\((\w+\.png)\)", report):
+        assert (toy.folder / name).exists()
 
 
 def test_nothing_is_run_twice_and_the_report_is_the_same(study, capsys):
@@ -149,11 +171,6 @@ def test_flags_are_words_that_recipes_take(study):
     assert {"--mixed_precision=no", "--own_gain=yes", "--learning_rate=1e-05"} <= set(command)
     assert "--data=held-out" not in command
     assert "--data=held-out" in driver.command(Run("relu", 1e-5, 100))
-
-
-def test_what_processes_import_beforehand_is_there():
-    """It is only faster so: a name that is wrong would not be noticed."""
-    assert [name for name in IMPORTED if importlib.util.find_spec(name) is None] == []
 
 
 class MadeUp:

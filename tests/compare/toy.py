@@ -1,15 +1,12 @@
 """A recipe that takes no time, a plan for it, and its studies, run in this process or in processes of their own."""
 
-import contextlib
 import functools
-import runpy
-import sys
 import threading
 import time
-import traceback
 from unittest import mock
 
 from hf_gem.compare.driver import Driver
+from hf_gem.compare.executors import InProcess
 from hf_gem.training import record
 
 # Its loss is lowest at a learning rate of 0.01, and lower with gem_n2; it counts how often it was started.
@@ -58,46 +55,14 @@ TWO_ARMS = {"learning_rates": [0.01], "arms": {"relu": ["relu"], "gem": ["gem"]}
 environment = functools.cache(record.environment)  # which takes longer than all else that the toy does
 
 
-class Ended:
-    """A command that has run."""
-
-    def __init__(self, exitcode):
-        self.exitcode = exitcode
-
-    def terminate(self):
-        pass
-
-
-class InThisProcess:
-    """Runs each command to its end when it is started, in this process."""
+class InThisProcess(InProcess):
+    """As `--jobs 0` has it, with git asked once for all runs."""
 
     one_at_a_time = threading.Lock()  # the streams and the arguments are those of the process
 
     def start(self, command, log, env):
-        with (
-            self.one_at_a_time,
-            log.open("w") as output,
-            contextlib.redirect_stdout(output),
-            contextlib.redirect_stderr(output),
-            mock.patch.object(sys, "argv", command),
-            mock.patch.dict("os.environ", env),
-            mock.patch.object(record, "environment", environment),
-        ):
-            try:
-                runpy.run_path(command[0], run_name="__main__")
-            except SystemExit as error:
-                if isinstance(error.code, int):
-                    return Ended(error.code)
-                print(error.code)
-                return Ended(1)
-            except Exception:
-                traceback.print_exc()
-                return Ended(1)
-        return Ended(0)
-
-    def wait(self, children, seconds):
-        if not children:
-            time.sleep(seconds)
+        with self.one_at_a_time, mock.patch.object(record, "environment", environment):
+            return super().start(command, log, env)
 
 
 def run(study, jobs=1, **more):

@@ -1,0 +1,252 @@
+"""Where the runs of a study take place: in processes of their own, or in this one."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from ..training import signals
+
+# Runs are forked where possible from a process that has imported what all recipes do: that takes longer than a small
+# run trains.
+_CONTEXT: Any = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+IMPORTED = (
+    *(f"hf_gem.training.{module}" for module in ("data.text", "data.vision", "evaluate", "loop", "report")),
+    *("timm", "matplotlib.pyplot"),
+    *("hf_gem.compare.driver", "hf_gem.compare.report"),  # by recipes/compare.py, which each process imports as well
+)
+# What a recipe may change for the whole process: how to ask for it, and how to set it.
+_Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
+_SETTINGS: tuple[_Setting, ...] = (
+    (os.getcwd, os.chdir),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.get_num_threads, torch.set_num_threads),
+)
+
+
+class Child(Protocol):
+    """A command that an executor has started; a `multiprocessing.Process` is one."""
+
+    @property
+    def exitcode(self) -> int | None:
+        """Its status, negative for a signal; None until it has ended."""
+
+    def terminate(self) -> None:
+        """Asks it to save and stop."""
+
+
+class Executor(Protocol):
+    """Where commands run."""
+
+    def start(self, command: list[str], log: Path, env: Mapping[str, str]) -> Child:
+        """Starts a script.
+
+        Args:
+            command: The script and its arguments.
+            log: A file for all that it prints.
+            env: Further environment variables.
+
+        Raises:
+            OSError: no process can be started.
+            EOFError: likewise.
+        """
+
+    def wait(self, children: Sequence[Child], seconds: float) -> None:
+        """Returns when one of them has ended, or after some seconds; at once, where one had ended before."""
+
+
+class Processes:
+    """Runs each command in a process of its own.
+
+    Args:
+        jobs: How many there are to be at once.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        if not torch.cuda.is_available():  # before the first process, which has to know when it imports torch
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+        _CONTEXT.set_forkserver_preload(list(IMPORTED))
+        self._ready = False
+
+    def start(self, command: list[str], log: Path, env: Mapping[str, str]) -> Child:
+        if not self._ready:  # the first process starts when all is imported
+            signals.wait_for(_start_nothing, "stopped; the same command goes on")
+            self._ready = True
+        process: BaseProcess = _CONTEXT.Process(target=_run_process, args=(command, log, env))
+        process.start()
+        return process
+
+    def wait(self, children: Sequence[Child], seconds: float) -> None:
+        wait([child.sentinel for child in children if isinstance(child, BaseProcess)], seconds)
+
+
+def _start_nothing() -> None:
+    """Has the server of processes import all; a signal may have killed the one before, which can still seem alive."""
+    for pause in (0.1, 1.0, 0.0):
+        process = _CONTEXT.Process(target=os.getpid, daemon=True)
+        try:
+            process.start()
+        except (EOFError, ConnectionError):
+            if not pause:
+                raise
+            time.sleep(pause)
+        else:
+            process.join()
+            return
+
+
+def _run_process(command: list[str], log: Path, env: Mapping[str, str]) -> None:
+    """Runs a script as the main program of this process, which stops and saves when the study's is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the recipe catches it, there is nothing to save
+    with log.open("w") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    threading.Thread(target=_stop_without_parent, daemon=True).start()
+    _run_script(command, env)
+
+
+def _stop_without_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run_script(command: list[str], env: Mapping[str, str]) -> None:
+    os.environ.update(env)
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))
+    runpy.run_path(command[0], run_name="__main__")
+
+
+class Ended:
+    """A command that has ended.
+
+    Args:
+        exitcode: Its status.
+    """
+
+    def __init__(self, exitcode: int) -> None:
+        self.exitcode = exitcode
+
+    def terminate(self) -> None:
+        pass
+
+
+class InProcess:
+    """Runs each command in this process, to its end, when it is started. No process has to be started for it.
+
+    What it changes for the whole process is set back when it has ended. Its results are, bit for bit, those of a
+    process of its own with as many threads.
+    """
+
+    def start(self, command: list[str], log: Path, env: Mapping[str, str]) -> Child:
+        with log.open("w") as output, _output_to(output.fileno()), _restored():
+            try:
+                _run_script(command, env)
+            except SystemExit as stop:
+                if stop.code is None or isinstance(stop.code, int):
+                    return Ended(stop.code or 0)
+                print(stop.code, file=sys.stderr)  # as Python does at the end of a process
+                return Ended(1)
+            except Exception:
+                traceback.print_exc()
+                return Ended(1)
+        return Ended(0)
+
+    def wait(self, children: Sequence[Child], seconds: float) -> None:
+        if not children:
+            time.sleep(seconds)
+
+
+@contextlib.contextmanager
+def _output_to(descriptor: int) -> Iterator[None]:
+    """Sends to an open file all that this process and its children write to their standard output and error.
+
+    The streams here are new ones, and stay open: a handler of a logger that is made meanwhile keeps one of them.
+    """
+    streams = [open(number, "w", encoding="utf-8", buffering=1, closefd=False) for number in (1, 2)]  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    copies = {number: os.dup(number) for number in (1, 2)}
+    signals.terminal = copies[2]
+    try:
+        for number in copies:
+            os.dup2(descriptor, number)
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            yield
+    finally:
+        for stream in streams:
+            stream.flush()
+        signals.terminal = 2
+        for number, copy in copies.items():
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+@contextlib.contextmanager
+def _restored() -> Iterator[None]:
+    """Sets back, on leaving, what a recipe changes for the whole process."""
+    known = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    levels: list[_Setting] = [(partial(getattr, logger, "level"), logger.setLevel) for logger in (logging.root, *known)]
+    matplotlib = sys.modules.get("matplotlib")
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with contextlib.ExitStack() as stack:
+        later = stack.callback
+        later(setattr, sys, "argv", sys.argv)
+        later(sys.path.__setitem__, slice(None), list(sys.path))
+        later(_set_environment, dict(os.environ))
+        later(random.setstate, random.getstate())
+        later(np.random.set_state, np.random.get_state())
+        stack.enter_context(torch.random.fork_rng(devices))
+        if matplotlib is not None:
+            later(matplotlib.use, matplotlib.get_backend())
+        for get, put in (*_SETTINGS, *levels):
+            later(_set_back, get, put, get())
+        gc.freeze()  # or to collect would look at all that has been imported, which takes longer than some runs
+        later(gc.unfreeze)
+        later(gc.collect)
+        later(_forget)
+        _forget()
+        yield
+
+
+def _set_back(get: Callable[[], Any], put: Callable[[Any], Any], value: Any) -> None:
+    if get() != value:  # to set the number of threads changes what MKL does, even where the number stays
+        put(value)
+
+
+def _set_environment(variables: Mapping[str, str]) -> None:
+    for name in os.environ.keys() - variables.keys():
+        del os.environ[name]
+    os.environ.update(variables)
+
+
+def _forget() -> None:
+    """Drops what libraries keep of a run: accelerate its settings, the compiler the code of a model that is gone."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # or it would give up after some models of one class
