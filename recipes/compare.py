@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hf_gem.compare.driver import Driver
+from hf_gem.compare.estimate import estimate
 from hf_gem.compare.plan import PlanError, load_plan, parse_flags
 from hf_gem.compare.preview import dry_run, preview
 from hf_gem.compare.report import write_report
@@ -44,6 +45,11 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
         "0: one after the other in this process, which saves the start of others, where a run takes seconds",
     )
     parser.add_argument("--dry_run", action="store_true", help="only say what would run")
+    parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="only say what the study takes, after two short runs of its baseline, --jobs of each at once",
+    )
     parser.add_argument("--allow_mixed", action="store_true", help="take records of other code, versions or data too")
     arguments = parser.parse_args(argv)
     if arguments.jobs < 0:
@@ -63,6 +69,9 @@ def main(argv: list[str] | None = None) -> None:
     print(preview(plan), end="")
     if arguments.dry_run:
         print(dry_run(plan, folder, arguments.jobs), end="")
+        return
+    if arguments.estimate:
+        print(estimate(plan, RECIPES, arguments.jobs), end="")
         return
     freeze(plan, folder)
     study = Study(folder)

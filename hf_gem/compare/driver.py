@@ -11,7 +11,6 @@ bar holds its lock, or between the start of a process and the note of it.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import sys
@@ -22,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
@@ -30,7 +28,7 @@ from ..files import write_atomically
 from ..training.errors import Interrupted, TrainingError
 from ..training.record import environment
 from ..training.signals import Caught, catch_signals
-from .executors import Child, Executor, InProcess, Processes
+from .executors import Child, Executor, InProcess, Processes, environment_of, last_lines
 from .plan import PlanError, Run
 from .study import Study, StudyError
 
@@ -177,7 +175,7 @@ class Driver:
         record = folder / "record.json"
         before = record.stat().st_mtime_ns if record.exists() else None
         device = self._free[0]
-        child = self._executor.start(self.command(run), self._log(run), _environment_of(device))
+        child = self._executor.start(self.command(run), self._log(run), environment_of(device))
         self._under_way.append(_Job(run, lock, device, before, child))
         self._free.popleft()
 
@@ -203,8 +201,9 @@ class Driver:
         if status in _STOPPED:
             raise Interrupted(f"{run.name} was stopped; the same command goes on", signal.SIGTERM)
         if outcome not in ("finished", "diverged"):
-            tail = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:]) if log.exists() else ""
-            raise StudyError(f"the run {run.name} ended with status {status}: {tail}. Its output is in {log}")
+            raise StudyError(
+                f"the run {run.name} ended with status {status}: {last_lines(log)}. Its output is in {log}"
+            )
         if outcome == "finished" and plan.metric not in found["result"]:
             raise PlanError(f"{plan.recipe} has no {plan.metric}; it has {', '.join(found['result'])}")
         write_atomically(self.study.folder / "records" / f"{run.name}.json", record.read_text())
@@ -240,12 +239,3 @@ class Driver:
 
     def _log(self, run: Run) -> Path:
         return self.study.folder / "runs" / f"{run.name}.txt"  # no suffix: a learning rate has a point
-
-
-def _environment_of(device: int) -> dict[str, str]:
-    """The environment variables that give a run a GPU, where there are any."""
-    if not torch.cuda.is_available():
-        return {}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-    return {"CUDA_VISIBLE_DEVICES": devices[device % len(devices)]}

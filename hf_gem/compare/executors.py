@@ -46,6 +46,20 @@ _SETTINGS: tuple[_Setting, ...] = (
 )
 
 
+def environment_of(device: int) -> dict[str, str]:
+    """The environment variables that give a run a GPU, where there are any."""
+    if not torch.cuda.is_available():
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    return {"CUDA_VISIBLE_DEVICES": devices[device % len(devices)]}
+
+
+def last_lines(log: Path) -> str:
+    """The end of what a command has printed, in one line; nothing, where it has not begun."""
+    return " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:]) if log.exists() else ""
+
+
 class Child(Protocol):
     """A command that an executor has started; a `multiprocessing.Process` is one."""
 
@@ -248,5 +262,4 @@ def _forget() -> None:
     """Drops what libraries keep of a run: accelerate its settings, the compiler the code of a model that is gone."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # or it would give up after some models of one class
+    torch.compiler.reset()  # or it would give up after some models of one class

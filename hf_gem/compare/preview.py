@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,17 +51,22 @@ def dry_run(plan: Plan, folder: Path, jobs: int) -> str:
     Args:
         plan: Of the study.
         folder: Of the study; it need not be there.
-        jobs: Runs at once.
+        jobs: Runs at once; see `Driver`.
 
     Raises:
         PlanError: the folder is that of another plan.
     """
     missing, left, seconds = list(plan.tuning_runs()), sum(plan.num_runs()), list[float]()
+    hardware: dict[str, Any] = {}
     if (folder / PLAN).exists():
         freeze(plan, folder)  # which refuses another plan
         study = Study(folder)
         missing, left, seconds = study.missing(), study.left(), study.seconds()
+        for record in (folder / "records").glob("*.json"):
+            hardware = json.loads(record.read_text())["sessions"][-1]["hardware"]
+            break
     each = sum(seconds) / max(1, len(seconds))
+    hours = left * each / 3600 / max(1, jobs)
     return render(
         "dry_run.txt.j2",
         plan=plan,
@@ -67,5 +74,19 @@ def dry_run(plan: Plan, folder: Path, jobs: int) -> str:
         left=left,
         done=len(seconds),
         seconds=each,
-        hours=left * each / 3600 / jobs,
+        hours=hours,
+        occupied=occupied(hours, jobs, hardware) if hardware else "",
     )
+
+
+def occupied(hours: float, jobs: int, hardware: Mapping[str, Any]) -> str:
+    """What a study of some hours takes of a machine: GPU-hours where it has GPUs, and otherwise core-hours.
+
+    Args:
+        hours: Of the study.
+        jobs: Runs at once; see `Driver`.
+        hardware: Of a record.
+    """
+    if hardware["gpus"]:
+        return f"{hours * min(max(1, jobs), len(hardware['gpus'])):.2g} GPU-hours"
+    return f"{hours * max(1, jobs) * hardware['torch_threads']:.2g} core-hours"
