@@ -7,6 +7,7 @@ token ids. The files live in a cache folder named by what they were made from; a
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import sysconfig
 import tokenize
@@ -318,12 +319,12 @@ def _stdlib_files() -> list[tuple[str, Path]]:
     """The modules of the running Python's standard library without tests, by name; build records are left out too."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = {p.relative_to(root).as_posix(): p for p in root.rglob("*.py")}
-    return [
-        (name, files[name])
-        for name in sorted(files)
-        if not skipped & set(name.split("/")) and not name.startswith(("_sysconfigdata", "config-"))
-    ]
+    files: dict[str, Path] = {}
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - skipped  # to look into what is installed takes longer than all else here
+        paths = [Path(folder, name) for name in names if name.endswith(".py")]
+        files |= {path.relative_to(root).as_posix(): path for path in paths}
+    return [(name, files[name]) for name in sorted(files) if not name.startswith(("_sysconfigdata", "config-"))]
 
 
 def _train_tokenizer(documents: Iterable[str], config: TextConfig) -> PreTrainedTokenizerFast:
