@@ -101,7 +101,7 @@ class Study:
 
     def outcome(self, run: Run) -> float:
         """What a run is judged by at its end, validation in tuning; NaN where the run diverged."""
-        return self.value(run, self.plan.metric if run.seed in self.plan.final_seeds else self.plan.tuning_metric)
+        return self.value(run, self._metric(run))
 
     def value(self, run: Run, metric: str) -> float:
         """A metric of a run at its end; NaN where it diverged."""
@@ -109,16 +109,18 @@ class Study:
         assert record is not None, run
         return _outcome(record, metric)
 
+    def _metric(self, run: Run) -> str:
+        return self.plan.tuning_metric if run.seed in self.plan.tuning_seeds else self.plan.metric
+
     def parts(self, run: Run) -> np.ndarray | None:
-        """Of what the outcome of a run is made: sums and counts of each group of documents or images, (2, groups); None
-        where the run diverged or its record does not have them.
+        """Sums and counts of the outcome in each group of evaluation samples, (2, groups), whose ratio is the outcome.
+
+        None where the run diverged or is missing, the outcome is no mean over samples, or the record is older.
         """
-        record = self.record(run)
-        assert record is not None, run
-        part, name = (self.plan.metric if run.seed in self.plan.final_seeds else self.plan.tuning_metric).split("_", 1)
-        found = (record.get("evaluation") or {}).get(part) if record["status"] == "finished" else None
-        sums = found.get({"accuracy": "correct", "loss": "losses"}.get(name)) if found else None
-        return None if not found or sums is None else np.array([sums, found["counts"]], dtype=float)
+        record, (data, _, mean) = self.record(run) or {}, self._metric(run).partition("_")
+        sums = {"loss": "losses", "accuracy": "correct"}.get(mean, "")
+        found = (record.get("evaluation") or {}).get(data, {}) if record.get("status") == "finished" else {}
+        return np.array([found[sums], found["counts"]], dtype=float) if sums in found else None
 
     def missing(self) -> list[Run]:
         """What can be run next: first the tuning, as `_missing_in_tuning` has it, then the final seeds, seed by seed:
@@ -245,7 +247,7 @@ class Study:
         """
         plan = self.plan
         terms = plan.smallest_effect, plan.higher_is_better, plan.min_seeds
-        parts = {arm: {run.seed: part for run in runs if self.record(run) and (part := self.parts(run)) is not None}
+        parts = {arm: {run.seed: part for run in runs if (part := self.parts(run)) is not None}
                  for arm, runs in self.final_runs().items()}  # fmt: skip
         found = compare(self.outcomes(), baseline or plan.baseline, *terms, parts)
         if self.missing():

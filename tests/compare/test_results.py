@@ -16,7 +16,9 @@ for package in ("scipy", "matplotlib", "markdown_it"):
 
 STUDIES = sorted(path.parent for path in (ROOT / "results").glob("*/plan.json"))
 TEXT = (ROOT / "results" / "README.md").read_text()
-QUOTED = re.findall(r"([+-][\d.]+)(?: points of accuracy| points)? \(([+-][\d.]+) to ([+-][\d.]+)", TEXT)
+CHOOSING = (ROOT / "docs" / "choosing.md").read_text()
+FIGURE = r"([+-][\d.]+)(?: points of accuracy| points)? \(([+-][\d.]+) to ([+-][\d.]+)"
+QUOTED = sorted({*re.findall(FIGURE, TEXT), *re.findall(FIGURE, CHOOSING)})
 
 
 @pytest.mark.parametrize("folder", STUDIES, ids=lambda path: path.name)

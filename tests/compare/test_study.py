@@ -66,7 +66,7 @@ def test_the_two_best_rates_run_on_the_final_seeds_and_validation_decides(study)
     assert {rate for _, rate in toy.finalists()["gem"]} == {0.01, 0.02}
     assert len([name for name in started(toy) if "seed10" not in name]) == 2 * 2 * 8
     means = {
-        trial: [toy._value(Run(*trial, seed), "validation_loss") for seed in (100, 101, *range(8))]
+        trial: [toy.value(Run(*trial, seed), "validation_loss") for seed in (100, 101, *range(8))]
         for trial in toy.finalists()["gem"]
     }
     assert toy.choices()["gem"] == min(means, key=lambda trial: sum(means[trial]))
