@@ -89,7 +89,7 @@ def test_a_study_is_estimated_by_its_command(plan, tmp_path, monkeypatch, capsys
     total, around, first, step, evaluation, saving = map(float, found.groups())
     assert total == pytest.approx(around + first + 12 * step + 5 * evaluation + 6 * saving, abs=0.2)  # as rounded
     assert re.search(
-        rf"takes {number} hours with --jobs 0, {number} core-hours: 8 runs. Each extension .* by 2 runs", printed
+        rf"takes {number} hours with --jobs 0, {number} core-hours: 8 runs, and 2 more for each extension", printed
     )
     assert [path.name for path in tmp_path.iterdir()] == ["plan.py"]  # nothing of a study
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import sys
 import sysconfig
 import tokenize
@@ -384,12 +385,12 @@ def _stdlib_files() -> list[tuple[str, Path]]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
-    files = {p.relative_to(root).as_posix(): p for p in root.rglob("*.py")}
-    return [
-        (name, files[name])
-        for name in sorted(files)
-        if not skipped & set(name.split("/")) and not name.startswith(("_sysconfigdata", "config-"))
-    ]
+    files: dict[str, Path] = {}
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - skipped  # to look into what is installed takes longer than all else here
+        paths = [Path(folder, name) for name in names if name.endswith(".py")]
+        files |= {path.relative_to(root).as_posix(): path for path in paths}
+    return [(name, files[name]) for name in sorted(files) if not name.startswith(("_sysconfigdata", "config-"))]
 
 
 def _train_tokenizer(documents: Iterable[str], config: TextConfig) -> PreTrainedTokenizerFast:
