@@ -247,7 +247,7 @@ class Study:
         """
         plan = self.plan
         terms = plan.smallest_effect, plan.higher_is_better, plan.min_seeds
-        parts = {arm: {run.seed: part for run in runs if self.record(run) and (part := self.parts(run)) is not None}
+        parts = {arm: {run.seed: part for run in runs if (part := self.parts(run)) is not None}
                  for arm, runs in self.final_runs().items()}  # fmt: skip
         found = compare(self.outcomes(), baseline or plan.baseline, *terms, parts)
         if self.missing():
