@@ -142,12 +142,12 @@ def main(argv: list[str] | None = None) -> None:
         data=data.facts,
         units_per_sample=1,
         unit="images",
-        metric="accuracy",
+        metrics=("accuracy",),
         lr_ratios={last_layer(model): config.head_lr_ratio},
     )
     with accelerator.autocast():  # as it is evaluated later
         size = fixed_micro_batch_size(config)
-        before = evaluate(task.objective, task.validation, task.metric, size, accelerator).values
+        before = evaluate(task.objective, task.validation, task.metrics, size, accelerator).values
     accelerator.print("before: " + ", ".join(f"{name} {value:.4f}" for name, value in before.items()))
     report = convert(model, config, data, accelerator.device) if config.hidden_act != "none" else ""
     accelerator.print(report)

@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
             data=data.facts,
             units_per_sample=1,
             unit="images",
-            metric="accuracy",
+            metrics=("accuracy",),
             facts={"imported": import_of(model)},
         )
 

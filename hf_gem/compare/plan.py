@@ -24,7 +24,13 @@ from ..training.errors import ConfigError
 METRICS = {
     f"{part}_{name}": higher
     for part in ("test", "validation")
-    for name, higher in (("loss", False), ("perplexity", False), ("accuracy", True))
+    for name, higher in (
+        ("loss", False),
+        ("perplexity", False),
+        ("accuracy", True),
+        ("relative_l2", False),
+        ("log10_relative_l2", False),
+    )
 }
 MOST_EXTENSIONS = 3  # of a grid of learning rates, at either end
 

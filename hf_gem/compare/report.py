@@ -205,7 +205,13 @@ def _facts(study: Study) -> list[list[str]]:
     return [
         ["plan", f"`{plan.hash[:16]}`, frozen before the first run"],
         ["recipe", f"`{plan.recipe}`, preset `{plan.preset}`, {' '.join(f'`{k}={v}`' for k, v in plan.flags.items())}"],
-        ["data", all_of(f"`{r['config']['dataset']}`, SHA-256 `{r['data']['hash'][:16]}`" for r in records)],
+        [
+            "data",
+            all_of(
+                f"`{r['config'].get('dataset') or r['config']['problem']}`, SHA-256 `{r['data']['hash'][:16]}`"
+                for r in records
+            ),
+        ],
         ["commit", all_of(f"{s['commit']}{', with uncommitted changes' if s['dirty'] else ''}" for s in sessions)],
         ["versions", all_of(", ".join(f"{name} {v}" for name, v in s["versions"].items()) for s in sessions)],
         ["hardware", all_of(", ".join(s["hardware"]["gpus"]) or s["hardware"]["cpu"] for s in sessions)],

@@ -26,7 +26,8 @@ _FALLBACK = (
 )
 _IMPORT = re.compile(r"^from (?:\.+|hf_gem\.)(?:\w+\.)*(\w+) import", re.MULTILINE)
 _CODE = "modeling_gem"
-_OWN = "image_models"  # the file of hf_gem with models that transformers does not have
+# The files of hf_gem with models that transformers does not have, and the Auto class that builds them.
+_OWN = {"image_models": "AutoModelForImageClassification", "coordinate_models": "AutoModel"}
 _START, _END = "<!-- loading: written by hf_gem -->", "<!-- /loading -->"
 
 
@@ -80,7 +81,7 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
         own=own is not None,
     )
     text = card.read_text(encoding="utf-8") if card.exists() else _new_card(model)
-    imported = "hf_gem" if own is None else f"hf_gem.training.{_OWN}"
+    imported = "hf_gem" if own is None else f"hf_gem.training.{_own_name(own)}"
     written[card] = _with_notes(text, auto, notes, imported)
     for path, text in written.items():
         path.write_text(text, encoding="utf-8")
@@ -120,8 +121,8 @@ def _check(model: Any) -> tuple[list[str], dict[str, str]]:
             + ("; save a timm model with timm.models.save_for_hf" if isinstance(model, nn.Module) else "")
         )
     home = type(model).__module__
-    own = _own_code(model) is not None
-    if not home.startswith("transformers.") and home.rpartition(".")[2] != _CODE and not own:
+    own = _own_code(model)
+    if not home.startswith("transformers.") and home.rpartition(".")[2] != _CODE and own is None:
         raise ValueError(
             f"{home}.{type(model).__name__} is not a class of transformers, so its own code has to come along: use "
             "register_for_auto_class and save_pretrained, and import hf_gem in that code"
@@ -133,9 +134,8 @@ def _check(model: Any) -> tuple[list[str], dict[str, str]]:
     names = sorted(modules | {parse(name).name for name in fields if is_claimed(name)})
     if not names:
         raise ValueError(f"{type(model).__name__} has no activation of the family; save it with save_pretrained")
-    if own:
-        name = type(model).__name__
-        return names, {"AutoConfig": type(model.config).__name__, "AutoModelForImageClassification": name}
+    if own is not None:
+        return names, {"AutoConfig": type(model.config).__name__, _OWN[_own_name(own)]: type(model).__name__}
     auto_map = _auto_map(model)
     if type(model).__name__ not in auto_map.values():
         raise ValueError(
@@ -149,9 +149,14 @@ def _check(model: Any) -> tuple[list[str], dict[str, str]]:
 def _own_code(model: Any) -> Path | None:
     """The file that defines a model of hf_gem, or of a checkpoint that has a copy of that file."""
     for cls in type(model).__mro__:
-        if cls.__module__.rpartition(".")[2] in (_OWN, f"gem_{_OWN}"):
+        if cls.__module__.rpartition(".")[2].removeprefix("gem_") in _OWN:
             return Path(str(sys.modules[cls.__module__].__file__))
     return None
+
+
+def _own_name(file: Path) -> str:
+    """What a file that `_own_code` has found is called in hf_gem."""
+    return file.stem.removeprefix("gem_")
 
 
 def _auto_map(model: Any) -> dict[str, str]:
@@ -173,11 +178,10 @@ def _code(auto_map: dict[str, str], names: list[str], own: Path | None) -> dict[
     families = {parse(name).family: parse(name).definition for name in names}
     foreign = {name: family for name, family in families.items() if not family.value.__module__.startswith("hf_gem.")}
     homes = {name: _home(family) for name, family in foreign.items()}
-    files = {
-        f"{_CODE}.py": _modeling(auto_map, names, own is not None, {name: key for name, (key, _) in homes.items()})
-    }
+    own_name = None if own is None else _own_name(own)
+    files = {f"{_CODE}.py": _modeling(auto_map, names, own_name, {name: key for name, (key, _) in homes.items()})}
     if own is not None:
-        files[f"gem_{_OWN}.py"] = own.read_text(encoding="utf-8")
+        files[f"gem_{own_name}.py"] = own.read_text(encoding="utf-8")
     for file in _FALLBACK:
         source = (_ROOT / file).read_text(encoding="utf-8")
         files[f"gem_{Path(file).name}"] = _IMPORT.sub(r"from .gem_\1 import", source)
@@ -214,19 +218,19 @@ def _home(family: Family) -> tuple[str, str]:
     return key, source
 
 
-def _modeling(auto_map: dict[str, str], names: list[str], own: bool, families: dict[str, str]) -> str:
+def _modeling(auto_map: dict[str, str], names: list[str], own: str | None, families: dict[str, str]) -> str:
     """The module that a checkpoint is loaded by.
 
     Args:
         auto_map: Auto class -> class.
         names: Of the activations.
-        own: Whether the model is one of hf_gem.
+        own: The file of hf_gem that defines the model, if one does.
         families: Name of a family that is not ours -> what it is called in its file.
     """
     classes = sorted({name for auto, name in auto_map.items() if auto != "AutoConfig"})
     origin = "" if own else "transformers."
     subclasses = "\n\n".join(f"class {name}(base({origin}{name})):\n    pass\n" for name in classes)
-    library = f"from .gem_{_OWN} import {', '.join(sorted(auto_map.values()))}" if own else "import transformers"
+    library = f"from .gem_{own} import {', '.join(sorted(auto_map.values()))}" if own else "import transformers"
     # Where hf_gem is installed, a family that is not ours may still be one that nobody has registered there.
     asked = "".join(f"    hf_gem.family.table.family_named({name!r})\n" for name in families)
     added = "".join(

@@ -44,7 +44,21 @@ def accuracy(predictions: Sequence[int], references: Sequence[int]) -> float:
     return float((np.asarray(predictions) == np.asarray(references))[counted].mean())
 
 
-METRICS: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {"perplexity": perplexity, "accuracy": accuracy}
+def relative_l2(predictions: Sequence[float], references: Sequence[float]) -> float:
+    """The norm of all errors over that of all references, for values of a field on a grid; a field of zeros has 1."""
+    found, exact = np.asarray(predictions, np.float64), np.asarray(references, np.float64)
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
+def log10_relative_l2(predictions: Sequence[float], references: Sequence[float]) -> float:
+    """The decimal logarithm of `relative_l2`, whose differences are ratios of errors."""
+    error = relative_l2(predictions, references)
+    return -math.inf if error == 0 else math.log10(error)
+
+
+METRICS: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
+    metric.__name__: metric for metric in (perplexity, accuracy, relative_l2, log10_relative_l2)
+}
 
 
 @dataclass
@@ -66,14 +80,14 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    objective: nn.Module, samples: Samples, metric: str, batch_size: int, accelerator: Accelerator
+    objective: nn.Module, samples: Samples, metrics: Sequence[str], batch_size: int, accelerator: Accelerator
 ) -> Evaluation:
-    """Loss and metric over all of some samples, each target counted once.
+    """Loss and metrics over all of some samples, each target counted once.
 
     Args:
         objective: On the device of the accelerator, but not wrapped by it, except by FSDP.
         samples: To evaluate on.
-        metric: Of `METRICS`.
+        metrics: Of `METRICS`.
         batch_size: Samples in one forward pass of one process, at most.
         accelerator: All of whose processes call this.
 
@@ -102,7 +116,7 @@ def evaluate(
             rows.add(output, batch["labels"], units)
     mine = rows.sums()
     parts = gather_object([mine]) if world > 1 else [mine]
-    return _together(parts, metric) if accelerator.is_main_process else Evaluation()
+    return _together(parts, metrics) if accelerator.is_main_process else Evaluation()
 
 
 class _Rows:
@@ -137,13 +151,14 @@ class _Rows:
         return found
 
 
-def _together(parts: Sequence[Mapping[str, np.ndarray]], metric: str) -> Evaluation:
+def _together(parts: Sequence[Mapping[str, np.ndarray]], metrics: Sequence[str]) -> Evaluation:
     """One evaluation, of what each process has; one without samples has nothing."""
     parts = [part for part in parts if part]
     sums = {key: np.sum([part[key] for part in parts], axis=0) for key in _SUMMED if key in parts[0]}
     pairs = [np.concatenate([part[key] for part in parts]) for key in _PAIRED if key in parts[0]]
     loss = math.fsum(sums["losses"]) / float(sums["counts"].sum())
-    values = {"loss": loss, metric: METRICS[metric](*(pairs or (sums["losses"], sums["counts"])))}
+    compared = pairs or (sums["losses"], sums["counts"])
+    values = {"loss": loss, **{name: METRICS[name](*compared) for name in metrics}}
     if "num_units" not in parts[0]:
         return Evaluation(values)
     used = sums["counts"] > 0

@@ -20,7 +20,7 @@ from .signals import check
 from .task import Task
 
 # What is measured on: seconds of a CPU, and millions of values of most models.
-_MOST_IMAGES, _MOST_SEQUENCES, _MOST_TOKENS = 64, 8, 2048
+_MOST_SINGLE, _MOST_SEQUENCES, _MOST_TOKENS = 64, 8, 2048
 
 
 def new_task(make: Callable[[], Task], config: TrainConfig) -> Task:
@@ -65,8 +65,9 @@ def activation_inputs(task: Task, config: TrainConfig) -> dict[str, object] | No
 def first_scales(task: Task, config: TrainConfig) -> Scales:
     """The scale of what the activations of a model are given by the first samples of its run.
 
-    These are 64 images, or as many sequences as have 2048 tokens, from 1 to 8, whatever the size of a batch: a function
-    of data and data seed. The model runs where it is, in its own precision, without dropout and mixing.
+    These are 64 images or points, or as many sequences as have 2048 tokens, from 1 to 8, whatever the size of a
+    batch: a function of data and data seed. The model runs where it is, in its own precision, without dropout and
+    mixing.
 
     Raises:
         DataError: the samples cannot be read.
@@ -74,7 +75,7 @@ def first_scales(task: Task, config: TrainConfig) -> Scales:
     """
     check()
     sequences = min(max(_MOST_TOKENS // task.units_per_sample, 1), _MOST_SEQUENCES)
-    count = _MOST_IMAGES if task.unit == "images" else sequences
+    count = _MOST_SINGLE if task.units_per_sample == 1 else sequences
     indices = SampleOrder(len(task.train), config.data_seed).batch(0, count)
     try:
         batch = task.train.batch(indices, np.arange(count))

@@ -345,7 +345,7 @@ class _Run:
     def _evaluate(self, step: int) -> None:
         last = step == self.config.steps
         parts = {"validation": self.task.validation, "test": self.task.test if last else None}
-        how = self.task.metric, self.micro_batch_size, self.accelerator
+        how = self.task.metrics, self.micro_batch_size, self.accelerator
         try:
             found = {part: evaluate(self.evaluated, samples, *how) for part, samples in parts.items() if samples}
         except Interrupted as stopped:
@@ -356,7 +356,7 @@ class _Run:
             named = {f"{part}_{name}": value for part, e in found.items() for name, value in e.values.items()}
             self.log.add(step=step, **named)
             for part, e in found.items():
-                tqdm.write(f"step {step}: {part} " + ", ".join(f"{k} {v:.4f}" for k, v in e.values.items()))
+                tqdm.write(f"step {step}: {part} " + ", ".join(f"{k} {v:.5g}" for k, v in e.values.items()))
             self.accelerator.log(named, step=step)
             self.record["evaluation"] = evaluation_record(self.task, found) if last else None
         if step:  # no step has seen yet what its own update did; only the main process has the values
@@ -388,7 +388,7 @@ class _Run:
             entry["max_memory_bytes"] = torch.cuda.max_memory_allocated(device)
         if self.is_main:
             self.log.add(step=step, **entry)
-            shown = {"loss": f"{value:.4f}", f"{self.task.unit}/s": f"{rate:,.0f}"}
+            shown = {"loss": f"{value:.5g}", f"{self.task.unit}/s": f"{rate:,.0f}"}
             if "mfu" in entry:
                 shown["MFU"] = f"{entry['mfu']:.1%}"
             progress.show(step, shown)

@@ -7,29 +7,40 @@ from typing import Any
 from datasets import Features, Value
 from evaluate import Metric, MetricInfo
 
-from .evaluate import accuracy, perplexity
+from .evaluate import METRICS
 
 
-class Perplexity(Metric):  # type: ignore[misc]  # evaluate has no types
+class _Metric(Metric):  # type: ignore[misc]  # evaluate has no types
+    of: str  # of METRICS
+    kinds: tuple[str, str]  # of predictions and references
+
+    def _info(self) -> MetricInfo:
+        features = Features(dict(zip(("predictions", "references"), map(Value, self.kinds), strict=True)))
+        return MetricInfo(description=type(self).__doc__ or "", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        return {self.of: METRICS[self.of](predictions, references)}
+
+
+class Perplexity(_Metric):
     """`perplexity`: `add_batch(predictions=losses, references=targets)`, then `compute()["perplexity"]`."""
 
-    def _info(self) -> MetricInfo:
-        return _info(self, Value("float64"), Value("int64"))
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {"perplexity": perplexity(predictions, references)}
+    of, kinds = "perplexity", ("float64", "int64")
 
 
-class Accuracy(Metric):  # type: ignore[misc]  # evaluate has no types
+class Accuracy(_Metric):
     """`accuracy`, of classes; references equal to `IGNORE` are left out."""
 
-    def _info(self) -> MetricInfo:
-        return _info(self, Value("int64"), Value("int64"))
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {"accuracy": accuracy(predictions, references)}
+    of, kinds = "accuracy", ("int64", "int64")
 
 
-def _info(metric: Metric, predictions: Value, references: Value) -> MetricInfo:
-    features = Features({"predictions": predictions, "references": references})
-    return MetricInfo(description=type(metric).__doc__ or "", citation="", inputs_description="", features=features)
+class RelativeL2(_Metric):
+    """`relative_l2`, of values of a field."""
+
+    of, kinds = "relative_l2", ("float64", "float64")
+
+
+class Log10RelativeL2(_Metric):
+    """`log10_relative_l2`, its decimal logarithm."""
+
+    of, kinds = "log10_relative_l2", ("float64", "float64")

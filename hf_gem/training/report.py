@@ -25,7 +25,7 @@ def save_results(model: Any, processor: Any, record: dict[str, Any], **card: Any
 
     Args:
         model: A transformers model. With an activation of the family it is saved by `save_for_hub`.
-        processor: Likewise.
+        processor: Likewise; None where the model takes its inputs as they are.
         record: Of the run.
         card: Further values for the card; see `write_card`.
 
@@ -40,7 +40,8 @@ def save_results(model: Any, processor: Any, record: dict[str, Any], **card: Any
             save_for_hub(model, folder)
         else:
             model.save_pretrained(folder)
-        save_pretrained(processor, folder)
+        if processor is not None:
+            save_pretrained(processor, folder)
         picture = plot_loss(record, folder / "loss_curve.png", card["loss_unit"])
         write_card(record, folder / "README.md", picture=picture, **card)
     except (OSError, SafetensorError) as error:
@@ -84,7 +85,8 @@ def image_card(model: str, record: dict[str, Any]) -> dict[str, Any]:
 
 def import_of(model: Any) -> str:
     """The module whose import loading a model needs, with an activation of the family or, one of hf_gem, always."""
-    return "hf_gem.training.image_models" if type(model).__module__.startswith("hf_gem.") else "hf_gem"
+    home = type(model).__module__
+    return home if home.startswith("hf_gem.") else "hf_gem"
 
 
 def print_summary(record: dict[str, Any]) -> None:
@@ -93,11 +95,13 @@ def print_summary(record: dict[str, Any]) -> None:
     picture = folder / "loss_curve.png"
     if "validation_accuracy" in result:
         print(f"Validation accuracy {result['validation_accuracy']:.2%}")
-    print(
-        f"Validation loss {result['initial_validation_loss']:.4f} -> {result['validation_loss']:.4f} "
-        f"({result['initial_validation_loss'] - result['validation_loss']:.2f} nats lower)\n"
-        f"Checkpoint: {folder}"
-    )
+    first, last = result["initial_validation_loss"], result["validation_loss"]
+    if "validation_relative_l2" in result:
+        print(f"Relative L2 error {result['validation_relative_l2']:.3g}")
+        print(f"Validation loss {first:.3g} -> {last:.3g}")
+    else:
+        print(f"Validation loss {first:.4f} -> {last:.4f} ({first - last:.2f} nats lower)")
+    print(f"Checkpoint: {folder}")
     if picture.exists():
         print(f"Plot:       {picture}")
     print(f"Model card: {folder / 'README.md'}")
@@ -125,7 +129,8 @@ def plot_loss(record: dict[str, Any], path: Path, unit: str) -> bool:
         steps, losses = zip(*record["curves"][key], strict=True) if record["curves"][key] else ((), ())
         axes.plot(steps, losses, label=label, **style)
     config = record["config"]
-    axes.set(xlabel="step", ylabel=f"loss ({unit})")
+    scale = "log" if "validation_relative_l2" in record["result"] else "linear"  # over orders of magnitude
+    axes.set(xlabel="step", ylabel=f"loss ({unit})", yscale=scale)
     axes.set_title(f"{record['recipe']} {record['preset']}, {config['hidden_act']}, seed {config['seed']}", fontsize=10)
     axes.grid(alpha=0.3)
     if accuracy := record["curves"].get("validation_accuracy"):
@@ -161,7 +166,7 @@ def write_card(record: dict[str, Any], path: Path, picture: bool = True, **more:
         config=config,
         result=record["result"],
         session=record["sessions"][-1],
-        amounts=record["data"].get("num_images") or record["data"]["num_tokens"],
+        amounts=record["data"][f"num_{record['result']['unit']}"],
         ours=ours,
         own=own,
         loading=loading_notes(more["auto_class"], location, own=own) if ours else "",
@@ -174,12 +179,14 @@ def write_card(record: dict[str, Any], path: Path, picture: bool = True, **more:
 def _card_data(record: dict[str, Any], ours: bool, more: dict[str, Any]) -> ModelCardData:
     """What the Hub reads from a card."""
     config, result = record["config"], record["result"]
-    metric = "accuracy" if "validation_accuracy" in result else "perplexity"
+    metric = next(name for name in ("accuracy", "relative_l2", "perplexity") if f"validation_{name}" in result)
+    dataset = config.get("dataset") or config["problem"]
+    split = {"split": "validation_split"}.get(record["data"].get("held_out"), "train_split")
     measured = EvalResult(
         task_type=more["pipeline_tag"],
-        dataset_type=config["dataset"],
-        dataset_name=config["dataset"],
-        dataset_split=config["validation_split" if record["data"]["held_out"] == "split" else "train_split"],
+        dataset_type=dataset,
+        dataset_name=dataset,
+        dataset_split=config.get(split),
         metric_type=metric,
         metric_value=result[f"validation_{metric}"],
     )
@@ -188,7 +195,7 @@ def _card_data(record: dict[str, Any], ours: bool, more: dict[str, Any]) -> Mode
         library_name="transformers",
         pipeline_tag=more["pipeline_tag"],
         tags=["activation-function", config["hidden_act"], *(["hf_gem"] if ours else [])],
-        datasets=[config["dataset"]] if more["on_hub"] else None,
+        datasets=[dataset] if more["on_hub"] else None,
         base_model=config["model"] if "before_conversion" in record and not Path(config["model"]).exists() else None,
         metrics=[metric],
         model_name=Path(config.get("push_to_hub") or config["output_dir"]).name,

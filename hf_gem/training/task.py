@@ -41,10 +41,10 @@ class Task:
         validation: Validation samples, all of which are evaluated.
         data: What the record says of the data; its `hash` identifies it.
         test: Samples to evaluate once, at the end; None without a test.
-        units_per_sample: How much of what throughput counts is in a sample: tokens, or 1 image.
+        units_per_sample: How much of what throughput counts is in a sample: tokens, 1 image, or 1 point.
         unit: What that is called.
         flops_per_unit: Training FLOPs for one, for the share of peak reported as MFU.
-        metric: Of `evaluate.METRICS`, computed beside the loss.
+        metrics: Of `evaluate.METRICS`, computed beside the loss.
         facts: What else the record says, as JSON.
         lr_ratios: Parts of the model whose learning rate is a multiple of the others'.
         identity: What has to be equal, besides config and data, for a checkpoint to be continued; as JSON.
@@ -60,7 +60,7 @@ class Task:
     units_per_sample: int
     unit: str = "tokens"
     flops_per_unit: float | None = None
-    metric: str = "perplexity"
+    metrics: tuple[str, ...] = ("perplexity",)
     test: Samples | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     lr_ratios: dict[nn.Module, float] = field(default_factory=dict)

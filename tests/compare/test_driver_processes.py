@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_gem.compare.driver import Driver
 from hf_gem.compare.report import write_report
-from tests.compare.toy import TWO_ARMS, recipes_of, run, started, until
+from tests.compare.toy import TWO_ARMS, run, started, until
 
 # Runs a study as recipes/compare.py does.
 DRIVER = """
@@ -53,14 +52,6 @@ for line in sys.stdin:
             print("done", flush=True)
             break
 """
-
-
-def test_runs_have_processes_of_their_own(study):
-    toy = study(**TWO_ARMS, final_seeds=[0, 1])
-    Driver(toy, recipes_of(toy), jobs=2).run()
-    assert {path.stem for path in toy.folder.glob("runs/*.txt")} == set(started(toy))  # a log for each
-    assert len({os.getpid(), *pids(toy)}) == 5
-    assert len(toy.outcomes()["gem"]) == 2
 
 
 @pytest.mark.slow  # in the normal suite, the test of interrupts at any moment sends both
@@ -165,5 +156,7 @@ def test_a_study_that_is_interrupted_at_any_moment_stops_and_goes_on_to_the_same
         process.wait()
     assert stopped  # others may have come when all was done
     for each in studies:
+        assert {path.stem for path in each.folder.glob("runs/*.txt")} == set(started(each))  # a log for each
+        assert process.pid not in pids(each)
         write_report(each)
         assert (each.folder / "report.md").read_bytes() == (whole.folder / "report.md").read_bytes()

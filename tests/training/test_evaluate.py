@@ -10,7 +10,15 @@ import torch
 from accelerate import Accelerator
 
 from hf_gem.training.errors import DataError, Interrupted
-from hf_gem.training.evaluate import METRICS, MOST_GROUPS, accuracy, evaluate, perplexity
+from hf_gem.training.evaluate import (
+    METRICS,
+    MOST_GROUPS,
+    accuracy,
+    evaluate,
+    log10_relative_l2,
+    perplexity,
+    relative_l2,
+)
 from hf_gem.training.loss import IGNORE, Output
 from hf_gem.training.signals import catch_signals
 from tests.training.toys import Sequences, make_task
@@ -32,14 +40,24 @@ def test_perplexity_is_exp_of_the_mean_weighted_by_tokens():
     assert perplexity([8e5], [1000]) == math.inf
 
 
+def test_relative_errors_are_those_of_the_whole_field():
+    exact = DRAW.normal(size=50).astype(np.float32)
+    assert relative_l2(1.25 * exact, exact) == pytest.approx(0.25, rel=5 * torch.finfo(torch.float32).eps)
+    assert relative_l2([0.0, 4.0], [3.0, 4.0]) == 0.6
+    assert log10_relative_l2([0.0, 4.0], [3.0, 4.0]) == math.log10(0.6)
+    assert (relative_l2(exact, exact), log10_relative_l2(exact, exact)) == (0, -math.inf)
+    assert relative_l2(np.zeros(50), exact) == 1
+    assert math.isnan(log10_relative_l2([math.nan, 4.0], [3.0, 4.0]))
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_metrics_of_evaluate_count_together(name, tmp_path):
     """As evaluate does it: each process writes its part to a shared folder, and the first one reads them all."""
     pytest.importorskip("evaluate", reason="these are metrics of it")
     from hf_gem.training import metrics
 
-    metric = getattr(metrics, name.capitalize())
-    predictions, references = PREDICTIONS + (name == "perplexity") * 0.5, REFERENCES + 1
+    metric = getattr(metrics, "".join(map(str.capitalize, name.split("_"))))
+    predictions, references = PREDICTIONS + (name != "accuracy") * 0.5, REFERENCES + 1
 
     def process(number):
         part = slice(None, 50) if number == 0 else slice(50, None)
@@ -57,7 +75,7 @@ def test_metrics_of_evaluate_count_together(name, tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
 def test_every_target_is_weighed_once(batch_size):
     task = make_task()
-    found = evaluate(task.objective, task.validation, task.metric, batch_size, Accelerator(cpu=True)).values
+    found = evaluate(task.objective, task.validation, task.metrics, batch_size, Accelerator(cpu=True)).values
     data = task.validation
     assert data.asked == list(range(7))
     with torch.no_grad():
@@ -89,7 +107,7 @@ class Losses(torch.nn.Module):
 def test_the_losses_of_each_group_of_units(batch_size):
     task = make_task(Losses)
     samples = Units(7, seed=1)
-    found = evaluate(task.objective, samples, task.metric, batch_size, Accelerator(cpu=True))
+    found = evaluate(task.objective, samples, task.metrics, batch_size, Accelerator(cpu=True))
     with torch.no_grad():
         losses = torch.nn.functional.cross_entropy(
             task.model(samples.x).mT, samples.labels, ignore_index=IGNORE, reduction="none"
@@ -99,6 +117,34 @@ def test_the_losses_of_each_group_of_units(batch_size):
     assert found.groups["counts"] == [int((samples.labels[exact[g][1]] != IGNORE).sum()) for g in sorted(exact)]
     assert found.num_units == 601
     assert found.values["loss"] == pytest.approx(sum(found.groups["losses"]) / sum(found.groups["counts"]), rel=1e-7)
+
+
+def test_predictions_that_are_values():
+    """Of a field, in batches of any size: each point counts once, whatever its value."""
+
+    class Field(torch.nn.Module):
+        def forward(self, x, labels):
+            values = x.square()
+            return Output((values - labels).square().sum(), values)
+
+    class Points:
+        x, labels = torch.linspace(-1, 1, 11), torch.linspace(-1, 1, 11).abs()
+
+        def __len__(self):
+            return len(self.x)
+
+        def batch(self, indices, draws=None):
+            return {"x": self.x[indices], "labels": self.labels[indices]}
+
+    metrics = "relative_l2", "log10_relative_l2"
+    errors = Points.x.square().double() - Points.labels.double()
+    expected = (errors.norm() / Points.labels.double().norm()).item()
+    for batch_size in (1, 4, 100):
+        found = evaluate(Field(), Points(), metrics, batch_size, Accelerator(cpu=True)).values
+        # of the float32 sums of a batch, and of none in the metrics
+        assert found["loss"] == pytest.approx(errors.square().mean().item(), rel=20 * torch.finfo(torch.float32).eps)
+        assert found["relative_l2"] == pytest.approx(expected, rel=1e-12)
+        assert found["log10_relative_l2"] == math.log10(found["relative_l2"])
 
 
 def test_what_cannot_be_read_and_what_is_asked_to_stop():
@@ -111,8 +157,8 @@ def test_what_cannot_be_read_and_what_is_asked_to_stop():
     task = make_task()
     task.validation = Broken(7)
     with pytest.raises(DataError, match="samples to evaluate on cannot be read: OSError: the disk is gone"):
-        evaluate(task.objective, task.validation, task.metric, 2, Accelerator(cpu=True))
+        evaluate(task.objective, task.validation, task.metrics, 2, Accelerator(cpu=True))
     with catch_signals() as caught:
         caught.number = signal.SIGTERM
         with pytest.raises(Interrupted, match="stopped in an evaluation"):
-            evaluate(task.objective, task.validation, task.metric, 2, Accelerator(cpu=True))
+            evaluate(task.objective, task.validation, task.metrics, 2, Accelerator(cpu=True))

@@ -1,12 +1,18 @@
-"""The chunked loss is the whole loss, without its memory."""
+"""The chunked loss is the whole loss, without its memory; residuals are those of the equation."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from hf_gem.training.loss import IGNORE, CausalLMLoss, MaskedLMLoss, chunked_cross_entropy
+from hf_gem.training.coordinate_models import CoordinateMLPConfig, CoordinateMLPModel
+from hf_gem.training.data.collocation import CollocationPoints
+from hf_gem.training.loss import IGNORE, CausalLMLoss, MaskedLMLoss, ResidualLoss, chunked_cross_entropy
+from hf_gem.training.pde import PROBLEMS
 
 TOKENS, WIDTH, VOCAB = 50, 8, 37
 
@@ -69,3 +75,51 @@ def test_masked_loss_is_that_of_transformers():
     expected = model(input_ids=ids, labels=whole).loss * 3
     got = MaskedLMLoss(model, head="cls")(ids, positions, labels).loss
     torch.testing.assert_close(got, expected)
+
+
+def residual_loss(name, act, weight=10.0, dtype=torch.float64):
+    problem = PROBLEMS[name]
+    torch.manual_seed(0)
+    config = CoordinateMLPConfig(problem.lower, problem.upper, hidden_size=6, num_hidden_layers=2, hidden_act=act)
+    points = CollocationPoints(problem, seed=0).batch(np.arange(9))
+    return ResidualLoss(CoordinateMLPModel(config).to(dtype), problem, weight), {
+        k: v.to(dtype) for k, v in points.items()
+    }
+
+
+@pytest.mark.parametrize("act", ["tanh", "silu", "gelu", "relu", "gem", "gem_n2", "gem_n3", "segem_eps1"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_residuals_are_those_that_torch_func_finds(name, act):
+    objective, batch = residual_loss(name, act)
+    model = objective.model
+
+    def value(point):
+        return model(point[None]).field[0]
+
+    u = model(batch["points"]).field
+    first = torch.func.vmap(torch.func.grad(value))(batch["points"])
+    hessian = torch.func.vmap(torch.func.hessian(value))(batch["points"])
+    if name == "burgers":
+        residual = first[:, 1] + u * first[:, 0] - 0.01 / math.pi * hessian[:, 0, 0]
+    else:
+        b, k = {"poisson": (1, 0), "helmholtz": (4, 1)}[name]
+        source = ((1 + b**2) * math.pi**2 - k**2) * objective.problem.exact(batch["points"])
+        residual = -hessian[:, 0, 0] - hessian[:, 1, 1] - k**2 * u - source
+    expected = (residual**2).sum() + 10 * ((model(batch["boundary"]).field - batch["labels"]) ** 2).sum()
+    found = objective(**batch).loss
+    bound = 1000 * torch.finfo(torch.float64).eps
+    torch.testing.assert_close(found, expected, rtol=bound, atol=0)
+    weights = list(model.parameters())
+    wanted = torch.autograd.grad(expected, weights, materialize_grads=True)
+    for ours, theirs in zip(torch.autograd.grad(found, weights, materialize_grads=True), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound * theirs.abs().max().item())
+
+
+def test_in_evaluation_the_loss_is_the_squared_error():
+    objective, batch = residual_loss("burgers", "gem_n2", dtype=torch.float32)
+    labels = torch.linspace(-1, 1, 9)
+    with torch.no_grad():
+        found = objective(batch["points"], labels)
+    assert torch.equal(found.predictions, objective.model(batch["points"]).field)
+    assert torch.equal(found.loss, (found.predictions - labels).square().sum())
+    assert not batch["points"].requires_grad

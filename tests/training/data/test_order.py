@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hf_gem.training.data.order import SampleOrder
+from hf_gem.training.data.order import SampleOrder, four_uniforms
 
 
 def test_every_pass_is_a_new_permutation():
@@ -29,3 +29,15 @@ def test_a_batch_may_be_longer_than_the_data():
 def test_no_samples_is_an_error():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         SampleOrder(0, seed=0)
+
+
+def test_four_uniforms_are_functions_of_key_and_counter():
+    counters = np.arange(100, 1100)
+    whole = four_uniforms((3, 1), counters)
+    for part in (counters[5:9], counters[[7, 3, 4, 5, 900]], counters[::-1]):
+        np.testing.assert_array_equal(four_uniforms((3, 1), part), whole[part - 100])
+    for key in ((4, 1), (3, 2)):
+        assert not (four_uniforms(key, counters) == whole).any()
+    assert len(np.unique(whole)) == whole.size
+    # five standard deviations of a mean of 1,000
+    assert np.abs(whole.mean(0) - 0.5).max() < 5 * (12 * 1000) ** -0.5
