@@ -212,7 +212,7 @@ def dose(study: Study) -> bytes | None:
         family, n = label.split(", n = ")
         ratios, style = sorted(points), look(f"{family.replace('-', '').lower()}_n{n}")
         means, bars = _means(points[ratio] for ratio in ratios)
-        axes.plot(ratios, means, **style, label=label)
+        axes.errorbar(ratios, means, bars, **style, elinewidth=1, label=label)
         axes.fill_between(ratios, np.subtract(means, bars), np.add(means, bars), color=style["color"], alpha=0.12, lw=0)
     for act, mean in others.items():
         axes.axhline(mean, color=look(act)["color"], ls="--", lw=1, label=act)

@@ -174,7 +174,7 @@ def test_each_further_baseline_is_a_family(study):
     report = (toy.folder / "report.md").read_text()
     assert report.count("### Against `relu`") == report.count("### Against `gem`") == 1
     assert "with the 2 arms that are compared with it; this report has 2 families" in report
-    assert "The plan names further baselines, `gem`: the verdicts" in report
+    assert "Verdicts against the plan's further baselines stand below: `gem`." in report
     assert (toy.folder / "forest-against-gem.png").exists()
     assert "](forest-against-gem.png)" in report
     saved = json.loads((toy.folder / "results.json").read_text())
