@@ -121,7 +121,7 @@ def test_in_evaluation_the_loss_is_the_squared_error():
     objective, batch = residual_loss("burgers", "gem_n2", torch.float32)
     labels = torch.linspace(-1, 1, 36)
     with torch.no_grad():
-        found = objective(batch["points"], labels)
+        found = objective.eval()(batch["points"], labels)
     assert torch.equal(found.predictions, objective.model(batch["points"]).field)
     assert torch.equal(found.loss, (found.predictions - labels).square().sum())
     assert not batch["points"].requires_grad
