@@ -27,7 +27,7 @@ _ADAM: dict[str, Any] = {
     "global_batch_size": 128, "micro_batch_size": 512, "mixed_precision": "no",
     "eval_every": 500, "save_every": 500, "log_every": 100,
 }  # fmt: skip
-# Seconds each, on one thread of a CPU. Weights of the boundary were chosen for tanh, and are the same for all.
+# Seconds each, on one thread of a CPU.
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         **_ADAM, "problem": "poisson", "steps": 800, "learning_rate": 0.02,
