@@ -210,9 +210,10 @@ def dose(study: Study) -> bytes | None:
     figure, axes = _new_figure(8, 4.4)
     for label, points in sorted(lines.items()):
         family, n = label.split(", n = ")
-        ratios, style = sorted(points), look(f"{family.replace('-', '').lower()}_n{n}")
+        family, half = family.replace("-", "").lower(), 10 ** min(1.5 * int(n) - 4, 0.5)  # whose colours are far apart
+        ratios, style = sorted(points), look(f"{family}_n{n}_eps{half ** (2 * int(n)):g}")
         means, bars = _means(points[ratio] for ratio in ratios)
-        axes.errorbar(ratios, means, bars, **style, elinewidth=1, label=label)
+        axes.errorbar(ratios, means, bars if len(points) == 1 else None, **style, label=label)
         axes.fill_between(ratios, np.subtract(means, bars), np.add(means, bars), color=style["color"], alpha=0.12, lw=0)
     for act, mean in others.items():
         axes.axhline(mean, color=look(act)["color"], ls="--", lw=1, label=act)
@@ -276,6 +277,8 @@ def _new_figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _png_with_legend(figure: Figure, axes: Axes) -> bytes:
     axes.grid(alpha=0.3)
+    lines = len(axes.get_legend_handles_labels()[0])
+    figure.set_figheight(max(figure.get_figheight(), 0.2 * (lines + 1)))
     figure.legend(loc="outside right upper", fontsize="small")
     return _png_of(figure)
 

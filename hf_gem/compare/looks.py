@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..family.names import is_name, parse
+from ..fit import MATCH_C
 
 # Names of one function, and approximations that differ from what they stand for by less than 0.0005.
 SAME = {"gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "gelu_fast": "gelu", "gelu_python": "gelu", "swish": "silu"}
@@ -36,9 +37,11 @@ def look(act: str) -> dict[str, Any]:
         number = min(spec.n, len(_MARKERS)) - 1
         color = _COLORS.get(spec.family, color)
         if spec.family in _SCALES:
-            color = _between(_SCALES[spec.family], (math.log10(spec.eps) / (2 * spec.n) + 3) / 3.5)
-    marker, line = ("*", ":") if flags else (_MARKERS[number], _LINES[number])
-    return {"color": color, "marker": marker, "ls": line}
+            half = spec.eps ** (1 / (2 * spec.n))
+            if "eps=match" in flags:  # at an rms of 1
+                half = float(dict(flag.split("=", 1) for flag in flags).get("match_c", MATCH_C))
+            color = _between(_SCALES[spec.family], (math.log10(half) + 3) / 4)
+    return {"color": color, "marker": _MARKERS[number], "ls": ":" if flags else _LINES[number]}
 
 
 def _between(colors: Sequence[str], share: float) -> str:

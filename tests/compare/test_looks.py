@@ -30,3 +30,6 @@ def test_members_are_told_apart_without_colour():
     assert len(set(markers)) == 4
     assert len({look(act)["color"] for act in ("relu", "gelu", "silu", "gem", "egem", "segem")}) == 6
     assert look("gem act_after_add=none") != look("gem")
+    doses = [lightness(look(f"egem_n2 eps=match match_c={c}")["color"]) for c in (0.1, 0.25, 0.5, 1, 2, 4, 6)]
+    assert doses == sorted(set(doses), reverse=True)
+    assert look("egem_n2 eps=match") == look("egem_n2 eps=match match_c=1")
