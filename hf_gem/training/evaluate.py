@@ -162,8 +162,8 @@ def _together(parts: Sequence[Mapping[str, np.ndarray]], metrics: Sequence[str])
     if "num_units" not in parts[0]:
         return Evaluation(values)
     used = sums["counts"] > 0
-    groups: dict[str, list[Any]] = {key: found[used].astype(int).tolist() for key, found in sums.items()}
-    groups["losses"] = [float(f"{loss:.8g}") for loss in sums["losses"][used]]
+    groups: dict[str, list[Any]] = {"losses": [float(f"{loss:.8g}") for loss in sums.pop("losses")[used]]}
+    groups |= {key: found[used].astype(int).tolist() for key, found in sums.items()}
     return Evaluation(values, groups, int(max(part["num_units"][0] for part in parts)))
 
 

@@ -111,7 +111,7 @@ def test_text_that_is_being_prepared(corpus, tmp_path, monkeypatch, interrupted,
             context.setattr(source, "FileLock", Held)
         else:
             context.setattr(data_text._Corpus, "_named", lambda self, split: iter([("a", "b c\n" * 200)] * 40))
-            owner, name = (data_text._Corpus, "_end_or_rest") if where == "tokenizer" else (data_text, "_pieces")
+            owner, name = (data_text._Corpus, "_part") if where == "tokenizer" else (data_text, "_pieces")
             calls = send_at(context, owner, name, number)
         line = interrupted(gpt2_pretrain, number, *flags, f"--output_dir={tmp_path / 'run'}")
     over.set()
