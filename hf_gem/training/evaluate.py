@@ -66,7 +66,7 @@ class Evaluation:
     """What an evaluation found; empty but on the main process.
 
     Attributes:
-        values: `loss`, the mean over all targets in nats, and the metric.
+        values: `loss`, the mean over all targets, in nats but for fields, and the metrics.
         groups: `counts` of targets, summed `losses` and, of classifiers, how many are `correct`, each a list with one
             number for each group of units, such as documents or images; unit k is in group k modulo `MOST_GROUPS`.
             None where samples or objective do not say which losses belong to which unit.

@@ -101,6 +101,8 @@ def print_summary(record: dict[str, Any]) -> None:
         print(f"Validation loss {first:.3g} -> {last:.3g}")
     else:
         print(f"Validation loss {first:.4f} -> {last:.4f} ({first - last:.2f} nats lower)")
+    if "test_loss" in result:
+        print(f"Test loss {result['test_loss']:.4f}")
     print(f"Checkpoint: {folder}")
     if picture.exists():
         print(f"Plot:       {picture}")

@@ -101,6 +101,21 @@ def test_a_card_of_several_sessions_says_which_one_it_describes(tmp_path):
     assert "older" not in text
 
 
+def test_a_card_says_what_was_evaluated_on(tmp_path):
+    sizes = {"train": 3000000, "validation": 300000, "test": 250000}
+    record = {
+        **RECORD,
+        "data": {**RECORD["data"], "num_tokens": sizes},
+        "result": {**RECORD["result"], "test_loss": 4.5},
+    }
+    write_card(record, tmp_path / "README.md", **MORE, on_hub=False)
+    card = (tmp_path / "README.md").read_text()
+    assert "| test loss | 4.5000 nats per token, on 250,000 tokens that nothing was chosen on |" in card
+    assert "too few" not in card
+    write_card(RECORD, tmp_path / "README.md", **MORE, on_hub=False)
+    assert "| validation text | 100,000 tokens, too few to compare models by |" in (tmp_path / "README.md").read_text()
+
+
 def test_a_missing_value_is_an_error_and_not_a_gap(tmp_path):
     record = {key: value for key, value in RECORD.items() if key != "data"}
     with pytest.raises(Exception, match="data"):
