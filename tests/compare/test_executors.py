@@ -9,7 +9,6 @@ import signal
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -23,6 +22,8 @@ from hf_gem.training.checkpoint import CheckpointStore
 from hf_gem.training.errors import Interrupted
 from recipes import compare as compare_recipe
 from tests.helpers import GPT2, ROOT, TINY, VISION, finish, losses, start, write_corpus
+
+matplotlib = pytest.importorskip("matplotlib", reason="its backend is one of the things set back")
 
 DIGITS = ("--steps=4", "--eval_every=2", "--save_every=2", "--warmup_steps=2", "--log_every=1", "--report_to=none")
 

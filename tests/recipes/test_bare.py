@@ -76,7 +76,13 @@ def test_image_classifiers_train_and_are_fine_tuned(tmp_path):
 @pytest.mark.slow
 def test_a_study_runs_and_says_what_its_report_needs(tmp_path):
     plan = yaml.safe_load((ROOT / "recipes" / "plans" / "smoke.yaml").read_text())
-    plan |= {"arms": ["gelu", "gem_n2"], "baseline": "gelu", "learning_rates": [0.003], "final_seeds": [0, 1]}
+    plan |= {
+        "arms": ["gelu", "gem_n2"],
+        "baseline": "gelu",
+        "learning_rates": [0.003],
+        "final_rates": 1,
+        "final_seeds": [0, 1],
+    }
     plan["flags"] |= {"steps": 2, "warmup_steps": 1, "eval_every": 2, "save_every": 2, "max_train_tokens": 20000}
     (tmp_path / "plan.yaml").write_text(
         yaml.safe_dump({**plan, "flags": {**plan["flags"], "cache_dir": str(tmp_path)}})
