@@ -143,8 +143,8 @@ class Plan:
             f"final_rates 2 needs a metric of test samples, got {self.metric}: which of the two rates counts is chosen "
             "by validation, on the final seeds too",
         )
-        if self.final_rates > 1 and not self.tunes:
-            raise PlanError(f"plan {self.name!r}: final_rates is {self.final_rates}, and there is nothing to choose")
+        require(self.final_rates == 1 or self.tunes,
+                f"final_rates is {self.final_rates}, and there is nothing to choose")  # fmt: skip
 
     @property
     def tuning_metric(self) -> str:

@@ -189,8 +189,7 @@ def _finalists(study: Study) -> list[list[str]]:
 
 
 def _final_records(study: Study) -> list[tuple[Run, dict[str, Any]]]:
-    trials = dict.fromkeys(trial for finalists in study.finalists().values() for trial in finalists)
-    runs = [Run(*trial, seed) for trial in trials for seed in study.plan.final_seeds]
+    runs = [Run(*trial, seed) for trial in study.final_trials() for seed in study.plan.final_seeds]
     return [(run, record) for run in runs if (record := study.record(run))]
 
 

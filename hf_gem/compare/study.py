@@ -128,9 +128,9 @@ class Study:
         """
         if tuning := self._missing_in_tuning():
             return tuning
-        finalists = [trial for trials in self.finalists().values() for trial in trials]
-        final = [Run(*trial, seed) for seed in self.plan.final_seeds for trial in finalists]
-        return [run for run in dict.fromkeys(final) if self.record(run) is None]
+        trials = self.final_trials()
+        final = [Run(*trial, seed) for seed in self.plan.final_seeds for trial in trials]
+        return [run for run in final if self.record(run) is None]
 
     def _missing_in_tuning(self) -> list[Run]:
         """What the grid lacks and, once that is full for all activations, one more rate for all of them where the best
@@ -170,6 +170,10 @@ class Study:
             means = self.trials(arm)
             ranked[arm] = sorted(means, key=means.__getitem__, reverse=plan.higher_is_better)[: plan.final_rates]
         return ranked
+
+    def final_trials(self) -> list[tuple[str, float]]:
+        """The finalists of all arms, each once: arms may share one."""
+        return list(dict.fromkeys(trial for trials in self.finalists().values() for trial in trials))
 
     def choices(self) -> dict[str, tuple[str, float]]:
         """Arm -> the activation and learning rate that it is judged at.
@@ -232,8 +236,7 @@ class Study:
         """Activation and learning rate -> outcomes on the final seeds that are compared with nothing: the tuning chose
         these once, and does not any more.
         """
-        finalists = [trial for trials in self.finalists().values() for trial in trials]
-        final = {Run(*trial, seed).name for trial in finalists for seed in self.plan.final_seeds}
+        final = {Run(*trial, seed).name for trial in self.final_trials() for seed in self.plan.final_seeds}
         found: dict[tuple[str, float], list[float]] = {}
         for name, record in self._records():
             if name not in final and not self._tunes(name):
@@ -288,7 +291,7 @@ class Study:
 
     def _by_seed(self) -> dict[int, list[dict[str, Any]]]:
         """Final seed -> the records of its runs."""
-        trials = dict.fromkeys(trial for finalists in self.finalists().values() for trial in finalists)
+        trials = self.final_trials()
         return {
             seed: [record for trial in trials if (record := self.record(Run(*trial, seed)))]
             for seed in self.plan.final_seeds
