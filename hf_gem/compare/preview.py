@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,9 +101,7 @@ def dry_run(plan: Plan, folder: Path, jobs: int) -> str:
         freeze(plan, folder)  # which refuses another plan
         study = Study(folder)
         missing, left, seconds = study.missing(), study.left(), study.seconds()
-        for record in (folder / "records").glob("*.json"):
-            hardware = json.loads(record.read_text())["sessions"][-1]["hardware"]
-            break
+        hardware = study.hardware()
         arms = expected(study)
     each = sum(seconds) / max(1, len(seconds))
     hours = left * each / 3600 / max(1, jobs)

@@ -87,6 +87,10 @@ class Study:
         """What each run took that there is a record of, tuning and all."""
         return [sum(session["seconds"] for session in record["sessions"]) for _, record in self._records()]
 
+    def hardware(self) -> dict[str, Any]:
+        """That of one of the runs; empty where there are no records."""
+        return next((record["sessions"][-1]["hardware"] for _, record in self._records()), {})
+
     def num_records(self) -> int:
         """Of how many runs there are records."""
         return len(self._names())
