@@ -272,19 +272,23 @@ def test_the_kubernetes_job_agrees_with_itself():
 @pytest.mark.slow
 def test_torchrun_on_two_machines_starts_a_dead_process_again(flags, reference, tmp_path):
     """The command of the Kubernetes job in two places on this machine, where the second process dies at step 2."""
-    _, _, options, recipe, _ = kubernetes()
+    _, job, options, recipe, _ = kubernetes()
+    (container,) = job["spec"]["template"]["spec"]["containers"]
     options |= {"--nproc_per_node": "1", "--rdzv_endpoint": f"localhost:{get_free_port()}"}
     launcher = [sys.executable, "-m", "torch.distributed.run", *(f"{name}={value}" for name, value in options.items())]
     dies = map(str, (STOPPING, *stopping(signal.SIGKILL, 2, recipe, rank=1)))
     run = [*launcher, *dies, *flags, f"--output_dir={tmp_path / 'run'}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **{entry["name"]: entry["value"] for entry in container["env"]}}
     logs = [(tmp_path / f"{number}.txt").open("w+") for number in range(2)]
     machines = [subprocess.Popen(run, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT) for log in logs]
     try:
         codes = [machine.wait(240) for machine in machines]
+    except subprocess.TimeoutExpired as error:
+        codes = error
     finally:
         for machine in machines:
-            machine.kill()
+            machine.terminate()  # it stops its processes, which would outlive it otherwise
+            machine.wait(60)
         outputs = [(log.seek(0), log.read(), log.close())[1] for log in logs]
     assert codes == [0, 0], outputs
     assert losses(tmp_path / "run") == pytest.approx(losses(reference), rel=REORDERED)
