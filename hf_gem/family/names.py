@@ -211,8 +211,8 @@ def _malformed(name: str, reason: str) -> ValueError:
     letters = re.sub(r"[\W_]", "", name[:_LONGEST].lower())
     if name and not any(family in letters for family in FAMILIES):
         return ValueError(
-            f"got activation name {name!r:.80}, which is none of the family. Allowed: {_grammar()}. For others, such as "
-            "a baseline's, there are hf_gem.set_activation and timm's act_layer; hf_gem.gain takes a function"
+            f"got activation name {name!r:.80}, which is none of the family. Allowed: {_grammar()}. For others, such "
+            "as a baseline's, there are hf_gem.set_activation and timm's act_layer; hf_gem.gain takes a function"
         )
     return ValueError(
         f"got activation name {name!r:.80}: {reason}. Allowed: {_grammar()}. Did you mean {_nearest(name)!r}?"
