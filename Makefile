@@ -4,6 +4,7 @@
 # GPU, UV_TORCH_BACKEND=cpu in front spares gigabytes.
 # make study: a small comparison of activations, from its plan to a report.
 # make gpu: all that is measured on a GPU, in half an hour; ARGS="--device cpu --quick" tries it out without one.
+# make verify: how exact everything is, in one table, and the tests that show it.
 # make bench: the benchmarks of the CPU and the table of their goals, in less than ten minutes.
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +19,7 @@ RUN = $(VENV)/bin
 READY = $(VENV)/.ready
 OLDEST = $(VENV)-oldest
 
-.PHONY: demo test test-slow test-oldest lint bench gpu study setup clean
+.PHONY: demo test test-slow test-oldest lint verify bench gpu study setup clean
 
 # Without OMP_NUM_THREADS, accelerate's launcher gives a process one thread.
 demo: $(READY)
@@ -38,6 +39,9 @@ lint: $(READY)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+
+verify: $(READY)
+	OMP_NUM_THREADS=1 $(RUN)/python -m benchmarks.verify --device cpu --tests $(ARGS)
 
 bench: $(READY)
 	$(RUN)/python -m benchmarks.activation --device cpu --rounds 60

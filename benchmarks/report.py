@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import verify
 from benchmarks.common import RESULTS
 from hf_gem.compare import words
 from hf_gem.files import markdown_table, replace_between, write_atomically
@@ -21,7 +22,8 @@ from hf_gem.files import markdown_table, replace_between, write_atomically
 README = Path(__file__).resolve().parent / "README.md"
 START, END = "<!-- results -->\n", "<!-- end of results -->"
 BENCHMARKS = (
-    *("gpu", "device", "activation", "memory", "recipe_step", "train_step", "evidence", "sweep", "exhaustive"),
+    *("gpu", "device", "activation", "memory", "recipe_step", "train_step", "evidence", "sweep"),
+    *("exhaustive", "verify"),
 )
 PASSES = {"both": "both", "forward": "forward", "backward": "backward", "launched": "both, with launching"}
 MIB = 2**20
@@ -293,6 +295,7 @@ SECTIONS: dict[str, tuple[str, Callable[..., str]]] = {
     "train_step": ("Training steps", train_step_table),
     "evidence": ("A study", evidence_table),
     "exhaustive": ("All float32 inputs", exhaustive_table),
+    "verify": ("How exact", lambda record: verify.table([verify.Row(**row) for row in record["results"]]) + "\n"),
 }
 
 

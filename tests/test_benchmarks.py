@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import activation, exhaustive, memory, report, sweep, train_step
+from benchmarks import activation, exhaustive, memory, report, sweep, train_step, verify
 from benchmarks.common import (
     RESULTS,
     Batch,
@@ -24,6 +24,7 @@ from benchmarks.common import (
     time_together,
 )
 from hf_gem import EGEM
+from tests import oracle
 from tests.helpers import needs_compiler
 
 CPU = torch.device("cpu")
@@ -214,6 +215,34 @@ def test_the_parts_make_up_all_bit_patterns():
     assert sum(map(len, patterns)) == len(range(0, 2**32, 1000))
 
 
+def test_rounding_once_is_that_of_exact_arithmetic():
+    values = torch.cat([torch.randn(500, dtype=torch.float64) * 10.0**k for k in range(-9, 6)])
+    ties = torch.tensor([65519.99, 65520.0, 1 + 2.0**-9, 1 + 3 * 2.0**-9, torch.inf, -0.0, 2.0**-25])
+    values = torch.cat([values, ties])
+    for dtype in (torch.float16, torch.bfloat16):
+        expected = oracle.round_array(values.numpy(), dtype)
+        assert torch.equal(verify.rounded(values, dtype), torch.from_numpy(expected))
+
+
+def test_what_is_wrong_counts_as_a_failure():
+    """A function that is off, one that has a NaN, and one that falls, beside exact ones."""
+    x = torch.tensor([-2.0, 0.5, 1.0, 3.0], dtype=torch.bfloat16)
+
+    def function(call, slope=torch.ones_like):
+        return [verify.Function("f", call, lambda x: x * 1.0, slope)]
+
+    assert [row.failures for row in verify.compare(function(lambda x: x * 1.0), x, "f", "", True)] == [0, 0]
+    value, slope = verify.compare(function(lambda x: x * 1.0078125), x, "f", "", True)
+    assert (value.failures, slope.failures, slope.greatest) == (4, 4, 1.0)
+    (value, _) = verify.compare(function(lambda x: torch.where(x > 2, torch.nan, x)), x, "f", "", False)
+    assert (value.cases, value.failures) == (4, 1)
+    cpu = torch.device("cpu")
+    assert verify.edges(function(lambda x: x * 1.0), "f", cpu).failures == 0
+    assert verify.edges(function(lambda x: x * x), "f", cpu).failures > 0
+    assert next(row.failures for row in verify.order(function(lambda x: -x), "f", cpu, 10)) == 32638
+    assert [row.failures for row in verify.order(function(lambda x: x), "f", cpu, 10)] == [0, 0, 0]
+
+
 def test_machines_get_names_fit_for_folders():
     assert slug("Intel(R) Xeon(R) CPU @ 2.20GHz 8 threads") == "intel-xeon-8-threads"
     assert slug("AMD EPYC 7B13 64-Core Processor 2 threads") == "amd-epyc-7b13-64-core-2-threads"
@@ -241,6 +270,7 @@ SCRIPTS = {
     "sweep": (sweep, ()),
     "exhaustive": (exhaustive, ("--name", "egem", "segem")),
     "train_step": (train_step, ("--models", "gpt2", "bert", "--modes", "eager")),
+    "verify": (verify, ()),
 }
 
 
@@ -280,7 +310,7 @@ def test_the_scripts_leave_records_and_a_report_is_made_of_them(quick_run, tmp_p
     page = tmp_path / page
     text = page.read_text()
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
-        *("Activations alone", "Memory", "Training steps", "All float32 inputs", "By size")
+        *("Activations alone", "Memory", "Training steps", "All float32 inputs", "How exact", "By size")
     ]
     assert "figures that say nothing" in text
     (picture,) = re.findall(r"!\[.*\]\((.*)\)", text)

@@ -23,6 +23,8 @@ MAX_N = 32
 # The gate's scale eps**(1/2n) stays inside 2**±100, where float32 holds it and its reciprocal.
 MAX_LOG2_SCALE = 100
 
+_LONGEST = 200  # characters of a name, several times those of any that means something
+
 _NUMBER = r"\d+(?:\.\d*)?(?:em?[+-]?\d+)?"
 
 
@@ -31,12 +33,12 @@ def _patterns(names: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]
     """What a name of some families looks like, and what can only have been meant as one."""
     # "E-GEM" may be written e_gem, and gem2 is a slip; gemma and gems are other words.
     titles = (re.sub("-", r"[\\W_]?", FAMILIES[name].title.lower()) for name in names)
-    name = re.compile(rf"({'|'.join(names)})(?:_n(\d+))?(?:_eps({_NUMBER}))?(_learnable)?", re.ASCII)
+    name = re.compile(rf"({'|'.join(names)})(?:_n(\d{{1,9}}))?(?:_eps({_NUMBER}))?(_learnable)?", re.ASCII)
     return name, re.compile(rf"(?:{'|'.join(titles)})(?:n?\d.*|[\W_].*)?", re.DOTALL)
 
 
 def _match(name: str) -> re.Match[str] | None:
-    return _patterns(tuple(FAMILIES))[0].fullmatch(name.lower())
+    return _patterns(tuple(FAMILIES))[0].fullmatch(name.lower()) if len(name) <= _LONGEST else None
 
 
 def grammar(family: Family) -> str:
@@ -61,7 +63,8 @@ def check_n(n: int) -> int:
             f"n must be an integer from 1 to {MAX_N}, got {n!r} of type {type(n).__name__}; write n=1 or n=2"
         ) from None
     if not 1 <= n <= MAX_N:
-        raise ValueError(f"n must be an integer from 1 to {MAX_N}, got {n}; the paper uses 1, 2 and 3")
+        got = n if n.bit_length() < 200 else f"one of {n.bit_length()} bits"  # Python does not print any integer
+        raise ValueError(f"n must be an integer from 1 to {MAX_N}, got {got}; the paper uses 1, 2 and 3")
     return n
 
 
@@ -168,6 +171,8 @@ def parse(name: str) -> GemSpec:
     if match is None:
         raise _malformed(name, "it does not follow the grammar")
     family, n, eps, learnable = match.groups()
+    if FAMILIES[family].fixed_eps is not None and (eps or learnable):
+        raise _malformed(name, f"{family} has eps = {FAMILIES[family].fixed_eps:g}, fixed, and its names carry none")
     try:
         return GemSpec(family, int(n or 1), _read_eps(eps), learnable is not None)
     except ValueError as error:
@@ -203,20 +208,20 @@ def _read_eps(text: str | None) -> Any:
 
 
 def _malformed(name: str, reason: str) -> ValueError:
-    letters = re.sub(r"[\W_]", "", name.lower())
+    letters = re.sub(r"[\W_]", "", name[:_LONGEST].lower())
     if name and not any(family in letters for family in FAMILIES):
         return ValueError(
-            f"got activation name {name!r}, which is none of the family. Allowed: {_grammar()}. For others, such as a "
-            "baseline's, there are hf_gem.set_activation and timm's act_layer; hf_gem.gain takes a function"
+            f"got activation name {name!r:.80}, which is none of the family. Allowed: {_grammar()}. For others, such "
+            "as a baseline's, there are hf_gem.set_activation and timm's act_layer; hf_gem.gain takes a function"
         )
     return ValueError(
-        f"got activation name {name!r}: {reason}. Allowed: {_grammar()}. Did you mean {_nearest(name)!r}?"
+        f"got activation name {name!r:.80}: {reason}. Allowed: {_grammar()}. Did you mean {_nearest(name)!r}?"
     )
 
 
 def _nearest(name: str) -> str:
     """The valid name that keeps what can be understood of `name`."""
-    text = name.lower()
+    text = name[:_LONGEST].lower()
     letters = re.sub(r"[\W_]", "", text)
     family = next((f for f in FAMILIES if letters.startswith(f)), "gem")
     n = re.search(r"n\W*_?(\d{1,3})", text)

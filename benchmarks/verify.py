@@ -1,0 +1,337 @@
+"""How exact the family is beside PyTorch's activations, and what its tests try: python -m benchmarks.verify
+
+Every check is a row: cases, failures, greatest error; docs/verification.md says what each one is. Truth is float64,
+whose results err by some 1e-15 of their size, and exact fractions for the smoothness. The functions are taken as users
+get them, with their kernels. With --tests, pytest is run too, and counted. --device cuda takes the Triton kernels.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from fractions import Fraction
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common import Goal, built_kernels, make_parser, pick_device, write
+from hf_gem import _kernels, activation
+from hf_gem._kernels import formulas
+from hf_gem.family.table import family_named
+from hf_gem.files import markdown_table, replace_between
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "verification.md"
+EPSILONS = (1e-8, 1e-6, 1e-4, 1e-2, 1.0, 10.0, 100.0)
+ORDERS = (1, 2, 3, 4)
+HALF = (torch.bfloat16, torch.float16)
+# Kind of test -> what pytest is given.
+TESTS = {
+    "values and slopes against exact fractions": ["tests/family/test_formulas.py", "tests/test_functional.py"],
+    "kernels": ["tests/kernels"],
+    "properties, by hypothesis": ["tests/test_properties.py"],
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came out of one check.
+
+    Attributes:
+        what: Of which function, or of what.
+        check: What was looked at.
+        cases: How often.
+        failures: How often it was not as it should be.
+        greatest: Error in ulp of the dtype; None where there is none to give.
+    """
+
+    what: str
+    check: str
+    cases: int
+    failures: int
+    greatest: float | None = None
+
+
+@dataclass(frozen=True)
+class Function:
+    """An activation, and its value and slope in float64."""
+
+    name: str
+    call: Callable[[Tensor], Tensor]
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+
+
+def _normal(x: Tensor) -> Tensor:
+    """The distribution function of a normal variable, exact far below 0 too."""
+    return 0.5 * torch.special.erfc(-x / math.sqrt(2))
+
+
+def _density(x: Tensor) -> Tensor:
+    return torch.exp(-x * x / 2) / math.sqrt(math.tau)
+
+
+def _mish_slope(x: Tensor) -> Tensor:
+    t = torch.tanh(F.softplus(x))
+    return t + x * (1 - t * t) * torch.sigmoid(x)
+
+
+BASELINES = (
+    Function(
+        "torch gelu",
+        F.gelu,
+        lambda x: torch.where(x == -math.inf, 0.0, x * _normal(x)),
+        lambda x: torch.where(x.isinf(), (x > 0).double(), _normal(x) + x * _density(x)),
+    ),
+    Function(
+        "torch silu",
+        F.silu,
+        lambda x: torch.where(x == -math.inf, 0.0, x * torch.sigmoid(x)),
+        lambda x: torch.where(x.isinf(), (x > 0).double(), torch.sigmoid(x) * (1 + x * torch.sigmoid(-x))),
+    ),
+    Function(
+        "torch mish",
+        F.mish,
+        lambda x: torch.where(x == -math.inf, 0.0, x * torch.tanh(F.softplus(x))),
+        lambda x: torch.where(x.isinf(), (x > 0).double(), _mish_slope(x)),
+    ),
+)
+
+
+def member(family: str, n: int, eps: float) -> Function:
+    """A member of the family: its float64 is the formula in float64, which the tests hold against fractions."""
+    definition = family_named(family)
+
+    def slope(x: Tensor) -> Tensor:
+        return formulas.run("backward", definition, n, eps, torch.ones_like(x), x)
+
+    given = None if definition.fixed_eps is not None else eps
+    return Function(
+        f"{family}, n = {n}, eps = {eps:g}",
+        lambda x: activation(x, family, n, given),
+        lambda x: formulas.run("forward", definition, n, eps, x),
+        slope,
+    )
+
+
+def groups(quick: bool) -> Iterator[tuple[str, dict[str, list[Function]]]]:
+    """Families, with their members by n, and the activations of torch."""
+    orders, epsilons = (ORDERS[:1], EPSILONS[2:3]) if quick else (ORDERS, EPSILONS)
+    for family, title, those in (("gem", "GEM", (1.0,)), ("egem", "E-GEM", epsilons), ("segem", "SE-GEM", epsilons)):
+        yield title, {f"{title}, n = {n}": [member(family, n, eps) for eps in those] for n in orders}
+    yield from ((function.name, {function.name: [function]}) for function in BASELINES)
+
+
+def value_and_slope(function: Function, x: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = x.clone().requires_grad_()
+    y = function.call(leaf)
+    (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+    return y.detach(), slope
+
+
+def every_half(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """All numbers of a half type, without NaNs."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    return x[~x.isnan()].to(device)
+
+
+def spacing(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """The ulp of a dtype around float64 numbers, that of its subnormals near 0."""
+    info = torch.finfo(dtype)
+    size = exact.abs().clamp(min=info.smallest_normal, max=info.max)
+    return torch.exp2(torch.floor(torch.log2(size))) * info.eps
+
+
+def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 numbers rounded once, ties to even, in float64; torch rounds to a half type by way of float32."""
+    unit = spacing(exact, dtype)
+    nearest = torch.where(exact.isfinite(), torch.round(exact / unit) * unit, exact)
+    beyond = nearest.abs() > torch.finfo(dtype).max
+    return torch.where(beyond, torch.copysign(torch.tensor(math.inf, dtype=torch.float64), nearest), nearest)
+
+
+def compare(functions: list[Function], x: Tensor, what: str, check: str, rounds: bool) -> list[Row]:
+    """Value and slope against float64; with `rounds`, a failure is a result that is not rounded correctly.
+
+    The ulp of a slope, which may cross zero, is that of its greater term where f(x) / x is one.
+    """
+    rows = []
+    found = {"value": (0, 0, 0.0), "slope": (0, 0, 0.0)}
+    wide = x.double()
+    for function in functions:
+        exacts = function.value(wide), function.slope(wide)
+        for kind, got, exact in zip(found, value_and_slope(function, x), exacts, strict=True):
+            cases, failures, greatest = found[kind]
+            result, nearest = got.double(), rounded(exact, x.dtype)
+            same = (result == nearest) | (result.isnan() & nearest.isnan())
+            finite = result.isfinite() & nearest.isfinite()
+            wrong = ~same if rounds else ~same & ~finite
+            size = exact.abs() if kind == "value" else exact.abs().fmax((exacts[0] / wide).abs())
+            error = torch.where(finite, (result - exact).abs() / spacing(size, x.dtype), 0.0).max().item()
+            found[kind] = cases + x.numel(), failures + int(wrong.sum()), max(greatest, error)
+    for kind, (cases, failures, greatest) in found.items():
+        rows.append(Row(what, f"{check}, {kind}", cases, failures, greatest))
+    return rows
+
+
+def float32_numbers(count: int, device: torch.device) -> Tensor:
+    """Evenly by their bits, so all exponents alike; no NaNs."""
+    step = 2**32 // count + 1  # odd, or the last bits would always be the same
+    x = torch.arange(-(2**31), 2**31, step, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    return x[~x.isnan()].to(device)
+
+
+def edges(functions: list[Function], what: str, device: torch.device) -> Row:
+    """Where a result has to be right in kind: infinite, NaN, zero or finite as the exact one."""
+    cases = failures = 0
+    for dtype in (*HALF, torch.float32, torch.float64):
+        info = torch.finfo(dtype)
+        points = [0.0, math.inf, math.nan, info.max, info.smallest_normal, info.smallest_normal * info.eps, 1.0]
+        x = torch.tensor([*points, *(-p for p in points)], dtype=dtype, device=device)
+        for function in functions:
+            y, slope = value_and_slope(function, x)
+            number = ~x.isnan()  # what the slope at NaN is, is open
+            for got, exact in ((y, function.value(x.double())), (slope[number], function.slope(x.double())[number])):
+                wrong = (got.isnan() != exact.isnan()) | (got.isinf() != rounded(exact, dtype).isinf())
+                cases += got.numel()
+                failures += int(wrong.sum())
+    return Row(what, "infinities, NaN, zeros, largest and smallest numbers", cases, failures)
+
+
+def order(functions: list[Function], what: str, device: torch.device, count: int) -> list[Row]:
+    """Neighbouring inputs above 0."""
+    rows = []
+    for dtype in (*HALF, torch.float32):
+        if dtype == torch.float32:
+            first = torch.arange(1, 0x7F7FFFFF, 0x7F7FFFFF // count + 1, dtype=torch.int32)
+            pairs = torch.stack([first, first + 1]).view(dtype).to(device)
+        else:
+            x = every_half(dtype, device)
+            x = x[(x > 0) & x.isfinite()].sort().values
+            pairs = torch.stack([x[:-1], x[1:]])
+        cases = failures = 0
+        drop = 0.0
+        for function in functions:
+            low, high = function.call(pairs).double()
+            falls = low > high
+            cases, failures = cases + falls.numel(), failures + int(falls.sum())
+            drop = max(drop, ((low - high) / spacing(low, dtype)).max().item())
+        rows.append(Row(what, f"increases, {str(dtype).removeprefix('torch.')}", cases, failures, max(drop, 0.0)))
+    return rows
+
+
+def smoothness() -> Row:
+    """In fractions: the k-th difference quotient at 0 by steps of h on both sides, which differ by about h or not."""
+    cases = failures = 0
+    h = Fraction(1, 2**100)
+    for family in ("gem", "egem", "segem"):
+        exact = family_named(family).exact
+        for n in ORDERS:
+            for eps in (Fraction(1), Fraction(1, 10_000)) if family != "gem" else (Fraction(1),):
+                for k in range(1, 2 * n + 2):
+                    right, left = (
+                        sum((-1) ** (k - i) * math.comb(k, i) * exact(i * step, n, eps) for i in range(k + 1)) / step**k
+                        for step in (h, -h)
+                    )
+                    agree = abs(right - left) < Fraction(1, 2**30)
+                    cases += 1
+                    failures += agree != (k <= 2 * n)
+    return Row("all", "2n derivatives at 0, and not one more", cases, failures)
+
+
+def bits(device: torch.device, quick: bool) -> list[Row]:
+    """The kernels against the formulas, for all half numbers and as many of float32."""
+    rows = []
+    for family in ("egem", "segem"):
+        cases = failures = 0
+        greatest = 0.0
+        for n in ORDERS[:1] if quick else ORDERS:
+            for x in (*(every_half(dtype, device) for dtype in HALF), float32_numbers(2**16, device)):
+                grad = torch.linspace(-2, 2, x.numel(), device=device).to(x.dtype)
+                for operation, inputs in (("forward", (x,)), ("backward", (grad, x)), ("glu", (x, grad))):
+                    got, expected = (
+                        run(operation, family_named(family), n, 0.01, *inputs) for run in (_kernels.run, formulas.run)
+                    )
+                    same = (got == expected) | (got.isnan() & expected.isnan())
+                    cases, failures = cases + x.numel(), failures + int((~same).sum())
+                    finite = got.isfinite() & expected.isfinite()
+                    off = (got.double() - expected.double()).abs() / spacing(expected.double(), x.dtype)
+                    greatest = max(greatest, torch.where(finite, off, 0.0).max().item())
+        rows.append(Row(f"{family} kernels", "the bits of the formulas", cases, failures, greatest))
+    return rows
+
+
+def tests() -> list[Row]:
+    """What pytest says of each kind, slow tests too."""
+    rows = []
+    for kind, paths in TESTS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report.xml"
+            command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *paths]
+            subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
+            (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
+        number = {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}
+        rows.append(Row("tests", kind, number["tests"] - number["skipped"], number["failures"] + number["errors"]))
+    return rows
+
+
+def all_rows(device: torch.device, quick: bool) -> Iterator[Row]:
+    count = 2**12 if quick else 2**20
+    for what, members in groups(quick):
+        print(f"  {what}", flush=True)
+        functions = [function for some in members.values() for function in some]
+        for dtype in HALF:
+            name = str(dtype).removeprefix("torch.")
+            yield from compare(functions, every_half(dtype, device), what, f"{name}, rounded correctly", rounds=True)
+        for part, some in members.items():
+            yield from compare(some, float32_numbers(count, device), part, "float32", rounds=False)
+        yield edges(functions, what, device)
+        if not what.startswith("torch"):
+            yield from order(functions, what, device, count // 4)
+    yield smoothness()
+    yield from bits(device, quick)
+
+
+def table(rows: list[Row]) -> str:
+    cells = [
+        (r.what, r.check, f"{r.cases:,}", f"{r.failures:,}", "" if r.greatest is None else f"{r.greatest:.4g}")
+        for r in rows
+    ]
+    return markdown_table(["of", "check", "cases", "failures", "greatest error, ulp"], cells)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser(__doc__, rounds=1)
+    parser.add_argument("--tests", action="store_true", help="run the tests of each kind too, slow ones included")
+    arguments = parser.parse_args(argv)
+    device = pick_device(arguments.device)
+    names = [f"{family}{f'_n{n}' if n > 1 else ''}" for family in ("egem", "segem") for n in ORDERS]
+    with built_kernels(device, names[:1] if arguments.quick else names):
+        rows = list(all_rows(device, arguments.quick))
+    if arguments.tests:
+        rows += tests()
+    print(table(rows))
+    goals = [
+        Goal(f"failures: {row.what}, {row.check}", row.failures, 0)
+        for row in rows
+        if not row.what.startswith("torch") and "rounded correctly" not in row.check and "increases" not in row.check
+    ]
+    path = write("verify", arguments, argv, [asdict(row) for row in rows], goals)
+    if not arguments.quick and arguments.results is None:
+        stamp = f"{datetime.now(timezone.utc):%Y-%m-%d}, torch {torch.__version__}, {path.parent.name}."
+        text = PAGE.read_text(encoding="utf-8")
+        content = f"\n{stamp}\n\n{table(rows)}\n"
+        PAGE.write_text(replace_between(text, "<!-- checks -->\n", "<!-- end of checks -->", content), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
