@@ -1,4 +1,4 @@
-"""Every command and every line of code in the README runs."""
+"""Every command and every line of code in the README and the pages beside it runs."""
 
 import os
 import re
@@ -16,9 +16,15 @@ from recipes import vision_train
 from recipes.gpt2_pretrain import PRESETS, Config, parse_config
 from tests.helpers import ON_CPU, ROOT, TINY, run_here, save_bytes_tokenizer, write_corpus
 
-README = (ROOT / "README.md").read_text()
+README, MODELS, KERNELS, RECIPES = (
+    (ROOT / path).read_text() for path in ("README.md", "docs/models.md", "docs/kernels.md", "docs/recipes.md")
+)
 COMMANDS = [
-    line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line.strip()
+    line
+    for page in (README, RECIPES)
+    for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
 ]
 # Of a preset for GPUs, what a CPU can do; every size is made small below.
 CPU_FLAGS = ("--mixed_precision=no", "--compile=false", "--dataset_config=")
@@ -59,9 +65,24 @@ def on_two_processes(command, tmp_path):
     return [sys.executable, "-m", "accelerate.commands.launch", *arguments, *tiny]
 
 
-def test_the_readme_has_the_commands_tested_here():
+def test_the_pages_have_the_commands_tested_here():
     kinds = [command.split()[0] for command in COMMANDS]
-    assert kinds == ["pip", *["make"] * 3, *["accelerate"] * 8, "make", "python"]
+    assert kinds == ["pip", "make", "accelerate", "make", "make", *["accelerate"] * 8, "python"]
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 900
+
+
+def test_links_between_pages():
+    """To files that are there, and to headings that they have."""
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", path.read_text()):
+            page = (path.parent / target).resolve() if target else path
+            assert page.exists(), f"{path.name}: {target}"
+            titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE) if page.suffix == ".md" else []
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert not heading or heading in anchors, f"{path.name}: {target}#{heading}"
 
 
 def test_pip_install():
@@ -125,6 +146,9 @@ def test_launch_commands(command, tmp_path):
         flags = ["--steps=4", "--warmup_steps=1", "--report_to=none", f"--output_dir={tmp_path / 'run'}"]
     else:
         flags = tiny_flags(tmp_path)
+    if "gpt2-124m" in command:
+        save_bytes_tokenizer(tmp_path / "tokenizer")
+        flags += [*CPU_FLAGS, f"--tokenizer={tmp_path / 'tokenizer'}"]
     out = run([*arguments, *flags])
     assert "Validation loss" in out
 
@@ -156,8 +180,9 @@ def test_multi_node_command(tmp_path):
 
 def test_python_code():
     names: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(block, names)
+    for page in (README, MODELS, KERNELS):
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            exec(block, names)
     assert type(names["cnn"].act1).__name__ == "GEM"
     assert hf_gem.audit(names["swin"]).complete
     assert hf_gem.audit(names["vit"]).num_gem == 0
@@ -169,6 +194,6 @@ def test_python_code():
 def test_flags_and_example():
     config, _ = parse_config(Config, PRESETS, "demo", ["--config", str(ROOT / "recipes" / "example.yaml")])
     assert config.n_embd == 64
-    for flag in re.findall(r"`--(\w+)`", README.split("| flag |")[1].split("\n\n")[0]):
+    for flag in re.findall(r"`--(\w+)`", RECIPES.split("| flag |")[1].split("\n\n")[0]):
         assert hasattr(config, flag), flag
     assert (ROOT / "docs" / "family.png").exists()
