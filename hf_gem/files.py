@@ -16,7 +16,13 @@ from pathlib import Path, PurePosixPath
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-_KINDS = {NoneType: "null", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_KINDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    NoneType: "null",
+}
 _SECRETS = re.compile(
     r"(?<=://)(?:[^/?#\s'\"]+|[^/?#\s'\"@:]*:(?!\d+/)[^\s'\"]*)@"  # user:password of a URL, well-formed or not
     r"|(?<=[?&])((?:[\w-]*(?:token|secret|password|passwd|signature|credential|key|sig|auth))=)[^&#\s'\"]+"
@@ -88,11 +94,12 @@ def check_type(value: Any, kind: Any, where: str) -> None:
         ValueError: it has not. The message names place, kind and value.
     """
     origin, parts = get_origin(kind) or kind, get_args(kind)
+    inside = f"{where} " if where.endswith(":") else where
     if is_typeddict(kind):
         _require(isinstance(value, dict), value, "a mapping", where)
         for name, part in get_type_hints(kind).items():
             if name in value:
-                check_type(value[name], part, f"{where} {name}" if where.endswith(":") else f"{where}.{name}")
+                check_type(value[name], part, inside + (name if inside.endswith(" ") else f".{name}"))
             elif name in kind.__required_keys__:
                 raise ValueError(f"{where} {name} is missing")
     elif origin in (Union, UnionType):
@@ -102,11 +109,11 @@ def check_type(value: Any, kind: Any, where: str) -> None:
                     check_type(value, part, where)  # which says what is wrong inside
             raise ValueError(_message(value, " or ".join(map(_name, parts)), where))
     elif origin in (list, dict):
-        _require(isinstance(value, origin), value, _name(kind), where)
+        _require(isinstance(value, _container(kind)), value, _name(kind), where)
         for key, part in value.items() if origin is dict else enumerate(value):
             if origin is dict:
                 _require(isinstance(key, str), key, "text as a key", where)
-            check_type(part, (parts or (Any,))[-1], f"{where}[{reprlib.repr(key)}]")
+            check_type(part, (parts or (Any,))[-1], f"{inside}[{reprlib.repr(key)}]")
     elif kind is not Any:
         _require(_fits(value, kind), value, _name(kind), where)
 
@@ -114,8 +121,9 @@ def check_type(value: Any, kind: Any, where: str) -> None:
 def _fits(value: Any, kind: Any) -> bool:
     """Whether `check_type` passes."""
     if kind in _KINDS:
-        kinds = {float: (int, float), int: int}.get(kind, kind)
-        return isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+        if isinstance(value, bool):  # which Python takes for a number
+            return kind is bool
+        return isinstance(value, (int, float) if kind is float else kind)
     if get_origin(kind) is Literal:
         return any(type(value) is type(allowed) and value == allowed for allowed in get_args(kind))
     try:
@@ -125,7 +133,7 @@ def _fits(value: Any, kind: Any) -> bool:
     return True
 
 
-def _container(kind: Any) -> type:
+def _container(kind: Any) -> Any:
     return dict if is_typeddict(kind) else get_origin(kind) or kind
 
 
@@ -142,7 +150,7 @@ def _name(kind: Any) -> str:
     """What a kind is called in a message."""
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
-    return _KINDS.get(kind) or {list: "a list", dict: "a mapping"}[_container(kind)]
+    return str(_KINDS.get(kind) or {list: "a list", dict: "a mapping"}[_container(kind)])
 
 
 def is_inside(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Files that others may have written are read with their types checked; text from them does no more than stand there."""
+"""What others may have written is read with its types checked, and its text does no more than stand there."""
 
 import json
 from typing import Any, Literal, TypedDict
@@ -59,20 +59,20 @@ def test_what_has_the_type_passes():
     ],
 )
 def test_what_has_not_is_named_with_its_place(change, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="f:") as error:
         check_type({**GOOD, **change}, Whole, "f:")
     assert str(error.value) == message
 
 
 def test_a_missing_field_and_no_mapping():
-    with pytest.raises(ValueError, match="^f: values is missing$"):
+    with pytest.raises(ValueError, match=r"^f: values is missing$"):
         check_type({"name": "a"}, Whole, "f:")
     with pytest.raises(ValueError, match=r"^f: must be a mapping, got \[\]$"):
         check_type([], Whole, "f:")
 
 
 def test_messages_stay_short():
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="f:") as error:
         check_type({"name": "x" * 10**6, "values": {}}, Whole, "f:")
     assert len(str(error.value)) < 100
 

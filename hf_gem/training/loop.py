@@ -121,7 +121,10 @@ class _Run:
         self.session = new_session(accelerator, sizes)
         decides = {**trajectory(config), "mixed_precision": accelerator.mixed_precision, "data_hash": task.data["hash"]}
         decides.update(task.identity)
-        self.checkpoints = CheckpointStore(self.folder / "checkpoints", config.keep_checkpoints, decides)
+        averaged = None if self.ema is None else self.ema.module
+        self.checkpoints = CheckpointStore(
+            self.folder / "checkpoints", config.keep_checkpoints, decides, averaged=averaged
+        )
         self.pusher: CheckpointPusher | None = None
         if self.is_main and config.push_to_hub and config.hub_strategy == "checkpoint":
             self.pusher = CheckpointPusher(config.push_to_hub, self.folder, private=not config.hub_public)
@@ -152,7 +155,6 @@ class _Run:
                 raise ConfigError("--ema_decay would average tied weights twice, which this model has; set it to 0")
             self.ema = ModelEmaV3(task.objective, decay=config.ema_decay)
             self.evaluated = self.ema.module
-            accelerator.register_for_checkpointing(self.ema)
         return sizes
 
     def train(self) -> dict[str, Any]:
