@@ -17,7 +17,7 @@ import re
 import reprlib
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -27,8 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from ..files import check_type, flush, is_inside, read_json, redacted, sha256, write_atomically
+from ..files import flush, is_inside, read_json, redacted, sha256, write_atomically
 from .errors import CheckpointError
+from .record import check_saved
 from .sharded import is_sharded, load_sharded
 
 COMPLETE = "COMPLETE"
@@ -59,8 +60,8 @@ class CheckpointStore:
         keep: Number of complete checkpoints to keep.
         identity: What has to be equal for a checkpoint to be continued, and on all processes of a run: config fields
             and the hash of the data.
-        kind: The type of what is saved beside weights and optimizer, as `check_type` takes it.
         averaged: A module with averaged weights, the same in all processes; None without.
+        check: Of what was saved beside weights and optimizer: given it and its place, raises ValueError where it is wrong.
     """
 
     def __init__(
@@ -68,13 +69,13 @@ class CheckpointStore:
         folder: Path,
         keep: int,
         identity: Mapping[str, Any],
-        kind: Any = Any,
         averaged: nn.Module | None = None,
+        check: Callable[[Any, str], None] = check_saved,
     ) -> None:
         self.folder = folder
         self.keep = keep
         self.identity = json.loads(json.dumps(redacted(identity)))  # as it will read back: tuples become lists
-        self.kind = kind
+        self.check = check
         self.averaged = averaged
 
     def complete(self) -> list[Path]:
@@ -212,7 +213,7 @@ class CheckpointStore:
             ValueError: it is not what a run saves.
         """
         content: _State = read_json(path / _STATE, _State)
-        check_type(content["state"], self.kind, f"{path / _STATE}: state")
+        self.check(content["state"], f"{path / _STATE}: state")
         if content["step"] < 1:
             raise ValueError(f"{path / _STATE}: step must be at least 1, got {content['step']}")
         if _NAME.fullmatch(path.name) and _step_of(path) != content["step"]:

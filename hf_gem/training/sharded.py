@@ -109,7 +109,7 @@ class _Planner(checkpoint.DefaultLoadPlanner):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "pathlib" and name in _PATHS:
+        if module.split(".", maxsplit=1)[0] == "pathlib" and name in _PATHS:
             return _no_path
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return getattr(torch, name)

@@ -15,12 +15,17 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from hf_gem.files import check_type
 from hf_gem.training import checkpoint
 from hf_gem.training.checkpoint import CheckpointStore
 from hf_gem.training.errors import CheckpointError
 from tests.helpers import TouchesWhenUnpickled
 
 IDENTITY = {"steps": 10, "hidden_act": "gem", "data_hash": "abc"}
+
+
+def check(state, where):
+    check_type(state, dict[str, int] | None, where)
 
 
 class Setup:
@@ -32,7 +37,7 @@ class Setup:
         optimizer = torch.optim.AdamW(self.model.parameters())
         self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.averaged = copy.deepcopy(self.model) if average else None
-        self.store = CheckpointStore(folder, keep, identity, dict[str, int] | None, self.averaged)
+        self.store = CheckpointStore(folder, keep, identity, self.averaged, check)
 
     def folder_of(self, step):
         return self.store.folder / f"step_{step:08d}"
