@@ -177,9 +177,7 @@ class Plan:
             if odd := [value for value in values if isinstance(value, str) and not value.isprintable()]:
                 raise PlanError(f"plan {self.name!r}: {what} must be printable, got {reprlib.repr(odd[0])}")
         if odd := [act for act in self.acts if _MARKS.search(act)]:
-            raise PlanError(
-                f"plan {self.name!r}: acts must be without ` | < > [ ] $ and \\, got {reprlib.repr(odd[0])}"
-            )
+            raise PlanError(f"plan {self.name!r}: acts must have none of `|<>[]$\\, got {reprlib.repr(odd[0])}")
         text = json.dumps(asdict(self), ensure_ascii=False)
         if redact(text) != text:
             raise PlanError(

@@ -61,7 +61,7 @@ class CheckpointStore:
         identity: What has to be equal for a checkpoint to be continued, and on all processes of a run: config fields
             and the hash of the data.
         averaged: A module with averaged weights, the same in all processes; None without.
-        check: Of what was saved beside weights and optimizer: given it and its place, raises ValueError where it is wrong.
+        check: Given what was saved beside weights and optimizer, and its place, raises ValueError where it is wrong.
     """
 
     def __init__(

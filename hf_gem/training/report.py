@@ -169,7 +169,7 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)  # which is one of Python too
 
 
-_SHOWN = {"text": markdown_text, "code": markdown_code, "block": markdown_block, "literal": _literal}
+_SHOWN: dict[str, Any] = {"text": markdown_text, "code": markdown_code, "block": markdown_block, "literal": _literal}
 
 
 def write_card(record: dict[str, Any], path: Path, picture: bool = True, **more: Any) -> None:
