@@ -26,7 +26,7 @@ _KINDS: dict[Any, str] = {
 _SECRETS = re.compile(
     r"(?<=://)(?:[^/?#\s'\"]+|[^/?#\s'\"@:]*:(?!\d+/)[^\s'\"]*)@"  # user:password of a URL, well-formed or not
     r"|(?<=[?&])((?:[\w-]*(?:token|secret|password|passwd|signature|credential|key|sig|auth))=)[^&#\s'\"]+"
-    r"|\b(?:hf_|gh[opsu]_|github_pat_)[a-zA-Z0-9]{16,}\w*",
+    r"|\b(?:hf_|gh[opsu]_)[a-zA-Z0-9]{30,}|\bgithub_pat_\w{20,}",
     re.IGNORECASE,
 )
 _NUMBERS = re.compile(r"(?<=\[)\n(?:[-+\d.eE,\s]|null)+(?=\])")  # no text has a line break in JSON
@@ -228,7 +228,7 @@ def markdown_text(text: object) -> str:
     """A text from elsewhere in one line, which Markdown shows as it is: in a paragraph or in a cell of a table."""
     line = re.sub(r"([\\`*\[\]<>&|~$])", r"\\\1", " ".join(str(text).split()))
     line = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", line)  # within a word it has no meaning
-    return re.sub(r"^(\d{0,9})(?=[#+\-=.)])", r"\1\\", line)  # which would begin a heading or a list
+    return re.sub(r"^(?:(?=[#+\-=](?:[#\-= ]|$))|(\d{1,9})(?=[.)](?: |$)))", r"\1\\", line)  # of headings and lists
 
 
 def markdown_code(text: object) -> str:

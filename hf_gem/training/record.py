@@ -242,7 +242,7 @@ def new_record(task: Task, config: TrainConfig, accelerator: Accelerator, order:
         "run_id": secrets.token_hex(4),
         "recipe": task.name,
         "preset": task.preset,
-        "config": redacted(asdict(config)),
+        "config": {**redacted(asdict(config)), "output_dir": config.output_dir},
         "mixed_precision": accelerator.mixed_precision,
         "data": task.data,
         **task.facts,

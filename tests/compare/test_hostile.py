@@ -1,15 +1,19 @@
 """Plans, records and folders of studies that somebody else has made, or that are damaged."""
 
 import json
+import re
 import shutil
 
 import pytest
+from markdown_it import MarkdownIt
 
 from hf_gem import cli
+from hf_gem.compare.card import add_comparison
 from hf_gem.compare.driver import Driver
 from hf_gem.compare.plan import Plan, PlanError, Run, load_plan, parse_flags
 from hf_gem.compare.report import write_report
 from hf_gem.compare.study import Study, StudyError
+from hf_gem.compare.summary import write_summary
 from recipes import compare as compare_recipe
 from tests.compare.toy import PLAN, TWO_ARMS, recipes_of, run, started
 
@@ -262,3 +266,46 @@ def test_what_others_have_put_beside_a_run_stays(study):
     run(toy)
     assert [path.read_text() for path in mine] == ["mine", "mine"]
     assert not (folder / "model.safetensors").exists()
+
+
+PAYLOAD = "`|x|` <script>alert(1)</script> <!-- [a](http://evil) ![b](http://evil) *x* & $x$ \n\n# h\n\n- x\n---\n"
+
+
+def test_nothing_in_a_study_brings_markdown_or_html_into_its_pages(study, tmp_path):
+    """Notes, datasets, flags, and all texts of the records."""
+
+    def made(name, text):
+        flat = " ".join(text.split())
+        toy = study(name, **TWO_ARMS, notes=text, flags={"steps": 10, "dataset": flat}, final_seeds=[0, 1], name=name)
+        run(toy)
+        for path in (toy.folder / "records").iterdir():
+            record = json.loads(path.read_text())
+            record["config"] |= {"dataset": text, "other": text}
+            record["data"]["hash"] = record["init_hash"] = record["order_hash"] = text
+            record["mixed_precision"] = f"{text} {path.stem}"
+            for session in record["sessions"]:
+                session |= {"commit": text, "versions": {text: f"{text} {path.stem}"}}
+                session["hardware"] |= {"cpu": text, "gpus": [text]}
+            path.write_text(json.dumps(record))
+        toy = Study(toy.folder)
+        write_report(toy)
+        write_summary([toy], "relu", toy.folder)
+        (tmp_path / "README.md").write_text("---\nx: y\n---\n# A\n\n## Use\n")
+        here = {"hidden_act": "gem", "other": "here"}
+        add_comparison(tmp_path / "README.md", {"recipe": "toy", "run_id": "x", "config": here}, toy)
+        pages = [toy.folder / "report.md", toy.folder / "summary.md", tmp_path / "README.md"]
+        return toy.folder, [page.read_text().replace(name, "name") for page in pages]
+
+    folder, texts = made("hostile", PAYLOAD)
+    parser = MarkdownIt("commonmark", {"html": True}).enable("table")
+    for text, expected in zip(texts, made("harmless", "x")[1], strict=True):
+        assert "alert" in text
+        found, good = ([part for token in parser.parse(page) for part in (token, *(token.children or ()))]
+                       for page in (text, expected))  # fmt: skip
+        assert not {part.type for part in found} & {"html_block", "html_inline", "link_open"}
+        for kind in ("heading_open", "table_open", "tr_open", "td_open", "image", "hr", "list_item_open", "em_open"):
+            assert [p.type for p in found].count(kind) == [p.type for p in good].count(kind), kind
+    for page in ("report.html", "summary.html"):
+        html = (folder / page).read_text()
+        assert "<script" not in html
+        assert "http://evil" not in re.findall(r"(?:href|src)=\"([^\"]*)\"", html)
