@@ -55,7 +55,7 @@ DEEP = "[" * 50_000
         ),
         ({"tuning_flags": {"push_to_hub": "a/b"}}, "flags push_to_hub are not for plans"),
         ({"arms": {"relu": ["relu"], "x": ["gem push_to_hub=a/b"]}}, "flags push_to_hub are not for plans"),
-        ({"arms": {"relu": ["relu"], "x": ["gem x=[1]"]}}, "flag x must be text, a number"),
+        ({"arms": {"relu": ["relu"], "x": ["gem x={}"]}}, "flag x must be text, a number"),
         ({"flags": {"dataset": "https://me:secret@host/x"}}, "holds a password or token"),
         ({"notes": "with hf_" + "a" * 34}, "holds a password or token"),
     ],
