@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 
@@ -54,11 +53,16 @@ def _card(arguments: argparse.Namespace) -> str:
     from .compare.card import add_comparison
     from .compare.study import Study
     from .training.errors import ConfigError
+    from .training.record import read_record
 
     card, record = arguments.folder / "README.md", arguments.record or arguments.folder / "record.json"
     if not record.exists():
         raise ConfigError(f"there is no record {record}; name that of the run with --record")
-    add_comparison(card, json.loads(record.read_text(encoding="utf-8")), Study(arguments.study))
+    try:
+        found = read_record(record)
+    except ValueError as error:
+        raise ConfigError(f"{error}; name the record of the run with --record") from error
+    add_comparison(card, found, Study(arguments.study))
     return f"Model card: {card}"
 
 

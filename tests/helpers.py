@@ -64,6 +64,20 @@ def save_bytes_tokenizer(folder: Path) -> str:
     return str(folder)
 
 
+class TouchesWhenUnpickled:
+    """What somebody plants where pickles are read.
+
+    Args:
+        path: The file that unpickling makes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
 def losses(folder: Path, key: str = "loss") -> dict[int, float]:
     """Step -> value of one metric in the log of a run."""
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..files import replace_between
+from ..files import markdown_code, replace_between
 from ..training.config import TrainConfig
 from ..training.errors import ConfigError
 from .sample import sample_of
@@ -29,9 +29,9 @@ def add_comparison(card: Path, record: dict[str, Any], study: Study) -> None:
     Raises:
         ConfigError: it is a study of something else, or the card is not that of a run.
     """
-    act, plan = record["config"]["hidden_act"], study.plan
-    if record["recipe"] != plan.recipe:
-        raise ConfigError(f"the run is one of {record['recipe']}, and {plan.name} is a study of {plan.recipe}")
+    act, plan = record["config"].get("hidden_act"), study.plan
+    if record.get("recipe") != plan.recipe:
+        raise ConfigError(f"the run is one of {record.get('recipe')}, and {plan.name} is a study of {plan.recipe}")
     if missing := study.missing():
         raise ConfigError(f"{plan.name} is not finished: {len(missing)} runs are missing, such as {missing[0].name}")
     chosen = {arm: chosen for arm, (chosen, _) in study.choices().items()}
@@ -59,7 +59,7 @@ def _section(record: dict[str, Any], study: Study, arms: list[str]) -> str:
     found = {c.arm: c for c in comparisons}
     rows = [
         [
-            name, f"`{choices[name][0]}`", f"{choices[name][1]:g}", str(len(values)), number(mean(values)),
+            name, markdown_code(choices[name][0]), f"{choices[name][1]:g}", str(len(values)), number(mean(values)),
             number(spread(values)),
             *([signed(c.difference), span(c.interval), c.verdict] if (c := found.get(name)) else ["", "", "baseline"]),
         ]
@@ -70,7 +70,7 @@ def _section(record: dict[str, Any], study: Study, arms: list[str]) -> str:
         study=study,
         plan=plan,
         sample=sample_of(study),
-        one_of_them=record["run_id"] in {run.get("run_id") for run in runs},
+        one_of_them=record.get("run_id") in {run.get("run_id", "") for run in runs},
         other=other,
         arms=rows,
         comparisons=[c for c in comparisons if c.arm in arms or plan.baseline in arms],

@@ -10,8 +10,7 @@ bar holds its lock, or between the start of a process and the note of it.
 
 from __future__ import annotations
 
-import json
-import shutil
+import re
 import signal
 import sys
 import time
@@ -25,13 +24,15 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..files import write_atomically
+from ..training.checkpoint import remove_all
 from ..training.errors import Interrupted, TrainingError
-from ..training.record import environment
+from ..training.record import environment, read_record
 from ..training.signals import Caught, catch_signals
 from .executors import Child, Executor, InProcess, Processes, environment_of, last_lines
 from .plan import PlanError, Run, parse_flags
 from .study import Study, StudyError
 
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")  # as transformers saves them
 _TICK = 0.1  # seconds between looks at the flag
 _LOOK_AGAIN = 2.0  # seconds between looks at runs that others work on
 _STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}  # exit statuses
@@ -71,9 +72,9 @@ class Driver:
         allow_mixed: bool = False,
         executor: Executor | None = None,
     ) -> None:
-        if not (recipes / f"{study.plan.recipe}.py").exists():
-            known = ", ".join(sorted(path.stem for path in recipes.glob("*.py")))
-            raise PlanError(f"no recipe {study.plan.recipe!r} in {recipes}; there are {known}")
+        known = sorted(path.stem for path in recipes.glob("*.py") if path.stem != "compare")
+        if study.plan.recipe not in known:
+            raise PlanError(f"no recipe {study.plan.recipe!r} in {recipes}; there are {', '.join(known)}")
         self.study, self.recipes, self.allow_mixed = study, recipes, allow_mixed
         self._executor = executor or (Processes(jobs) if jobs else InProcess())
         self._free = deque(range(max(1, jobs)))  # devices
@@ -197,10 +198,13 @@ class Driver:
         folder, log = self._folder(run), self._log(run)
         record = folder / "record.json"
         new = record.exists() and record.stat().st_mtime_ns != job.before  # or it is one of an earlier attempt
-        found = json.loads(record.read_text()) if new else {}
-        outcome = found.get("status")
         if status in _STOPPED:
             raise Interrupted(f"{run.name} was stopped; the same command goes on", signal.SIGTERM)
+        try:
+            found = read_record(record) if new else {}
+        except ValueError as error:
+            raise StudyError(f"the run {run.name} ended with status {status}, and {error}") from error
+        outcome = found.get("status")
         if outcome not in ("finished", "diverged"):
             raise StudyError(
                 f"the run {run.name} ended with status {status}: {last_lines(log)}. Its output is in {log}"
@@ -210,10 +214,11 @@ class Driver:
                 f"{plan.recipe} has no {plan.metric}; it has {', '.join(found['result'])}. Test samples are asked for "
                 "by the flag test_split or test_fraction"
             )
-        write_atomically(self.study.folder / "records" / f"{run.name}.json", record.read_text())
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        for weights in folder.glob("*.safetensors"):
-            weights.unlink()
+        write_atomically(self.study.folder / "records" / f"{run.name}.json", record.read_text(encoding="utf-8"))
+        remove_all(folder / "checkpoints")
+        for weights in folder.glob("model*.safetensors"):
+            if _WEIGHTS.fullmatch(weights.name):
+                weights.unlink()
 
     def _stop(self) -> None:
         """Stops what is under way, and returns when it has saved and ended."""

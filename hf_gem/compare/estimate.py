@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..training.record import read_record
 from ..training.signals import Caught, catch_signals
 from .driver import Driver
 from .executors import Child, Executor, InProcess, Processes, environment_of, last_lines
@@ -179,7 +180,7 @@ class _Pilot:
         finally:
             over.set()
             watch.join()
-        found = json.loads(record.read_text())
+        found = _record(record)
         return found["config"], found["sessions"][0]["hardware"]
 
     def measure(self, steps: int, config: Mapping[str, Any]) -> Short:
@@ -242,10 +243,17 @@ def _touch(stop: Path, record: Path, over: threading.Event) -> None:
             return
 
 
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        return read_record(path)
+    except ValueError as error:
+        raise StudyError(f"a short run has left no record: {error}") from error
+
+
 def _read(output: Path, wall: float) -> tuple[float, ...]:
     """The fields of `Short`, but for the first, of a run that took `wall` seconds."""
     record, log = output / "record.json", output / "log.jsonl"
-    found = json.loads(record.read_text())
+    found = _record(record)
     saving = record.stat().st_mtime - log.stat().st_mtime  # in between, the last checkpoint was written
     rate = f"{found['result']['unit']}_per_second"
     entries = [entry for line in log.read_text().splitlines() if rate in (entry := json.loads(line))]

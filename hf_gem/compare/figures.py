@@ -231,7 +231,7 @@ def _dose_of(study: Study, arm: str) -> tuple[str, float] | None:
         return None
     for run in study.final_runs()[arm]:
         record = study.record(run) or {"config": {}}
-        scales, act = record.get("activation_inputs"), record["config"].get("hidden_act")
+        scales, act = record.get("activation_inputs"), str(record["config"].get("hidden_act"))
         if scales and is_name(act) and not (spec := parse(act)).learnable:  # the eps of eps=match is a number here
             label = f"{FAMILIES[spec.definition.kernels].title}, n = {spec.n}"
             ratios.append(spec.eps ** (1 / (2 * spec.n)) / scales["rms"])

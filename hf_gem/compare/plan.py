@@ -7,16 +7,18 @@ import itertools
 import json
 import math
 import re
+import reprlib
 import runpy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from transformers.activations import ACT2FN
 
 from ..family.names import is_claimed, parse
+from ..files import check_type, redact
 from ..training.errors import ConfigError
 
 # Metric of a recipe -> whether higher is better. On test samples runs are compared, on validation samples they are
@@ -33,6 +35,12 @@ METRICS = {
     )
 }
 MOST_EXTENSIONS = 3  # of a grid of learning rates, at either end
+_NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,100}")  # it becomes a part of paths
+_ARM = re.compile(r"[A-Za-z0-9._+= -]{1,100}")
+_MARKS = re.compile(r"[`|<>\[\]$\\]")  # of Markdown, HTML and the formulas of matplotlib
+_SET_BY_STUDY = {"hidden_act", "learning_rate", "seed", "data_seed", "output_dir", "preset", "resume"}
+# A plan says what is compared. These would publish what comes out, or read further flags from a file.
+_NOT_FOR_PLANS = {"config", "push_to_hub", "hub_strategy", "hub_public"}
 
 
 class PlanError(ConfigError):
@@ -69,7 +77,7 @@ class Plan:
     """A study.
 
     Attributes:
-        name: Of the study.
+        name: Of the study: letters, digits, points, hyphens and underscores.
         recipe: A file of `recipes/`, without its ending.
         preset: Of the recipe.
         arms: Arm -> the activations among which it chooses, in tuning; n and eps count as trials like learning rates.
@@ -102,8 +110,8 @@ class Plan:
     learning_rates: list[float]
     final_seeds: list[int]
     tuning_seeds: list[int] = field(default_factory=list)
-    flags: dict[str, Any] = field(default_factory=dict)
-    tuning_flags: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, str | int | float | bool] = field(default_factory=dict)
+    tuning_flags: dict[str, str | int | float | bool] = field(default_factory=dict)
     min_seeds: int = 8
     notes: str = ""
     further_baselines: list[str] = field(default_factory=list)
@@ -114,6 +122,7 @@ class Plan:
             if not condition:
                 raise PlanError(f"plan {self.name!r}: {message}")
 
+        self._check_fields()
         require(self.metric in METRICS, f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
         require(len(self.arms) > 1, "it has one arm, and a comparison takes two")
         for name in (self.baseline, *self.further_baselines):
@@ -121,22 +130,24 @@ class Plan:
         for act, *own in map(str.split, self.acts):
             require(act in ACT2FN, f"the activation {act!r} is not known")
             require(not is_claimed(act) or parse(act).name == act, f"write {act!r} in its canonical spelling")
-            _refuse_ours(parse_flags(own), require)
+            _check_flags(parse_flags(own), require)
         require(len(set(map(slug, self.acts))) == len(self.acts), "two activations would have runs of the same names")
         require(all(self.arms.values()), "every arm needs an activation")
         rates = self.learning_rates
-        require(rates and all(0 < a < b for a, b in itertools.pairwise(rates)) and rates[0] > 0,
-                f"learning_rates must be positive and ascending, got {rates}")  # fmt: skip
+        require(rates and all(0 < a < b for a, b in itertools.pairwise(rates)) and 0 < rates[0] <= rates[-1] < 1e100,
+                f"learning_rates must be positive, finite and ascending, got {rates}")  # fmt: skip
         require(all(float(f"{rate:g}") == rate for rate in rates),
                 f"learning_rates have six digits at most, as in the names of runs, got {rates}")  # fmt: skip
         shared = sorted(set(self.tuning_seeds) & set(self.final_seeds))
         require(not shared, f"seeds {shared} are both tuning and final seeds")
         for seeds in (self.tuning_seeds, self.final_seeds):
+            require(all(seed >= 0 for seed in seeds), f"seeds must be at least 0, got {seeds}")
             require(len(set(seeds)) == len(seeds), f"seeds must differ, got {seeds}")
         require(len(self.final_seeds) > 1, "final_seeds needs two or more")
         require(self.tuning_seeds or not self.tunes, "tuning_seeds is empty, and there is something to choose")
-        require(self.smallest_effect > 0, f"smallest_effect must be above 0, got {self.smallest_effect}")
-        _refuse_ours({**self.flags, **self.tuning_flags}, require)
+        require(0 < self.smallest_effect < 1e100,
+                f"smallest_effect must be above 0 and finite, got {self.smallest_effect}")  # fmt: skip
+        _check_flags({**self.flags, **self.tuning_flags}, require)
         require(self.final_rates in (1, 2), f"final_rates must be 1 or 2, got {self.final_rates}")
         require(
             self.final_rates == 1 or self.metric != self.tuning_metric,
@@ -145,6 +156,34 @@ class Plan:
         )
         require(self.final_rates == 1 or self.tunes,
                 f"final_rates is {self.final_rates}, and there is nothing to choose")  # fmt: skip
+
+    def _check_fields(self) -> None:
+        """Raises PlanError where a field has another type, a name could be no part of a path, or a secret stands."""
+        hints = get_type_hints(type(self))
+        try:
+            for f in fields(self):
+                check_type(getattr(self, f.name), hints[f.name], f.name)
+        except ValueError as error:
+            raise PlanError(f"plan {reprlib.repr(self.name)}: {error}") from None
+        named = [("name", self.name, _NAME), ("recipe", self.recipe, _NAME), ("preset", self.preset, _NAME)]
+        for what, name, pattern in (*named, *(("arms", arm, _ARM) for arm in self.arms)):
+            if not pattern.fullmatch(name):
+                more = " and not . or .." if pattern is _NAME else ", spaces, + and ="
+                raise PlanError(
+                    f"{what} of a plan must be made of letters, digits, points, hyphens and underscores{more}, got "
+                    f"{reprlib.repr(name)}"
+                )
+        for what, values in (("acts", self.acts), ("flags", {**self.flags, **self.tuning_flags}.values())):
+            if odd := [value for value in values if isinstance(value, str) and not value.isprintable()]:
+                raise PlanError(f"plan {self.name!r}: {what} must be printable, got {reprlib.repr(odd[0])}")
+        if odd := [act for act in self.acts if _MARKS.search(act)]:
+            raise PlanError(f"plan {self.name!r}: acts must have none of `|<>[]$\\, got {reprlib.repr(odd[0])}")
+        text = json.dumps(asdict(self), ensure_ascii=False)
+        if redact(text) != text:
+            raise PlanError(
+                f"plan {self.name!r} holds a password or token, and plans are kept and shown; take it out, and give it "
+                "by hf auth login, $HF_TOKEN or ~/.netrc"
+            )
 
     @property
     def tuning_metric(self) -> str:
@@ -228,9 +267,18 @@ class Plan:
         return len(list(self.tuning_runs())), len(self.arms) * len(self.final_seeds) * self.final_rates
 
 
-def _refuse_ours(flags: Iterable[str], require: Callable[[object, str], None]) -> None:
-    ours = {"hidden_act", "learning_rate", "seed", "data_seed", "output_dir", "preset", "resume"} & set(flags)
-    require(not ours, f"flags {', '.join(sorted(ours))} are set by the study")
+def _check_flags(flags: Mapping[str, Any], require: Callable[[object, str], None]) -> None:
+    def some(names: Iterable[str]) -> str:
+        return ", ".join(sorted(names))
+
+    ours, never = _SET_BY_STUDY & flags.keys(), _NOT_FOR_PLANS & flags.keys()
+    require(not ours, f"flags {some(ours)} are set by the study")
+    require(not never, f"flags {some(never)} are not for plans; run the recipe by itself to use them")
+    odd = [name for name in flags if not re.fullmatch(r"[A-Za-z0-9_]+", name)]
+    require(not odd, f"flags must be named as in --help, with underscores, got {reprlib.repr(odd)}")
+    for name, value in flags.items():
+        sound = isinstance(value, (str, int, float))
+        require(sound, f"flag {name} must be text, a number or true or false, got {reprlib.repr(value)}")
 
 
 def parse_flags(words: Sequence[str]) -> dict[str, Any]:
@@ -244,7 +292,10 @@ def parse_flags(words: Sequence[str]) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not (name and equals and value):
             raise PlanError(f"--set takes FLAG=VALUE, such as dataset=data/mnist, got {word!r}")
-        flags[name] = yaml.safe_load(value)
+        try:
+            flags[name] = yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            raise PlanError(f"the value of {reprlib.repr(word)} cannot be read: {error or 'too deep'}") from error
     return flags
 
 
@@ -261,27 +312,44 @@ def load_plan(path: Path) -> Plan:
         return plan
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except RecursionError:
+        raise PlanError(f"the plan {path} is nested too deeply to be read") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise PlanError(f"the plan {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise PlanError(f"the plan {path} must hold one `field: value` a line, got a {type(values).__name__}")
-    known = {f.name for f in fields(Plan)}
-    if unknown := sorted(set(values) - known):
+    values.setdefault("name", path.stem)
+    try:
+        arms = values.get("arms")
+        if isinstance(arms, list):  # each with the activation of its name
+            values["arms"] = {name: [name] for name in arms}
+        elif isinstance(arms, dict):
+            values["arms"] = {name: [acts] if isinstance(acts, str) else acts for name, acts in arms.items()}
+        if isinstance(rates := values.get("learning_rates"), list):  # YAML takes 1e-3 for a string
+            values["learning_rates"] = [float(rate) if isinstance(rate, (str, int)) else rate for rate in rates]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PlanError(f"the plan {path}: {error}") from error
+    return plan_of(values, path)
+
+
+def plan_of(values: Mapping[Any, Any], path: Path) -> Plan:
+    """The plan with some fields, which a file has.
+
+    Args:
+        values: Field -> value.
+        path: The file, for messages.
+
+    Raises:
+        PlanError: a field is missing, unknown or makes no sense.
+    """
+    known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(Plan)}
+    if unknown := sorted(str(name)[:40] for name in values if name not in known):
         raise PlanError(
             f"the plan {path} has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(known))}"
         )
-    if isinstance(values.get("arms"), list):  # each with the activation of its name
-        values["arms"] = {name: [name] for name in values["arms"]}
-    elif isinstance(values.get("arms"), dict):
-        values["arms"] = {
-            name: [acts] if isinstance(acts, str) else list(acts) for name, acts in values["arms"].items()
-        }
-    values.setdefault("name", path.stem)
+    if missing := [name for name, needed in known.items() if needed and name not in values]:
+        raise PlanError(f"the plan {path} lacks the fields {', '.join(missing)}")
     try:
-        if "learning_rates" in values:  # YAML takes 1e-3 for a string
-            values["learning_rates"] = [float(rate) for rate in values["learning_rates"]]
         return Plan(**values)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, PlanError):
-            raise
+    except ValueError as error:
         raise PlanError(f"the plan {path}: {error}") from error

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import markdown_code as code
+from ..files import markdown_text as text
 from ..files import to_json, write_atomically
 from ..training.errors import needed_for
 from .estimates import expected_best_of
@@ -38,12 +40,12 @@ def write_report(study: Study, baseline: str | None = None) -> Path:
         from . import figures, pages
     if baseline is not None and baseline != plan.baseline:
         plan.require_arm(baseline)
-        folder = folder / f"against-{baseline}"
+        folder = folder / f"against-{slug(baseline)}"
         folder.mkdir(exist_ok=True)
     families = [_family(study, name) for name in ([baseline] if baseline else [plan.baseline, *plan.further_baselines])]
     pictures = figures.of_study(study, {family.baseline: (family.picture, family.comparisons) for family in families})
     first, *further = families
-    text = render(
+    page = render(
         "report.md.j2",
         study=study,
         plan=plan,
@@ -70,7 +72,7 @@ def write_report(study: Study, baseline: str | None = None) -> Path:
         **({"further": {f.baseline: [asdict(c) for c in f.comparisons] for f in further}} if further else {}),
     }
     write_atomically(folder / "results.json", to_json(results, indent=2) + "\n")
-    return pages.write_pages(folder, "report", text, pictures)
+    return pages.write_pages(folder, "report", page, pictures)
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def _outcomes(study: Study) -> list[list[str]]:
     choices, seeds = study.choices(), study.plan.final_seeds
     return [
         [
-            arm, f"`{choices[arm][0]}`", f"{choices[arm][1]:g}", *(number(found.get(seed)) for seed in seeds),
+            arm, code(choices[arm][0]), f"{choices[arm][1]:g}", *(number(found.get(seed)) for seed in seeds),
             number(mean(found)), number(spread(found)),
         ]
         for arm, found in study.outcomes().items()
@@ -164,8 +166,8 @@ def _trials(study: Study) -> list[list[str]]:
         edge = " (the edge of the grid)" if len(rates) > 1 and rate in (min(rates), max(rates)) else ""
         rows.append(
             [
-                arm, f"`{act}`", f"{rate:g}{edge}", number(means[act, rate]), number(_tuning_spread(study, arm)),
-                f"`{second[0][0]}` {second[0][1]:g}: {number(second[1])}" if second else "-",
+                arm, code(act), f"{rate:g}{edge}", number(means[act, rate]), number(_tuning_spread(study, arm)),
+                f"{code(second[0][0])} {second[0][1]:g}: {number(second[1])}" if second else "-",
                 str(len(means)), str(len(means) - len(finished)), few,
             ]
         )  # fmt: skip
@@ -184,7 +186,7 @@ def _finalists(study: Study) -> list[list[str]]:
             means = [number(mean(found)) if found else "-" for found in (tuning, final, values)]
             lost = sum(not math.isfinite(value) for value in values.values())
             chosen = "yes" if (act, rate) == study.choices()[arm] else ""
-            rows.append([arm, f"`{act}`", f"{rate:g}", *means, str(lost), chosen])
+            rows.append([arm, code(act), f"{rate:g}", *means, str(lost), chosen])
     return rows
 
 
@@ -198,22 +200,30 @@ def _facts(study: Study) -> list[list[str]]:
     records = [record for _, record in _final_records(study)]
     sessions = [session for record in records for session in record["sessions"]]
 
+    flags = " ".join(code(f"{name}={value}") for name, value in plan.flags.items())
+
     def all_of(values: Iterable[str]) -> str:
         return "; ".join(dict.fromkeys(values))
 
+    def dataset(config: Mapping[str, Any]) -> str:
+        return code(config.get("dataset") or config.get("problem"))
+
     return [
         ["plan", f"`{plan.hash[:16]}`, frozen before the first run"],
-        ["recipe", f"`{plan.recipe}`, preset `{plan.preset}`, {' '.join(f'`{k}={v}`' for k, v in plan.flags.items())}"],
+        [
+            "recipe",
+            f"`{plan.recipe}`, preset `{plan.preset}`, {flags}",
+        ],
         [
             "data",
-            all_of(
-                f"`{r['config'].get('dataset') or r['config']['problem']}`, SHA-256 `{r['data']['hash'][:16]}`"
-                for r in records
-            ),
+            all_of(f"{dataset(r['config'])}, SHA-256 {code(r['data']['hash'][:16])}" for r in records),
         ],
-        ["commit", all_of(f"{s['commit']}{', with uncommitted changes' if s['dirty'] else ''}" for s in sessions)],
-        ["versions", all_of(", ".join(f"{name} {v}" for name, v in s["versions"].items()) for s in sessions)],
-        ["hardware", all_of(", ".join(s["hardware"]["gpus"]) or s["hardware"]["cpu"] for s in sessions)],
+        [
+            "commit",
+            all_of(text(s["commit"]) + ", with uncommitted changes" * bool(s["dirty"]) for s in sessions),
+        ],
+        ["versions", all_of(", ".join(text(f"{name} {v}") for name, v in s["versions"].items()) for s in sessions)],
+        ["hardware", all_of(text(", ".join(s["hardware"]["gpus"]) or s["hardware"]["cpu"]) for s in sessions)],
         ["cost", f"{len(seconds)} runs, {sum(seconds) / 3600:.2f} hours in all"],
     ]
 
@@ -223,7 +233,7 @@ def _runs(study: Study) -> list[list[str]]:
         [
             run.name, record["status"], number(study.outcome(run)),
             f"{sum(session['seconds'] for session in record['sessions']):,.0f} s",
-            f"`{record['init_hash'][:8]}`", f"`{record['order_hash'][:8]}`",
+            code(record["init_hash"][:8]), code((record.get("order_hash") or "")[:8]),
         ]
         for run, record in _final_records(study)
     ]  # fmt: skip

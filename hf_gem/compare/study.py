@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from ..files import write_atomically
+from ..files import check_type, read_json, write_atomically
 from ..training.errors import TrainingError
-from .plan import Plan, PlanError, Run
+from ..training.record import read_record
+from .plan import Plan, PlanError, Run, plan_of
 from .stats import Comparison, compare
 
 PLAN = "plan.json"
+_RECORD = re.compile(r"[\w.-]+-lr\d+(?:\.\d+)?(?:e[+-]?\d+)?-seed\d+\.json")
 
 
 class StudyError(TrainingError, RuntimeError):
@@ -42,13 +45,26 @@ def freeze(plan: Plan, folder: Path) -> None:
             (folder / name).mkdir(parents=True, exist_ok=True)
         write_atomically(frozen, json.dumps({"hash": plan.hash, "plan": asdict(plan)}, indent=2) + "\n")
         return
-    saved = json.loads(frozen.read_text())
+    saved = _frozen(folder)
     if saved["hash"] != plan.hash:
         differ = ", ".join(name for name, value in asdict(plan).items() if saved["plan"].get(name) != value)
         raise PlanError(
             f"{folder} is a study of another plan (other {differ}), frozen when its first run started; a changed plan "
             "is a new study: give it another name or --study folder"
         )
+
+
+class _Frozen(TypedDict):
+    hash: str
+    plan: dict[str, Any]
+
+
+def _frozen(folder: Path) -> _Frozen:
+    try:
+        found: _Frozen = read_json(folder / PLAN, _Frozen)
+    except ValueError as error:
+        raise PlanError(f"{error}; restore it, or start another study") from error
+    return found
 
 
 class Study:
@@ -64,8 +80,8 @@ class Study:
     def __init__(self, folder: Path) -> None:
         if not (folder / PLAN).exists():
             raise PlanError(f"{folder} is no study: it has no {PLAN}; recipes/compare.py makes one")
-        frozen = json.loads((folder / PLAN).read_text())
-        self.plan = Plan(**frozen["plan"])
+        frozen = _frozen(folder)
+        self.plan = plan_of(frozen["plan"], folder / PLAN)
         if self.plan.hash != frozen["hash"]:
             raise PlanError(f"{folder / PLAN} was changed after it was frozen; restore it, or start another study")
         self.folder = folder
@@ -80,8 +96,21 @@ class Study:
         if not path.exists():
             return None
         if name not in self._loaded:
-            self._loaded[name] = json.loads(path.read_text())
+            self._loaded[name] = self._read(path)
         return self._loaded[name]
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        metrics = {self.plan.tuning_metric if self._tunes(path.stem) else self.plan.metric}
+        metrics |= {self.plan.tuning_metric} if self.plan.final_rates > 1 else set()
+        try:
+            record = read_record(path)
+            if record["status"] not in ("finished", "diverged"):
+                raise ValueError(f"{path}: status must be finished or diverged, got {record['status']}")
+            for metric in metrics if record["status"] == "finished" else ():
+                check_type(record["result"].get(metric, "nothing"), float | None, f"{path}: result.{metric}")
+        except ValueError as error:
+            raise StudyError(f"{error}; restore it, or remove it, and the run is done anew") from error
+        return record
 
     def seconds(self) -> list[float]:
         """What each run took that there is a record of, tuning and all."""
@@ -97,7 +126,11 @@ class Study:
 
     def _names(self) -> list[str]:
         """Of all runs that there are records of."""
-        return sorted(path.stem for path in (self.folder / "records").glob("*.json"))
+        paths = (path for path in (self.folder / "records").glob("*.json") if not path.name.startswith("."))
+        for path in (found := sorted(paths)):
+            if not _RECORD.fullmatch(path.name):
+                raise StudyError(f"{path} is not the record of a run, whose names end in -lrRATE-seedN; move it away")
+        return [path.stem for path in found]
 
     def _records(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Name and record of every run that there is one of."""

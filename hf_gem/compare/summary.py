@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import markdown_code, markdown_text
 from .estimates import interquartile_mean
 from .figures import Row, forest
 from .looks import SAME, look
@@ -106,7 +107,8 @@ def write_summary(studies: Sequence[Study], baseline: str, folder: Path) -> Path
     summaries = summarise(studies, baseline)
     folder.mkdir(parents=True, exist_ok=True)
     settings = [
-        [study.plan.name, study.plan.metric, f"{study.plan.smallest_effect:g}", study.plan.notes] for study in studies
+        [study.plan.name, study.plan.metric, f"{study.plan.smallest_effect:g}", markdown_text(study.plan.notes)]
+        for study in studies
     ]
     text = render(
         "summary.md.j2",
@@ -124,13 +126,13 @@ def _rows(summary: Summary) -> Iterator[list[str]]:
     for name, f in summary.findings.items():
         c, middle = f.comparison, float(f.gains.mean()) if len(f.gains) else math.nan
         yield [
-            f"`{summary.act}`", name, str(len(f.gains)), cell(middle, "+.3g"), span(f.interval),
+            markdown_code(summary.act), name, str(len(f.gains)), cell(middle, "+.3g"), span(f.interval),
             f"{c.diverged[0]} / {c.diverged[1]}", f"**{c.verdict}**",
         ]  # fmt: skip
     if summary.pooled:
         middle, low, high = summary.pooled
         pairs = sum(len(f.gains) for f in summary.findings.values())
-        yield [f"`{summary.act}`", "all", str(pairs), f"{middle:+.3g}", span((low, high)), "", ""]
+        yield [markdown_code(summary.act), "all", str(pairs), f"{middle:+.3g}", span((low, high)), "", ""]
 
 
 def _intervals(summary: Summary) -> Iterator[tuple[str, Row]]:

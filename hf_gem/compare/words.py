@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from ..files import markdown_table
+from ..files import markdown_code, markdown_table, markdown_text
 
 
 def render(template: str, **values: Any) -> str:
@@ -81,10 +81,11 @@ _templates = jinja2.Environment(
     lstrip_blocks=True,
 )
 _templates.filters |= {
-    "code": "`{}`".format,
+    "code": markdown_code,
     "form": format,
     "listed": _listed,
     "number": number,
     "one_line": _one_line,
+    "text": markdown_text,
 }
 _templates.globals |= {"table": markdown_table}

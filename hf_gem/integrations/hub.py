@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import textwrap
@@ -13,7 +14,7 @@ from torch import nn
 from .._torch import uncompiled
 from ..family.names import is_claimed, parse
 from ..family.table import Family
-from ..files import replace_between
+from ..files import markdown_code, replace_between
 from ..surgery.fields import activation_fields, plain_name
 from ..surgery.plans import unnamed
 
@@ -105,12 +106,16 @@ def loading_notes(auto: str, location: str, stops: bool = True, own: bool = Fals
         else "Without either, transformers loads the weights into a model with its original activations, **another "
         "function**: the config has no field that could name one."
     )
+    # A line is not broken within the location, which then could begin with a mark of Markdown.
+    named = json.dumps(location, ensure_ascii=False).replace(" ", "\0")
+    call = f"{auto}.from_pretrained({named}, trust_remote_code=True)"
     text = (
-        f'Without the import, `{auto}.from_pretrained("{location}", trust_remote_code=True)` runs `{_CODE}.py`, which '
+        f"Without the import, {markdown_code(call)} runs `{_CODE}.py`, which "
         "imports hf_gem where it is installed. Where it is not, the files `gem_*.py` take its place: the same function "
         "in plain torch, slower. They come with the checkpoint and need transformers 5.17 or newer. "
     )
-    return f"{_START}\n{textwrap.fill(text + otherwise, 120, break_long_words=False, break_on_hyphens=False)}\n{_END}"
+    filled = textwrap.fill(text + otherwise, 120, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
+    return f"{_START}\n{filled}\n{_END}"
 
 
 def _check(model: Any) -> tuple[list[str], dict[str, str]]:

@@ -53,7 +53,7 @@ def new_classifier(name: str, hidden_act: str, classes: list[str]) -> PreTrained
             act: Any = {} if ours else {"model_args": {"act_layer": hidden_act}}
             config: Any = TimmWrapperConfig(architecture=name.removeprefix("timm/"), **act, **class_names(classes))
         else:
-            config = AutoConfig.from_pretrained(name, **class_names(classes))
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **class_names(classes))
             if not ours:
                 set_activation(config, hidden_act)
         model: PreTrainedModel = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
@@ -77,12 +77,12 @@ def load_classifier(name: str, classes: list[str], new_head: bool) -> PreTrained
     Raises:
         ConfigError: it cannot be loaded.
     """
-    names = class_names(classes)
+    names, how = class_names(classes), {"dtype": torch.float32, "trust_remote_code": False}
     try:
-        model: PreTrainedModel = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForImageClassification.from_pretrained(name, **how)
         if model.config.num_labels != len(classes):
             resized: PreTrainedModel = AutoModelForImageClassification.from_pretrained(
-                name, dtype=torch.float32, ignore_mismatched_sizes=True, **names
+                name, ignore_mismatched_sizes=True, **how, **names
             )
             return resized
         labels: Any = model.config.id2label
@@ -117,7 +117,7 @@ def input_size(name: str) -> int | None:
         known = timm.get_pretrained_cfg(name.removeprefix("timm/"))
         return known.input_size[-1] if known else None
     try:
-        size = getattr(AutoConfig.from_pretrained(name), "image_size", None)
+        size = getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "image_size", None)
     except Exception as error:  # the Hub client raises its own
         raise ConfigError(f"--model {name!r} cannot be built: {type(error).__name__}: {error}") from error
     return size if isinstance(size, int) else None

@@ -8,6 +8,7 @@ import datetime
 import difflib
 import math
 import re
+import reprlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from transformers.activations import ACT2FN
 from transformers.hf_argparser import string_to_bool
 
 from ..family.names import GemSpec, is_claimed, parse
+from ..files import redact
 from ..fit import MATCH_C
 from ..surgery.scales import check_match
 
@@ -260,7 +262,7 @@ class _Parser(HfArgumentParser):
         return values
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {redact(message)}\n")
 
 
 def _nearest(name: str, allowed: Iterable[str]) -> str:
@@ -271,8 +273,8 @@ def _nearest(name: str, allowed: Iterable[str]) -> str:
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path} cannot be read: {error}") from error
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"--config {path} cannot be read: {error or 'it is nested too deeply'}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -292,9 +294,9 @@ def _converted(values: Mapping[str, Any], types: Mapping[str, Any], source: str)
             raise ValueError(f"{source}: unknown field {name!r}{_nearest(name, types)}")
         try:
             found[name] = None if value is None else _as_type(value, types[name])
-        except (ValueError, TypeError, argparse.ArgumentTypeError):
+        except (ValueError, TypeError, OverflowError, argparse.ArgumentTypeError):
             allowed = _allowed(types[name])
-            raise ValueError(f"{source}: --{name} must be {allowed}, got {value!r}") from None
+            raise ValueError(f"{source}: --{name} must be {allowed}, got {reprlib.repr(value)}") from None
     return found
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from ..files import redact
+
 
 class TrainingError(Exception):
-    """What went wrong, and what to do about it, in one line. Whatever was saved before stays good."""
+    """What went wrong, and what to do about it, in one line without secrets. Whatever was saved before stays good."""
 
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))  # other libraries' messages, quoted in ours, may have many lines
+        # Other libraries' messages, quoted in ours, may have many lines, and addresses with passwords.
+        super().__init__(redact(" ".join(message.split())))
 
 
 class ConfigError(TrainingError, ValueError):

@@ -14,6 +14,7 @@ from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKw
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from ..files import redacted
 from .config import TrainConfig
 from .device import keep_freed_memory
 from .errors import ConfigError
@@ -72,7 +73,7 @@ def start_tracker(accelerator: Accelerator, config: TrainConfig, name: str) -> N
         return
     accelerator.init_trackers(
         config.project,
-        config={k: v for k, v in asdict(config).items() if v is not None},
+        config=redacted({k: v for k, v in asdict(config).items() if v is not None}),
         init_kwargs={
             "trackio": {"name": name, "resume": "allow"},
             "wandb": {"name": name, "id": name, "resume": "allow"},

@@ -24,7 +24,7 @@ from .clock import Clock
 from .config import TrainConfig, trajectory
 from .data.order import SampleOrder
 from .device import batch_to_device
-from .errors import ConfigError, DataError, Interrupted, TrainingError
+from .errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
 from .evaluate import evaluate
 from .launch import layers_to_shard, start_tracker
 from .loss import IGNORE
@@ -121,7 +121,8 @@ class _Run:
         self.session = new_session(accelerator, sizes)
         decides = {**trajectory(config), "mixed_precision": accelerator.mixed_precision, "data_hash": task.data["hash"]}
         decides.update(task.identity)
-        self.checkpoints = CheckpointStore(self.folder / "checkpoints", config.keep_checkpoints, decides)
+        averaged, folder = getattr(self.ema, "module", None), self.folder / "checkpoints"
+        self.checkpoints = CheckpointStore(folder, config.keep_checkpoints, decides, averaged)
         self.pusher: CheckpointPusher | None = None
         if self.is_main and config.push_to_hub and config.hub_strategy == "checkpoint":
             self.pusher = CheckpointPusher(config.push_to_hub, self.folder, private=not config.hub_public)
@@ -152,12 +153,13 @@ class _Run:
                 raise ConfigError("--ema_decay would average tied weights twice, which this model has; set it to 0")
             self.ema = ModelEmaV3(task.objective, decay=config.ema_decay)
             self.evaluated = self.ema.module
-            accelerator.register_for_checkpointing(self.ema)
         return sizes
 
     def train(self) -> dict[str, Any]:
         steps = self.config.steps
         start, state = self.checkpoints.restore(self.accelerator, self.config.resume)
+        if start > steps:
+            raise CheckpointError(f"the checkpoint to continue is one of step {start}, and the run has {steps} steps")
         self._take_up(start, state)
         if self.is_main and start < steps:
             self.session["first_step"] = start + 1

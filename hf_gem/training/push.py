@@ -5,37 +5,46 @@ The token is that of `hf auth login` or $HF_TOKEN; nothing in this package reads
 
 from __future__ import annotations
 
+import glob
 import os
 import shlex
 import shutil
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from ..files import redact
+from .checkpoint import written
 from .errors import PushError
 from .signals import check
 
 _LAST = "last-checkpoint"  # as the Trainer of transformers calls it
-_KINDS = ["*.safetensors", "*.json", "*.jsonl", "*.txt", "*.jinja", "README.md", "loss_curve.png", "gem_*.py"]
-_KINDS += ["modeling_gem.py"]  # of files of a run; of its folders, none
 _LOOK_EVERY = 0.2  # seconds
-_EXCLUDED = ["*/*", ".*"]
 
 
-def push_run(repo_id: str, folder: Path, private: bool) -> str:
-    """Pushes what a finished run left, without its checkpoints; returns the URL of the commit.
+def push_run(repo_id: str, folder: Path, files: Sequence[str], private: bool) -> str:
+    """Pushes some files of a finished run.
+
+    Args:
+        repo_id: `USER/NAME`.
+        folder: The output folder of the run.
+        files: Their paths within it.
+        private: Whether the repository is made a private one, if it has to be made.
+
+    Returns:
+        The URL of the commit.
 
     Raises:
         PushError: it failed; the message has the command that finishes it.
     """
     try:
-        return _upload(repo_id, folder, private, None, f"{folder.name}, finished")
+        return _upload(repo_id, folder, files, private, None, f"{folder.name}, finished")
     except Exception as error:  # of the client, the network or the Hub
         command = ["hf", "upload", repo_id, str(folder), ".", "--private" if private else "--no-private"]
-        command += [part for pattern in _KINDS for part in ("--include", pattern)]
-        command += [part for pattern in _EXCLUDED for part in ("--exclude", pattern)]
+        command += [part for name in files for part in ("--include", glob.escape(name))]
         raise PushError(
             f"pushing to {repo_id} failed: {_reason(error)}. Everything is in {folder}; this finishes "
             f"it: {shlex.join(command)}"
@@ -65,11 +74,12 @@ class CheckpointPusher:
             return
         self._left = None
         try:  # the run deletes old checkpoints, and must not wait
-            _copy(checkpoint, self._copy)
-        except OSError as error:
+            files = written(checkpoint)
+            _copy(checkpoint, files, self._copy)
+        except (OSError, ValueError) as error:
             print(f"{checkpoint.name} is not pushed: {error}", file=sys.stderr, flush=True)
             return
-        self._thread = threading.Thread(target=self._run, args=(checkpoint.name,), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(checkpoint.name, files), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -86,9 +96,9 @@ class CheckpointPusher:
             self.wait()
         shutil.rmtree(self._copy, ignore_errors=True)
 
-    def _run(self, name: str) -> None:
+    def _run(self, name: str, files: Sequence[str]) -> None:
         try:
-            _upload(self.repo_id, self._copy, self.private, _LAST, name)
+            _upload(self.repo_id, self._copy, files, self.private, _LAST, name)
         except Exception as error:  # of the client, the network or the Hub
             print(
                 f"pushing {name} to {self.repo_id} failed: {_reason(error)}. Training goes on, and the "
@@ -98,11 +108,13 @@ class CheckpointPusher:
             )
 
 
-def _copy(folder: Path, to: Path) -> None:
+def _copy(folder: Path, files: Sequence[str], to: Path) -> None:
     for copy in (os.link, shutil.copy2):  # the second one where the file system has no hard links
         shutil.rmtree(to, ignore_errors=True)
         try:
-            shutil.copytree(folder, to, copy_function=copy)
+            for name in files:
+                (to / name).parent.mkdir(parents=True, exist_ok=True)
+                copy(folder / name, to / name)
             return
         except OSError:
             if copy is shutil.copy2:
@@ -110,10 +122,10 @@ def _copy(folder: Path, to: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
+    return redact(f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}")
 
 
-def _upload(repo_id: str, folder: Path, private: bool, path: str | None, message: str) -> str:
+def _upload(repo_id: str, folder: Path, files: Sequence[str], private: bool, path: str | None, message: str) -> str:
     api = HfApi(library_name="hf_gem")
     api.create_repo(repo_id, private=private, exist_ok=True)
     commit = api.upload_folder(
@@ -121,8 +133,7 @@ def _upload(repo_id: str, folder: Path, private: bool, path: str | None, message
         folder_path=folder,
         path_in_repo=path,
         commit_message=message,
-        allow_patterns=None if path else _KINDS,
-        ignore_patterns=None if path else _EXCLUDED,
+        allow_patterns=[glob.escape(name) for name in files],
         delete_patterns="*" if path else None,  # files of an older checkpoint
     )
     return str(commit.commit_url)

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import platform
+import reprlib
 import secrets
 import shlex
 import subprocess
@@ -15,13 +16,13 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..files import to_json, write_atomically
+from ..files import check_type, read_json, redact, redacted, to_json, write_atomically
 from ..modules import GemActivation
 from .config import TrainConfig
 from .data.order import SampleOrder
@@ -34,6 +35,102 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 _PACKAGES = ("hf-gem", "transformers", "accelerate", "datasets", "tokenizers", "timm", "triton", "numpy")
+
+
+_Scalar = str | int | float | bool | None
+
+
+class _Hardware(TypedDict):
+    cpu: str
+    gpus: list[str]
+    torch_threads: int
+
+
+class _LaterInSession(TypedDict, total=False):
+    command: str
+    diff_hash: str | None
+    num_processes: int
+    started: str
+    first_step: int
+    last_step: int
+
+
+class _Session(_LaterInSession):
+    commit: str | None
+    dirty: bool | None
+    versions: dict[str, str]
+    hardware: _Hardware
+    seconds: float
+
+
+class _Sums(TypedDict, total=False):
+    losses: list[float | None]
+    correct: list[float | None]
+
+
+class _Groups(_Sums):
+    num_units: int
+    counts: list[float]
+
+
+class _Parts(TypedDict, total=False):
+    validation: _Groups
+    test: _Groups
+
+
+class _Evaluation(_Parts):
+    unit: str
+
+
+class _Data(TypedDict):
+    hash: str
+
+
+class _Facts(TypedDict, total=False):
+    run_id: str
+    samples_hash: str | None
+    evaluation: _Evaluation | None
+
+
+class _Kept(_Facts, total=False):
+    sessions: list[_Session]
+    owes_evaluation: bool
+
+
+class _Nonfinite(TypedDict):
+    skipped_steps: int
+    rollbacks: int
+    skipped_batches: int
+
+
+class _Saved(_Kept):
+    log: list[dict[str, float | None]]
+    nonfinite: _Nonfinite
+
+
+class _Scales(TypedDict):
+    rms: float
+
+
+class _InMost(_Facts, total=False):  # not in records of older versions
+    recipe: str
+    preset: str
+    step: int
+    mixed_precision: str
+    init_signs_hash: str | None
+    order_hash: str | None
+    nonfinite: dict[str, int]
+    activation_inputs: _Scales | None
+
+
+class _Record(_InMost):
+    status: Literal["running", "interrupted", "finished", "diverged"]
+    config: dict[str, _Scalar]
+    data: _Data
+    sessions: list[_Session]
+    result: dict[str, str | float | None]
+    curves: dict[str, list[list[float | None]]]
+    init_hash: str
 
 
 class MetricsLog:
@@ -71,6 +168,57 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     write_atomically(path, to_json({"schema": SCHEMA, **record}, indent=2) + "\n")
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """A record, of whatever origin.
+
+    Raises:
+        ValueError: it cannot be read, or is not what a run writes; the message names file and field.
+    """
+    record: dict[str, Any] = read_json(path, _Record)
+    if not record["sessions"]:
+        raise ValueError(f"{path}: sessions must have one at least, got none")
+    for name, curve in record["curves"].items():
+        if any(len(pair) != 2 or pair[0] is None for pair in curve):
+            raise ValueError(f"{path}: curves[{name!r}] must have pairs of step and value")
+    if not str(record["result"].get("unit", "none")).isalpha():
+        raise ValueError(f"{path}: result.unit must be a word, got {reprlib.repr(record['result']['unit'])}")
+    if not 0 < (record.get("activation_inputs") or {"rms": 1})["rms"] < math.inf:
+        raise ValueError(f"{path}: activation_inputs.rms must be above 0 and finite")
+    _check_evaluation(record, f"{path}:")
+    return record
+
+
+def check_saved(value: Any, where: str) -> None:
+    """Checks what a checkpoint keeps for the record of its run.
+
+    Args:
+        value: Of a file.
+        where: Its place, for the message.
+
+    Raises:
+        ValueError: it is not what a run saves.
+    """
+    check_type(value, _Saved, where)
+    for number, entry in enumerate(value["log"]):
+        if not isinstance(entry.get("step"), int):
+            raise ValueError(f"{where}.log[{number}].step must be a whole number, got {entry.get('step')}")
+    for name, count in value["nonfinite"].items():
+        if isinstance(count, int) and count < 0:
+            raise ValueError(f"{where}.nonfinite.{name} must be at least 0, got {count}")
+    _check_evaluation(value, where)
+
+
+def _check_evaluation(holder: Mapping[str, Any], where: str) -> None:
+    unit = (holder.get("evaluation") or {}).get("unit", "none")
+    if not unit.isalpha():
+        raise ValueError(f"{where} evaluation.unit must be a word, got {reprlib.repr(unit)}")
+    for part, groups in (holder.get("evaluation") or {}).items():
+        if part in ("validation", "test"):
+            sizes = {len(groups[name]) for name in ("counts", "losses", "correct") if name in groups}
+            if len(sizes) > 1:
+                raise ValueError(f"{where} evaluation.{part} must have lists of one length, got {sorted(sizes)}")
+
+
 def new_session(accelerator: Accelerator, sizes: Mapping[str, int]) -> dict[str, Any]:
     """An entry for each time the command ran and took steps: nothing that happened elsewhere is claimed for it.
 
@@ -94,7 +242,7 @@ def new_record(task: Task, config: TrainConfig, accelerator: Accelerator, order:
         "run_id": secrets.token_hex(4),
         "recipe": task.name,
         "preset": task.preset,
-        "config": asdict(config),
+        "config": {**redacted(asdict(config)), "output_dir": config.output_dir},
         "mixed_precision": accelerator.mixed_precision,
         "data": task.data,
         **task.facts,
@@ -164,7 +312,9 @@ def environment(folder: Path | None = None) -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command as it would be typed in the current folder; of the launcher's own flags nothing is known here."""
+    """The command as it would be typed in the current folder, without secrets; of the launcher's own flags nothing is
+    known here.
+    """
     script = Path(sys.argv[0])
     if script.is_absolute() and script.is_relative_to(Path.cwd()):
         script = script.relative_to(Path.cwd())
@@ -173,7 +323,7 @@ def command() -> str:
         launcher = ["torchrun"]
     if "ACCELERATE_MIXED_PRECISION" in os.environ:  # which every launcher of accelerate sets, torchrun's beside it
         launcher = ["accelerate", "launch"]
-    return shlex.join([*launcher, str(script), *sys.argv[1:]])
+    return redact(shlex.join([*launcher, str(script), *sys.argv[1:]]))
 
 
 def hardware() -> dict[str, Any]:

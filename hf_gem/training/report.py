@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,20 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import SafetensorError
 
 from ..family.names import is_name
-from ..files import save_pretrained
+from ..files import markdown_block, markdown_code, markdown_text, save_pretrained
 from ..integrations.hub import loading_notes, save_for_hub
 from .errors import CheckpointError
 from .push import push_run
 
+_WRITTEN_BEFORE = ("record.json", "log.jsonl")  # by the loop
 _TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 
 
 def save_results(model: Any, processor: Any, record: dict[str, Any], **card: Any) -> None:
     """Writes what a finished run leaves: weights, tokenizer or image processor, `loss_curve.png` and the card.
 
-    They go to the output folder of the run, and then to the Hub, if the run was told to push.
+    They go to the output folder of the run, and then to the Hub, if the run was told to push: these files and no others
+    that lie there.
 
     Args:
         model: A transformers model. With an activation of the family it is saved by `save_for_hub`.
@@ -35,22 +39,37 @@ def save_results(model: Any, processor: Any, record: dict[str, Any], **card: Any
     """
     config = record["config"]
     folder = Path(config["output_dir"])
+    work = folder / ".results"
     try:
+        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+        work.mkdir()
         if card.get("ours", is_name(config["hidden_act"])):
-            save_for_hub(model, folder)
+            save_for_hub(model, work)
         else:
-            model.save_pretrained(folder)
+            model.save_pretrained(work)
         if processor is not None:
-            save_pretrained(processor, folder)
-        picture = plot_loss(record, folder / "loss_curve.png", card["loss_unit"])
-        write_card(record, folder / "README.md", picture=picture, **card)
+            save_pretrained(processor, work)
+        picture = plot_loss(record, work / "loss_curve.png", card["loss_unit"])
+        write_card(record, work / "README.md", picture=picture, **card)
+        files = _move(work, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the trained model cannot be written to {folder}: {error}. Its last checkpoint is complete; make room and "
             "start the same command again"
         ) from error
     if config["push_to_hub"]:
-        print(f"pushed: {push_run(config['push_to_hub'], folder, private=not config['hub_public'])}")
+        private = not config["hub_public"]
+        print(f"pushed: {push_run(config['push_to_hub'], folder, [*_WRITTEN_BEFORE, *files], private)}")
+
+
+def _move(folder: Path, to: Path) -> list[str]:
+    """Moves all files of a folder, which goes, into another one; returns their paths within it."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    for name in names:
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).replace(to / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    return names
 
 
 def text_card(record: dict[str, Any], **values: Any) -> dict[str, Any]:
@@ -72,7 +91,7 @@ def image_card(model: str, record: dict[str, Any]) -> dict[str, Any]:
     """
     size = record["data"]["image_size"]
     return {
-        "architecture": f"`{model}`",
+        "architecture": markdown_code(model),
         "pipeline_tag": "image-classification",
         "auto_class": "AutoModelForImageClassification",
         "processor_class": "AutoImageProcessor",
@@ -146,6 +165,13 @@ def plot_loss(record: dict[str, Any], path: Path, unit: str) -> bool:
     return True
 
 
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # which is one of Python too
+
+
+_SHOWN: dict[str, Any] = {"text": markdown_text, "code": markdown_code, "block": markdown_block, "literal": _literal}
+
+
 def write_card(record: dict[str, Any], path: Path, picture: bool = True, **more: Any) -> None:
     """Fills the template of model cards from a record.
 
@@ -173,6 +199,7 @@ def write_card(record: dict[str, Any], path: Path, picture: bool = True, **more:
         own=own,
         loading=loading_notes(more["auto_class"], location, own=own) if ours else "",
         location=location,
+        **_SHOWN,
         **more,
     )
     card.save(path)

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from ..files import redact
 from .errors import Interrupted, TrainingError
 
 if TYPE_CHECKING:
@@ -148,10 +150,19 @@ def agreed_stop(accelerator: Accelerator) -> int | None:
 
 
 def run_recipe(main: Callable[[], None]) -> None:
-    """Runs a recipe as a script, under a guard: an error that a person can fix ends it with one line and a status."""
+    """Runs a recipe as a script, under a guard: an error that a person can fix ends it with one line and a status.
+
+    Nothing that it raises shows a secret of the command line.
+    """
     try:
         with catch_signals():
             main()
     except TrainingError as error:
         print(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception:
+        shown = redact(text := traceback.format_exc())
+        if shown == text:
+            raise
+        print(shown, file=sys.stderr)  # as Python would, but for the secrets
+        sys.exit(1)

@@ -7,6 +7,14 @@ import pytest
 from hf_gem import cli
 from tests.compare.toy import run as run_study
 
+SESSION = {
+    **{"commit": None, "dirty": None, "versions": {}, "seconds": 1},
+    "hardware": {"cpu": "", "gpus": [], "torch_threads": 1},
+}
+RECORD = {
+    **{"status": "finished", "recipe": "toy", "data": {"hash": ""}, "result": {}, "curves": {}, "init_hash": ""},
+    "sessions": [SESSION],
+}
 CARD = "---\ntags: [a]\n---\n\n# A model\n\n## Result\n\nGood.\n\n## Use\n\nLike this.\n"
 
 
@@ -26,7 +34,7 @@ def run(tmp_path):
         folder.mkdir(exist_ok=True)
         (folder / "README.md").write_text(CARD)
         values = {"hidden_act": "gem_n2", "steps": "10", "learning_rate": "0.01", "dataset": "toy", "seed": 5, **config}
-        (folder / "record.json").write_text(json.dumps({"recipe": "toy", "run_id": "another", "config": values}))
+        (folder / "record.json").write_text(json.dumps({**RECORD, "run_id": "another", "config": values}))
         return folder
 
     return make

@@ -1,31 +1,46 @@
 """A checkpoint is complete or absent, and says so."""
 
+import contextlib
+import copy
+import hashlib
 import json
+import pickle
 import resource
 import shutil
 import signal
+import warnings
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from hf_gem.files import check_type
 from hf_gem.training import checkpoint
 from hf_gem.training.checkpoint import CheckpointStore
 from hf_gem.training.errors import CheckpointError
+from tests.helpers import TouchesWhenUnpickled
 
 IDENTITY = {"steps": 10, "hidden_act": "gem", "data_hash": "abc"}
+
+
+def check(state, where):
+    check_type(state, dict[str, int] | None, where)
 
 
 class Setup:
     """A small model whose weights say which step they belong to."""
 
-    def __init__(self, folder, identity=IDENTITY, keep=2):
+    def __init__(self, folder, identity=IDENTITY, keep=2, average=False):
         self.accelerator = Accelerator(cpu=True)
         self.model = nn.Linear(64, 64)
         optimizer = torch.optim.AdamW(self.model.parameters())
         self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        self.store = CheckpointStore(folder, keep, identity)
+        self.averaged = copy.deepcopy(self.model) if average else None
+        self.store = CheckpointStore(folder, keep, identity, self.averaged, check)
+
+    def folder_of(self, step):
+        return self.store.folder / f"step_{step:08d}"
 
     def save(self, step):
         self.model.weight.data.fill_(step)
@@ -143,11 +158,66 @@ def test_a_full_disk_is_an_error_and_leaves_the_last_one_good(tmp_path):
 
 def test_leftovers_are_swept_away(tmp_path):
     setup = Setup(tmp_path / "c")
-    for name in (".step_00000001.partial", "step_00000001"):
+    for name in (".step_00000001.partial", "step_00000001"):  # a kill in the middle of a save
         (tmp_path / "c" / name).mkdir(parents=True)
+        (tmp_path / "c" / name / "PARTIAL").touch()
         (tmp_path / "c" / name / "model.safetensors").touch()
-    setup.save(2)
-    assert [p.name for p in (tmp_path / "c").iterdir()] == ["step_00000002"]
+    half_deleted = setup.save(2)
+    (half_deleted / "COMPLETE").rename(half_deleted / "PARTIAL")
+    setup.save(3)
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["step_00000003"]
+
+
+def test_nothing_is_deleted_that_no_run_has_written(tmp_path):
+    """Folders and files of others, whatever they are called, and whatever lists of files say."""
+    setup = Setup(tmp_path / "c", keep=1)
+    mine = [
+        "step_notes/a",
+        "step_best/COMPLETE",
+        "step_00000001/thesis.tex",
+        ".step_00000003.partial/a",
+        "step_x",
+        "d/e",
+    ]
+    for name in mine:
+        (tmp_path / "c" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "c" / name).write_text(name)
+    old = setup.save(2)
+    (old / "mine").write_text("mine")
+    (old / "folder").mkdir()
+    (old / "folder" / "mine").write_text("mine")
+    setup.save(3)  # where something lies in its place
+    lying = setup.save(4)
+    for name in ("../../d/e", str(tmp_path / "c" / "d" / "e")):
+        manifest = json.loads((lying / "COMPLETE").read_text())
+        (lying / "COMPLETE").write_text(json.dumps({**manifest, name: {"bytes": 0, "sha256": ""}}))
+        with pytest.warns(UserWarning, match="stays, since what a run wrote there is not known"):
+            setup.save(5)
+        (lying / "PARTIAL").unlink()
+        shutil.move(setup.folder_of(5), tmp_path / "away")
+        shutil.rmtree(tmp_path / "away")
+        lying = setup.save(4)
+    checkpoint.remove_all(tmp_path / "c")
+    aside = {".step_00000003.partial/a": "set_aside_.step_00000003.partial/a"}
+    assert all((tmp_path / "c" / aside.get(name, name)).read_text() == name for name in mine)
+    assert sorted(p.relative_to(old).as_posix() for p in old.rglob("*")) == ["folder", "folder/mine", "mine"]
+    assert not (tmp_path / "c" / "step_00000003").exists()
+
+
+def test_a_folder_with_links_is_left_as_it_is(tmp_path):
+    """Through neither a linked checkpoint nor a linked folder inside of one anything is deleted elsewhere."""
+    elsewhere = Setup(tmp_path / "elsewhere").save(2)
+    setup = Setup(tmp_path / "c", keep=1)
+    inside = setup.save(2)
+    (inside / "sub").symlink_to(elsewhere)
+    manifest = json.loads((inside / "COMPLETE").read_text())
+    entry = manifest["state.json"]
+    (inside / "COMPLETE").write_text(json.dumps({**manifest, "sub/state.json": entry}))
+    (tmp_path / "c" / "step_00000001").symlink_to(elsewhere)
+    before = sorted(p.name for p in elsewhere.iterdir())
+    setup.save(3)
+    assert sorted(p.name for p in elsewhere.iterdir()) == before
+    assert not (inside / "state.json").exists()
 
 
 def test_everything_is_flushed_before_it_is_marked_complete(tmp_path, monkeypatch):
@@ -166,3 +236,132 @@ def test_the_manifest_lists_every_file(tmp_path):
     assert {"model.safetensors", "optimizer.bin", "state.json"} <= manifest.keys()
     shutil.copytree(path, tmp_path / "copy")  # a checkpoint can be moved
     assert Setup(tmp_path / "c").restore(str(tmp_path / "copy")) == 2
+
+
+def plant(path, change):
+    """Changes a checkpoint as somebody would who wants it to be loaded: the list of files agrees with it."""
+    change(path)
+    manifest = {}
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name != "COMPLETE"):
+        entry = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        manifest[file.relative_to(path).as_posix()] = entry
+    (path / "COMPLETE").write_text(json.dumps(manifest))
+    return path
+
+
+@pytest.mark.parametrize("form", ["pickle", "torch.save"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "optimizer.bin",
+            "random_states_0.pkl",
+            "scaler.pt",
+            "scheduler.bin",
+            "sampler.bin",
+            "custom_checkpoint_0.pkl",
+        ),
+        *("pytorch_model.bin", "averaged.safetensors", "model.safetensors", "state.json", "COMPLETE"),
+    ],
+)
+def test_nothing_in_a_checkpoint_is_run(tmp_path, name, form):
+    touched = tmp_path / "touched"
+    evil = TouchesWhenUnpickled(touched)
+
+    def change(path):
+        if name == "pytorch_model.bin":
+            (path / "model.safetensors").unlink()
+        (path / name).write_bytes(pickle.dumps(evil)) if form == "pickle" else torch.save({"state": evil}, path / name)
+
+    path = plant(Setup(tmp_path / "c", average=True).save(2), change)
+    with contextlib.suppress(CheckpointError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        Setup(tmp_path / "d", average=True).restore(str(path))
+        Setup(tmp_path / "c", average=True).restore()
+    assert not touched.exists()
+
+
+def test_what_is_planted_would_run(tmp_path):
+    """What shows that the tests above can fail."""
+    pickle.loads(pickle.dumps(TouchesWhenUnpickled(tmp_path / "touched")))
+    assert (tmp_path / "touched").exists()
+
+
+def test_averaged_weights_are_restored(tmp_path):
+    setup = Setup(tmp_path / "c", average=True)
+    with torch.no_grad():
+        setup.averaged.weight.fill_(0.5)
+    path = setup.save(2)
+    assert not list(path.glob("custom*"))
+    other = Setup(tmp_path / "c", average=True)
+    assert other.restore() == 2
+    assert (other.averaged.weight == 0.5).all()
+    old = plant(path, lambda path: (path / "averaged.safetensors").rename(path / "custom_checkpoint_0.pkl"))
+    with pytest.raises(CheckpointError, match=r"has no averaged\.safetensors; older versions"):
+        other.restore(str(old))
+
+
+STATE = {"step": 2, "identity": IDENTITY, "state": {"saved": 2}}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({**STATE, "step": -5}, "step must be at least 1, got -5"),
+        ({**STATE, "step": 3}, "step must be that of step_00000002, got 3"),
+        ({**STATE, "step": "2"}, "step must be a whole number, got '2'"),
+        ({**STATE, "step": True}, "step must be a whole number, got True"),
+        ({**STATE, "identity": [1]}, r"identity must be a mapping, got \[1\]"),
+        ({**STATE, "state": {"saved": [[]]}}, r"state\['saved'\] must be a whole number, got \[\[\]\]"),
+        ({**STATE, "state": 4}, "state must be a mapping or null, got 4"),
+        ({"step": 2, "identity": {}}, "state is missing"),
+        ({}, "identity is missing|step is missing"),
+        ([], "must be a mapping"),
+        ("[" * 50_000, "nested too deeply"),
+        ("", "cannot be read"),
+    ],
+)
+def test_a_state_that_no_run_saves_is_named_with_its_field(tmp_path, state, message):
+    text = state if isinstance(state, str) else json.dumps(state)
+    path = plant(Setup(tmp_path / "c").save(2), lambda path: (path / "state.json").write_text(text))
+    with pytest.raises(CheckpointError, match=rf"state\.json.*(?:{message})"):
+        Setup(tmp_path / "c").restore(str(path))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ("", "COMPLETE cannot be read"),
+        ("[]", r"COMPLETE: must be a mapping, got \[\]"),
+        ("{}", r"list of files lacks state\.json"),
+        ('{"state.json": 3}', r"COMPLETE: \['state.json'\] must be a mapping, got 3"),
+        ('{"state.json": {"bytes": "3", "sha256": ""}}', r"\['state.json'\].bytes must be a whole number, got '3'"),
+        ('{"state.json": {}}', r"\['state.json'\] (?:bytes|sha256) is missing"),
+        ('{"state.json": {"bytes": 1, "sha256": ""}, "../x": {"bytes": 1, "sha256": ""}}', r"lists '\.\./x'"),
+        ('{"state.json": {"bytes": 1, "sha256": ""}, "/etc/x": {"bytes": 1, "sha256": ""}}', r"lists '/etc/x'"),
+        ("[" * 50_000, "nested too deeply"),
+    ],
+)
+def test_a_list_of_files_that_is_none(tmp_path, manifest, message):
+    path = Setup(tmp_path / "c").save(2)
+    (path / "COMPLETE").write_text(manifest)
+    with pytest.raises(CheckpointError, match=message):
+        Setup(tmp_path / "c").restore(str(path))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_7.pkl", "optimizer_0/.metadata"])
+def test_what_is_not_listed_is_not_loaded(tmp_path, name):
+    path = Setup(tmp_path / "c").save(2)
+    manifest = json.loads((path / "COMPLETE").read_text())
+    (path / "COMPLETE").write_text(json.dumps({key: entry for key, entry in manifest.items() if key != name}))
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).touch()
+    with pytest.raises(CheckpointError, match=f"{name} is not in its list of files"):
+        Setup(tmp_path / "c").restore(str(path))
+
+
+def test_files_that_nothing_loads_do_no_harm(tmp_path):
+    path = Setup(tmp_path / "c").save(2)
+    for name in (".DS_Store", "._model.safetensors", "notes.txt"):
+        (path / name).touch()
+    assert Setup(tmp_path / "c").restore() == 2

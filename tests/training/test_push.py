@@ -47,7 +47,13 @@ def train(folder, cache, *flags):
     return finish(start(*command, recipe=PUSHING))
 
 
+MINE = ("credentials.json", "other.safetensors", "notes.txt", "gem_mine.py", "chat.jinja", "mine/model.safetensors")
+
+
 def test_create_push_list_load_and_push_again(hub, tmp_path, cache):
+    for name in MINE:  # of the user, in the folder of the run
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("mine")
     code, output = train(tmp_path / "run", cache, "--hub_strategy=checkpoint")
     assert code == 0, output
     assert f"pushed: {os.environ['HF_ENDPOINT']}/me/digits/commit/" in output
@@ -55,6 +61,8 @@ def test_create_push_list_load_and_push_again(hub, tmp_path, cache):
     files = hub.repos["me/digits"]
     assert {"config.json", "model.safetensors", "README.md", "record.json", "last-checkpoint/COMPLETE"} <= set(files)
     assert not any(name.startswith(("checkpoints/", ".")) for name in files)
+    assert not any(content == b"mine" for content in files.values())
+    assert all((tmp_path / "run" / name).read_text() == "mine" for name in MINE)
     assert files["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
     assert hub.tokens == {f"Bearer {TOKEN}"}
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
@@ -78,6 +86,8 @@ def test_create_push_list_load_and_push_again(hub, tmp_path, cache):
 
 def test_a_push_that_fails_keeps_everything_and_names_the_command(hub, tmp_path, cache):
     hub.failing = 1
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "credentials.json").write_text("mine")
     code, output = train(tmp_path / "run", cache)
     assert code == 1
     assert "Traceback" not in output
@@ -89,7 +99,7 @@ def test_a_push_that_fails_keeps_everything_and_names_the_command(hub, tmp_path,
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
     assert {"config.json", "model.safetensors", "README.md"} <= set(hub.repos["me/digits"])
-    assert not any(name.startswith("checkpoints") for name in hub.repos["me/digits"])
+    assert not any(name.startswith(("checkpoints", "credentials")) for name in hub.repos["me/digits"])
 
 
 def test_a_checkpoint_that_cannot_be_pushed_does_not_stop_training(hub, tmp_path, cache):

@@ -1,9 +1,11 @@
 """Pictures and cards are made from the record."""
 
+import ast
 from unittest.mock import MagicMock
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from PIL import Image
 
 from hf_gem.training.errors import CheckpointError
@@ -149,3 +151,63 @@ def test_the_plot_is_a_picture_with_two_curves(tmp_path):
         colours = {tuple(c) for _, c in image.convert("RGB").getcolors(1 << 20)}
         assert image.size == (1050, 600)
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two
+
+
+PAYLOAD = (
+    "`|x|` ``` <script>alert(1)</script> <!-- [a](http://evil) ![b](http://evil) & --- # h\n\n```\n# h\n---\n{{ 1 }}"
+)
+
+
+def shown(text):
+    """The kinds of things that Markdown makes of a text, and what links, pictures and headings say."""
+    parser = MarkdownIt("commonmark", {"html": True}).enable("table")
+    for token in parser.parse(text):
+        for part in (token, *(token.children or ())):
+            yield part.type, part
+
+
+@pytest.mark.parametrize("act", ["gem_n2", "gelu"])
+def test_nothing_in_a_record_brings_markdown_html_or_yaml_into_a_card(tmp_path, act):
+    def card(text):
+        config = {**RECORD["config"], "hidden_act": act, "dataset": text, "license": text, "output_dir": text}
+        session = {
+            **SESSION,
+            "command": text,
+            "commit": text,
+            "started": text,
+            "versions": {"python": text, text: text},
+        }
+        session["hardware"] = {"cpu": text, "gpus": [text]}
+        record = {
+            **{**RECORD, "config": config, "sessions": [session], "preset": text, "recipe": text, "conversion": text},
+            "data": {**RECORD["data"], "hash": text},
+        }
+        write_card(record, tmp_path / "README.md", **{**MORE, "title": text}, on_hub=True)
+        content = ModelCard.load(tmp_path / "README.md")
+        return content.data.to_dict(), content.text
+
+    data, text = card(PAYLOAD)
+    harmless, expected = card("harmless")
+    assert data["datasets"] == [PAYLOAD]
+    assert data["license"] == PAYLOAD
+    assert data.keys() == harmless.keys()
+    assert not any("alert" in part.content for kind, part in shown(text) if kind in ("html_block", "html_inline"))
+    blocks = ("html_block", "html_inline", "hr", "heading_open", "table_open", "tr_open", "td_open", "fence")
+    for kind in (*blocks, "list_item_open", "link_open", "image"):
+        assert [k for k, _ in shown(text)].count(kind) == [k for k, _ in shown(expected)].count(kind), kind
+    python = next(part.content for kind, part in shown(text) if kind == "fence" and part.info == "python")
+    calls = [node for node in ast.walk(ast.parse(python)) if isinstance(node, ast.Call)]
+    assert {call.args[0].value for call in calls} == {PAYLOAD}  # all that is called, is called with the folder
+
+
+@pytest.mark.parametrize("folder", ['runs/"my" run', "runs/it's \\ a", 'x"); import os; os.system("x', "a\nb"])
+def test_the_snippet_of_a_card_loads_the_folder_whatever_it_is_called(tmp_path, folder):
+    record = {**RECORD, "config": {**RECORD["config"], "output_dir": folder}}
+    write_card(record, tmp_path / "README.md", **MORE, on_hub=False)
+    python = next(
+        part.content
+        for kind, part in shown((tmp_path / "README.md").read_text())
+        if kind == "fence" and part.info == "python"
+    )
+    calls = [node for node in ast.walk(ast.parse(python)) if isinstance(node, ast.Call)]
+    assert [call.args[0].value for call in calls] == [folder, folder]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from .images import ImageData, ImageSplits, Rows, VisionConfig
 from .normalisation import Normalisation, Preprocessing
 from .order import uniforms
 from .source import STOPPED, cached, source_state
+from .stored import ImageContent, read_array
 
 _CACHE_FORMAT = 2  # raise it when the files' content changes
 _RESIDENT_BYTES = 1 << 31  # of decoded training images, at most
@@ -97,9 +99,13 @@ def prepare_resident(
     labels_hash = hashlib.sha256(splits.label_bytes()).hexdigest()  # of a dataset whose order has changed on the Hub
     wanted = preprocessing.image_size
     key = [_CACHE_FORMAT, source_state(config), config.image_column, config.label_column, labels_hash, wanted]
-    folder, meta = cached(config, "images", key, lambda folder: _decode_all(config, splits, wanted, folder))
-    images = {split: np.load(folder / f"{split}.npy") for split in splits.parts}
+    build = functools.partial(_decode_all, config, splits, wanted)
+    folder, meta = cached(config, "images", key, ImageContent, build)
+    images = {split: read_array(folder / f"{split}.npy", np.uint8, 4) for split in splits.parts}
     height, size = images["train"].shape[-2:]
+    for split, rows in splits.parts.items():
+        if images[split].shape[1:] not in ((1, height, size), (3, height, size)) or len(images[split]) != len(rows):
+            raise DataError(f"{folder / split}.npy does not have the images of {config.dataset!r}; remove the folder")
     if height != size:
         raise DataError(
             f"the images of {config.dataset!r} are {height} x {size}, and resident ones are squares; give an "

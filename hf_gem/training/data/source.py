@@ -10,11 +10,11 @@ import shutil
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypedDict, TypeVar
 
 from filelock import FileLock, Timeout
 
-from ...files import cache_folder, flush
+from ...files import cache_folder, check_type, flush, is_inside, read_json
 from ..config import option, require
 from ..errors import DataError, Interrupted, needed_for
 from ..signals import check, wait_for
@@ -200,15 +200,19 @@ def source_state(config: SourceConfig) -> list[Any]:
     return [where, config.train_split, config.validation_split, config.test_split, fractions]
 
 
-def cached(config: SourceConfig, kind: str, key: Any, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, Any]:
+def cached(
+    config: SourceConfig, kind: str, key: Any, content: Any, build: Callable[[Path], dict[str, Any]]
+) -> tuple[Path, Any]:
     """The folder of prepared data, built at the first time. Processes that ask at once wait for the first.
 
-    Where the dataset is itself a folder that was built here, perhaps on another machine, it is taken as it is.
+    Where the dataset is itself a folder that was built here, perhaps on another machine, it is taken as it is. Neither
+    that nor the cache has to be of this origin: what does not have the right types and sizes is not taken.
 
     Args:
         config: Names the cache.
         kind: Of data; a folder of the cache.
         key: All that decides the content, as JSON.
+        content: The type of what `build` returns.
         build: Fills a folder, and returns what is to be known of it, as JSON.
 
     Returns:
@@ -219,17 +223,19 @@ def cached(config: SourceConfig, kind: str, key: Any, build: Callable[[Path], di
     """
     if is_prepared(config):
         given = Path(config.dataset)
-        if not _is_whole(given):
-            raise DataError(f"of the prepared data in {given} files are missing or cut short; copy the folder again")
-        return given, _meta(given)["content"]
+        try:
+            return given, _whole(given, content)
+        except ValueError as error:
+            raise DataError(f"{error}; copy the folder again") from error
     root = Path(config.cache_dir or cache_folder()) / kind
     folder = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(Path(f"{folder}.lock")):
-            if not _is_whole(folder):
-                _build(folder, build)
-            return folder, _meta(folder)["content"]
+            with contextlib.suppress(ValueError):
+                return folder, _whole(folder, content)
+            _build(folder, build)
+            return folder, _whole(folder, content)
     except OSError as error:
         raise DataError(f"what is made of {config.dataset!r} cannot be cached in {root}: {error}") from error
 
@@ -252,24 +258,35 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def is_prepared(config: SourceConfig) -> bool:
-    """Whether the dataset is a folder that `cached` has built."""
-    return _meta(Path(config.dataset)).keys() == {"content", "bytes"}
-
-
-def _meta(folder: Path) -> dict[str, Any]:
-    """What `_build` wrote of a folder; nothing, where it is of another origin."""
+    """Whether the dataset is a folder that `cached` has built, or one that looks like it."""
     try:
-        return dict(json.loads((folder / _META).read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
+        found: dict[str, Any] = read_json(Path(config.dataset, _META), dict[str, Any])
+    except ValueError:
+        return False  # it is of another origin
+    return found.keys() == {"content", "bytes"}
 
 
-def _is_whole(folder: Path) -> bool:
-    try:
-        sizes = _meta(folder)["bytes"]
-        return bool({name: (folder / name).stat().st_size for name in sizes} == sizes)
-    except (OSError, KeyError, TypeError):
-        return False
+class _Meta(TypedDict):
+    content: dict[str, Any]
+    bytes: dict[str, int]
+
+
+def _whole(folder: Path, content: Any) -> dict[str, Any]:
+    """What `_build` wrote of a folder.
+
+    Raises:
+        ValueError: it is not what was built, or files are missing or cut short.
+    """
+    found: _Meta = read_json(folder / _META, _Meta)
+    check_type(found["content"], content, f"{folder / _META}: content")
+    for name, size in found["bytes"].items():
+        try:
+            sound = is_inside(name) and (folder / name).stat().st_size == size
+        except OSError:
+            sound = False
+        if not sound:
+            raise ValueError(f"of the prepared data in {folder} {name!r} is missing or cut short")
+    return found["content"]
 
 
 def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:

@@ -27,11 +27,11 @@ from ..config import at_least, option, require
 from ..errors import DataError
 from ..loss import IGNORE
 from .source import SourceConfig, cached, checked, file_state, fingerprint, is_prepared, load_splits, source_state
+from .stored import ENDS, TextContent, read_ends, read_tokens
 
 STDLIB = "stdlib"
 END_OF_TEXT = "<|endoftext|>"
 _CACHE_FORMAT = 5  # raise it when the files' content changes
-_ENDS = "{}.documents.npy"  # where each document ends
 _PIECE = 1 << 20  # characters handed to the tokenizer at once: its memory grows with the length of a text
 _FEW = 100  # documents
 _TOKENIZER_CHARACTERS = 1 << 27  # that a tokenizer is trained on, at most
@@ -161,10 +161,12 @@ def prepare_text(config: TextConfig, smallest_sample: int = 2) -> TextData:
         DataError: the dataset or tokenizer cannot be read, is empty, or is too small for one block; or the cache
             cannot be written.
     """
-    folder, meta = cached(config, "text", _key(config), lambda folder: _build(config, folder))
+    folder, meta = cached(config, "text", _key(config), TextContent, lambda folder: _build(config, folder))
     if "num_documents" not in meta:
         raise DataError(f"{folder} was prepared by an older version of hf_gem, without documents; prepare it again")
     tokenizer = _load_tokenizer(str(folder))
+    if meta["vocab_size"] != _vocab_size(tokenizer) or not {"train", "validation"} <= meta["num_tokens"].keys():
+        raise DataError(f"the tokens in {folder} are not those of its tokenizer; copy or prepare the folder again")
 
     def blocks(split: str, partial: bool, least: int) -> TokenBlocks:
         size = meta["num_tokens"][split]
@@ -182,10 +184,8 @@ def prepare_text(config: TextConfig, smallest_sample: int = 2) -> TextData:
                 f"the {split} text of {config.dataset!r} has {size:,} tokens, fewer than --min_validation_tokens "
                 f"{config.min_validation_tokens:,}; {fix}, or allow fewer"
             )
-        array = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
-        return TokenBlocks(
-            array, config.block_size, partial, np.load(folder / _ENDS.format(split)) if partial else None
-        )
+        tokens = read_tokens(folder, split, meta)
+        return TokenBlocks(tokens, config.block_size, partial, read_ends(folder, split, meta) if partial else None)
 
     shares = meta["shares"]
     held_out = meta["held_out"] if "validation" in shares and not is_prepared(config) else "split"
@@ -216,7 +216,7 @@ def _build(config: TextConfig, folder: Path) -> dict[str, Any]:
         tokenizer = _load_tokenizer(config.tokenizer)
     else:
         tokenizer = _train_tokenizer(corpus.documents("train"), config)
-    vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have holes
+    vocab_size = _vocab_size(tokenizer)
     dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     digest = hashlib.sha256()
     counts, documents = {}, {}
@@ -228,7 +228,7 @@ def _build(config: TextConfig, folder: Path) -> dict[str, Any]:
         ends = _write_tokens(corpus.documents(split), tokenizer, folder / f"{split}.bin", dtype, digest, limit)
         counts[split], documents[split] = (int(ends[-1]) if len(ends) else 0), len(ends)
         if split != "train":
-            np.save(folder / _ENDS.format(split), ends)
+            np.save(folder / ENDS.format(split), ends)
     if counts["train"] == 0:
         raise DataError(f"the dataset {config.dataset!r} holds no text in column {config.text_column!r}")
     save_pretrained(tokenizer, folder)
@@ -421,7 +421,7 @@ def _first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the Hub client, JSON and the tokenizers' own reader each raise their own
         raise DataError(
             f"the tokenizer {name!r} cannot be loaded: {type(error).__name__}: {error}. --tokenizer takes the name or "
@@ -430,6 +430,10 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if _separator(tokenizer) is None:
         raise DataError(f"the tokenizer {name!r} has no end-of-text or [SEP] token, which separates documents")
     return tokenizer
+
+
+def _vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    return 1 + max(tokenizer.get_vocab().values())  # ids may have holes
 
 
 def _separator(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -73,7 +73,7 @@ def preprocessing_of(model: str) -> Preprocessing:
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(model)
+        processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
         if timm := getattr(processor, "data_config", None):
             return Preprocessing(Normalisation(timm["mean"], timm["std"]), timm["input_size"][-1], timm["crop_pct"])
         crops = getattr(processor, "do_center_crop", False)

@@ -121,7 +121,7 @@ def test_a_folder_of_the_cache_is_a_dataset(prepare, tmp_path, monkeypatch):
     assert np.array_equal(second.train.tokens, first.train.tokens)
     assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
     (copy / "train.bin").write_bytes(b"cut")
-    with pytest.raises(DataError, match="files are missing or cut short; copy the folder again"):
+    with pytest.raises(DataError, match=r"'train\.bin' is missing or cut short; copy the folder again"):
         prepare(copy)
 
 

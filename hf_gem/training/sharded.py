@@ -1,0 +1,123 @@
+"""Sharded checkpoints of FSDP2, read without running what may stand in them.
+
+The list of tensors of such a checkpoint is a pickle, and so is every number beside the tensors. `torch.distributed`,
+which `Accelerator.load_state` calls, unpickles both without restriction.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import SCALER_NAME
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import StateDictType
+
+from ..files import is_inside
+
+_METADATA = ".metadata"
+_MODULE = "torch.distributed.checkpoint"
+# What a list of tensors is made of: classes that hold data, and nothing that does anything.
+_ALLOWED = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    f"{_MODULE}.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+        *("TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    f"{_MODULE}.filesystem": {"_StorageInfo"},
+}
+_PATHS = {"PosixPath", "WindowsPath"}  # of the folder in which it was written, which nothing needs
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the checkpoints of a run are sharded."""
+    sharded = StateDictType.SHARDED_STATE_DICT
+    return bool(accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.state_dict_type == sharded)
+
+
+def load_sharded(accelerator: Accelerator, folder: Path) -> None:
+    """Loads model, optimizer and scaler, as `Accelerator.load_state` does; all processes call it.
+
+    Random states are left as they are: a run seeds whatever it draws.
+
+    Args:
+        accelerator: Holds the prepared model and optimizer.
+        folder: The checkpoint.
+
+    Raises:
+        ValueError: a file is damaged, lies elsewhere, or names what has no place in a checkpoint; nothing has run.
+    """
+    (model,), (optimizer,) = accelerator._models, accelerator._optimizers
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(torch.load(folder / SCALER_NAME, weights_only=True))
+        accelerator.scaler.scale(torch.zeros((), device=accelerator.device))  # has it ready for the optimizer
+    options = StateDictOptions(cpu_offload=accelerator.state.fsdp_plugin.state_dict_config.offload_to_cpu)
+    state = _load({"model": get_model_state_dict(model, options=options)}, folder / "pytorch_model_fsdp_0")
+    set_model_state_dict(model, state["model"], options=options)
+    state = _load({"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}, folder / "optimizer_0")
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    accelerator.wait_for_everyone()
+
+
+def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    try:
+        checkpoint.load(state, storage_reader=_Reader(folder), planner=_Planner())
+    except CheckpointException as error:  # no Exception
+        reasons = "; ".join(dict.fromkeys(str(reason) for reason, _ in error.failures.values()))
+        raise ValueError(f"{folder} cannot be read: {reasons}") from error
+    return state
+
+
+class _Reader(checkpoint.FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with Path(self.path, _METADATA).open("rb") as file:
+            metadata = _Unpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"{file.name} holds a {type(metadata).__name__}, and no list of tensors")
+        for info in metadata.storage_data.values():
+            if not is_inside(info.relative_path):
+                raise ValueError(f"{file.name} names {info.relative_path!r}, which is not in its folder")
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Planner(checkpoint.DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        checked = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), checked)
+        checked.seek(0)
+        super().load_bytes(read_item, checked)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".", maxsplit=1)[0] == "pathlib" and name in _PATHS:
+            return _no_path
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+            return getattr(torch, name)
+        if name not in _ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"the list of tensors names {module}.{name}, which has no place in one")
+        found: Callable[..., Any] = super().find_class(module, name)
+        return found
+
+
+def _no_path(*parts: object) -> None:
+    """In place of a path."""
