@@ -92,7 +92,8 @@ def _build_model(original: Any, model_cls: Any, *args: Any, **kwargs: Any) -> nn
                 module.to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
                 if "replaces" not in vars(module) and module.spec.name in names.values():
                     vars(module)[BUILT] = True  # not by a class as act_layer, which no config holds
-        _warn_of_what_is_left(names, model)
+        if plan is None:  # else it is as it was when it was saved
+            _warn_of_what_is_left(names, model)
         return model
 
     model: Any = original(build, *args, **kwargs)

@@ -28,7 +28,7 @@ from ..surgery.fields import (
     set_activation,
 )
 from ..surgery.kinds import is_stock, kind, stock_slots
-from ..surgery.plans import PLAN, apply_plans, complete, parts_inside, parts_of, unnamed
+from ..surgery.plans import PLAN, apply_plans, complete, parts_inside, parts_of, specs, unnamed
 from ..surgery.slots import BUILT, join
 from .registry import Installer, NameLookup, lookups, patch, refuse_conflicts, replace_everywhere
 
@@ -223,12 +223,12 @@ def _say_what_is_left(model: Any) -> None:
         named = {key: value for key, value in named.items() if is_claimed(value)}
         if not named:
             continue
-        used = {module.spec for module in part.modules() if isinstance(module, GemActivation)}
+        used = specs(part, replaced=True)  # what a conversion replaced had taken effect before
         for key, value in named.items():
             if parse(value) not in used:
                 name = value
                 unused.append(f"{type(part.config).__name__} has {key}={value!r}")
-            elif is_body(key):
+            elif is_body(key) and PLAN not in vars(part.config):  # else it is as it was when it was saved
                 name = value
                 # A part inside this one answers for itself, and what another field selects was left to that.
                 inner = parts_inside(parts, path)

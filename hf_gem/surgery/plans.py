@@ -30,6 +30,15 @@ def added(model: nn.Module) -> Iterator[Slot]:
             yield slot
 
 
+def specs(model: nn.Module, replaced: bool = False) -> set[GemSpec]:
+    """The members of the family that a model has now; with `replaced`, those too that a conversion has replaced."""
+    modules = list(model.modules())
+    if replaced:
+        modules += [old for module in modules for old in vars(module).get("replaces", ()) if isinstance(old, nn.Module)]
+    found = (getattr(module, "spec", None) for module in modules)
+    return {spec for spec in found if isinstance(spec, GemSpec)}
+
+
 def unnamed(model: nn.Module) -> str | None:
     """What is wrong with saving a model by the names of its activations; None where nothing is."""
     for slot in added(model):
