@@ -7,10 +7,10 @@ from types import ModuleType
 
 import wrapt
 
-from . import timm, transformers
+from . import peft, timm, transformers
 
 # The module that, once imported, makes a registration possible -> what to do and undo. One row for each place we hook.
-_INSTALLERS = {**transformers.INSTALLERS, **timm.INSTALLERS}
+_INSTALLERS = {**transformers.INSTALLERS, **timm.INSTALLERS, **peft.INSTALLERS}
 _hooked: set[str] = set()
 _active = False
 

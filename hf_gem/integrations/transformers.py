@@ -30,7 +30,8 @@ from ..surgery.fields import (
 from ..surgery.kinds import is_stock, kind, stock_slots
 from ..surgery.plans import PLAN, apply_plans, complete, parts_inside, parts_of, specs, unnamed
 from ..surgery.slots import BUILT, join
-from .registry import Installer, NameLookup, lookups, patch, refuse_conflicts, replace_everywhere
+from .peft import write_adapter_plan
+from .registry import Installer, NameLookup, both, lookups, patch, refuse_conflicts, replace_everywhere
 
 
 class _Act2Cls(NameLookup):
@@ -290,6 +291,8 @@ def _save_pretrained(original: Any, model: Any, *args: Any, **kwargs: Any) -> An
     inner = nested_configs(model.config).values()
     before = [vars(config).get(PLAN) for config in inner]
     write_plan(model)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        write_adapter_plan(model, model.peft_config)
     try:
         return original(model, *args, **kwargs)
     finally:
@@ -313,18 +316,6 @@ def _decay_parameter_names(original: Any, trainer: Any, model: Any, *args: Any, 
     return [name for name in names if name not in activations]
 
 
-def _both(*installers: Installer) -> Installer:
-    def install(module: ModuleType) -> None:
-        for do, _ in installers:
-            do(module)
-
-    def uninstall(module: ModuleType) -> None:
-        for _, undo in reversed(installers):
-            undo(module)
-
-    return install, uninstall
-
-
 _method = functools.partial(
     patch,
     lost="transformers has it from 5.17 on. Without it, names of the family work in every activation field, but "
@@ -338,13 +329,13 @@ INSTALLERS: dict[str, Installer] = {
     "transformers.models.openai.modeling_openai": lookups(
         "transformers.models.openai.modeling_openai", {"ACT_FNS": _Instances}
     ),
-    "transformers.configuration_utils": _both(
+    "transformers.configuration_utils": both(
         _method("PreTrainedConfig.__post_init__", _config_post_init),
         _method("PreTrainedConfig.from_dict", _config_from_dict),
         _method("PreTrainedConfig.to_dict", _config_to_dict),
     ),
     "transformers.trainer": _method("Trainer.get_decay_parameter_names", _decay_parameter_names),
-    "transformers.modeling_utils": _both(
+    "transformers.modeling_utils": both(
         _method("PreTrainedModel.__init__", _model_init),
         _method("PreTrainedModel.post_init", _model_post_init),
         _method("PreTrainedModel._initialize_weights", _initialize_weights),
