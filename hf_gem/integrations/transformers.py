@@ -32,6 +32,7 @@ from ..surgery.plans import PLAN, apply_plans, complete, parts_inside, parts_of,
 from ..surgery.slots import BUILT, join
 from .peft import write_adapter_plan
 from .registry import Installer, NameLookup, both, lookups, patch, refuse_conflicts, replace_everywhere
+from .weights import warn_of_weights_alone
 
 
 class _Act2Cls(NameLookup):
@@ -309,6 +310,13 @@ def _initialize_weights(original: Any, model: Any, module: Any, *args: Any, **kw
     original(model, module, *args, **kwargs)
 
 
+def _trainer_save(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
+    original(trainer, *args, **kwargs)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if not hasattr(model, "save_pretrained"):  # neither of transformers nor of PEFT
+        warn_of_weights_alone(model, "transformers.Trainer")
+
+
 def _decay_parameter_names(original: Any, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> list[str]:
     """A learnable eps is not decayed, as biases are not: weight decay would pull it to where its name puts it."""
     names = original(trainer, model, *args, **kwargs)
@@ -334,7 +342,10 @@ INSTALLERS: dict[str, Installer] = {
         _method("PreTrainedConfig.from_dict", _config_from_dict),
         _method("PreTrainedConfig.to_dict", _config_to_dict),
     ),
-    "transformers.trainer": _method("Trainer.get_decay_parameter_names", _decay_parameter_names),
+    "transformers.trainer": both(
+        _method("Trainer.get_decay_parameter_names", _decay_parameter_names),
+        _method("Trainer._save", _trainer_save),
+    ),
     "transformers.modeling_utils": both(
         _method("PreTrainedModel.__init__", _model_init),
         _method("PreTrainedModel.post_init", _model_post_init),

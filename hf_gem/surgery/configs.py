@@ -54,6 +54,14 @@ def _names_one_of(value: str, used: set[GemSpec]) -> bool:
     return is_claimed(value) and parse(value) in used
 
 
+def write_plan_of_diffusers(model: Any) -> None:
+    """Writes the conversion of a model of diffusers into its config, or takes it out where there is none."""
+    config = {key: value for key, value in model._internal_dict.items() if key != PLAN}
+    if (plan := plan_of(model)) is not None:
+        config[PLAN] = plan
+    model._internal_dict = type(model._internal_dict)(config)
+
+
 # In memory a converted config selects what its model is built from, before the plan is applied. Saved, it selects a
 # name of the plan instead (the first in the alphabet), so that transformers alone stops at a name it does not know,
 # where it would have loaded another function. The parts of a composite model keep plans in their own configs, which

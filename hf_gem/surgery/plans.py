@@ -190,12 +190,16 @@ def apply_plan(
         )
     replace(model, slots, make)
     if kept:
-        warnings.warn(
-            f"{type(model).__name__} keeps {kept[0]}{f', and {len(kept) - 1} more' if kept[1:] else ''}: it computes "
-            "another function than what was saved; build it with the same activations, or revert their conversion",
-            stacklevel=3,
-        )
+        _say_what_stays(model, kept)
     return missing
+
+
+def _say_what_stays(model: nn.Module, kept: list[str]) -> None:
+    warnings.warn(
+        f"{type(model).__name__} keeps {kept[0]}{f', and {len(kept) - 1} more' if kept[1:] else ''}: it computes "
+        "another function than what was saved; build it with the same activations, or revert their conversion",
+        stacklevel=4,
+    )
 
 
 def complete(model: nn.Module, make: Callable[[str], nn.Module]) -> None:
