@@ -138,7 +138,7 @@ def gem_glu(gate: Tensor, up: Tensor, family: str = "egem", n: int = 1, eps: flo
         return handle_torch_function(gem_glu, (gate, up, eps), gate, up, family=family, n=n, eps=eps)
     definition, eps = _member(family, n, eps)
     n, eps = _check(gate, n, eps, "gate")
-    _check_tensor(up, "up")
+    check_tensor(up, "up")
     if (gate.shape, gate.dtype, gate.device) != (up.shape, up.dtype, up.device):
         raise ValueError(
             "gate and up must have one shape, dtype and device, got "
@@ -180,7 +180,7 @@ def _activate(family: Family, x: Tensor, n: int, eps: float | Tensor, save: str)
 
 def _check(x: Tensor, n: int, eps: float | Tensor, name: str) -> tuple[int, float | Tensor]:
     """n and eps as they are computed with, or an error that says what is wrong with them or with x."""
-    _check_tensor(x, name)
+    check_tensor(x, name)
     n = check_n(n)
     if isinstance(eps, Tensor):
         _check_eps_tensor(eps, x)
@@ -193,7 +193,8 @@ def _check(x: Tensor, n: int, eps: float | Tensor, name: str) -> tuple[int, floa
     return n, eps
 
 
-def _check_tensor(x: Tensor, name: str) -> None:
+def check_tensor(x: Tensor, name: str) -> None:
+    """Raises TypeError, saying what to do, where this is no tensor that an activation takes."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"{type(x).__name__}"
         raise TypeError(
