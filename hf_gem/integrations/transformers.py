@@ -50,12 +50,20 @@ def _install_activations(module: ModuleType) -> None:
     refuse_conflicts(module.ACT2CLS, "transformers.activations.ACT2CLS")
     instantier = type(module.ACT2FN)  # its __getitem__ builds what a lookup returns
 
-    def as_theirs(self: dict[str, Any]) -> Any:  # for pickle, which finds no class that is made here
-        return instantier, (), None, None, iter(self.items())
+    def reduced(self: dict[str, Any]) -> Any:  # pickle finds no class that is made here
+        return _instantier_with_names, (instantier,), None, None, iter(self.items())
 
-    ours = {"make": _Act2Cls.make, "__reduce__": as_theirs}
+    ours = {"make": _Act2Cls.make, "__reduce__": reduced}
     module.ACT2FN.__class__ = type(f"Gem{instantier.__name__}", (NameLookup, instantier), ours)
     replace_everywhere("ACT2CLS", module.ACT2CLS, _Act2Cls(module.ACT2CLS))
+
+
+def _instantier_with_names(instantier: Any) -> Any:
+    """An empty dict like `ACT2FN`, for a copy of it or a pickle, whose process imports hf_gem to find this."""
+    copied, shared = instantier(), sys.modules["transformers.activations"].ACT2FN
+    if issubclass(type(shared), instantier):  # else registered by nobody, or of another version
+        copied.__class__ = type(shared)
+    return copied
 
 
 def _uninstall_activations(module: ModuleType) -> None:
