@@ -19,7 +19,7 @@ from ._kernels import formulas
 from ._torch import in_forward_ad, in_functorch_transform, is_tracing
 from .family.arithmetic import working
 from .family.egem import EGEM, GEM
-from .family.formulas import eps_slope, forward, inverse, slope
+from .family.formulas import eps_slope, forward, inverse, slope, slope_at
 from .family.names import GemSpec, check_eps, check_n
 from .family.segem import SEGEM
 from .family.table import DEFAULT_EPS, Family, family_named
@@ -272,20 +272,43 @@ class _Inverse(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, eps: float | Tensor, family: Family, n: int) -> Tensor:
         x = inverse(family, n, eps, y)
         ctx.family, ctx.n, ctx.eps = family, n, None if isinstance(eps, Tensor) else eps
-        ctx.save_for_backward(x, *((eps,) if isinstance(eps, Tensor) else ()))
-        ctx.dtype = y.dtype
+        ctx.save_for_backward(y, x, *((eps,) if isinstance(eps, Tensor) else ()))
         return x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, *rest = ctx.saved_tensors
+        y, x, *rest = ctx.saved_tensors
         eps = rest[0] if rest else ctx.eps
-        steepness = slope(ctx.family, ctx.n, eps, x)
-        grad_y = torch.where(steepness != 0, grad / steepness, 0.0)
+        # By the slope that the backward pass of `_Activation`, which comes next, multiplies by.
+        if torch.is_grad_enabled() or ctx.needs_input_grad[1]:
+            steepness = slope(ctx.family, ctx.n, eps, x)
+        else:
+            steepness = slope_at(ctx.family, ctx.n, eps, y)
+        grad_y = _Quotient.apply(grad, steepness)
         grad_eps = None
         if ctx.needs_input_grad[1]:
             grad_eps = (-grad_y * eps_slope(ctx.family, ctx.n, eps, x)).sum_to_size(eps.shape).to(eps.dtype)
-        return grad_y.to(ctx.dtype), grad_eps, None, None
+        return grad_y.to(y.dtype), grad_eps, None, None
+
+
+class _Quotient(torch.autograd.Function):
+    """a / b, and 0 where b is. The slopes by which derivatives of an inverse divide were factors before, and vanish.
+
+    So each division comes first where it is differentiated again, when the factor is still there: autograd's own
+    `a / b / b` overflows, and `torch.where` passes on a NaN from what it did not select.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        quotient = torch.where(b != 0, a / b, 0.0)
+        ctx.save_for_backward(quotient, b)
+        return quotient
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        quotient, b = ctx.saved_tensors
+        share = _Quotient.apply(grad, b)
+        return share, -share * quotient
 
 
 class _Glu(torch.autograd.Function):
