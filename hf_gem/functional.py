@@ -260,7 +260,8 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
         if ctx.output and "inplace operation" in str(error):
             raise RuntimeError(
                 "the output of a GEM activation was overwritten in place, as Dropout(inplace=True) does, and its "
-                'backward pass keeps that output: take save="input", `module.save = "input"`. ' + str(error)
+                'backward pass keeps that output: take save="input", `module.save = "input"`, or for all of them '
+                "HF_GEM_SAVE=input in the environment. " + str(error)
             ) from None
         raise
 

@@ -41,8 +41,11 @@ class ActName(str):
 
 
 def _function(x: Tensor, n: int, eps: float, family: str, inplace: bool = False) -> Tensor:
-    """An activation function as timm calls it: `inplace` is accepted, and the input never overwritten."""
-    return functional.activation(x, family, n, eps)
+    """An activation function as timm calls it: `inplace` is accepted, and the input never overwritten.
+
+    The backward pass keeps the input: nfnet multiplies the result in place, and there is no module to say so to.
+    """
+    return functional.activation(x, family, n, eps, save="input")
 
 
 def _make_function(spec: GemSpec) -> Callable[..., Tensor]:
