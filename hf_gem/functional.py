@@ -19,7 +19,7 @@ from ._kernels import formulas
 from ._torch import in_forward_ad, in_functorch_transform, is_tracing
 from .family.arithmetic import working
 from .family.egem import EGEM, GEM
-from .family.formulas import eps_slope, forward, inverse, slope
+from .family.formulas import eps_slope, forward, inverse, slope, slope_at
 from .family.names import GemSpec, check_eps, check_n
 from .family.segem import SEGEM
 from .family.table import DEFAULT_EPS, Family, family_named
@@ -138,7 +138,7 @@ def gem_glu(gate: Tensor, up: Tensor, family: str = "egem", n: int = 1, eps: flo
         return handle_torch_function(gem_glu, (gate, up, eps), gate, up, family=family, n=n, eps=eps)
     definition, eps = _member(family, n, eps)
     n, eps = _check(gate, n, eps, "gate")
-    _check_tensor(up, "up")
+    check_tensor(up, "up")
     if (gate.shape, gate.dtype, gate.device) != (up.shape, up.dtype, up.device):
         raise ValueError(
             "gate and up must have one shape, dtype and device, got "
@@ -180,7 +180,7 @@ def _activate(family: Family, x: Tensor, n: int, eps: float | Tensor, save: str)
 
 def _check(x: Tensor, n: int, eps: float | Tensor, name: str) -> tuple[int, float | Tensor]:
     """n and eps as they are computed with, or an error that says what is wrong with them or with x."""
-    _check_tensor(x, name)
+    check_tensor(x, name)
     n = check_n(n)
     if isinstance(eps, Tensor):
         _check_eps_tensor(eps, x)
@@ -193,7 +193,8 @@ def _check(x: Tensor, n: int, eps: float | Tensor, name: str) -> tuple[int, floa
     return n, eps
 
 
-def _check_tensor(x: Tensor, name: str) -> None:
+def check_tensor(x: Tensor, name: str) -> None:
+    """Raises TypeError, saying what to do, where this is no tensor that an activation takes."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"{type(x).__name__}"
         raise TypeError(
@@ -259,7 +260,8 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
         if ctx.output and "inplace operation" in str(error):
             raise RuntimeError(
                 "the output of a GEM activation was overwritten in place, as Dropout(inplace=True) does, and its "
-                'backward pass keeps that output: take save="input", `module.save = "input"`. ' + str(error)
+                'backward pass keeps that output: take save="input", `module.save = "input"`, or for all of them '
+                "HF_GEM_SAVE=input in the environment. " + str(error)
             ) from None
         raise
 
@@ -271,20 +273,43 @@ class _Inverse(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, eps: float | Tensor, family: Family, n: int) -> Tensor:
         x = inverse(family, n, eps, y)
         ctx.family, ctx.n, ctx.eps = family, n, None if isinstance(eps, Tensor) else eps
-        ctx.save_for_backward(x, *((eps,) if isinstance(eps, Tensor) else ()))
-        ctx.dtype = y.dtype
+        ctx.save_for_backward(y, x, *((eps,) if isinstance(eps, Tensor) else ()))
         return x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, *rest = ctx.saved_tensors
+        y, x, *rest = ctx.saved_tensors
         eps = rest[0] if rest else ctx.eps
-        steepness = slope(ctx.family, ctx.n, eps, x)
-        grad_y = torch.where(steepness != 0, grad / steepness, 0.0)
+        # By the slope that the backward pass of `_Activation`, which comes next, multiplies by.
+        if torch.is_grad_enabled() or ctx.needs_input_grad[1]:
+            steepness = slope(ctx.family, ctx.n, eps, x)
+        else:
+            steepness = slope_at(ctx.family, ctx.n, eps, y)
+        grad_y = _Quotient.apply(grad, steepness)
         grad_eps = None
         if ctx.needs_input_grad[1]:
             grad_eps = (-grad_y * eps_slope(ctx.family, ctx.n, eps, x)).sum_to_size(eps.shape).to(eps.dtype)
-        return grad_y.to(ctx.dtype), grad_eps, None, None
+        return grad_y.to(y.dtype), grad_eps, None, None
+
+
+class _Quotient(torch.autograd.Function):
+    """a / b, and 0 where b is. The slopes by which derivatives of an inverse divide were factors before, and vanish.
+
+    So each division comes first where it is differentiated again, when the factor is still there: autograd's own
+    `a / b / b` overflows, and `torch.where` passes on a NaN from what it did not select.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        quotient = torch.where(b != 0, a / b, 0.0)
+        ctx.save_for_backward(quotient, b)
+        return quotient
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        quotient, b = ctx.saved_tensors
+        share = _Quotient.apply(grad, b)
+        return share, -share * quotient
 
 
 class _Glu(torch.autograd.Function):

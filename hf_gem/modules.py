@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -13,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import functional
 from ._kernels import check_save
-from .family.arithmetic import scale, scale_tensor, working
+from .family.arithmetic import saturated, scale, scale_tensor, working
 from .family.names import GemSpec, parse
 from .family.table import DEFAULT_EPS
 
@@ -24,9 +23,8 @@ def _eps_at(log_ratio: Tensor, init_eps: float) -> Tensor:
         return handle_torch_function(_eps_at, (log_ratio,), log_ratio, init_eps)
     if log_ratio.dtype != torch.float64:
         log_ratio = log_ratio.to(torch.float32)
-    # Within LEARNABLE_RANGE, which TorchScript could not look up, and where exp itself is finite.
-    low, high = max(math.log(1e-37 / init_eps), -87.0), min(math.log(1e37 / init_eps), 87.0)
-    return init_eps * torch.exp(log_ratio.clamp(low, high))
+    # Where exp itself is finite. No bound is computed from init_eps: a compiler would make a graph for each.
+    return saturated(init_eps * torch.exp(log_ratio.clamp(-87.0, 87.0)))
 
 
 class GemActivation(nn.Module):
@@ -84,6 +82,8 @@ class GemActivation(nn.Module):
         self.num_parameters = num_parameters
         self.channel_dim = channel_dim
         self.save = save
+        self.e: float  # see __setattr__
+        self.re: float
         self.log_ratio: nn.Parameter | None
         if learnable:
             self.log_ratio = nn.Parameter(torch.zeros(num_parameters))  # never 0-dim, which FSDP2 cannot shard
@@ -105,9 +105,17 @@ class GemActivation(nn.Module):
         """Family, n, initial eps and learnability."""
         return GemSpec(self.family, self.n, self.init_eps, self.log_ratio is not None)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("n", "init_eps") and vars(self).keys() >= {"n", "init_eps"}:
+            r, self.e = scale(self.init_eps, self.n)
+            self.re = r * self.e  # exact, as is the r = re / e that follows; for what it is good, see `captured`
+
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         if torch.jit.is_scripting():
             return self._scripted(x)
+        if self.log_ratio is None and torch.compiler.is_compiling():
+            return self.captured(x)
         if self.log_ratio is None:
             return functional.activation(x, self.family, self.n, self.init_eps, self.save)
         eps = _eps_at(self.log_ratio, self.init_eps)
@@ -115,6 +123,17 @@ class GemActivation(nn.Module):
             return functional.activation(x, self.family, self.n, eps.view([]), self.save)
         x = x.movedim(self.channel_dim, -1)
         return functional.activation(x, self.family, self.n, eps, self.save).movedim(-1, self.channel_dim)
+
+    def captured(self, x: Tensor, up: Tensor | None = None) -> Tensor:
+        """`forward` for a compiler, of a fixed eps; with `up`, times that, rounded once.
+
+        Floats are inputs of its graph as soon as they differ, so that layers share one whatever their eps. An r that is
+        computed there from eps would be a constant, with a graph for each layer, up to the limit past which nothing is
+        compiled. And r is the same for many eps: it would cost one graph more when it first differs; r e does not.
+        """
+        functional.check_tensor(x, "x")
+        y = self.formula(working(x), self.n, self.re / self.e, self.e)
+        return (y if up is None else y * up).to(x.dtype)
 
     def extra_repr(self) -> str:
         definition = self.spec.definition
@@ -135,15 +154,15 @@ class GemActivation(nn.Module):
         # Pickles of version 0.1.0 lack these.
         vars(self).setdefault("family", type(self).__name__.lower())
         vars(self).setdefault("formula", self.spec.definition.value)
+        self.n = self.n  # and e and re
 
     def _scripted(self, x: Tensor) -> Tensor:
         """`forward` for TorchScript, which takes the formula as it is, with tensors for r and e."""
         z = working(x)
         log_ratio = self.log_ratio
         if log_ratio is None:
-            r_number, e_number = scale(self.init_eps, self.n)
-            r = torch.full([], r_number, dtype=z.dtype, device=z.device)
-            e = torch.full([], e_number, dtype=z.dtype, device=z.device)
+            r = torch.full([], self.re / self.e, dtype=z.dtype, device=z.device)
+            e = torch.full([], self.e, dtype=z.dtype, device=z.device)
             return self.formula(z, self.n, r, e).to(x.dtype)
         eps = _eps_at(log_ratio, self.init_eps).to(z.dtype)
         if self.num_parameters == 1:

@@ -284,6 +284,64 @@ def test_compile_of_a_learnable_module(family):
     torch.testing.assert_close(got, expected, rtol=0, atol=5 * 147 * 2**-24 * math.sqrt(0.3))
 
 
+class Block(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.linear, self.act = nn.Linear(8, 8), act
+
+    def forward(self, x):
+        return x + self.act(self.linear(x))
+
+
+def run_blocks(activations):
+    """How many graphs a compiler makes of blocks, compiled one by one; and the greatest deviation of the gradient."""
+    torch._dynamo.reset()
+    graphs = []
+    aot = torch._dynamo.lookup_backend("aot_eager")
+    blocks = nn.Sequential(*map(Block, activations))
+    plain = copy.deepcopy(blocks)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot(graph, inputs)
+
+    for block in blocks:
+        block.compile(backend=backend, fullgraph=True)
+    x = torch.randn(5, 8, requires_grad=True)
+    grads = [torch.autograd.grad(model(x).sum(), x)[0] for model in (blocks, plain)]
+    return len(graphs), (grads[0] - grads[1]).abs().max() / grads[1].abs().max()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda eps: EGEM(1, eps),
+        lambda eps: SEGEM(2, eps),
+        lambda eps: EGEM(1, eps, learnable=True),
+        lambda eps: SEGEM(1, eps, learnable=True, num_parameters=8, channel_dim=-1),
+    ],
+    ids=["egem", "segem_n2", "learnable", "one a channel"],
+)
+def test_compiling_layers_with_an_eps_of_their_own(make):
+    """`convert(..., per_layer=True)` leaves such. One graph for the first eps and one for any; a limit is at 8."""
+    count, deviation = run_blocks([make(eps) for eps in (0.01, 0.02, 0.3, 4.0)])
+    assert count == 2
+    assert deviation < 4 * 40 * 2**-24  # 4 layers, each of a slope within some ten roundings and a product of 8 terms
+
+
+@pytest.mark.parametrize("name", ["egem_eps0.01", "segem_n2_eps3", "gem_n3"])
+def test_what_is_compiled_follows_n_and_eps(name):
+    module = get_activation(name)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(100)
+    torch._dynamo.reset()
+    for changes in ({}, {"init_eps": 0.5}, {"n": 1}, {"n": 2, "init_eps": 1e-6}):
+        for key, value in changes.items():
+            if not (key == "init_eps" and name.startswith("gem")):
+                setattr(module, key, value)
+        assert torch.equal(compiled(x), module(x))
+
+
 @learnable_families
 def test_a_learnable_eps_is_exact_in_float64(family):
     module = LEARNABLE[family](2, 0.3, learnable=True).double()

@@ -7,10 +7,14 @@ from types import ModuleType
 
 import wrapt
 
-from . import timm, transformers
+from . import diffusers, peft, sentence_transformers, timm, transformers, weights
+from .registry import Installer
 
 # The module that, once imported, makes a registration possible -> what to do and undo. One row for each place we hook.
-_INSTALLERS = {**transformers.INSTALLERS, **timm.INSTALLERS}
+_LIBRARIES = (transformers, timm, peft, diffusers, sentence_transformers, weights)
+_INSTALLERS: dict[str, Installer] = {}
+for _library in _LIBRARIES:
+    _INSTALLERS |= _library.INSTALLERS
 _hooked: set[str] = set()
 _active = False
 

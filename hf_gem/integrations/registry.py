@@ -117,6 +117,20 @@ def patch(path: str, wrapper: Callable[..., Any], lost: str) -> Installer:
     return install, uninstall
 
 
+def both(*installers: Installer) -> Installer:
+    """Several pairs as one."""
+
+    def install(module: ModuleType) -> None:
+        for do, _ in installers:
+            do(module)
+
+    def uninstall(module: ModuleType) -> None:
+        for _, undo in reversed(installers):
+            undo(module)
+
+    return install, uninstall
+
+
 def replace_everywhere(name: str, old: object, new: object) -> None:
     """Rebinds `name` in every module that holds `old` by this name, as `from ... import name` leaves it."""
     for module in list(sys.modules.values()):

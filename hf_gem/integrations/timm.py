@@ -41,8 +41,11 @@ class ActName(str):
 
 
 def _function(x: Tensor, n: int, eps: float, family: str, inplace: bool = False) -> Tensor:
-    """An activation function as timm calls it: `inplace` is accepted, and the input never overwritten."""
-    return functional.activation(x, family, n, eps)
+    """An activation function as timm calls it: `inplace` is accepted, and the input never overwritten.
+
+    The backward pass keeps the input: nfnet multiplies the result in place, and there is no module to say so to.
+    """
+    return functional.activation(x, family, n, eps, save="input")
 
 
 def _make_function(spec: GemSpec) -> Callable[..., Tensor]:
@@ -92,7 +95,8 @@ def _build_model(original: Any, model_cls: Any, *args: Any, **kwargs: Any) -> nn
                 module.to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
                 if "replaces" not in vars(module) and module.spec.name in names.values():
                     vars(module)[BUILT] = True  # not by a class as act_layer, which no config holds
-        _warn_of_what_is_left(names, model)
+        if plan is None:  # else it is as it was when it was saved
+            _warn_of_what_is_left(names, model)
         return model
 
     model: Any = original(build, *args, **kwargs)

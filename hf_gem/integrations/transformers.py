@@ -28,9 +28,11 @@ from ..surgery.fields import (
     set_activation,
 )
 from ..surgery.kinds import is_stock, kind, stock_slots
-from ..surgery.plans import PLAN, apply_plans, complete, parts_inside, parts_of, unnamed
+from ..surgery.plans import PLAN, apply_plans, complete, parts_inside, parts_of, specs, unnamed
 from ..surgery.slots import BUILT, join
-from .registry import Installer, NameLookup, lookups, patch, refuse_conflicts, replace_everywhere
+from .peft import write_adapter_plan
+from .registry import Installer, NameLookup, both, lookups, patch, refuse_conflicts, replace_everywhere
+from .weights import warn_of_weights_alone
 
 
 class _Act2Cls(NameLookup):
@@ -48,12 +50,20 @@ def _install_activations(module: ModuleType) -> None:
     refuse_conflicts(module.ACT2CLS, "transformers.activations.ACT2CLS")
     instantier = type(module.ACT2FN)  # its __getitem__ builds what a lookup returns
 
-    def as_theirs(self: dict[str, Any]) -> Any:  # for pickle, which finds no class that is made here
-        return instantier, (), None, None, iter(self.items())
+    def reduced(self: dict[str, Any]) -> Any:  # pickle finds no class that is made here
+        return _instantier_with_names, (instantier,), None, None, iter(self.items())
 
-    ours = {"make": _Act2Cls.make, "__reduce__": as_theirs}
+    ours = {"make": _Act2Cls.make, "__reduce__": reduced}
     module.ACT2FN.__class__ = type(f"Gem{instantier.__name__}", (NameLookup, instantier), ours)
     replace_everywhere("ACT2CLS", module.ACT2CLS, _Act2Cls(module.ACT2CLS))
+
+
+def _instantier_with_names(instantier: Any) -> Any:
+    """An empty dict like `ACT2FN`, for a copy of it or a pickle, whose process imports hf_gem to find this."""
+    copied, shared = instantier(), sys.modules["transformers.activations"].ACT2FN
+    if issubclass(type(shared), instantier):  # else registered by nobody, or of another version
+        copied.__class__ = type(shared)
+    return copied
 
 
 def _uninstall_activations(module: ModuleType) -> None:
@@ -223,12 +233,12 @@ def _say_what_is_left(model: Any) -> None:
         named = {key: value for key, value in named.items() if is_claimed(value)}
         if not named:
             continue
-        used = {module.spec for module in part.modules() if isinstance(module, GemActivation)}
+        used = specs(part, replaced=True)  # what a conversion replaced had taken effect before
         for key, value in named.items():
             if parse(value) not in used:
                 name = value
                 unused.append(f"{type(part.config).__name__} has {key}={value!r}")
-            elif is_body(key):
+            elif is_body(key) and PLAN not in vars(part.config):  # else it is as it was when it was saved
                 name = value
                 # A part inside this one answers for itself, and what another field selects was left to that.
                 inner = parts_inside(parts, path)
@@ -290,6 +300,8 @@ def _save_pretrained(original: Any, model: Any, *args: Any, **kwargs: Any) -> An
     inner = nested_configs(model.config).values()
     before = [vars(config).get(PLAN) for config in inner]
     write_plan(model)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        write_adapter_plan(model, model.peft_config)
     try:
         return original(model, *args, **kwargs)
     finally:
@@ -306,23 +318,18 @@ def _initialize_weights(original: Any, model: Any, module: Any, *args: Any, **kw
     original(model, module, *args, **kwargs)
 
 
+def _trainer_save(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
+    original(trainer, *args, **kwargs)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if not hasattr(model, "save_pretrained"):  # neither of transformers nor of PEFT
+        warn_of_weights_alone(model, "transformers.Trainer")
+
+
 def _decay_parameter_names(original: Any, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> list[str]:
     """A learnable eps is not decayed, as biases are not: weight decay would pull it to where its name puts it."""
     names = original(trainer, model, *args, **kwargs)
     activations = {f"{path}.log_ratio" for path, module in model.named_modules() if isinstance(module, GemActivation)}
     return [name for name in names if name not in activations]
-
-
-def _both(*installers: Installer) -> Installer:
-    def install(module: ModuleType) -> None:
-        for do, _ in installers:
-            do(module)
-
-    def uninstall(module: ModuleType) -> None:
-        for _, undo in reversed(installers):
-            undo(module)
-
-    return install, uninstall
 
 
 _method = functools.partial(
@@ -338,13 +345,16 @@ INSTALLERS: dict[str, Installer] = {
     "transformers.models.openai.modeling_openai": lookups(
         "transformers.models.openai.modeling_openai", {"ACT_FNS": _Instances}
     ),
-    "transformers.configuration_utils": _both(
+    "transformers.configuration_utils": both(
         _method("PreTrainedConfig.__post_init__", _config_post_init),
         _method("PreTrainedConfig.from_dict", _config_from_dict),
         _method("PreTrainedConfig.to_dict", _config_to_dict),
     ),
-    "transformers.trainer": _method("Trainer.get_decay_parameter_names", _decay_parameter_names),
-    "transformers.modeling_utils": _both(
+    "transformers.trainer": both(
+        _method("Trainer.get_decay_parameter_names", _decay_parameter_names),
+        _method("Trainer._save", _trainer_save),
+    ),
+    "transformers.modeling_utils": both(
         _method("PreTrainedModel.__init__", _model_init),
         _method("PreTrainedModel.post_init", _model_post_init),
         _method("PreTrainedModel._initialize_weights", _initialize_weights),

@@ -6,9 +6,9 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from ..family.names import is_claimed
+from ..family.names import GemSpec, is_claimed, parse
 from .fields import activation_fields, declares, nested_configs, plain_name
-from .plans import PLAN, check_plan, parts_inside, parts_of, plan_of
+from .plans import PLAN, check_plan, parts_inside, parts_of, plan_of, specs
 
 
 def own_config(model: Any) -> None:
@@ -37,15 +37,29 @@ def write_plan(model: Any) -> None:
         if plan is None:
             continue
         owned = {id(other.config) for other in parts.values() if other is not part}
+        used = specs(part)
         elsewhere = tuple(prefix for prefix, config in nested_configs(part.config).items() if id(config) in owned)
         part.config.hf_gem = {
             **plan,
             "fields": {
                 field.path: field.value
                 for field in activation_fields(part.config)
-                if field.is_body and not is_claimed(field.value) and not field.path.startswith(elsewhere)
+                if field.is_body and not field.path.startswith(elsewhere) and not _names_one_of(field.value, used)
             },
         }
+
+
+def _names_one_of(value: str, used: set[GemSpec]) -> bool:
+    value = plain_name(value)
+    return is_claimed(value) and parse(value) in used
+
+
+def write_plan_of_diffusers(model: Any) -> None:
+    """Writes the conversion of a model of diffusers into its config, or takes it out where there is none."""
+    config = {key: value for key, value in model._internal_dict.items() if key != PLAN}
+    if (plan := plan_of(model)) is not None:
+        config[PLAN] = plan
+    model._internal_dict = type(model._internal_dict)(config)
 
 
 # In memory a converted config selects what its model is built from, before the plan is applied. Saved, it selects a

@@ -19,7 +19,7 @@ from ..files import to_json
 from ..fit import MATCH_C, Fit
 from .audit import Audit, audit
 from .calibrate import Calibration, calibrate, replace_all
-from .configs import own_config, write_plan
+from .configs import own_config, write_plan, write_plan_of_diffusers
 from .kinds import describe, is_elementwise, is_gate, kind, stock_slots
 from .reports import places
 from .running import arguments
@@ -389,7 +389,11 @@ def _nothing_to_replace(
 
 
 def _write_plans(model: nn.Module) -> None:
-    """Into the config of every transformers model in here that is not a part of another."""
+    """Into the config of every model of diffusers in here, and of transformers that is not a part of another."""
+    if (diffusers := sys.modules.get("diffusers.configuration_utils")) is not None:
+        for module in model.modules():
+            if isinstance(module, diffusers.ConfigMixin):  # also read where a copy is built, such as an average
+                write_plan_of_diffusers(module)
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is None:
         return

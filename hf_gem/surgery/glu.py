@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from .. import functional
@@ -159,6 +160,8 @@ def _glu(*, act: Any, gate: Any, up: Any) -> Any:
     """`act(gate) * up`, by one call where that is the same but for rounding."""
     plain = type(gate) is Tensor and type(up) is Tensor and not is_tracing()  # not sharded, nested, of fx ...
     if plain and gate.shape == up.shape and gate.dtype == up.dtype and _can_fuse(act) and not _is_watched(act):
+        if act.log_ratio is None and torch.compiler.is_compiling():
+            return act.captured(gate, up)
         eps = act.init_eps if act.log_ratio is None else act.eps.view([])
         return functional.gem_glu(gate, up, family=act.family, n=act.n, eps=eps)
     return act(gate) * up

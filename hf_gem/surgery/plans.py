@@ -9,6 +9,7 @@ hold, is read off the model, with what was put into it by hand:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,12 +23,24 @@ _VERSION = 1
 _HALF_HARD_CODED = {"hgnet_v2", "resnet", "rt_detr_resnet", "uvdoc"}  # model types; see `complete`
 
 
-def added(model: nn.Module) -> Iterator[Slot]:
-    """The slots with an activation of the family that does not come with the model: converted, or put in by hand."""
+def added(model: nn.Module, built: bool = False) -> Iterator[Slot]:
+    """The slots with an activation of the family that does not come with the model: converted, or put in by hand.
+
+    With `built`, those too that come with it, by its config.
+    """
     for slot in module_slots(model):
         # Duck typing: in a checkpoint this file stands beside another class of activations.
-        if isinstance(getattr(slot.occupant, "spec", None), GemSpec) and BUILT not in vars(slot.occupant):
+        if isinstance(getattr(slot.occupant, "spec", None), GemSpec) and (built or BUILT not in vars(slot.occupant)):
             yield slot
+
+
+def specs(model: nn.Module, replaced: bool = False) -> set[GemSpec]:
+    """The members of the family that a model has now; with `replaced`, those too that a conversion has replaced."""
+    modules = list(model.modules())
+    if replaced:
+        modules += [old for module in modules for old in vars(module).get("replaces", ()) if isinstance(old, nn.Module)]
+    found = (getattr(module, "spec", None) for module in modules)
+    return {spec for spec in found if isinstance(spec, GemSpec)}
 
 
 def unnamed(model: nn.Module) -> str | None:
@@ -43,15 +56,17 @@ def unnamed(model: nn.Module) -> str | None:
     return None
 
 
-def plan_of(model: nn.Module, without: tuple[str, ...] = ()) -> dict[str, Any] | None:
+def plan_of(model: nn.Module, without: tuple[str, ...] = (), built: bool = False) -> dict[str, Any] | None:
     """The conversion of a model, and what was put in by hand, as JSON values, or None where there is none.
 
     Args:
         model: The model.
         without: What the paths in parts start with that keep a plan of their own, as `parts_inside` gives it.
+        built: Whether what comes with the model by its config is in the plan too, for what is loaded into a model of
+            another config.
     """
     activations: dict[str, list[str]] = {}
-    for slot in added(model):
+    for slot in added(model, built):
         if not slot.path.startswith(without):
             module: Any = slot.occupant
             activations.setdefault(module.spec.name, []).append(slot.path)
@@ -113,7 +128,11 @@ def apply_plans(model: nn.Module, make: Callable[[str], nn.Module], unfinished: 
 
 
 def apply_plan(
-    plan: dict[str, Any], model: nn.Module, make: Callable[[str], nn.Module], unfinished: bool = False
+    plan: dict[str, Any],
+    model: nn.Module,
+    make: Callable[[str], nn.Module],
+    unfinished: bool = False,
+    keep: str = "",
 ) -> dict[str, str]:
     """Replays a conversion on a freshly built model, before its weights are loaded.
 
@@ -126,6 +145,8 @@ def apply_plan(
         model: The model, in its original state or converted already.
         make: Builds the module for a name.
         unfinished: Whether parts of the model may still be to come, so that what is not found is left out.
+        keep: What comes with the plan, such as an adapter, where a member of the family that the model has already
+            stays, and a warning says that it is another one.
 
     Returns:
         What was left out: path -> name.
@@ -144,6 +165,7 @@ def apply_plan(
 
     slots: dict[str, list[Slot]] = {}
     missing = {}
+    kept = []
     for name, paths in plan["activations"].items():
         for path in paths:
             in_head = not path.startswith(theirs)
@@ -154,7 +176,10 @@ def apply_plan(
                 if not in_head and not (is_excerpt and path.removeprefix(theirs).split(".")[0] not in parts):
                     missing[path] = name
                 continue
-            if getattr(slot.occupant, "spec", None) != parse(name):
+            present = getattr(slot.occupant, "spec", None)
+            if keep and isinstance(present, GemSpec) and present != parse(name):
+                kept.append(f"{present.name!r} at {here!r}, where {keep} had {name!r}")
+            elif present != parse(name):
                 slots.setdefault(name, []).append(slot)
     if missing and not unfinished:
         path, name = next(iter(missing.items()))
@@ -164,7 +189,17 @@ def apply_plan(
             "its config to load it unconverted"
         )
     replace(model, slots, make)
+    if kept:
+        _say_what_stays(model, kept)
     return missing
+
+
+def _say_what_stays(model: nn.Module, kept: list[str]) -> None:
+    warnings.warn(
+        f"{type(model).__name__} keeps {kept[0]}{f', and {len(kept) - 1} more' if kept[1:] else ''}: it computes "
+        "another function than what was saved; build it with the same activations, or revert their conversion",
+        stacklevel=4,
+    )
 
 
 def complete(model: nn.Module, make: Callable[[str], nn.Module]) -> None:

@@ -15,6 +15,10 @@ BUILT = "_hf_gem_built"  # an attribute of the activations that come with their 
 _PACKED = "used_nested_tensor"  # an attribute; see `match_nested_tensors`
 
 
+# Classes that overwrite what their activation returns, so that its backward pass has to keep the input.
+_OVERWRITES = {"GammaAct"}  # of timm's nfnet
+
+
 @dataclass(frozen=True)
 class Slot:
     """A place that holds an activation: attribute `key` of the module `owner`, a submodule or a plain function."""
@@ -100,8 +104,11 @@ def replace(
             # Functions are shared by everyone who imports them, which says nothing about this model.
             distinct = learnable or not isinstance(old, nn.Module)
             new = None if distinct else made.get((id(old), name))
-            if new is None:
+            overwritten = type(slot.owner).__name__ in _OVERWRITES
+            if new is None or overwritten:
                 new = made[id(old), name] = _make(make, name, _neighbour(model, slot.path) if learnable else None)
+            if overwritten and hasattr(new, "save"):  # a checkpoint's own class has one way only
+                new.save = "input"
             if written_down:
                 # In a tuple, which hides it from the model; the first one, where a conversion is converted.
                 vars(new)["replaces"] = getattr(old, "replaces", (old,))

@@ -493,6 +493,34 @@ def test_converted_again_and_reverted(tmp_path):
     assert model.config.activation_function == "gelu_new"
 
 
+@pytest.mark.parametrize("skip", [None, "*.0.*"], ids=["all", "some"])
+@pytest.mark.parametrize("kind", ["config", "timm", "timm in transformers"])
+def test_from_one_member_of_the_family_to_another(kind, skip, tmp_path):
+    wrapped = transformers.TimmWrapperConfig(architecture="resnet10t", model_args={"act_layer": "gem_n2"})
+    make = {
+        "config": lambda: BertModel(BertConfig(**WORDS, hidden_act="gem_n2")),
+        "timm": lambda: timm.create_model("resnet10t", act_layer="gem_n2", num_classes=3),
+        "timm in transformers": lambda: transformers.TimmWrapperForImageClassification(wrapped),
+    }
+    model = make[kind]()
+    hf_gem.convert(model, "segem", skip=skip)
+    names = set(activations(disturb(model)).values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what was replaced had taken effect
+        if kind == "timm":
+            save_for_hf(model, tmp_path, safe_serialization=True)
+            loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        else:
+            loaded = type(model).from_pretrained(saved(model, tmp_path))
+    assert activations(loaded) == activations(model)
+    assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
+    if kind != "timm":
+        config = json.loads((tmp_path / "config.json").read_text())
+        named = config["model_args"]["act_layer"] if "model_args" in config else config["hidden_act"]
+        assert named == min(names)  # gem_n2 only where some of it is left
+        assert kind != "config" or same(model, loaded, TEXT)
+
+
 def test_another_activation_for_a_converted_model(tmp_path):
     model = gpt2()
     saved(model, tmp_path)

@@ -221,6 +221,22 @@ def test_nfnet():
         on_meta("nf_resnet26", act_layer="hard_mish")
 
 
+@pytest.mark.parametrize("how", ["act_layer", "convert"])
+def test_nfnet_trains_where_outputs_are_kept(how, monkeypatch):
+    """As on a GPU. Its GammaAct multiplies in place what the function that it looked up returned."""
+    monkeypatch.setattr("hf_gem._kernels.dispatch._DEFAULT_SAVE", "output")
+    act = timm.models.nfnet.GammaAct("gem_n2" if how == "act_layer" else "gelu", gamma=1.7)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), act, torch.nn.Linear(4, 2))
+    if how == "convert":
+        hf_gem.convert(model, "gem_n2")
+    x = torch.randn(5, 3)
+    (got,) = torch.autograd.grad(model(x).sum(), model[0].weight)
+    h = model[0](x)
+    expected = torch.autograd.grad((1.7 * hf_gem.gem(h, 2, save="input") @ model[2].weight.T).sum(), model[0].weight)
+    torch.testing.assert_close(got, expected[0])
+
+
+
 @pytest.mark.parametrize("name", ["gem_n2", "egem_learnable"])
 def test_feature_extraction_by_fx(name):
     model = timm.create_model("resnet10t", act_layer=name).eval()

@@ -522,9 +522,48 @@ def test_keywords_that_are_about_something_else_are_left_alone(key, value):
 
 def test_the_registry_keeps_its_contract():
     registry = activations.ACT2FN
-    copied = pickle.loads(pickle.dumps(registry))
-    assert dict(copied.items()) == dict(registry.items())
-    assert isinstance(copied["gelu"], torch.nn.Module)
+    for copied in (pickle.loads(pickle.dumps(registry)), copy.deepcopy(registry), copy.copy(registry)):
+        assert copied is not registry
+        assert dict(copied.items()) == dict(registry.items())
+        assert isinstance(copied["gelu"], torch.nn.Module)
+        assert copied["gem_n2"].spec.name == "gem_n2"
+        assert "gem_n2" in copied
+    for copied in (pickle.loads(pickle.dumps(activations.ACT2CLS)), copy.deepcopy(activations.ACT2CLS)):
+        assert copied["gem_n2"]().spec.name == "gem_n2"
+    pickled = pickle.dumps(registry)
+    hf_gem.unregister()
+    try:
+        assert "gem_n2" not in pickle.loads(pickled)
+    finally:
+        hf_gem.register()
     assert registry.get("gem_n2")().spec == hf_gem.parse("gem_n2")
     assert registry.get("relu") is torch.nn.ReLU
     assert registry.get("nothing", 3) == 3
+
+
+_MAPPED = """
+import datasets
+from transformers.activations import ACT2FN
+
+from tests.helpers import ROOT, run_python
+import hf_gem, torch
+
+def apply(row):
+    return {"y": float(ACT2FN["gem_n2"](torch.tensor(row["x"])))}
+
+if __name__ == "__main__":
+    rows = datasets.Dataset.from_dict({"x": [0.5, -1.0, 2.0, 1.0]}).map(apply, num_proc=2)
+    print(*rows["y"])
+"""
+
+
+def test_the_registry_in_workers(tmp_path):
+    pytest.importorskip("datasets", reason="its map pickles a function with its globals")
+    pytest.importorskip("accelerate", reason="the helper of all tests that start processes wants it")
+    from tests.helpers import ROOT, run_python
+
+    (tmp_path / "mapped.py").write_text(_MAPPED)
+    result = run_python(tmp_path / "mapped.py", HF_HOME=str(tmp_path), PYTHONPATH=str(ROOT))
+    assert result.returncode == 0, result.stderr
+    y = [float(hf_gem.gem(torch.tensor(x), 2)) for x in (0.5, -1.0, 2.0, 1.0)]
+    assert [float(word) for word in result.stdout.split()] == y

@@ -595,6 +595,26 @@ def test_compiled(name):
     assert [graphs.index(graph) for graph in ran] == [0, 1, 0]
 
 
+def test_compiled_with_an_eps_for_each_layer():
+    mlp = build().model.layers[0].mlp
+    x = torch.randn(2, 3, 16, dtype=torch.float64)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    for eps in (0.01, 0.02, 0.3, 4.0):
+        layer = copy.deepcopy(mlp)
+        layer.act_fn = EGEM(eps=eps)
+        patch_glu(layer)
+        expected = layer(x)
+        layer.compile(backend=backend, fullgraph=True)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    assert len(graphs) == 2  # one for the first, one for any
+
+
 @pytest.mark.slow
 def test_compiled_in_training(fused):
     model = build()

@@ -1,0 +1,136 @@
+"""PEFT: an adapter takes along the activations that it was trained with, and gives them to the base that it is put on.
+
+The base is loaded by its name, where nobody has converted it. So their plan stands in `adapter_config.json`, as a key
+that PEFT without hf_gem calls unexpected, in a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..modules import GemActivation, get_activation
+from ..surgery.plans import PLAN, apply_plan, plan_of
+from .registry import Installer, both, patch
+
+_loading: ContextVar[bool] = ContextVar("hf_gem_loading_adapter", default=False)
+_COPIES = re.compile(r"\.modules_to_save\.[^.]+")  # of a module that is trained whole, beside the original one
+
+
+@contextlib.contextmanager
+def _while_loading() -> Iterator[None]:
+    """A config read from a file is also one to train a new adapter by, which is none of ours to convert a model for."""
+    token = _loading.set(True)
+    try:
+        yield
+    finally:
+        _loading.reset(token)
+
+
+def write_adapter_plan(model: nn.Module, configs: dict[str, Any]) -> None:
+    """Gives the configs of the adapters in a model the plan of its activations."""
+    plan = plan_of(model, built=True)
+    if plan is not None:
+        clean = {name: [_COPIES.sub("", path) for path in paths] for name, paths in plan["activations"].items()}
+        plan["activations"] = {
+            name: list(dict.fromkeys(path.replace(".original_module", "") for path in paths))
+            for name, paths in clean.items()
+        }
+    for config in configs.values():
+        vars(config).pop(PLAN, None)
+        if plan is not None:
+            config.hf_gem = plan
+    lost = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, GemActivation) and module.log_ratio is not None and module.log_ratio.requires_grad
+        if not _COPIES.search(path)
+    ]
+    if plan is not None and lost:
+        warnings.warn(
+            f"the eps at {lost[0]!r} is trained, and is no part of the adapter: loaded, it starts from its name; name "
+            f"it in the adapter's config, modules_to_save=[{lost[0].rpartition('.')[2]!r}]",
+            stacklevel=4,
+        )
+
+
+def _replay(model: nn.Module, config: Any) -> None:
+    plan = vars(config).get(PLAN)
+    if plan is not None and _loading.get():
+        apply_plan(plan, model, get_activation, keep="the adapter")
+
+
+# ---- configs
+
+
+def _from_peft_type(original: Any, cls: Any, **kwargs: Any) -> Any:
+    plan = kwargs.pop(PLAN, None)
+    config = original(cls, **kwargs)
+    if plan is not None:
+        config.hf_gem = plan  # no field, so that it is in no copy made by fields
+    return config
+
+
+def _save_config(original: Any, config: Any, save_directory: Any, **kwargs: Any) -> None:
+    original(config, save_directory, **kwargs)
+    if (plan := vars(config).get(PLAN)) is not None:
+        file = Path(save_directory) / "adapter_config.json"
+        written = {**json.loads(file.read_text(encoding="utf-8")), PLAN: plan}
+        file.write_text(json.dumps(written, indent=2, sort_keys=True), encoding="utf-8")
+
+
+# ---- models
+
+
+def _init(original: Any, model: Any, base: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
+    _replay(base, config)
+    original(model, base, config, *args, **kwargs)
+
+
+def _add_adapter(original: Any, model: Any, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> Any:
+    _replay(model.get_base_model(), config)
+    return original(model, adapter_name, config, *args, **kwargs)
+
+
+def _inject(original: Any, config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    _replay(model, config)
+    return original(config, model, *args, **kwargs)
+
+
+def _save(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    write_adapter_plan(model.get_base_model(), model.peft_config)
+    return original(model, *args, **kwargs)
+
+
+def _load(original: Any, *args: Any, **kwargs: Any) -> Any:
+    with _while_loading():
+        return original(*args, **kwargs)
+
+
+_patch = functools.partial(patch, lost="an adapter does not take along the activations that it was trained with")
+
+INSTALLERS: dict[str, Installer] = {
+    "peft.config": both(
+        _patch("PeftConfigMixin.from_peft_type", _from_peft_type),
+        _patch("PeftConfigMixin.save_pretrained", _save_config),
+    ),
+    "peft.mapping": _patch("inject_adapter_in_model", _inject),
+    "peft.peft_model": both(
+        _patch("PeftModel.__init__", _init),
+        _patch("PeftModel.add_adapter", _add_adapter),
+        _patch("PeftModel.from_pretrained", _load),
+        _patch("PeftModel.load_adapter", _load),
+        _patch("PeftModel.save_pretrained", _save),
+    ),
+    # `load_adapter` of a model of transformers, which `from_pretrained` calls for the folder of an adapter.
+    "transformers.integrations.peft": _patch("PeftAdapterMixin.load_adapter", _load),
+}
