@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from ..family.names import GemSpec, is_claimed, parse
-from .slots import BUILT, Slot, join, module_slots, replace, slot_at
+from ..family.names import is_claimed, parse
+from .slots import BUILT, Slot, does_more, join, module_slots, replace, slot_at, spec_of
 
 PLAN = "hf_gem"  # the key of a plan in a config
 _VERSION = 1
@@ -25,8 +25,7 @@ _HALF_HARD_CODED = {"hgnet_v2", "resnet", "rt_detr_resnet", "uvdoc"}  # model ty
 def added(model: nn.Module) -> Iterator[Slot]:
     """The slots with an activation of the family that does not come with the model: converted, or put in by hand."""
     for slot in module_slots(model):
-        # Duck typing: in a checkpoint this file stands beside another class of activations.
-        if isinstance(getattr(slot.occupant, "spec", None), GemSpec) and BUILT not in vars(slot.occupant):
+        if spec_of(slot.occupant) is not None and BUILT not in vars(slot.occupant):
             yield slot
 
 
@@ -40,6 +39,13 @@ def unnamed(model: nn.Module) -> str | None:
                 "for the whole layer only, and what is saved by it cannot be loaded. Set num_parameters=1, or keep "
                 "model.state_dict(), or let a class of your own build the activation, before its self.post_init()"
             )
+        for old in vars(module).get("replaces", ()):
+            if does_more(old):
+                return (
+                    f"{slot.path} has replaced a {type(old).__name__}, which is a layer, or has weights or parts that "
+                    "are: what is saved cannot be loaded, since a config replaces activations only. Keep "
+                    "model.state_dict(), or let a class of your own build the activation, before its self.post_init()"
+                )
     return None
 
 
@@ -131,8 +137,8 @@ def apply_plan(
         What was left out: path -> name.
 
     Raises:
-        ValueError: the plan is of another version or malformed, or the model lacks what was replaced. Nothing is
-            changed then.
+        ValueError: the plan is of another version or malformed, the model lacks what was replaced, or has something
+            there that is more than an activation. Nothing is changed then.
     """
     check_plan(plan)
     same_class = plan["model"] == type(model).__name__
@@ -154,7 +160,13 @@ def apply_plan(
                 if not in_head and not (is_excerpt and path.removeprefix(theirs).split(".")[0] not in parts):
                     missing[path] = name
                 continue
-            if getattr(slot.occupant, "spec", None) != parse(name):
+            if does_more(slot.occupant):
+                raise ValueError(
+                    f"the conversion in this config puts {name!r} in the place of {path!r}, a "
+                    f"{type(slot.occupant).__name__}, which is a layer, or has weights or parts that are. Conversions "
+                    f"replace activations only; remove the key {PLAN!r} from the config to load the model unconverted"
+                )
+            if spec_of(slot.occupant) != parse(name):
                 slots.setdefault(name, []).append(slot)
     if missing and not unfinished:
         path, name = next(iter(missing.items()))
