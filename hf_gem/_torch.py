@@ -6,7 +6,9 @@ Nothing of hf_gem is imported here, so that the build of the kernels can load th
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,10 +143,25 @@ def explain(function: Any, *args: Any, **kwargs: Any) -> Any:
     return torch._dynamo.explain(function)(*args, **kwargs)
 
 
-def compile_cpp(source: str) -> str:
-    """Compiles C++ with the flags that Inductor uses on this machine, and returns the path of the library."""
-    from torch._inductor.codecache import CppCodeCache
+def compile_cpp(source: str, folder: Path, probes: Path) -> str:
+    """Compiles C++ with the flags that Inductor uses on this machine, and returns the path of the library.
 
+    Args:
+        source: The code.
+        folder: For all files of this compilation, the library among them.
+        probes: For those that tell which vector instructions the compiler and the machine have. They are made once.
+    """
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(probes)  # before Inductor is imported, which makes its folder
+    from filelock import FileLock
+    from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    with FileLock(probes / "probes.lock"):
+        for probe in probes.rglob("*.so"):
+            if not Path(f"{probe}.load_ok").exists():
+                probe.unlink()  # half written, by a process that was killed: it would pass for what cannot be had
+        pick_vec_isa()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     path: str = CppCodeCache.load(source)._name
     return path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -17,6 +18,7 @@ from ..family.table import Family
 from ..files import markdown_code, replace_between
 from ..surgery.fields import activation_fields, plain_name
 from ..surgery.plans import unnamed
+from ..surgery.slots import spec_of
 
 _ROOT = Path(__file__).parent.parent
 # Of hf_gem they import each other only; so they have no private torch, which another version may lack.
@@ -27,7 +29,7 @@ _FALLBACK = (
 )
 _IMPORT = re.compile(r"^from (?:\.+|hf_gem\.)(?:\w+\.)*(\w+) import", re.MULTILINE)
 _CODE = "modeling_gem"
-# The files of hf_gem with models that transformers does not have, and the Auto class that builds them.
+# The files of hf_gem.training with models that transformers does not have, and the Auto class that builds them.
 _OWN = {"image_models": "AutoModelForImageClassification", "coordinate_models": "AutoModel"}
 _START, _END = "<!-- loading: written by hf_gem -->", "<!-- /loading -->"
 
@@ -125,16 +127,15 @@ def _check(model: Any) -> tuple[list[str], dict[str, str]]:
             f"save_for_hub takes a transformers model, got {type(model).__name__}"
             + ("; save a timm model with timm.models.save_for_hf" if isinstance(model, nn.Module) else "")
         )
-    home = type(model).__module__
-    own = _own_code(model)
-    if not home.startswith("transformers.") and home.rpartition(".")[2] != _CODE and own is None:
+    if _origin(type(model)) is None:
         raise ValueError(
-            f"{home}.{type(model).__name__} is not a class of transformers, so its own code has to come along: use "
-            "register_for_auto_class and save_pretrained, and import hf_gem in that code"
+            f"{type(model).__module__}.{type(model).__name__} is not a class of transformers, so its own code has to "
+            "come along: use register_for_auto_class and save_pretrained, and import hf_gem in that code"
         )
     if (problem := unnamed(model)) is not None:
         raise ValueError(problem)
-    modules = {module.spec.name for module in model.modules() if hasattr(module, "spec")}
+    own = _own_code(model)
+    modules = {spec.name for module in model.modules() if (spec := spec_of(module)) is not None}
     fields = {plain_name(field.value) for field in activation_fields(model.config)}
     names = sorted(modules | {parse(name).name for name in fields if is_claimed(name)})
     if not names:
@@ -151,12 +152,29 @@ def _check(model: Any) -> tuple[list[str], dict[str, str]]:
     return names, auto_map
 
 
+def _origin(cls: type) -> type | None:
+    """The class of transformers or of hf_gem that a model is of, also where a checkpoint of ours derives from it."""
+    home = cls.__module__
+    if home.startswith("transformers.") or _is_own(home):
+        return cls
+    repeats = _is_copy(home, _CODE) and not any(map(inspect.isroutine, vars(cls).values()))
+    return _origin(cls.__bases__[0]) if repeats or _is_copy(home, "gem_fallback") else None
+
+
+def _is_own(module: str) -> bool:
+    """Whether a module is one of hf_gem with models, or a checkpoint's copy of that."""
+    return any(module == f"hf_gem.training.{name}" or _is_copy(module, f"gem_{name}") for name in _OWN)
+
+
+def _is_copy(module: str, name: str) -> bool:
+    """Whether a module is a file of that name in a checkpoint: transformers alone imports under such names."""
+    return module.startswith("transformers_modules.") and module.endswith(f".{name}")
+
+
 def _own_code(model: Any) -> Path | None:
     """The file that defines a model of hf_gem, or of a checkpoint that has a copy of that file."""
-    for cls in type(model).__mro__:
-        if cls.__module__.rpartition(".")[2].removeprefix("gem_") in _OWN:
-            return Path(str(sys.modules[cls.__module__].__file__))
-    return None
+    origin = _origin(type(model))
+    return Path(str(sys.modules[origin.__module__].__file__)) if origin and _is_own(origin.__module__) else None
 
 
 def _own_name(file: Path) -> str:
@@ -237,7 +255,7 @@ def _modeling(auto_map: dict[str, str], names: list[str], own: str | None, famil
     subclasses = "\n\n".join(f"class {name}(base({origin}{name})):\n    pass\n" for name in classes)
     library = f"from .gem_{own} import {', '.join(sorted(auto_map.values()))}" if own else "import transformers"
     # Where hf_gem is installed, a family that is not ours may still be one that nobody has registered there.
-    asked = "".join(f"    hf_gem.family.table.family_named({name!r})\n" for name in families)
+    asked = "".join(f"    family_named({name!r})\n" for name in families)
     added = "".join(
         f"    from .gem_family_{name} import {key}\n    from .gem_table import add\n\n    add({key})\n"
         for name, key in families.items()
@@ -248,7 +266,8 @@ def _modeling(auto_map: dict[str, str], names: list[str], own: str | None, famil
 {library}
 
 try:
-    import hf_gem{"" if families else "  # noqa: F401"}  # takes part in building the model
+    # With a name, since any folder hf_gem beside a script can be imported. It takes part in building the model.
+    from hf_gem.family.table import family_named{"" if families else "  # noqa: F401"}
 
 {asked}
     def base(cls):

@@ -24,7 +24,7 @@ from .kinds import describe, is_elementwise, is_gate, kind, stock_slots
 from .reports import places
 from .running import arguments
 from .scales import check_match, match
-from .slots import Slot, undo
+from .slots import Slot, spec_of, undo
 from .tracer import ActivationCall
 
 _Wanted = tuple[str | type, ...]  # names or patterns, and classes
@@ -332,7 +332,7 @@ def _choose(
             reason = "a gate"
         elif not only and not is_elementwise(slot.occupant):
             reason = "which does more than its name says, unless replace= asks for it"
-        elif spec is not None and getattr(slot.occupant, "spec", None) == spec:
+        elif spec is not None and spec_of(slot.occupant) == spec:
             reason = _ALREADY
         else:
             chosen[slot.path] = slot

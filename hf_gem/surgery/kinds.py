@@ -14,7 +14,7 @@ from torch import nn
 from .._torch import children, uncompiled
 from ..family.table import FAMILIES
 from ..modules import GemActivation
-from .slots import Slot, join
+from .slots import Slot, is_layer, join
 
 # Ends of names: StarReLU, ReLUSquared, GELUTanh, leaky_relu, NewGELU, XIELU ...
 _ACTIVATION = re.compile(r".*(relu6?|gelu|silu|swish|mish|[a-z]elu|^elu)(squared|tanh|new)?")
@@ -48,10 +48,7 @@ def _without_partials(function: Any) -> Any:
 
 def _is_layer(module: nn.Module) -> bool:
     """Whether a module does more than apply a function: its name may end in ReLU for what it applies at the end."""
-    homes = {cls.__module__.rpartition(".")[2] for cls in type(module).__mro__ if "torch.nn.modules." in cls.__module__}
-    if homes - {"module", "activation"} or any(kind(child) is None for child in module.children()):
-        return True
-    return any(parameter.numel() != 1 for parameter in module.parameters()) and not isinstance(module, nn.PReLU)
+    return is_layer(module) or any(kind(child) is None for child in module.children())
 
 
 def _num_required(function: Callable[..., Any]) -> int:

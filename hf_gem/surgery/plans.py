@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from ..family.names import GemSpec, is_claimed, parse
-from .slots import BUILT, Slot, join, module_slots, replace, slot_at
+from .slots import BUILT, Slot, does_more, join, module_slots, replace, slot_at, spec_of
 
 PLAN = "hf_gem"  # the key of a plan in a config
 _VERSION = 1
@@ -29,8 +29,7 @@ def added(model: nn.Module, built: bool = False) -> Iterator[Slot]:
     With `built`, those too that come with it, by its config.
     """
     for slot in module_slots(model):
-        # Duck typing: in a checkpoint this file stands beside another class of activations.
-        if isinstance(getattr(slot.occupant, "spec", None), GemSpec) and (built or BUILT not in vars(slot.occupant)):
+        if spec_of(slot.occupant) is not None and (built or BUILT not in vars(slot.occupant)):
             yield slot
 
 
@@ -39,8 +38,7 @@ def specs(model: nn.Module, replaced: bool = False) -> set[GemSpec]:
     modules = list(model.modules())
     if replaced:
         modules += [old for module in modules for old in vars(module).get("replaces", ()) if isinstance(old, nn.Module)]
-    found = (getattr(module, "spec", None) for module in modules)
-    return {spec for spec in found if isinstance(spec, GemSpec)}
+    return {spec for module in modules if (spec := spec_of(module)) is not None}
 
 
 def unnamed(model: nn.Module) -> str | None:
@@ -53,6 +51,13 @@ def unnamed(model: nn.Module) -> str | None:
                 "for the whole layer only, and what is saved by it cannot be loaded. Set num_parameters=1, or keep "
                 "model.state_dict(), or let a class of your own build the activation, before its self.post_init()"
             )
+        for old in vars(module).get("replaces", ()):
+            if does_more(old):
+                return (
+                    f"{slot.path} has replaced a {type(old).__name__}, which is a layer, or has weights or parts that "
+                    "are: what is saved cannot be loaded, since a config replaces activations only. Keep "
+                    "model.state_dict(), or let a class of your own build the activation, before its self.post_init()"
+                )
     return None
 
 
@@ -152,8 +157,8 @@ def apply_plan(
         What was left out: path -> name.
 
     Raises:
-        ValueError: the plan is of another version or malformed, or the model lacks what was replaced. Nothing is
-            changed then.
+        ValueError: the plan is of another version or malformed, the model lacks what was replaced, or has something
+            there that is more than an activation. Nothing is changed then.
     """
     check_plan(plan)
     same_class = plan["model"] == type(model).__name__
@@ -176,8 +181,14 @@ def apply_plan(
                 if not in_head and not (is_excerpt and path.removeprefix(theirs).split(".")[0] not in parts):
                     missing[path] = name
                 continue
-            present = getattr(slot.occupant, "spec", None)
-            if keep and isinstance(present, GemSpec) and present != parse(name):
+            if does_more(slot.occupant):
+                raise ValueError(
+                    f"the conversion in this config puts {name!r} in the place of {path!r}, a "
+                    f"{type(slot.occupant).__name__}, which is a layer, or has weights or parts that are. Conversions "
+                    f"replace activations only; remove the key {PLAN!r} from the config to load the model unconverted"
+                )
+            present = spec_of(slot.occupant)
+            if keep and present is not None and present != parse(name):
                 kept.append(f"{present.name!r} at {here!r}, where {keep} had {name!r}")
             elif present != parse(name):
                 slots.setdefault(name, []).append(slot)

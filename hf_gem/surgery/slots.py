@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..family.names import parse
+from ..family.names import GemSpec, parse
 
 BUILT = "_hf_gem_built"  # an attribute of the activations that come with their model when it is built again
 _PACKED = "used_nested_tensor"  # an attribute; see `match_nested_tensors`
@@ -55,6 +55,31 @@ class Slot:
 def join(path: str, key: str) -> str:
     """The dotted path of `key` in the module at `path`; with `""`, what all paths in it start with."""
     return f"{path}.{key}" if path else key
+
+
+def spec_of(occupant: object) -> GemSpec | None:
+    """The function that a module of the family stands for, in hf_gem or in a checkpoint; None for all others."""
+    spec = getattr(occupant, "spec", None)
+    return spec if isinstance(spec, GemSpec) else None  # others may mean something else by that attribute
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module by itself is a layer of torch that is no activation, or has weights as PReLU alone has them."""
+    homes = {cls.__module__.rpartition(".")[2] for cls in type(module).__mro__ if "torch.nn.modules." in cls.__module__}
+    if homes - {"module", "activation"}:
+        return True
+    return any(parameter.numel() != 1 for parameter in module.parameters()) and not isinstance(module, nn.PReLU)
+
+
+def does_more(occupant: object) -> bool:
+    """Whether what is in a slot is more than an activation, by its weights and by what it is made of.
+
+    Names do not count, since any module may be an activation, and an Identity may stand where one is wanted.
+    """
+    if not isinstance(occupant, nn.Module) or isinstance(occupant, nn.Identity) or spec_of(occupant) is not None:
+        return False
+    parts = list(occupant.modules())[::-1]  # the innermost first, of which some have weights without a shape as yet
+    return any(map(is_layer, parts)) or any(buffer.numel() != 1 for buffer in occupant.buffers())
 
 
 def slot_at(model: nn.Module, path: str) -> Slot:

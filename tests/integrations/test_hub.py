@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -230,6 +231,68 @@ def test_a_card_says_what_cannot_stop(checkpoints):
 
 def test_notes_name_the_place():
     assert 'AutoModel.from_pretrained("me/model", trust_remote_code=True)' in loading_notes("AutoModel", "me/model")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_folder_of_that_name_is_not_the_package(tmp_path, installed):
+    """`import hf_gem` succeeds where a folder hf_gem lies beside a script, and brings nothing."""
+    hf_gem.save_for_hub(gpt2(), tmp_path / "model")
+    (tmp_path / "empty" / "hf_gem").mkdir(parents=True)
+    script = f"""
+import sys, types
+if not {installed}:  # what such a folder is imported as
+    package = sys.modules["hf_gem"] = types.ModuleType("hf_gem")
+    package.__path__ = ["hf_gem"]
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
+print(sorted({{type(m).__module__.split(".")[0] for m in model.modules() if hasattr(m, "spec")}}))
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=tmp_path / "empty",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(["hf_gem" if installed else "transformers_modules"])
+
+
+def in_module(name, body="pass"):
+    """A class of a model in a module of that name, as a file of a user, or one that a checkpoint brings, defines it."""
+    module = types.ModuleType(name)
+    module.GPT2LMHeadModel = GPT2LMHeadModel
+    exec(f"class Theirs(GPT2LMHeadModel):\n    {body}\n", vars(module))
+    return module.Theirs
+
+
+@pytest.mark.parametrize(
+    ("module", "body"),
+    [
+        ("image_models", "pass"),
+        ("gem_image_models", "pass"),
+        ("coordinate_models", "pass"),
+        ("project.training.image_models", "pass"),
+        ("modeling_gem", "pass"),
+        ("project.modeling_gem", "pass"),
+        ("transformers_modules.me.modeling_gem", "def forward(self): return None"),  # of a model that is called Gem
+        ("transformers_modules.me.other", "pass"),
+    ],
+)
+def test_a_name_does_not_make_a_file_ours(module, body, tmp_path):
+    """The source of such a file was copied into the checkpoint, or its class lost."""
+    model = in_module(module, body)(gpt2().config)
+    with pytest.raises(ValueError, match="is not a class of transformers, so its own code has to come along"):
+        hf_gem.save_for_hub(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_modules_with_a_spec_of_their_own(tmp_path):
+    model = gpt2()
+    model.transformer.drop.spec = "0.1"
+    assert hf_gem.save_for_hub(model, tmp_path)
 
 
 class Theirs(GPT2LMHeadModel):

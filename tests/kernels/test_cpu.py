@@ -1,6 +1,8 @@
 """The C++ kernels: the bits of the formulas, and all that can happen on the way to a library."""
 
+import _ctypes
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ import hf_gem
 from hf_gem import egem
 from hf_gem._kernels import build, cpu, formulas, run
 from hf_gem._kernels.printer import cpp_source
+from hf_gem._kernels.trust import is_intact, seal, seal_of
 from hf_gem.family.egem import EGEM
 from hf_gem.family.segem import SEGEM
 from tests.family.dgem import DGEM
@@ -50,15 +53,6 @@ def assert_same(operation, family, n, eps, *inputs):
         assert a.dtype == b.dtype
         assert a.stride() == b.stride()
         assert same_bits(a, b)
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """As on a machine where nothing was ever built."""
-    monkeypatch.setenv("HF_GEM_CACHE", str(tmp_path / "cache"))
-    cpu._library.cache_clear()
-    yield tmp_path / "cache"
-    cpu._library.cache_clear()
 
 
 # ---- what they compute; test_formulas says how right the formulas are
@@ -129,7 +123,7 @@ def test_built_in_the_background_once_it_pays(fresh, monkeypatch):
             assert torch.equal(egem(x, 2, 0.1), expected)
             time.sleep(0.1)
         assert torch.equal(egem(x, 2, 0.1), expected)
-    assert {path.suffix for path in fresh.iterdir()} <= {".so", ".lock"}
+    assert {path.suffix for path in fresh.iterdir() if path.name != "inductor"} <= {".so", ".sha256", ".lock"}
     # The next process finds them.
     cpu._library.cache_clear()
     with hf_gem.kernels("auto"):
@@ -182,14 +176,14 @@ def test_a_fork_while_its_parent_builds(fresh, monkeypatch, tmp_path):
 @needs_compiler
 def test_processes_that_start_at_once(fresh):
     target = fresh / "cpu.so"
-    command = [sys.executable, build.__file__, str(target)]
+    command = [sys.executable, build.__file__, str(target), "240"]
     processes = [subprocess.Popen(command, stdin=subprocess.PIPE, text=True) for _ in range(3)]
     for process in processes:
         process.stdin.write(cpp_source(EGEM, 1))
         process.stdin.close()
     assert [process.wait(timeout=240) for process in processes] == [0, 0, 0]
-    assert {path.name for path in fresh.iterdir()} <= {"cpu.so", "cpu.so.lock"}
-    assert target.exists()
+    assert {path.name for path in fresh.iterdir()} <= {"cpu.so", "cpu.so.sha256", "cpu.so.lock", "inductor"}
+    assert is_intact(target)
 
 
 def fails(match):
@@ -278,7 +272,16 @@ def test_a_library_that_cannot_be_loaded(fresh):
     path = cpu.library(EGEM, 3).path
     path.parent.mkdir(parents=True)
     path.write_bytes(b"not a library")
+    seal_of(path).write_text(seal(path))
     fails("cannot be loaded")
+
+
+def test_a_library_that_lacks_a_kernel(fresh):
+    path = cpu.library(EGEM, 3).path
+    path.parent.mkdir(parents=True)
+    shutil.copyfile(_ctypes.__file__, path)  # a library that can be loaded, whatever it is for
+    seal_of(path).write_text(seal(path))
+    fails("cannot be loaded.*forward_float32")
 
 
 def test_another_compiler_or_torch_gets_another_library(fresh, monkeypatch):

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 import hf_gem
-from hf_gem.surgery.plans import apply_plan, plan_of
+from hf_gem.surgery.plans import apply_plan, plan_of, unnamed
 from hf_gem.surgery.slots import undo
-from tests.surgery.blocks import model, occupants, put_in
+from tests.surgery.blocks import Block, model, occupants, put_in
 
 
 def test_a_plan_replayed():
@@ -71,3 +72,79 @@ def test_a_plan_that_does_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
         apply_plan(plan, fresh, hf_gem.get_activation)
     assert occupants(fresh) == before
+
+
+class _Scaled(nn.Module):
+    """An activation with a number that is trained, and another inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.inner = nn.Tanh()
+
+
+class _Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.zeros(9))
+
+
+@pytest.mark.parametrize(
+    ("occupant", "refused"),
+    [
+        (nn.ReLU(), False),
+        (nn.PReLU(4), False),
+        (nn.Identity(), False),  # where an activation may be wanted
+        (nn.Softmax(-1), False),
+        (_Scaled(), False),
+        (torch.nn.functional.gelu, False),
+        (hf_gem.EGEM(learnable=True, num_parameters=4), False),
+        (nn.Linear(4, 4), True),
+        (nn.LazyLinear(4), True),
+        (nn.Dropout(), True),
+        (nn.LayerNorm(4, elementwise_affine=False), True),
+        (nn.Sequential(nn.ReLU(), nn.AvgPool1d(2)), True),
+        (nn.ModuleList([Block(nn.ReLU())]), True),
+        (Block(nn.ReLU()), True),
+        (_Table(), True),
+    ],
+)
+def test_a_plan_replaces_activations_only(occupant, refused):
+    """Whoever writes a config could otherwise take a whole block out of the model."""
+    net = Block(occupant)
+    plan = {"version": 1, "model": "Block", "base": "", "parts": [], "activations": {"gem": ["act"]}, "fields": {}}
+    if refused:
+        with pytest.raises(
+            ValueError, match=f"'gem' in the place of 'act', a {type(occupant).__name__}, which is a la"
+        ):
+            apply_plan(plan, net, hf_gem.get_activation)
+        assert net.act is occupant
+    else:
+        apply_plan(plan, net, hf_gem.get_activation)
+        assert isinstance(net.act, hf_gem.GEM)
+
+
+def test_what_could_not_be_loaded_is_not_saved():
+    """The classes that `convert(replace=)` is given may be any."""
+    net = Block(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    hf_gem.convert(net, "gem", replace=nn.Sequential)
+    assert "act has replaced a Sequential" in unnamed(net)
+    hf_gem.revert(net)
+    hf_gem.convert(net, "gem")
+    assert unnamed(net) is None
+
+
+def test_what_others_call_spec():
+    """An attribute of that name does not make a module one of the family."""
+    net = model()
+    net[2].act.spec = {"name": "gem"}
+    net[0].act.spec = torch.ones(2)
+    assert plan_of(net) is None
+    put_in(net, "gem", ["1.act"])
+    plan = plan_of(net)
+    other = model()
+    other[1].act.spec = torch.ones(2)
+    apply_plan(plan, other, hf_gem.get_activation)
+    assert plan_of(other) == plan
+    net[2].act.spec = torch.ones(2)
+    assert hf_gem.convert(net, "gem").replaced
