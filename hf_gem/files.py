@@ -98,10 +98,11 @@ def check_type(value: Any, kind: Any, where: str) -> None:
     if is_typeddict(kind):
         _require(isinstance(value, dict), value, "a mapping", where)
         for name, part in get_type_hints(kind).items():
+            place = inside + (name if inside.endswith(" ") else f".{name}")
             if name in value:
-                check_type(value[name], part, inside + (name if inside.endswith(" ") else f".{name}"))
+                check_type(value[name], part, place)
             elif name in kind.__required_keys__:
-                raise ValueError(f"{where} {name} is missing")
+                raise ValueError(f"{place} is missing")
     elif origin in (Union, UnionType):
         if not any(_fits(value, part) for part in parts):
             for part in parts:

@@ -54,7 +54,7 @@ def test_what_has_the_type_passes():
         ({"values": None}, "f: values must be a mapping, got None"),
         ({"note": 3}, "f: note must be text or null, got 3"),
         ({"parts": 3}, "f: parts must be a list or null, got 3"),
-        ({"parts": [{}]}, "f: parts[0] size is missing"),
+        ({"parts": [{}]}, "f: parts[0].size is missing"),
         ({"parts": [{"size": 1}, {"size": 1.0}]}, "f: parts[1].size must be a whole number, got 1.0"),
     ],
 )

@@ -212,6 +212,7 @@ def record_of(study, name, status="finished"):
     session = environment(recipes_of(study)) | {"seconds": 3.0}
     hashes = dict.fromkeys(("init_hash", "order_hash", "samples_hash"), seed)
     record = {"status": status, "result": {"validation_loss": 3.0}, "sessions": [session], "data": {"hash": ""}}
+    record |= {"config": {}, "curves": {}}
     (folder / "record.json").write_text(json.dumps(record | hashes))
 
 

@@ -193,7 +193,7 @@ def put(*keys, to):
         (put("sessions", 0, "versions", to=[]), r"sessions\[0\].versions must be a mapping"),
         (put("sessions", 0, "hardware", "gpus", to=3), r"sessions\[0\].hardware.gpus must be a list"),
         (put("data", to="x"), "data must be a mapping"),
-        (put("data", "hash", to=put), "data.hash is missing|data hash is missing"),
+        (put("data", "hash", to=put), "data.hash is missing"),
         (put("result", to=[1]), "result must be a mapping"),
         (put("result", "validation_loss", to="0"), "result.validation_loss must be a number or null, got '0'"),
         (put("result", "validation_loss", to=put), "result.validation_loss must be a number or null, got 'nothing'"),

@@ -336,7 +336,7 @@ def test_a_state_that_no_run_saves_is_named_with_its_field(tmp_path, state, mess
         ("{}", r"list of files lacks state\.json"),
         ('{"state.json": 3}', r"COMPLETE: \['state.json'\] must be a mapping, got 3"),
         ('{"state.json": {"bytes": "3", "sha256": ""}}', r"\['state.json'\].bytes must be a whole number, got '3'"),
-        ('{"state.json": {}}', r"\['state.json'\] (?:bytes|sha256) is missing"),
+        ('{"state.json": {}}', r"\['state.json'\].(?:bytes|sha256) is missing"),
         ('{"state.json": {"bytes": 1, "sha256": ""}, "../x": {"bytes": 1, "sha256": ""}}', r"lists '\.\./x'"),
         ('{"state.json": {"bytes": 1, "sha256": ""}, "/etc/x": {"bytes": 1, "sha256": ""}}', r"lists '/etc/x'"),
         ("[" * 50_000, "nested too deeply"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_gem.training.record import MetricsLog, environment, hash_weights, write_record
+from hf_gem.training.record import MetricsLog, check_saved, environment, hash_weights, write_record
 
 
 def test_a_resumed_log_goes_on_where_the_checkpoint_was(tmp_path):
@@ -83,3 +83,33 @@ def test_signs_have_a_hash_that_scales_do_not_change():
     assert hash_weights(layer, signs=True) == signs
     layer.weight.data[0, 0] *= -1
     assert hash_weights(layer, signs=True) != signs
+
+
+SAVED = {
+    "log": [{"step": 1, "loss": 2.0, "mfu": None}],
+    "nonfinite": {"skipped_steps": 0, "rollbacks": 0, "skipped_batches": 0},
+    "sessions": [],
+    "samples_hash": None,
+    "evaluation": {"unit": "documents", "validation": {"num_units": 1, "counts": [3], "losses": [0.5]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"log": [{"loss": 1.0}]}, r"state.log\[0\].step must be a whole number, got None"),
+        ({"log": [{"step": 1.5}]}, r"state.log\[0\].step must be a whole number, got 1.5"),
+        ({"log": [{"step": 1, "loss": "<b>"}]}, r"state.log\[0\]\['loss'\] must be a number or null, got '<b>'"),
+        ({"log": {}}, "state.log must be a list"),
+        ({"nonfinite": {"skipped_steps": 0, "rollbacks": 0}}, "state.nonfinite.skipped_batches is missing"),
+        ({"nonfinite": {**SAVED["nonfinite"], "skipped_batches": -8}}, "skipped_batches must be at least 0, got -8"),
+        ({"sessions": [{}]}, r"state.sessions\[0\].\w+ is missing"),
+        ({"run_id": 3}, "state.run_id must be text, got 3"),
+        ({"evaluation": {"unit": "`x`"}}, "evaluation.unit must be a word, got '`x`'"),
+        ({"owes_evaluation": "yes"}, "state.owes_evaluation must be true or false, got 'yes'"),
+    ],
+)
+def test_what_a_checkpoint_keeps_is_checked(change, message):
+    check_saved(SAVED, "state.json: state")
+    with pytest.raises(ValueError, match=message):
+        check_saved({**SAVED, **change}, "state.json: state")

@@ -2,13 +2,16 @@
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
-from hf_gem.training.sharded import _load
+from hf_gem.training.sharded import _load, load_sharded
 from tests.helpers import TouchesWhenUnpickled
 
 # no process group, which torch says of each call here
@@ -82,3 +85,51 @@ def test_a_file_elsewhere_is_not_read(folder):
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(ValueError, match="which is not in its folder"):
         _load(state(2), folder)
+
+
+def trained(seed):
+    """What accelerate holds of a run in half precision, after two steps."""
+    torch.manual_seed(seed)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1 * seed)
+    for _ in range(2):
+        model(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**seed)
+    scaler.scale(torch.zeros(()))
+    plugin = SimpleNamespace(state_dict_config=SimpleNamespace(offload_to_cpu=False))
+    return SimpleNamespace(
+        _models=[model], _optimizers=[optimizer], scaler=scaler, device=torch.device("cpu"),
+        state=SimpleNamespace(fsdp_plugin=plugin), wait_for_everyone=lambda: None,
+    )  # fmt: skip
+
+
+def save(accelerator, folder):
+    """As accelerate does."""
+    (model,), (optimizer,) = accelerator._models, accelerator._optimizers
+    for name, content in (
+        ("pytorch_model_fsdp_0", {"model": get_model_state_dict(model)}),
+        ("optimizer_0", {"optimizer": get_optimizer_state_dict(model, optimizer)}),
+    ):
+        checkpoint.save(content, storage_writer=checkpoint.FileSystemWriter(folder / name))
+    torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
+
+
+def test_model_optimizer_and_scaler_are_restored(tmp_path):
+    saved, other = trained(1), trained(2)
+    save(saved, tmp_path)
+    load_sharded(other, tmp_path)
+    assert torch.equal(other._models[0].weight, saved._models[0].weight)
+    ours, theirs = other._optimizers[0].state_dict(), saved._optimizers[0].state_dict()
+    assert ours["param_groups"][0]["lr"] == theirs["param_groups"][0]["lr"]
+    for number, state in theirs["state"].items():
+        assert all(torch.equal(ours["state"][number][name], value) for name, value in state.items())
+    assert other.scaler.state_dict() == saved.scaler.state_dict()
+
+
+def test_a_scaler_that_runs_something(tmp_path):
+    save(trained(1), tmp_path)
+    torch.save(TouchesWhenUnpickled(tmp_path / "touched"), tmp_path / "scaler.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        load_sharded(trained(2), tmp_path)
+    assert not (tmp_path / "touched").exists()
