@@ -22,19 +22,24 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(GXX is None, reason="needs g+
 VECTORS = {
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-DCPU_CAPABILITY_AVX512"],
     "AVX2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"],
-    "DEFAULT": [],
 }
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 LIBRARIES = Path(torch.__file__).parent / "lib"
 
 
-def compile_and_run(folder, family, n, sanitizer, vectors, *flags):
-    """Builds the driver with a sanitizer, and returns what running it says."""
+def compile_and_run(folder, family, n, sanitizer, *flags):
+    """Builds the driver with a sanitizer, and returns what running it says.
+
+    Masked loads and stores of vector instructions are not seen by AddressSanitizer: it gets the arrays that stand for
+    registers where there are none.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    vectors = [] if sanitizer == "address" else VECTORS.get(capability, [])
     (folder / "kernels.inc").write_text(cpp_source(family, n))
     program = folder / "sanitized"
     command = [
-        *(GXX, "-std=c++20", "-O1", "-g", "-fopenmp", "-ffp-contract=off", "-DC10_USING_CUSTOM_GENERATED_MACROS"),
-        *(f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all", "-Wno-psabi", *VECTORS[vectors], *flags),
+        *(GXX, "-std=c++20", "-O1", "-g1", "-fopenmp", "-ffp-contract=off", "-DC10_USING_CUSTOM_GENERATED_MACROS"),
+        *(f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all", "-Wno-psabi", *vectors, *flags),
         *(f"-I{path}" for path in (folder, *include_paths())),
         *("-c", str(Path(__file__).with_name("sanitized.cpp")), "-o", f"{program}.o"),
     ]
@@ -56,14 +61,13 @@ def compile_and_run(folder, family, n, sanitizer, vectors, *flags):
 @pytest.mark.parametrize(("family", "n"), [(EGEM, 1), (EGEM, 3), (SEGEM, 2), (DGEM, 2)])
 def test_nothing_is_found(tmp_path, sanitizer, family, n):
     """Lengths of all kinds, memory that is not aligned, several threads, several callers."""
-    done = compile_and_run(tmp_path, family, n, sanitizer, torch.backends.cpu.get_cpu_capability())
+    done = compile_and_run(tmp_path, family, n, sanitizer)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "nothing found\n"
 
 
 @pytest.mark.parametrize(("sanitizer", "found"), [("address", "heap-buffer-overflow"), ("thread", "data race")])
 def test_what_is_wrong_is_found(tmp_path, sanitizer, found):
-    vectors = "AVX2" if torch.backends.cpu.get_cpu_capability() != "DEFAULT" else "DEFAULT"
-    done = compile_and_run(tmp_path, EGEM, 1, sanitizer, vectors, "-DBREAK_IT")
+    done = compile_and_run(tmp_path, EGEM, 1, sanitizer, "-DBREAK_IT")
     assert done.returncode != 0
     assert found in done.stderr
