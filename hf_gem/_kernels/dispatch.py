@@ -11,7 +11,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -98,13 +98,42 @@ def run(operation: str, family: Family, n: int, eps: float | Tensor, *inputs: Te
     backend = _kernels_for(operation, family, n, eps, inputs)
     if backend is None:
         return formulas.run(operation, family, n, eps, *inputs)
-    y = torch.empty_like(inputs[_LIKE[operation]])
+    like, layout = inputs[_LIKE[operation]], torch.preserve_format
+    strides: Sequence[tuple[int, ...]] | None = None
+    if 1 in like.shape:
+        if all(x.is_contiguous() for x in inputs):
+            layout = torch.contiguous_format
+        else:
+            key = operation, family.kernels, n, like.dtype, like.shape, *(x.stride() for x in inputs)
+            strides = _strides.get(key)
+            if strides is None:
+                return _noted(key, formulas.run(operation, family, n, eps, *inputs))
+    y = torch.empty_like(like, memory_format=layout)
+    outputs: tuple[Tensor, ...] = (y, torch.empty_like(y)) if operation == "glu_backward" else (y,)
+    if strides is not None:
+        outputs = tuple(y.as_strided(y.shape, stride) for y, stride in zip(outputs, strides, strict=True))
     # A dense tensor is one run of memory. Others are copied into one first: the buffer of a result has such strides.
-    strides = y.stride()
-    dense = [x if x.stride() == strides else torch.empty_like(y).copy_(x) for x in inputs]
-    outputs = (y, torch.empty_like(y)) if operation == "glu_backward" else (y,)
+    y = outputs[0]
+    dense = [x if x.stride() == y.stride() or _runs_like(x, y) else torch.empty_like(y).copy_(x) for x in inputs]
     backend.launch(operation, family, n, eps, outputs, dense)
     return outputs if operation == "glu_backward" else y
+
+
+# What strides the formulas give to dimensions with one element, for layouts in which that follows from every operation.
+_strides: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
+
+
+def _noted(key: tuple[Any, ...], results: Any) -> Any:
+    """Keeps the strides of some results, for the kernels to give them the next time."""
+    if len(_strides) >= 1024:
+        _strides.clear()
+    _strides[key] = [y.stride() for y in (results if isinstance(results, tuple) else (results,))]
+    return results
+
+
+def _runs_like(x: Tensor, y: Tensor) -> bool:
+    """Whether the elements of x are in memory in the order of those of a dense y."""
+    return all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), y.stride(), strict=True))
 
 
 def keeps_output(family: Family, n: int, eps: float | Tensor, x: Tensor, save: str) -> bool:

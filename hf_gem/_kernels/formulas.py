@@ -13,16 +13,19 @@ from ..family.table import Family
 
 
 def run(operation: str, family: Family, n: int, eps: float | Tensor, *inputs: Tensor) -> Any:
-    """See `dispatch.run`; eps may be a tensor here, and the results can be differentiated."""
+    """See `dispatch.run`; eps may be a tensor here, and the results can be differentiated.
+
+    The first operand decides the strides of a result where the inputs have several: what is made of x, or of gate.
+    """
     return _OPERATIONS[operation](family, n, eps, *inputs)
 
 
 def _backward(family: Family, n: int, eps: float | Tensor, grad: Tensor, x: Tensor) -> Tensor:
-    return (grad * slope(family, n, eps, x)).to(x.dtype)
+    return (slope(family, n, eps, x) * grad).to(x.dtype)
 
 
 def _backward_at(family: Family, n: int, eps: float | Tensor, grad: Tensor, y: Tensor) -> Tensor:
-    return (grad * slope_at(family, n, eps, y)).to(y.dtype)
+    return (slope_at(family, n, eps, y) * grad).to(y.dtype)
 
 
 def _glu(family: Family, n: int, eps: float | Tensor, gate: Tensor, up: Tensor) -> Tensor:
@@ -33,8 +36,8 @@ def _glu_backward(
     family: Family, n: int, eps: float | Tensor, grad: Tensor, gate: Tensor, up: Tensor
 ) -> tuple[Tensor, Tensor]:
     wide = working(grad)
-    grad_gate = (wide * up * slope(family, n, eps, gate)).to(gate.dtype)
-    return grad_gate, (wide * forward(family, n, eps, working(gate))).to(up.dtype)
+    grad_gate = (slope(family, n, eps, gate) * (wide * up)).to(gate.dtype)
+    return grad_gate, (forward(family, n, eps, working(gate)) * wide).to(up.dtype)
 
 
 _OPERATIONS: dict[str, Callable[..., Any]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
+import torch
 import wrapt
 
 from . import diffusers, peft, sentence_transformers, timm, transformers, weights
@@ -17,6 +18,7 @@ for _library in _LIBRARIES:
     _INSTALLERS |= _library.INSTALLERS
 _hooked: set[str] = set()
 _active = False
+_KEPT = "_hf_gem_unregister"  # an attribute of torch, which stays where hf_gem is imported anew
 
 
 def register() -> None:
@@ -28,6 +30,12 @@ def register() -> None:
         ValueError: a name of the family is already registered there by something else, which is left as it is.
     """
     global _active
+    # A copy of hf_gem that was imported before, and taken out of sys.modules since, hands over: it would not know the
+    # modules of this one, and write no conversion into what is saved.
+    before = vars(torch).get(_KEPT, unregister)
+    if before is not unregister:
+        before()
+    setattr(torch, _KEPT, unregister)
     _active = True
     for name, (install, _) in _INSTALLERS.items():
         if name in sys.modules:

@@ -1,6 +1,7 @@
 """Which kernels run, what goes to the formulas, and that neither can be told from the result."""
 
 import contextlib
+import random
 import subprocess
 import sys
 import warnings
@@ -136,6 +137,44 @@ def test_layouts(backend, layout):
             torch.testing.assert_close(y, right, **close)
         if operation != "glu_backward":
             assert got.stride() == torch.relu(x).stride()
+
+
+def any_layout(shape, draw):
+    """A tensor in some layout; dimensions of one element have strides that mean nothing."""
+    kind = draw.randrange(5)
+    x = torch.randn(shape)
+    if kind == 1:
+        order = draw.sample(range(len(shape)), len(shape))
+        x = torch.randn([shape[i] for i in order]).permute([order.index(i) for i in range(len(shape))])
+    if kind == 2 and len(shape) == 4:
+        x = x.to(memory_format=torch.channels_last)
+    if kind == 3:
+        x = torch.randn([size + 1 for size in shape])[tuple(slice(size) for size in shape)]
+    if kind == 4:
+        return x.expand(shape)[..., :1].expand(shape)
+    return x.as_strided(
+        shape, [draw.choice((s, 1, 7, 100)) if n == 1 else s for n, s in zip(shape, x.stride(), strict=True)]
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("operation", ["forward", "backward", "backward_at", "glu", "glu_backward"])
+def test_strides_are_those_of_the_formulas(launched, operation):
+    draw = random.Random(operation)
+    count = {"forward": 1, "glu_backward": 3}.get(operation, 2)
+    for case in range(300):
+        shape = [draw.choice((1, 1, 2, 3)) for _ in range(draw.randrange(1, 6))]
+        x = any_layout(shape, draw)
+        inputs = [x] + [x + 1 if case % 2 else any_layout(shape, draw) for _ in range(count - 1)]
+        expected = formulas.run(operation, EGEM, 1, 0.1, *inputs)
+        with hf_gem.kernels("compiled"):
+            dispatch.run(operation, EGEM, 1, 0.1, *inputs)
+            launched.clear()
+            got = dispatch.run(operation, EGEM, 1, 0.1, *inputs)
+        assert launched == [operation]
+        for y, right in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, expected)), strict=True):
+            assert y.stride() == right.stride(), [x.stride() for x in inputs]
+            assert torch.equal(y, right)
 
 
 class _Tagged(torch.Tensor):
