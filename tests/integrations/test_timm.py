@@ -236,7 +236,6 @@ def test_nfnet_trains_where_outputs_are_kept(how, monkeypatch):
     torch.testing.assert_close(got, expected[0])
 
 
-
 @pytest.mark.parametrize("name", ["gem_n2", "egem_learnable"])
 def test_feature_extraction_by_fx(name):
     model = timm.create_model("resnet10t", act_layer=name).eval()
