@@ -29,7 +29,7 @@ from ..surgery.fields import (
     set_activation,
 )
 from ..surgery.kinds import is_stock, kind, stock_slots
-from ..surgery.plans import PLAN, apply_plans, complete, parts_inside, parts_of, specs, unnamed
+from ..surgery.plans import PLAN, apply_plans, complete, parts_inside, parts_of, shared_eps, specs, unnamed
 from ..surgery.slots import BUILT, join
 from .peft import write_adapter_plan
 from .registry import Installer, NameLookup, both, lookups, patch, refuse_conflicts, replace_everywhere
@@ -326,6 +326,8 @@ def _training_step(original: Any, trainer: Any, model: Any, *args: Any, **kwargs
     loss = original(trainer, model, *args, **kwargs)
     if not vars(trainer).get(CALLED):
         vars(trainer)[CALLED] = True
+        if (problem := shared_eps(model)) is not None:
+            warnings.warn(problem, stacklevel=3)  # not at the first checkpoint, hours later
         say_what_did_not_run(model)
     return loss
 

@@ -615,3 +615,25 @@ def test_activations_that_did_not_run_in_a_loop_of_ones_own(tmp_path):
     model(input_ids=torch.arange(8)[None]).logits.sum().backward()
     with pytest.warns(UserWarning, match=r"1 of 1 activations .* have not run in GPT2LMHeadModel.*h\.0\.mlp\.act"):
         model.save_pretrained(tmp_path)
+
+
+def test_one_learnable_module_in_several_layers(tmp_path):
+    """transformers fails at the first checkpoint, about shared tensors; the first step says what to do."""
+    pytest.importorskip("accelerate")
+    sizes = {"n_layer": 2, "n_head": 1, "n_embd": 8, "n_positions": 8, "vocab_size": 8, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0))
+    shared = hf_gem.EGEM(learnable=True)
+    for layer in model.transformer.h:
+        layer.mlp.act = shared
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 4
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    with pytest.warns(UserWarning, match=r"one learnable eps is shared by .*h\.0\.mlp\.act' and .*by copy\.deepcopy"):
+        trainer.train()
+    for layer in model.transformer.h:
+        layer.mlp.act = copy.deepcopy(shared)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path)
