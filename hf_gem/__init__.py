@@ -12,6 +12,7 @@ from .init import gain
 from .integrations import register, unregister
 from .integrations.families import load_families, register_family
 from .integrations.hub import save_for_hub
+from .integrations.onnx import activation_nodes
 from .integrations.timm import create_timm_model
 from .modules import EGEM, GEM, SEGEM, GemActivation, get_activation
 from .surgery.audit import Audit, audit
@@ -32,6 +33,7 @@ __all__ = [
     "GemSpec",
     "GluPatch",
     "activation",
+    "activation_nodes",
     "audit",
     "convert",
     "create_timm_model",

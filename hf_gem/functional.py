@@ -195,14 +195,15 @@ def _check(x: Tensor, n: int, eps: float | Tensor, name: str) -> tuple[int, floa
 
 def check_tensor(x: Tensor, name: str) -> None:
     """Raises TypeError, saying what to do, where this is no tensor that an activation takes."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"{type(x).__name__}"
-        raise TypeError(
-            f"{name} must be a floating-point tensor, got {got}; convert it first, for example with {name}.float()"
-        )
-    if x.layout != torch.strided:
-        how = "torch.nested.to_padded_tensor" if x.layout == torch.jagged else f"{name}.to_dense()"
-        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; convert it with {how}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a floating-point tensor, got {type(x).__name__}; convert it with torch.tensor")
+    if not x.is_floating_point():
+        how = f"{name}.dequantize()" if x.is_quantized else f"{name}.real" if x.is_complex() else f"{name}.float()"
+        raise TypeError(f"{name} must be a floating-point tensor, got a tensor of {x.dtype}; convert it with {how}")
+    if x.layout != torch.strided or x.is_nested:
+        how = f"torch.nested.to_padded_tensor({name}, 0.0)" if x.is_nested else f"{name}.to_dense()"
+        got = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {got}; convert it with {how}")
 
 
 def _wants_formula() -> bool:

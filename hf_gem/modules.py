@@ -27,6 +27,9 @@ def _eps_at(log_ratio: Tensor, init_eps: float) -> Tensor:
     return saturated(init_eps * torch.exp(log_ratio.clamp(-87.0, 87.0)))
 
 
+CALLED = "_hf_gem_called"  # an attribute of modules that have run, but for what was compiled
+
+
 class GemActivation(nn.Module):
     """An activation of any family. n and eps are plain numbers, so that building on the meta device loses nothing.
 
@@ -114,7 +117,9 @@ class GemActivation(nn.Module):
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         if torch.jit.is_scripting():
             return self._scripted(x)
-        if self.log_ratio is None and torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
+            vars(self)[CALLED] = True
+        elif self.log_ratio is None:
             return self.captured(x)
         if self.log_ratio is None:
             return functional.activation(x, self.family, self.n, self.init_eps, self.save)

@@ -1,6 +1,7 @@
 """The functions as a user sees them: their mathematics, and every way torch can differentiate and run them."""
 
 import math
+import warnings
 from fractions import Fraction
 
 import pytest
@@ -855,3 +856,36 @@ def test_compile_with_a_symbolic_eps(function):
 def test_sparse_input():
     with pytest.raises(TypeError, match=r"dense tensor, got layout torch.sparse_coo.*to_dense"):
         egem(torch.ones(3).to_sparse())
+
+
+def _quantised():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated by torch
+        return torch.quantize_per_tensor(torch.tensor([-1.0, 2.0]), 0.1, 0, torch.qint8)
+
+
+def _nested(layout):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype of torch
+        return torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=layout)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _quantised,
+        lambda: _nested(torch.strided),
+        lambda: _nested(torch.jagged),
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.eye(3).to_mkldnn(),
+        lambda: torch.arange(3),
+        lambda: torch.ones(2, dtype=torch.complex64),
+    ],
+    ids=["quantised", "nested", "jagged", "sparse", "mkldnn", "integers", "complex"],
+)
+def test_the_advice_for_a_tensor_that_is_not_taken_works(make):
+    x = make()
+    with pytest.raises(TypeError, match=r"x must be a .*; convert it with ") as raised:
+        gem(x)
+    converted = eval(str(raised.value).rpartition("convert it with ")[2], {"x": x, "torch": torch})
+    assert gem(converted).shape == converted.shape

@@ -40,6 +40,7 @@ def _from_environment() -> str:
 
 
 _selected = _from_environment()
+_triton_fails = False
 
 
 def check_save(save: str, where: str = "save") -> str:
@@ -115,7 +116,13 @@ def run(operation: str, family: Family, n: int, eps: float | Tensor, *inputs: Te
     # A dense tensor is one run of memory. Others are copied into one first: the buffer of a result has such strides.
     y = outputs[0]
     dense = [x if x.stride() == y.stride() or _runs_like(x, y) else torch.empty_like(y).copy_(x) for x in inputs]
-    backend.launch(operation, family, n, eps, outputs, dense)
+    try:
+        backend.launch(operation, family, n, eps, outputs, dense)
+    except Exception as error:
+        if backend is cpu or backend.interpreted:
+            raise
+        _give_up_triton(error)
+        return formulas.run(operation, family, n, eps, *inputs)
     return outputs if operation == "glu_backward" else y
 
 
@@ -177,11 +184,27 @@ def _kernels_for(operation: str, family: Family, n: int, eps: float | Tensor, in
             return None
     if x.is_cpu:
         if _selected == "triton":
-            return _interpreter()
+            return _interpreter() if not _triton_fails else None
         # Training is known by its backward passes. Inference has to go on for longer before a build pays.
         work = numel if "backward" in operation else numel / 16
         return cpu if cpu.library(family, n).ready(work, wait=_selected == "compiled") else None
-    return _triton() if x.device.type in _GPUS else None
+    return _triton() if x.device.type in _GPUS and not _triton_fails else None
+
+
+def _give_up_triton(error: Exception) -> None:
+    """Where Triton is there and cannot launch: an image without a C compiler, which it needs on NVIDIA, an old driver.
+
+    An error of the device that has nothing to do with it comes again, from the formulas.
+    """
+    global _triton_fails
+    _triton_fails = True
+    reason = (str(error).strip().splitlines() or [""])[0][:200]
+    warnings.warn(
+        f"hf_gem computes with its plain formulas on GPUs from now on, in several passes over memory: Triton cannot "
+        f"launch its kernels ({type(error).__name__}: {reason}). It needs a C compiler and a driver as new as torch's "
+        "CUDA",
+        stacklevel=3,
+    )
 
 
 @functools.cache

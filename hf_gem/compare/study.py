@@ -369,6 +369,8 @@ def _code(session: Mapping[str, Any]) -> dict[str, Any]:
         "commit": session["commit"],
         "uncommitted changes": session.get("diff_hash", session["dirty"]),
         **session["versions"],
+        # Records of earlier versions do not say it, which makes them no mixture.
+        **{f"launcher, {key}": value for key, value in session.get("launcher", {}).items()},
     }
 
 

@@ -15,7 +15,8 @@ from types import ModuleType
 from typing import Any
 
 from ..family.names import is_claimed, parse
-from ..modules import GemActivation, get_activation, module_factory
+from ..modules import CALLED, GemActivation, get_activation, module_factory
+from ..surgery.audit import say_what_did_not_run
 from ..surgery.configs import mask, unmask, write_plan
 from ..surgery.fields import (
     activation_fields,
@@ -28,7 +29,7 @@ from ..surgery.fields import (
     set_activation,
 )
 from ..surgery.kinds import is_stock, kind, stock_slots
-from ..surgery.plans import PLAN, apply_plans, complete, parts_inside, parts_of, specs, unnamed
+from ..surgery.plans import PLAN, apply_plans, complete, parts_inside, parts_of, shared_eps, specs, unnamed
 from ..surgery.slots import BUILT, join
 from .peft import write_adapter_plan
 from .registry import Installer, NameLookup, both, lookups, patch, refuse_conflicts, replace_everywhere
@@ -300,6 +301,8 @@ def _save_pretrained(original: Any, model: Any, *args: Any, **kwargs: Any) -> An
     inner = nested_configs(model.config).values()
     before = [vars(config).get(PLAN) for config in inner]
     write_plan(model)
+    if any(parameter.grad is not None for parameter in model.parameters()):
+        say_what_did_not_run(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         write_adapter_plan(model, model.peft_config)
     try:
@@ -316,6 +319,17 @@ def _initialize_weights(original: Any, model: Any, module: Any, *args: Any, **kw
     if isinstance(module, GemActivation) and not getattr(module, "_is_hf_initialized", False):
         module.reset_parameters()  # under transformers' guard, which skips what the checkpoint had
     original(model, module, *args, **kwargs)
+
+
+def _training_step(original: Any, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Once, after the first step: which activations of the family took no part in it."""
+    loss = original(trainer, model, *args, **kwargs)
+    if not vars(trainer).get(CALLED):
+        vars(trainer)[CALLED] = True
+        if (problem := shared_eps(model)) is not None:
+            warnings.warn(problem, stacklevel=3)  # not at the first checkpoint, hours later
+        say_what_did_not_run(model)
+    return loss
 
 
 def _trainer_save(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
@@ -353,6 +367,7 @@ INSTALLERS: dict[str, Installer] = {
     "transformers.trainer": both(
         _method("Trainer.get_decay_parameter_names", _decay_parameter_names),
         _method("Trainer._save", _trainer_save),
+        _method("Trainer.training_step", _training_step),
     ),
     "transformers.modeling_utils": both(
         _method("PreTrainedModel.__init__", _model_init),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import uncompiled
+from ..modules import CALLED, GemActivation
 from .inputs import example_inputs
 from .kinds import is_stock
 from .reports import path_patterns
@@ -138,6 +141,31 @@ def audit(model: nn.Module, *args: Any, **inputs: Any) -> Audit:
         return _run(model, copied_buffers(model), (), made_up)
     except Exception as error:
         raise _no_forward(model, made_up, error, "on its own device") from error
+
+
+def say_what_did_not_run(model: nn.Module) -> None:
+    """Warns, once for a model, of modules of the family in one that has trained which have never been called.
+
+    Something else computes in their place, as Liger's kernels do, which replace the forward of a gated MLP, while the
+    config and the printed model go on naming them. Of what is compiled, or runs in copies, nothing is known.
+    """
+    modules = dict(model.named_modules())
+    copied = isinstance(model, nn.DataParallel)
+    if copied or any(uncompiled(m) is not None or m._compiled_call_impl is not None for m in modules.values()):
+        return
+    ours = {path: module for path, module in modules.items() if isinstance(module, GemActivation)}
+    idle = {path: module for path, module in ours.items() if CALLED not in vars(module)}
+    if not idle:
+        return
+    for module in idle.values():
+        vars(module)[CALLED] = False  # said
+    warnings.warn(
+        f"{len(idle)} of {len(ours)} activations of the family have not run in {type(model).__name__}, which has "
+        f"trained: {path_patterns(list(idle))}. Something may compute another one in their place, as "
+        "TrainingArguments(use_liger_kernel=True) does for a gated MLP, where there is hf_gem.patch_glu; see what runs "
+        "with hf_gem.audit(model)",
+        stacklevel=4,
+    )
 
 
 def _run(model: nn.Module, state: dict[str, Tensor], args: tuple[Any, ...], inputs: Mapping[str, Any]) -> Audit:

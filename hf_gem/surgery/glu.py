@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from .._torch import has_hooks, is_tracing
-from ..modules import EGEM, GEM, SEGEM, GemActivation
+from ..modules import CALLED, EGEM, GEM, SEGEM, GemActivation
 from .kinds import describe, stock_slots
 from .reports import path_patterns, places
 
@@ -160,7 +160,9 @@ def _glu(*, act: Any, gate: Any, up: Any) -> Any:
     """`act(gate) * up`, by one call where that is the same but for rounding."""
     plain = type(gate) is Tensor and type(up) is Tensor and not is_tracing()  # not sharded, nested, of fx ...
     if plain and gate.shape == up.shape and gate.dtype == up.dtype and _can_fuse(act) and not _is_watched(act):
-        if act.log_ratio is None and torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
+            vars(act)[CALLED] = True
+        elif act.log_ratio is None:
             return act.captured(gate, up)
         eps = act.init_eps if act.log_ratio is None else act.eps.view([])
         return functional.gem_glu(gate, up, family=act.family, n=act.n, eps=eps)

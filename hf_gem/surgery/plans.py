@@ -58,6 +58,24 @@ def unnamed(model: nn.Module) -> str | None:
                     "are: what is saved cannot be loaded, since a config replaces activations only. Keep "
                     "model.state_dict(), or let a class of your own build the activation, before its self.post_init()"
                 )
+    return shared_eps(model)
+
+
+def shared_eps(model: nn.Module) -> str | None:
+    """What is wrong with one learnable activation in several places, which files do not hold; None where none is."""
+    places: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        eps = getattr(module, "log_ratio", None)
+        if spec_of(module) is not None and eps is not None:
+            places.setdefault(id(eps), []).append(path)
+    for paths in places.values():
+        if len(paths) > 1:
+            return (
+                f"one learnable eps is shared by {paths[0]!r} and {paths[1]!r}"
+                f"{f' and {len(paths) - 2} more' if paths[2:] else ''}, and files of weights hold each tensor once: "
+                "saving fails, or takes them apart. Give each layer its own before training, by "
+                "copy.deepcopy(activation) or hf_gem.convert"
+            )
     return None
 
 

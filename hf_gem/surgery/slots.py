@@ -133,7 +133,7 @@ def replace(
             if new is None or overwritten:
                 new = made[id(old), name] = _make(make, name, _neighbour(model, slot.path) if learnable else None)
             if overwritten and hasattr(new, "save"):  # a checkpoint's own class has one way only
-                new.save = "input"
+                vars(new)["save"] = "input"
             if written_down:
                 # In a tuple, which hides it from the model; the first one, where a conversion is converted.
                 vars(new)["replaces"] = getattr(old, "replaces", (old,))

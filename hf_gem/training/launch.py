@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import torch
@@ -20,6 +21,8 @@ from .device import keep_freed_memory
 from .errors import ConfigError
 from .signals import check
 
+# Variables by which kernels are chosen that round otherwise.
+_VARIABLES = ("HF_GEM_KERNELS", "HF_GEM_SAVE", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -65,6 +68,32 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.device.type == "cpu" and threads < cores:
         accelerator.print(f"training with {threads} of {cores} CPU threads; OMP_NUM_THREADS={cores} in front uses all")
     return accelerator
+
+
+def launched(accelerator: Accelerator) -> dict[str, str]:
+    """What was chosen outside of the config and changes numbers: by the launcher, and by variables of the environment.
+
+    Its precision and number of processes are in the record by themselves; what else it offers is refused.
+    """
+    state = accelerator.state
+    dynamo = state.dynamo_plugin
+    chosen = {"distributed": accelerator.distributed_type.value, "compiled by": "none"}
+    if dynamo.backend.value != "NO" and not dynamo.disable:
+        chosen["compiled by"] = _named({**asdict(dynamo), "backend": dynamo.backend.value})
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is not None:
+        kept = ("cpu_offload", "activation_checkpointing", "reshard_after_forward", "mixed_precision_policy")
+        chosen["fsdp"] = _named({name: getattr(plugin, name, None) for name in kept})
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if parallelism is not None:
+        chosen["parallelism"] = str(parallelism)
+    chosen["float32 products"] = torch.get_float32_matmul_precision()
+    chosen["variables"] = _named({name: os.environ.get(name) for name in _VARIABLES}) or "none"
+    return chosen
+
+
+def _named(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items() if value is not None and value is not False)
 
 
 def start_tracker(accelerator: Accelerator, config: TrainConfig, name: str) -> None:

@@ -27,6 +27,7 @@ from ..modules import GemActivation
 from .config import TrainConfig
 from .data.order import SampleOrder
 from .evaluate import Evaluation
+from .launch import launched
 from .task import Task
 from .throughput import FLOP_COUNT
 
@@ -229,6 +230,7 @@ def new_session(accelerator: Accelerator, sizes: Mapping[str, int]) -> dict[str,
     return {
         **(environment() if accelerator.is_main_process else {}),
         "num_processes": accelerator.num_processes,
+        "launcher": launched(accelerator),
         **sizes,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

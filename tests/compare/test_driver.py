@@ -114,6 +114,19 @@ def test_records_of_other_code_are_not_mixed_in(study):
     assert "**Mixed:** commit: None in" in (toy.folder / "report.md").read_text()
 
 
+def test_records_of_other_settings_of_the_launcher_are_not_mixed_in(study):
+    """Arms of which one was compiled by the launcher differ in more than the activation."""
+    toy = study()
+    run(toy)
+    records = {path: json.loads(path.read_text()) for path in (toy.folder / "records").glob("*-lr*.json")}
+    chosen = [{"compiled by": "none", "distributed": "NO"}, {"compiled by": "backend=INDUCTOR", "distributed": "NO"}]
+    for place, (path, record) in enumerate(records.items()):
+        record["sessions"][0]["launcher"] = chosen[place == 0]
+        path.write_text(json.dumps(record))
+    with pytest.raises(StudyError, match=r"launcher, compiled by: (backend=INDUCTOR in|none in .*, backend=INDUCTOR)"):
+        run(study())
+
+
 def test_code_that_differs_is_refused_before_it_runs(study, monkeypatch):
     toy = study()
     run(toy)

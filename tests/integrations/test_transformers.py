@@ -38,6 +38,8 @@ from transformers import (
     GPT2LMHeadModel,
     GptOssConfig,
     GptOssModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     OpenAIGPTConfig,
     OpenAIGPTModel,
     OPTConfig,
@@ -50,6 +52,8 @@ from transformers import (
     T5Model,
     TimmWrapperConfig,
     TimmWrapperModel,
+    Trainer,
+    TrainingArguments,
     XLNetConfig,
     activations,
 )
@@ -567,3 +571,69 @@ def test_the_registry_in_workers(tmp_path):
     assert result.returncode == 0, result.stderr
     y = [float(hf_gem.gem(torch.tensor(x), 2)) for x in (0.5, -1.0, 2.0, 1.0)]
     assert [float(word) for word in result.stdout.split()] == y
+
+
+def _liger(self, x):
+    """As Liger replaces the forward of Llama's MLP: SiLU is part of its kernel."""
+    return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("replaced", ["all", "one", "none"])
+def test_activations_that_do_not_run_in_training(replaced, tmp_path):
+    pytest.importorskip("accelerate")
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=16, num_key_value_heads=2, hidden_act="gem_n2", **sizes)
+    model = LlamaForCausalLM(config)
+    if replaced == "none":
+        hf_gem.patch_glu(model)
+    for layer in model.model.layers[: {"all": 2, "one": 1, "none": 0}[replaced]]:
+        layer.mlp.forward = functools.partial(_liger, layer.mlp)
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 4
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Trainer(model=model, args=arguments, train_dataset=rows).train()
+        model.save_pretrained(tmp_path)
+    said = [str(warning.message) for warning in caught if "have not run" in str(warning.message)]
+    if replaced == "none":
+        assert said == []
+    else:
+        (message,) = said
+        where = (
+            "2 of 2 activations of the family have not run in LlamaForCausalLM, which has trained: model.layers.*.mlp"
+        )
+        where = where if replaced == "all" else where.replace("2 of", "1 of").replace("*", "0")
+        assert message.startswith(where)
+
+
+def test_activations_that_did_not_run_in_a_loop_of_ones_own(tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=8, hidden_act="gem"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)  # nothing has run, which is nothing to say
+    model.transformer.h[0].mlp.forward = lambda x: x
+    model(input_ids=torch.arange(8)[None]).logits.sum().backward()
+    with pytest.warns(UserWarning, match=r"1 of 1 activations .* have not run in GPT2LMHeadModel.*h\.0\.mlp\.act"):
+        model.save_pretrained(tmp_path)
+
+
+def test_one_learnable_module_in_several_layers(tmp_path):
+    """transformers fails at the first checkpoint, about shared tensors; the first step says what to do."""
+    pytest.importorskip("accelerate")
+    sizes = {"n_layer": 2, "n_head": 1, "n_embd": 8, "n_positions": 8, "vocab_size": 8, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0))
+    shared = hf_gem.EGEM(learnable=True)
+    for layer in model.transformer.h:
+        layer.mlp.act = shared
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 4
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    with pytest.warns(UserWarning, match=r"one learnable eps is shared by .*h\.0\.mlp\.act' and .*by copy\.deepcopy"):
+        trainer.train()
+    for layer in model.transformer.h:
+        layer.mlp.act = copy.deepcopy(shared)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path)

@@ -293,3 +293,35 @@ def test_triton_on_a_cpu(monkeypatch):
     gpu = pytest.importorskip("hf_gem._kernels.gpu")
     monkeypatch.setattr(gpu, "interpreted", False)
     one_warning("triton", "TRITON_INTERPRET=1")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Failed to find C compiler.\nSet CC"), FileNotFoundError("ptxas"), OSError()]
+)
+def test_triton_that_cannot_launch(error, monkeypatch):
+    """As in an image without a C compiler: one warning, and the formulas go on, in the backward pass too."""
+    launches = []
+
+    class Broken:
+        interpreted = False
+
+        @staticmethod
+        def launch(*arguments):
+            launches.append(arguments[0])
+            raise error
+
+    monkeypatch.setattr(dispatch, "_triton", lambda: Broken)
+    monkeypatch.setattr(dispatch, "_triton_fails", False)
+    monkeypatch.setattr(dispatch, "_GPUS", ("cpu",))  # for what is kept for the backward pass
+    monkeypatch.setattr(dispatch, "_interpreter", lambda: Broken)  # where tensors of a CPU go with this backend
+    x = torch.linspace(-3, 3, 50, requires_grad=True)
+    with hf_gem.kernels("triton"), pytest.warns(UserWarning, match=r"plain formulas on GPUs from now on.*C compiler"):
+        y = egem(x, 2, 0.5)
+    assert torch.equal(y, formulas.run("forward", EGEM, 2, 0.5, x))
+    assert y.grad_fn.output  # decided before the launch failed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (got,) = torch.autograd.grad(y.sum(), x)
+        egem(x, 2, 0.5)
+    assert torch.equal(got, formulas.run("backward_at", EGEM, 2, 0.5, torch.ones_like(x), y))
+    assert launches == ["forward"]

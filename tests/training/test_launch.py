@@ -5,10 +5,11 @@ import importlib.util
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
 
 from hf_gem.training.config import TrainConfig
 from hf_gem.training.errors import ConfigError
-from hf_gem.training.launch import make_accelerator
+from hf_gem.training.launch import launched, make_accelerator
 
 
 def make(folder, **fields):
@@ -58,3 +59,27 @@ def test_auto_is_resolved_for_the_record(tmp_path):
     config = TrainConfig(output_dir=str(tmp_path), report_to="auto")
     make_accelerator(config)
     assert config.report_to in ("trackio", "none")
+
+
+def test_what_the_launcher_chose_is_read_back(tmp_path, monkeypatch):
+    """`accelerate launch --dynamo_backend inductor --dynamo_use_dynamic` compiles, whatever `--compile` says."""
+
+    def found(**environment):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        chosen = launched(make(tmp_path))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return chosen
+
+    plain = found()
+    assert plain["distributed"] == "NO"
+    assert plain["compiled by"] == "none"
+    assert plain["float32 products"] == "high"
+    compiled = found(ACCELERATE_DYNAMO_BACKEND="INDUCTOR", ACCELERATE_DYNAMO_MODE="max-autotune")
+    assert compiled["compiled by"].startswith("backend=INDUCTOR, mode=max-autotune")
+    assert {**compiled, "compiled by": "none"} == plain
+    assert (
+        found(HF_GEM_SAVE="output", NVIDIA_TF32_OVERRIDE="0")["variables"]
+        == "HF_GEM_SAVE=output, NVIDIA_TF32_OVERRIDE=0"
+    )
