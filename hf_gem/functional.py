@@ -72,7 +72,8 @@ def egem(x: Tensor, n: int = 1, eps: float | Tensor = DEFAULT_EPS, save: str = "
         A tensor of the shape, dtype and memory format of x. float16 and bfloat16 are computed in float32.
 
     Raises:
-        TypeError: x is not a dense tensor of float16, bfloat16, float32 or float64, n is not an integer, or eps is not a number.
+        TypeError: x is not a dense tensor of float16, bfloat16, float32 or float64, n is not an integer, or eps is not
+            a number.
         ValueError: n is outside 1..32, eps is not positive and finite, its shape does not broadcast against x, or
             `save` is not possible.
     """

@@ -1,1 +1,1 @@
-"""The family under PyTorch's own test machinery: OpInfo, gradcheck, composite compliance, and every kind of derivative."""
+"""The family under PyTorch's own test machinery, and every kind of derivative of it."""

@@ -7,11 +7,18 @@ import torch
 from torch.testing._internal import common_utils, composite_compliance, optests
 from torch.testing._internal.common_device_type import OpDTypes, instantiate_device_type_tests, ops
 from torch.testing._internal.common_dtype import floating_types_and
-from torch.testing._internal.common_utils import TestCase, TestGradients, noncontiguous_like, parametrize, subtest
+from torch.testing._internal.common_utils import (
+    DeterministicGuard,
+    TestCase,
+    TestGradients,
+    noncontiguous_like,
+    parametrize,
+)
 from torch.testing._internal.opinfo import core
 from torch.testing._internal.opinfo.core import ErrorInput, OpInfo, SampleInput
 
 __all__ = [
+    "DeterministicGuard",
     "ErrorInput",
     "OpDTypes",
     "OpInfo",
@@ -25,10 +32,9 @@ __all__ = [
     "ops",
     "optests",
     "parametrize",
-    "subtest",
 ]
 
-setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)  # noqa: B010  # a class would mangle the name
+setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
 torch._C.ScriptFunction.__call__ = common_utils.func_call
 torch._C.ScriptMethod.__call__ = common_utils.meth_call
 

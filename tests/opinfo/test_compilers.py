@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo import compiled_autograd
+from torch.testing._internal.two_tensor import TwoTensor
 
 import hf_gem
 from hf_gem import egem, gem, segem
@@ -10,7 +11,6 @@ from hf_gem.functional import gem_glu
 from tests.helpers import needs_compiler
 from tests.opinfo.database import BUILT, EPS, OPERATORS
 from tests.opinfo.machinery import TestCase, instantiate_device_type_tests, ops, optests, parametrize
-from torch.testing._internal.two_tensor import TwoTensor
 
 in_double = {"allowed_dtypes": (torch.float64,)}
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # compiled are the formulas, where eager mode has closed forms
@@ -87,7 +87,7 @@ class TestCompilers(TestCase):
                 weights = torch.linspace(-1, 1, y.numel(), dtype=dtype).view(y.shape)
                 leaves = [*tensors, *eps]
                 close(torch.autograd.grad(y, leaves, weights), torch.autograd.grad(expected, leaves, weights))
-            self.assertEqual(len(graphs), 1)
+            assert len(graphs) == 1
 
 
 instantiate_device_type_tests(TestCompilers, globals(), only_for=("cpu",))

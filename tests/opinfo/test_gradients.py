@@ -67,13 +67,16 @@ class TestVmap(TestCase):
                     for value, dim in zip(tensors, in_dims, strict=True)
                 ]
                 rows = [
-                    [value if dim is None else value.select(dim, i) for value, dim in zip(batched, in_dims, strict=True)]
+                    [
+                        value if dim is None else value.select(dim, i)
+                        for value, dim in zip(batched, in_dims, strict=True)
+                    ]
                     for i in range(3)
                 ]
                 got = torch.func.vmap(call, in_dims)(*batched)
-                self.assertEqual(got, torch.stack([call(*row) for row in rows]), rtol=0, atol=0)
+                assert torch.equal(got, torch.stack([call(*row) for row in rows]))
                 got = torch.func.vmap(call, in_dims, out_dims=-1, chunk_size=2)(*batched)
-                self.assertEqual(got, torch.stack([call(*row) for row in rows], -1), rtol=0, atol=0)
+                assert torch.equal(got, torch.stack([call(*row) for row in rows], -1))
 
 
 for case in (TestBwdGradients, TestFwdGradients, TestVmap):
@@ -92,9 +95,7 @@ def test_ensembles(name):
         return torch.func.functional_call(skeleton, (p, b), (x,)).square().sum()
 
     gradients = torch.func.vmap(torch.func.grad(loss), (0, 0, None))(params, buffers, x)
-    per_sample = torch.func.vmap(torch.func.grad(loss), (None, None, 0))(
-        dict(models[0].named_parameters()), {}, x
-    )
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, None, 0))(dict(models[0].named_parameters()), {}, x)
     for i, model in enumerate(models):
         model(x).square().sum().backward()
         for key, parameter in model.named_parameters():

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import hf_gem  # noqa: F401  # registers the names
+from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor, random_attention_mask
 
 ACT = os.environ["PEERS_ACT"]
@@ -24,7 +25,7 @@ _USUAL = {
     "hidden_size": _WIDTH,
     "num_hidden_layers": 2,
     "num_attention_heads": _HEADS,
-    "intermediate_size": 37,
+    "intermediate_size": 32,  # grouped products of experts want multiples of 16 bytes
     "max_position_embeddings": 64,
 }
 _DECODER = {**_USUAL, "num_key_value_heads": 2}
@@ -132,7 +133,7 @@ def _case(name: str) -> type:
         "setUp": set_up,
         "__module__": __name__,
     }
-    return type(f"{name}ModelTest", (ModelTesterMixin, unittest.TestCase), attributes)
+    return type(f"{name}ModelTest", (ModelTesterMixin, GenerationTesterMixin, unittest.TestCase), attributes)
 
 
 globals().update({f"{name}ModelTest": _case(name) for name in _TYPES})
