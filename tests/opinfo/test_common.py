@@ -164,16 +164,16 @@ class TestCommon(TestCase):
         for backend, sample in backends_and_samples(op, device, dtype):
             channels_last = sample.input.dim() == 4
             layouts = [torch.contiguous_format, torch.channels_last][: 1 + channels_last]
-            for layout, with_grad in itertools.product(layouts, (False, True)):
-                x = sample.input.detach().contiguous(memory_format=layout).requires_grad_(with_grad)
+            for layout in layouts:
+                x = sample.input.detach().contiguous(memory_format=layout).requires_grad_()
                 real = type(sample)(x, args=sample.args, kwargs=sample.kwargs)
                 with hf_gem.kernels(backend):
-                    expected = (call(op, real), *(value_and_gradients(op, real)[1:] if with_grad else ()))
+                    expected = value_and_gradients(op, real)
                     meta = at(real, dtype, "meta")
-                    got = (call(op, meta), *(value_and_gradients(op, meta)[1:] if with_grad else ()))
+                    got = value_and_gradients(op, meta)
                     with FakeTensorMode() as mode:
                         fake = real.transform(lambda v: tree_map_only(torch.Tensor, mode.from_tensor, v))
-                        faked = (call(op, fake), *(value_and_gradients(op, fake)[1:] if with_grad else ()))
+                        faked = value_and_gradients(op, fake)
                 for y, on_meta, in_fake in zip(expected, got, faked, strict=True):
                     for other in (on_meta, in_fake):
                         assert (other.shape, other.dtype) == (y.shape, y.dtype)
@@ -208,13 +208,14 @@ class TestCommon(TestCase):
         # test_cow_input: memory that tensors share until one of them is written.
         for backend, sample in backends_and_samples(op, device, dtype):
             with hf_gem.kernels(backend):
+                versions = [leaf._version for leaf in leaves(sample)]
                 expected = value_and_gradients(op, sample)
                 shared = sample.transform(
                     lambda v: torch._lazy_clone(v.detach()).requires_grad_() if isinstance(v, torch.Tensor) else v
                 )
                 assert_same(value_and_gradients(op, shared), expected)
                 assert_same(value_and_gradients(op, sample), expected)
-                assert all(leaf._version == 0 for leaf in leaves(sample))
+                assert [leaf._version for leaf in leaves(sample)] == versions
 
 
 class TestCompositeCompliance(TestCase):
@@ -229,7 +230,8 @@ class TestCompositeCompliance(TestCase):
 
     @ops(OPERATORS, allowed_dtypes=SINGLE)
     def test_backward(self, device, dtype, op):
-        for sample in op.sample_inputs(device, dtype, requires_grad=True, orders=BUILT):
+        # Of three tensors and their tangents there are 64 mixtures.
+        for sample in itertools.islice(op.sample_inputs(device, dtype, requires_grad=True, orders=BUILT), 4):
             args = [sample.input, *sample.args]
             composite_compliance.check_backward_formula(
                 op.get_op(), args, sample.kwargs, assert_equal_fn=self.assertEqual
@@ -237,7 +239,8 @@ class TestCompositeCompliance(TestCase):
 
     @ops(OPERATORS, allowed_dtypes=SINGLE)
     def test_forward_ad(self, device, dtype, op):
-        for sample in op.sample_inputs(device, dtype, requires_grad=True, orders=BUILT):
+        # Of three tensors and their tangents there are 64 mixtures.
+        for sample in itertools.islice(op.sample_inputs(device, dtype, requires_grad=True, orders=BUILT), 4):
             args = [sample.input, *sample.args]
             composite_compliance.check_forward_ad_formula(
                 op.get_op(), args, sample.kwargs, assert_equal_fn=self.assertEqual
