@@ -5,6 +5,7 @@
 # make study: a small comparison of activations, from its plan to a report.
 # make gpu: all that is measured on a GPU, in half an hour; ARGS="--device cpu --quick" tries it out without one.
 # make verify: how exact everything is, in one table, and the tests that show it.
+# make peers: the test suites of transformers and timm with the family in their models, from their source distributions.
 # make bench: the benchmarks of the CPU and the table of their goals, in less than ten minutes.
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +20,7 @@ RUN = $(VENV)/bin
 READY = $(VENV)/.ready
 OLDEST = $(VENV)-oldest
 
-.PHONY: demo test test-slow test-oldest lint verify bench gpu study setup clean
+.PHONY: demo test test-slow test-oldest lint verify bench gpu peers study setup clean
 
 # Without OMP_NUM_THREADS, accelerate's launcher gives a process one thread.
 demo: $(READY)
@@ -53,6 +54,9 @@ bench: $(READY)
 # In the environment of make setup where there is one, and otherwise in that of PYTHON, which may have no network.
 gpu:
 	$(if $(wildcard $(RUN)/python),$(RUN)/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
+
+peers: $(READY)
+	$(RUN)/python -m tests.peers.run $(ARGS)
 
 study: $(READY)
 	OMP_NUM_THREADS=1 $(RUN)/python recipes/compare.py --plan recipes/plans/smoke.yaml --jobs $(JOBS) $(STUDY_ARGS)

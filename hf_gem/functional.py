@@ -24,6 +24,10 @@ from .family.names import GemSpec, check_eps, check_n
 from .family.segem import SEGEM
 from .family.table import DEFAULT_EPS, Family, family_named
 
+# Not float8 and float4, which are for storage and matrix products: a value means something with its scale only.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES_IN_WORDS = "float16, bfloat16, float32 or float64"
+
 
 def gem(x: Tensor, n: int = 1, save: str = "auto") -> Tensor:
     r"""GEM, `x^(2n+1) / (1 + x^(2n))` for x > 0, else 0.
@@ -39,7 +43,7 @@ def gem(x: Tensor, n: int = 1, save: str = "auto") -> Tensor:
         A tensor of the shape, dtype and memory format of x. float16 and bfloat16 are computed in float32.
 
     Raises:
-        TypeError: x is not a dense floating-point tensor, or n is not an integer.
+        TypeError: x is not a dense tensor of float16, bfloat16, float32 or float64, or n is not an integer.
         ValueError: n is outside 1..32, or `save` is not possible.
     """
     if has_torch_function_unary(x):
@@ -68,7 +72,8 @@ def egem(x: Tensor, n: int = 1, eps: float | Tensor = DEFAULT_EPS, save: str = "
         A tensor of the shape, dtype and memory format of x. float16 and bfloat16 are computed in float32.
 
     Raises:
-        TypeError: x is not a dense floating-point tensor, n is not an integer, or eps is not a number.
+        TypeError: x is not a dense tensor of float16, bfloat16, float32 or float64, n is not an integer, or eps is not
+            a number.
         ValueError: n is outside 1..32, eps is not positive and finite, its shape does not broadcast against x, or
             `save` is not possible.
     """
@@ -131,7 +136,8 @@ def gem_glu(gate: Tensor, up: Tensor, family: str = "egem", n: int = 1, eps: flo
         A tensor of the shape, dtype and memory format of gate.
 
     Raises:
-        TypeError: gate or up is not a dense floating-point tensor, n is not an integer, or eps is not a number.
+        TypeError: gate or up is not a dense tensor of float16, bfloat16, float32 or float64, n is not an integer, or
+            eps is not a number.
         ValueError: gate and up differ in shape, dtype or device, the family is unknown, or as for `egem`.
     """
     if has_torch_function_variadic(gate, up, eps):
@@ -195,15 +201,20 @@ def _check(x: Tensor, n: int, eps: float | Tensor, name: str) -> tuple[int, floa
 
 def check_tensor(x: Tensor, name: str) -> None:
     """Raises TypeError, saying what to do, where this is no tensor that an activation takes."""
+    allowed = f"{name} must be a tensor of {_DTYPES_IN_WORDS}"
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a floating-point tensor, got {type(x).__name__}; convert it with torch.tensor")
-    if not x.is_floating_point():
-        how = f"{name}.dequantize()" if x.is_quantized else f"{name}.real" if x.is_complex() else f"{name}.float()"
-        raise TypeError(f"{name} must be a floating-point tensor, got a tensor of {x.dtype}; convert it with {how}")
+        raise TypeError(f"{allowed}, got {type(x).__name__}; convert it with torch.tensor")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{allowed}, got a tensor of {x.dtype}; convert it with {name}.{_conversion(x)}")
     if x.layout != torch.strided or x.is_nested:
-        how = f"torch.nested.to_padded_tensor({name}, 0.0)" if x.is_nested else f"{name}.to_dense()"
         got = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        how = f"torch.nested.to_padded_tensor({name}, 0.0)" if x.is_nested else f"{name}.to_dense()"
         raise TypeError(f"{name} must be a dense tensor, got {got}; convert it with {how}")
+
+
+def _conversion(x: Tensor) -> str:
+    """What makes a dense tensor of one of `_DTYPES` of one of another dtype."""
+    return "dequantize()" if x.is_quantized else "real" if x.is_complex() else "float()"
 
 
 def _wants_formula() -> bool:
@@ -212,8 +223,9 @@ def _wants_formula() -> bool:
 
 
 def _check_eps_tensor(eps: Tensor, x: Tensor) -> None:
-    if not eps.is_floating_point():
-        raise TypeError(f"a tensor eps must be floating-point, got {eps.dtype}; convert it first, e.g. eps.float()")
+    if eps.dtype not in _DTYPES:
+        how = f"eps.{_conversion(eps)}"
+        raise TypeError(f"a tensor eps must be of {_DTYPES_IN_WORDS}, got {eps.dtype}; convert it with {how}")
     if is_tracing():
         return  # shapes are tensors there
     if eps.ndim > x.ndim or any(a not in (1, b) for a, b in zip(eps.shape[::-1], x.shape[::-1], strict=False)):
@@ -250,7 +262,12 @@ class _Activation(torch.autograd.Function):
                 grad_eps = (grad * eps_slope(family, n, eps, x)).sum_to_size(eps.shape).to(eps.dtype)
             return grad_x, grad_eps, None, None, None
         operation = "backward_at" if ctx.output else "backward"
-        return kernels.run(operation, family, n, eps, grad, saved), None, None, None, None
+        return _backend().run(operation, family, n, eps, grad, saved), None, None, None, None
+
+
+def _backend() -> Any:
+    """What computes a backward pass that is not differentiated: it may run where the forward pass did not."""
+    return formulas if _wants_formula() else kernels
 
 
 def _saved(ctx: Any) -> tuple[Tensor, ...]:
@@ -270,12 +287,17 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
 class _Inverse(torch.autograd.Function):
     """x from y = egem(x), for derivatives of the backward pass. y and eps are where they come from in the graph."""
 
+    generate_vmap_rule = True  # a backward pass may be mapped over several incoming gradients
+
     @staticmethod
-    def forward(ctx: Any, y: Tensor, eps: float | Tensor, family: Family, n: int) -> Tensor:
-        x = inverse(family, n, eps, y)
-        ctx.family, ctx.n, ctx.eps = family, n, None if isinstance(eps, Tensor) else eps
-        ctx.save_for_backward(y, x, *((eps,) if isinstance(eps, Tensor) else ()))
-        return x
+    def forward(y: Tensor, eps: float | Tensor, family: Family, n: int) -> Tensor:
+        return inverse(family, n, eps, y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        y, eps, ctx.family, ctx.n = inputs
+        ctx.eps = None if isinstance(eps, Tensor) else eps
+        ctx.save_for_backward(y, output, *((eps,) if isinstance(eps, Tensor) else ()))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -300,11 +322,15 @@ class _Quotient(torch.autograd.Function):
     `a / b / b` overflows, and `torch.where` passes on a NaN from what it did not select.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        quotient = torch.where(b != 0, a / b, 0.0)
-        ctx.save_for_backward(quotient, b)
-        return quotient
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(b != 0, a / b, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(output, inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -322,7 +348,7 @@ class _Glu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        run = formulas.run if torch.is_grad_enabled() else kernels.run
-        grads = run("glu_backward", ctx.family, ctx.n, ctx.eps, grad, *ctx.saved_tensors)
+        compute = formulas if torch.is_grad_enabled() else _backend()
+        grads = compute.run("glu_backward", ctx.family, ctx.n, ctx.eps, grad, *ctx.saved_tensors)
         wanted = (gradient if needed else None for gradient, needed in zip(grads, ctx.needs_input_grad, strict=False))
         return *wanted, None, None, None

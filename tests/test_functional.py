@@ -7,7 +7,6 @@ from fractions import Fraction
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
-from torch.utils.checkpoint import checkpoint
 
 import hf_gem
 from hf_gem import egem, gem, segem
@@ -191,20 +190,6 @@ def test_special_values(family, n, dtype):
 
 
 @families
-@dtypes
-def test_gradient_has_the_dtype_of_the_input(family, dtype):
-    x = torch.randn(5, dtype=dtype, requires_grad=True)
-    y, tangent = torch.func.jvp(lambda v: FUNCTIONS[family](v, 2), (x.detach(),), (torch.ones(5, dtype=dtype),))
-    assert y.dtype == tangent.dtype == dtype
-    FUNCTIONS[family](x, 2).sum().backward()
-    assert x.grad.dtype == dtype
-    # Either may come from autograd of the formula: 2n (12n + 11) + 2n + 3 roundings (test_formulas), and one more.
-    working = oracle.unit_roundoff(torch.promote_types(dtype, torch.float32))
-    bound = (2 * 147 * working + 2 * oracle.unit_roundoff(dtype)) * 1.5625
-    torch.testing.assert_close(x.grad, tangent, rtol=0, atol=bound)
-
-
-@families
 @pytest.mark.parametrize(
     "x",
     [
@@ -243,31 +228,6 @@ def test_the_input_is_left_alone():
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize(
-    "x",
-    [torch.arange(3), torch.tensor([True]), torch.tensor([1j]), [1.0, 2.0], 1.0, None],
-    ids=["int", "bool", "complex", "list", "float", "none"],
-)
-@families
-def test_other_inputs(family, x):
-    got = str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
-    with pytest.raises(TypeError, match=f"x must be a floating-point tensor, got .*{got}.*convert"):
-        FUNCTIONS[family](x, 1)
-
-
-@with_eps
-def test_bad_tensor_eps(family):
-    function = PAIRS[family]
-    x = torch.ones(2, 3)
-    with pytest.raises(TypeError, match=r"tensor eps must be floating-point, got torch\.int64"):
-        function(x, 1, torch.tensor(1))
-    for shape in ((2,), (3, 1), (1, 2, 3), (4,)):
-        with pytest.raises(ValueError, match="must broadcast to the shape of x") as error:
-            function(x, 1, torch.ones(shape))
-        assert str(tuple(shape)) in str(error.value)
-        assert "(2, 3)" in str(error.value)
-
-
 @with_eps
 @dtypes
 @pytest.mark.parametrize("eps_dtype", [torch.float32, torch.float64], ids=str)
@@ -284,50 +244,7 @@ def test_tensor_eps_keeps_the_dtype_of_x(family, dtype, eps_dtype):
     assert eps.grad.shape == eps.shape
 
 
-@families
-def test_autocast(family):
-    x = torch.randn(4, 8, requires_grad=True)
-    weight = torch.randn(8, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert FUNCTIONS[family](x, 2).dtype == torch.float32
-        hidden = x @ weight
-        assert hidden.dtype == torch.bfloat16
-        y = FUNCTIONS[family](hidden, 2)
-    assert y.dtype == torch.bfloat16
-    assert torch.equal(y, FUNCTIONS[family](hidden.detach(), 2))
-    y.sum().backward()
-    assert x.grad.dtype == torch.float32
-
-
 # ---- derivatives
-
-
-@families
-@orders
-def test_gradients(family, n):
-    x = both_sides(6).requires_grad_()
-
-    def function(v):
-        return FUNCTIONS[family](v, n)
-
-    assert gradcheck(
-        function, x, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True, fast_mode=False
-    )
-    assert gradgradcheck(function, x, check_fwd_over_rev=True, check_rev_over_rev=True)
-
-
-@with_eps
-@orders
-@pytest.mark.parametrize("shape", [(), (3, 1), (2, 1, 1), (2, 3, 4)])
-def test_gradients_in_eps(family, n, shape):
-    x = both_sides(2, 3, 4).requires_grad_()
-    eps = (torch.rand(shape, dtype=torch.float64) + 0.2).requires_grad_()
-
-    def function(v, e):
-        return PAIRS[family](v, n, e)
-
-    assert gradcheck(function, (x, eps), check_forward_ad=True, check_batched_grad=True, fast_mode=True)
-    assert gradgradcheck(function, (x, eps), check_fwd_over_rev=True, fast_mode=True)
 
 
 @with_eps
@@ -355,88 +272,6 @@ def test_slope_is_exact(family, n):
         scale = (1 - s) * (1 + 2 * n * s) if family == "segem" else s * (1 + 2 * n * (1 - s))
         # The bound of test_formulas, and the product with the incoming gradient.
         assert abs(Fraction(got) - exact_slope(point, n, true_eps)) <= (6 * n + 10) * scale / 2**24
-
-
-@families
-@pytest.mark.parametrize("n", [1, 3])
-def test_functional_transforms(family, n):
-    x = both_sides(5)
-
-    def function(v):
-        return FUNCTIONS[family](v, n)
-
-    def formula(v):
-        return plain(family, v, n, EPS[family])
-
-    def total(v):
-        return (function(v) ** 2).sum()
-
-    def total_formula(v):
-        return (formula(v) ** 2).sum()
-
-    func = torch.func
-    close = {"rtol": 1e-12, "atol": 1e-12}  # thousands of float64 roundings
-    torch.testing.assert_close(func.hessian(total)(x), func.hessian(total_formula)(x), **close)
-    torch.testing.assert_close(func.jacfwd(function)(x), func.jacrev(formula)(x), **close)
-    torch.testing.assert_close(func.jacrev(function)(x), func.jacfwd(formula)(x), **close)
-    assert func.hessian(total)(x).any()
-    assert torch.equal(func.vmap(function)(x), function(x))
-    batch = both_sides(3, 5)
-    per_sample = func.vmap(func.grad(total))(batch)
-    torch.testing.assert_close(per_sample, torch.stack([func.grad(total_formula)(row) for row in batch]), **close)
-    _, pullback = func.vjp(function, x)
-    torch.testing.assert_close(pullback(torch.ones_like(x))[0], func.grad(lambda v: formula(v).sum())(x), **close)
-
-
-@families
-def test_forward_mode_over_forward_mode(family):
-    # torch drops the inner derivative of an autograd.Function here, without a word (pytorch/pytorch issue 197867).
-    def derivative(function):
-        return lambda v: torch.func.jvp(function, (v,), (torch.ones_like(v),))[1]
-
-    x = both_sides(8)
-    second = derivative(derivative(lambda v: FUNCTIONS[family](v, 2)))(x)
-    expected = derivative(derivative(lambda v: plain(family, v, 2, EPS[family])))(x)
-    assert expected.any()
-    torch.testing.assert_close(second, expected, rtol=1e-12, atol=1e-12)
-
-
-@with_eps
-def test_vmap_over_eps(family):
-    x = both_sides(6)
-    eps = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64)
-    function = PAIRS[family]
-
-    def one(e):
-        return function(x, 2, e)
-
-    assert torch.equal(torch.func.vmap(one)(eps), torch.stack([one(e) for e in eps]))
-    slopes = torch.func.vmap(torch.func.grad(lambda e: one(e).sum()))(eps)
-    expected = torch.stack([torch.func.grad(lambda v: one(v).sum())(e) for e in eps])
-    torch.testing.assert_close(slopes, expected, rtol=1e-14, atol=0)
-    assert slopes.all()
-
-
-def test_double_backward_through_a_model():
-    def penalty(activation):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(4, 8), activation, torch.nn.Linear(8, 1)).double()
-        x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
-        (slope**2).sum().backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-    class Formula(torch.nn.Module):
-        def forward(self, x):
-            return forward(TABLE["segem"], 2, 0.3, x)
-
-    class Ours(torch.nn.Module):
-        def forward(self, x):
-            return segem(x, 2, 0.3)
-
-    ours = penalty(Ours())
-    assert ours.any()
-    torch.testing.assert_close(ours, penalty(Formula()), rtol=1e-12, atol=1e-12)
 
 
 # ---- what the backward pass keeps
@@ -493,18 +328,6 @@ def test_gradients_from_the_output(n, eps):
 
 
 @orders
-def test_gradients_in_eps_from_the_output(n):
-    x = both_sides(2, 3).requires_grad_()
-    eps = torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
-
-    def function(v, e):
-        return egem(v, n, e, save="output")
-
-    assert gradcheck(function, (x, eps))
-    assert gradgradcheck(function, (x, eps))
-
-
-@orders
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("eps", [1e-4, 1.0])
 def test_slopes_from_the_output_are_those_from_the_input(n, dtype, eps):
@@ -520,21 +343,6 @@ def test_slopes_from_the_output_are_those_from_the_input(n, dtype, eps):
     torch.testing.assert_close(
         *slopes, rtol=(n + 2) * unit + working, atol=2.0**-25 if dtype != torch.float16 else unit
     )
-
-
-@pytest.mark.parametrize("save", ["input", "output"])
-def test_saving_with_checkpoints_and_compilers(save):
-    linear = torch.nn.Linear(8, 8)
-    x = torch.randn(20, 8, requires_grad=True)
-
-    def function(v):
-        return linear(egem(linear(v), 2, 0.1, save=save))
-
-    (expected,) = torch.autograd.grad(function(x).sum(), x)
-    (got,) = torch.autograd.grad(checkpoint(function, x, use_reentrant=False).sum(), x)
-    assert torch.equal(got, expected)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), x)[0], expected)
 
 
 @pytest.mark.parametrize("eps", [1e-4, 0.1, 1.0, 30.0])
@@ -577,36 +385,6 @@ def test_an_output_overwritten_in_place():
     assert x.grad.any()
 
 
-def test_what_cannot_be_saved():
-    x = torch.randn(4, requires_grad=True)
-    for call in (
-        lambda: egem(x, 5, save="output"),
-        lambda: segem(x, save="output"),
-        lambda: egem(x.half(), 1, 1e-6, save="output"),
-        lambda: egem(x.half(), 1, torch.tensor(1.0), save="output"),
-    ):
-        with pytest.raises(
-            ValueError, match=r"save='output' is not available for .*requires.*Use save='auto' or 'input'"
-        ):
-            call()
-    for function in (gem, egem, segem):
-        with pytest.raises(ValueError, match="save must be 'auto', 'input' or 'output', got 'both'"):
-            function(x, save="both")
-    assert egem(x, 5, save="auto").grad_fn is not None
-
-
-@families
-def test_gradient_checkpointing(family):
-    x = torch.randn(20, requires_grad=True)
-
-    def function(v):
-        return FUNCTIONS[family](v * 2, 2)
-
-    (expected,) = torch.autograd.grad(function(x).sum(), x)
-    (got,) = torch.autograd.grad(checkpoint(function, x, use_reentrant=False).sum(), x)
-    assert torch.equal(got, expected)
-
-
 # ---- gated
 
 
@@ -643,59 +421,15 @@ def test_glu_defaults_and_forms():
 
 
 @families
-def test_gradients_of_glu(family):
-    gate, up = both_sides(2, 6)
-    eps = EPS[family]
-
-    def function(g, u):
-        return gem_glu(g, u, family, 2, eps)
-
-    for wanted in ((True, True), (True, False), (False, True)):
-        pair = [t.clone().requires_grad_(w) for t, w in zip((gate, up), wanted, strict=True)]
-        assert gradcheck(function, pair, check_forward_ad=True, check_batched_grad=True)
-        assert gradgradcheck(function, pair)
-
-
-@with_eps
-def test_glu_with_a_tensor_eps(family):
-    gate, up = both_sides(2, 5, 3)
-    eps = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64, requires_grad=True)
-
-    def function(g, u, e):
-        return gem_glu(g, u, family, 2, e)
-
-    arguments = (gate.clone().requires_grad_(), up.clone().requires_grad_(), eps)
-    assert gradcheck(function, arguments)
-    assert gradgradcheck(function, arguments)
-
-
-@families
 def test_glu_saves_its_inputs_and_nothing_else(family):
     gate, up = torch.randn(2, 30, requires_grad=True).unbind()
     saved, _ = saved_by(gem_glu, gate, up, family)
     assert set(saved) == {gate.untyped_storage().data_ptr()}
 
 
-@families
-def test_glu_in_compilers_and_transforms(family):
-    gate, up = both_sides(2, 4, 5).requires_grad_()
-
-    def function(g, u):
-        return gem_glu(g, u, family, 2, EPS[family])
-
-    expected = torch.autograd.grad(function(gate, up).sum(), (gate, up))
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    close = {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close(torch.autograd.grad(compiled(gate, up).sum(), (gate, up)), expected, **close)
-    grads = torch.func.vmap(torch.func.grad(lambda g, u: function(g, u).sum(), argnums=(0, 1)))(gate, up)
-    torch.testing.assert_close(grads, expected, **close)
-
-
 def test_wrong_arguments_of_glu():
     x = torch.ones(2, 3)
-    with pytest.raises(TypeError, match=r"gate must be a floating-point tensor, got a tensor of torch.int64"):
-        gem_glu(torch.ones(2, 3, dtype=torch.int64), x)
-    with pytest.raises(TypeError, match="up must be a floating-point tensor, got float"):
+    with pytest.raises(TypeError, match=r"up must be a tensor of float16, .* got float"):
         gem_glu(x, 1.0)
     for up, got in ((x[0], r"\(3,\)"), (x.double(), "torch.float64"), (x.to("meta"), "meta")):
         with pytest.raises(ValueError, match=f"one shape, dtype and device, got .* and .*{got}"):
@@ -762,16 +496,6 @@ def test_compile_traces_without_a_break(family, n, dtype):
 def test_inductor():
     compiled = torch.compile(lambda x: segem(x, 2, 0.3), fullgraph=True)
     assert_compiled(compiled, "segem", 2, 0.3, torch.float32)
-
-
-@with_eps
-def test_compile_with_tensor_eps(family):
-    compiled = torch.compile(lambda x, e: PAIRS[family](x, 2, e), fullgraph=True, backend="aot_eager")
-    x = both_sides(5, 3).requires_grad_()
-    eps = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64, requires_grad=True)
-    got = torch.autograd.grad(compiled(x, eps).sum(), (x, eps))
-    expected = torch.autograd.grad(PAIRS[family](x, 2, eps).sum(), (x, eps))
-    torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
 
 
 @pytest.fixture(autouse=True)
@@ -851,11 +575,6 @@ def test_compile_with_a_symbolic_eps(function):
         assert torch.equal(compiled(x, eps), function(x, 2, eps))
     dynamic = torch.compile(lambda x, eps: function(x, 2, eps), fullgraph=True, dynamic=True, backend="aot_eager")
     assert torch.equal(dynamic(x, 0.25), function(x, 2, 0.25))
-
-
-def test_sparse_input():
-    with pytest.raises(TypeError, match=r"dense tensor, got layout torch.sparse_coo.*to_dense"):
-        egem(torch.ones(3).to_sparse())
 
 
 def _quantised():
