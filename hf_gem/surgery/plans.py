@@ -65,7 +65,7 @@ def shared_eps(model: nn.Module) -> str | None:
     """What is wrong with one learnable activation in several places, which files do not hold; None where none is."""
     places: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        eps = getattr(module, "log_ratio", None)
+        eps = dict(module.named_parameters(recurse=False)).get("log_ratio")  # not what PEFT's wrappers pass on
         if spec_of(module) is not None and eps is not None:
             places.setdefault(id(eps), []).append(path)
     for paths in places.values():

@@ -99,7 +99,7 @@ class TestCommon(TestCase):
         match = rf"must be a tensor of float16, bfloat16, float32 or float64, got a tensor of {name}; convert it with"
         with pytest.raises(TypeError, match=match) as caught:
             op(x, *sample.args, **sample.kwargs)
-        how = re.search(r"for example with \w+\.([a-z]+)", str(caught.value))[1]
+        how = re.search(r"convert it with \w+\.([a-z]+)", str(caught.value))[1]
         try:
             converted = x.real if how == "real" else getattr(x, how)()
         except NotImplementedError:
