@@ -1,7 +1,9 @@
 """What every test relies on: no network, a fixed seed, and a reason beside every skipped GPU test."""
 
+import getpass
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 # Before anything imports huggingface_hub, which reads it once.
@@ -19,7 +21,14 @@ if not torch.cuda.is_available():
 
 
 import hf_gem
+from hf_gem._kernels import trust
 from tests.family.dgem import DGEM
+
+try:
+    trust.make_private(Path(os.environ["HF_GEM_CACHE"]))
+except OSError:  # a clone in a folder that others can write to, from where no code is loaded
+    private = f"hf_gem-tests-{getpass.getuser()}"
+    os.environ["HF_GEM_CACHE"] = str(trust.make_private(Path(tempfile.gettempdir()) / private))
 
 hf_gem.register_family(DGEM)  # a family that is not ours is there in all tests
 
