@@ -200,7 +200,7 @@ def _facts(study: Study) -> list[list[str]]:
     records = [record for _, record in _final_records(study)]
     sessions = [session for record in records for session in record["sessions"]]
 
-    flags = " ".join(code(f"{name}={value}") for name, value in plan.flags.items())
+    flags = ", " * bool(plan.flags) + " ".join(code(f"{name}={value}") for name, value in plan.flags.items())
 
     def all_of(values: Iterable[str]) -> str:
         return "; ".join(dict.fromkeys(values))
@@ -210,10 +210,7 @@ def _facts(study: Study) -> list[list[str]]:
 
     return [
         ["plan", f"`{plan.hash[:16]}`, frozen before the first run"],
-        [
-            "recipe",
-            f"`{plan.recipe}`, preset `{plan.preset}`, {flags}",
-        ],
+        ["recipe", f"`{plan.recipe}`, preset `{plan.preset}`{flags}"],
         [
             "data",
             all_of(f"{dataset(r['config'])}, SHA-256 {code(r['data']['hash'][:16])}" for r in records),
