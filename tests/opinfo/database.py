@@ -30,6 +30,10 @@ def backends(op: OpInfo) -> list[str]:
     return ["eager"] + ["compiled"] * (not needs_compiler.args[0] and "learnable" not in op.variant_test_name)
 
 
+# Operators, as they stand in the names of tests, whose paths are those of others too: they are not waited for.
+ALIKE = "gem_glu_gem|gem_glu_segem|gem_glu_egem_learnable|segem_learnable|[a-z]_gem_cpu"
+
+
 def away_from_zero(shape: tuple[int, ...], **kwargs: Any) -> Tensor:
     """Points of both signs around the gate, none so near 0 that a finite difference would straddle it."""
     requires_grad = kwargs.pop("requires_grad", False)

@@ -1,8 +1,10 @@
 """PyTorch's own test machinery. What its import changes in the process is put back, for the other tests there."""
 
+import re
 import sys
 import unittest
 
+import pytest
 import torch
 from torch.testing._internal import common_utils, composite_compliance, optests
 from torch.testing._internal.common_device_type import OpDTypes, instantiate_device_type_tests, ops
@@ -28,6 +30,7 @@ __all__ = [
     "composite_compliance",
     "floating_types_and",
     "instantiate_device_type_tests",
+    "mark_slow",
     "noncontiguous_like",
     "ops",
     "optests",
@@ -51,3 +54,10 @@ def _running_test():
 
 
 common_utils.extract_test_fn = core.extract_test_fn = _running_test
+
+
+def mark_slow(case, pattern):
+    """Gives the tests of a class whose names match a pattern the marker `slow`."""
+    for name, test in list(vars(case).items()):
+        if name.startswith("test_") and re.search(pattern, name):
+            setattr(case, name, pytest.mark.slow(test))

@@ -9,13 +9,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import hf_gem
-from tests.opinfo.database import BUILT, DTYPES, OPERATORS, backends, module_forms
+from tests.opinfo.database import ALIKE, BUILT, DTYPES, OPERATORS, backends, module_forms
 from tests.opinfo.machinery import (
     DeterministicGuard,
     OpDTypes,
     TestCase,
     composite_compliance,
     instantiate_device_type_tests,
+    mark_slow,
     noncontiguous_like,
     ops,
 )
@@ -249,3 +250,4 @@ class TestCompositeCompliance(TestCase):
 
 for case in (TestCommon, TestCompositeCompliance):
     instantiate_device_type_tests(case, globals(), only_for=("cpu", "cuda"))
+    mark_slow(globals()[f"{case.__name__}CPU"], ALIKE)

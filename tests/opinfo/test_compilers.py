@@ -13,7 +13,7 @@ from hf_gem import egem, gem, segem
 from hf_gem.functional import gem_glu
 from tests.helpers import needs_compiler
 from tests.opinfo.database import BUILT, EPS, OPERATORS
-from tests.opinfo.machinery import TestCase, instantiate_device_type_tests, ops, optests, parametrize
+from tests.opinfo.machinery import TestCase, instantiate_device_type_tests, mark_slow, ops, optests, parametrize
 
 in_double = {"allowed_dtypes": (torch.float64,)}
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # compiled are the formulas, where eager mode has closed forms
@@ -94,10 +94,8 @@ class TestCompilers(TestCase):
 
 instantiate_device_type_tests(TestCompilers, globals(), only_for=("cpu",))
 
-for name, test in list(vars(TestCompilersCPU).items()):  # noqa: F821  # what the line above has made
-    # Tracing takes a second each: of the operators, one is waited for.
-    if name.startswith("test_") and not name.endswith("_egem_cpu_float64"):
-        setattr(TestCompilersCPU, name, pytest.mark.slow(test))  # noqa: F821
+# Tracing takes a second each: of the operators, one is waited for.
+mark_slow(TestCompilersCPU, "gem_glu|learnable|[a-z]_gem_cpu|segem")  # noqa: F821  # what the line above has made
 
 FORMS = {
     "gem": lambda x: gem(x, 2),

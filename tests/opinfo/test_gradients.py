@@ -8,8 +8,8 @@ from torch.nn.utils import _per_sample_grad
 from torch.utils._pytree import tree_map_only
 
 import hf_gem
-from tests.opinfo.database import EPS, OPERATORS
-from tests.opinfo.machinery import TestCase, TestGradients, instantiate_device_type_tests, ops
+from tests.opinfo.database import ALIKE, EPS, OPERATORS
+from tests.opinfo.machinery import TestCase, TestGradients, instantiate_device_type_tests, mark_slow, ops
 
 in_double = {"allowed_dtypes": (torch.float64,)}
 
@@ -81,6 +81,7 @@ class TestVmap(TestCase):
 
 for case in (TestBwdGradients, TestFwdGradients, TestVmap):
     instantiate_device_type_tests(case, globals(), only_for=("cpu", "cuda"))
+    mark_slow(globals()[f"{case.__name__}CPU"], ALIKE)
 
 
 @pytest.mark.parametrize("name", ["gem_n2", "egem_n2", "segem", "egem_n2_learnable", "segem_learnable"])

@@ -110,8 +110,8 @@ def render(results: dict[str, tuple[Results, str]]) -> str:
     """The whole page."""
     text = _INTRO.format(**{name: version(name).partition("+")[0] for name in ("torch", *ARMS)})
     for library, (arms, only) in results.items():
-        if not arms:
-            continue  # not run yet
+        if len(arms) < 2:
+            continue  # there is nothing to compare yet
         found = {match[1] or match[2] for arm in arms.values() for test in arm for match in [_subject(test)] if match}
         about = _ABOUT[library].format(count=len(found), names=", ".join(sorted(found)))
         selected = f" Only what `{only}` selects ran." if only not in ("", "pytest") else ""
