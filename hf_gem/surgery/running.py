@@ -101,16 +101,17 @@ def _restored(model: nn.Module) -> Iterator[None]:
     Parameters too: `torch.func.functional_call` does not put back those of a module that stands in several places.
     """
     before = [
-        (module, dict(vars(module)), [(own, dict(own)) for own in (module_buffers(module), module_parameters(module))])
+        (module, dict(vars(module)), dict(module_buffers(module)), dict(module_parameters(module)))
         for module in model.modules()
     ]
     try:
         yield
     finally:
-        for module, attributes, tensors in before:
+        for module, attributes, buffers, parameters in before:
             for name in vars(module).keys() - attributes.keys():
                 del vars(module)[name]
             vars(module).update(attributes)
-            for own, were in tensors:
-                own.clear()
-                own.update(were)
+            module_buffers(module).clear()
+            module_buffers(module).update(buffers)
+            module_parameters(module).clear()
+            module_parameters(module).update(parameters)

@@ -329,7 +329,7 @@ def test_what_leaves_outputs_alone_is_not(overwrite):
 def test_a_module_in_several_places_keeps_its_values(change):
     # As the position encodings of CoaT: torch.func.functional_call leaves what stood in for them in their place.
     model = timm.create_model("coat_lite_tiny")
-    before = {name: parameter for name, parameter in model.named_parameters()}
+    before = dict(model.named_parameters())
     change(model)
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
