@@ -34,6 +34,7 @@ __all__ = [
     "is_tracing",
     "lacks_own_memory",
     "module_buffers",
+    "module_parameters",
     "reset_compiler",
     "tree_leaves",
     "uncompiled",
@@ -103,6 +104,11 @@ def children(module: nn.Module) -> dict[str, nn.Module | None]:
 def module_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """The buffers of a module by name, as the dict that it keeps."""
     return module._buffers
+
+
+def module_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters of a module by name, as the dict that it keeps."""
+    return module._parameters
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import module_buffers, tree_leaves, uncompiled, without_compiler
+from .._torch import module_buffers, module_parameters, tree_leaves, uncompiled, without_compiler
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -96,14 +96,22 @@ def evaluating(model: nn.Module, training: tuple[type[nn.Module], ...] = ()) -> 
 
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Takes back what is set on the modules meanwhile: training flags, and caches that a forward pass leaves."""
-    before = [(module, dict(vars(module)), dict(module_buffers(module))) for module in model.modules()]
+    """Takes back what is set on the modules meanwhile: training flags, and caches that a forward pass leaves.
+
+    Parameters too: `torch.func.functional_call` does not put back those of a module that stands in several places.
+    """
+    before = [
+        (module, dict(vars(module)), dict(module_buffers(module)), dict(module_parameters(module)))
+        for module in model.modules()
+    ]
     try:
         yield
     finally:
-        for module, attributes, buffers in before:
+        for module, attributes, buffers, parameters in before:
             for name in vars(module).keys() - attributes.keys():
                 del vars(module)[name]
             vars(module).update(attributes)
             module_buffers(module).clear()
             module_buffers(module).update(buffers)
+            module_parameters(module).clear()
+            module_parameters(module).update(parameters)

@@ -323,3 +323,14 @@ def test_what_leaves_outputs_alone_is_not(overwrite):
     report = audit(Overwriting(overwrite), torch.ones(2, 8))
     assert report.overwritten == ()
     assert "overwritten" not in str(report)
+
+
+@pytest.mark.parametrize("change", [audit, lambda model: hf_gem.convert(model, "gem_n2")])
+def test_a_module_in_several_places_keeps_its_values(change):
+    # As the position encodings of CoaT: torch.func.functional_call leaves what stood in for them in their place.
+    model = timm.create_model("coat_lite_tiny")
+    before = dict(model.named_parameters())
+    change(model)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] for name in before)
