@@ -207,7 +207,7 @@ def check_tensor(x: Tensor, name: str) -> None:
     if x.dtype not in _DTYPES:
         raise TypeError(f"{allowed}, got a tensor of {x.dtype}; convert it with {name}.{_conversion(x)}")
     if x.layout != torch.strided or x.is_nested:
-        got = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        got = f"a nested tensor of layout {x.layout}" if x.is_nested else f"layout {x.layout}"
         how = f"torch.nested.to_padded_tensor({name}, 0.0)" if x.is_nested else f"{name}.to_dense()"
         raise TypeError(f"{name} must be a dense tensor, got {got}; convert it with {how}")
 

@@ -199,12 +199,7 @@ def apply_plan(
                 if not in_head and not (is_excerpt and path.removeprefix(theirs).split(".")[0] not in parts):
                     missing[path] = name
                 continue
-            if does_more(slot.occupant):
-                raise ValueError(
-                    f"the conversion in this config puts {name!r} in the place of {path!r}, a "
-                    f"{type(slot.occupant).__name__}, which is a layer, or has weights or parts that are. Conversions "
-                    f"replace activations only; remove the key {PLAN!r} from the config to load the model unconverted"
-                )
+            _require_activation(slot.occupant, path, name)
             present = spec_of(slot.occupant)
             if keep and present is not None and present != parse(name):
                 kept.append(f"{present.name!r} at {here!r}, where {keep} had {name!r}")
@@ -221,6 +216,15 @@ def apply_plan(
     if kept:
         _say_what_stays(model, kept)
     return missing
+
+
+def _require_activation(occupant: Any, path: str, name: str) -> None:
+    if does_more(occupant):
+        raise ValueError(
+            f"the conversion in this config puts {name!r} in the place of {path!r}, a {type(occupant).__name__}, "
+            "which is a layer, or has weights or parts that are. Conversions replace activations only; remove the key "
+            f"{PLAN!r} from the config to load the model unconverted"
+        )
 
 
 def _say_what_stays(model: nn.Module, kept: list[str]) -> None:
