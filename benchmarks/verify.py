@@ -35,9 +35,15 @@ ORDERS = (1, 2, 3, 4)
 HALF = (torch.bfloat16, torch.float16)
 # Kind of test -> what pytest is given.
 TESTS = {
-    "values and slopes against exact fractions": ["tests/family/test_formulas.py", "tests/test_functional.py"],
-    "kernels": ["tests/kernels"],
+    "values and slopes against exact fractions": ["tests/family", "tests/test_functional.py"],
+    "every kind of derivative": ["tests/opinfo"],
+    "kernels, builds, load": ["tests/kernels"],
     "properties, by hypothesis": ["tests/test_properties.py"],
+    "ways to save and load": ["tests/integrations/test_ways_to_save.py", "tests/integrations/test_round_trips.py"],
+    "hostile files and secrets": [
+        *("tests/test_files.py", "tests/compare/test_hostile.py", "tests/training/test_secrets.py"),
+        *("tests/training/test_sharded.py", "tests/training/data/test_stored.py"),
+    ],
 }
 
 

@@ -224,6 +224,12 @@ def test_rounding_once_is_that_of_exact_arithmetic():
         assert torch.equal(verify.rounded(values, dtype), torch.from_numpy(expected))
 
 
+def test_the_kinds_of_tests_are_there():
+    paths = [verify.ROOT / path for paths in verify.TESTS.values() for path in paths]
+    assert paths
+    assert [path for path in paths if not path.exists()] == []
+
+
 def test_what_is_wrong_counts_as_a_failure():
     """A function that is off, one that has a NaN, and one that falls, beside exact ones."""
     x = torch.tensor([-2.0, 0.5, 1.0, 3.0], dtype=torch.bfloat16)
