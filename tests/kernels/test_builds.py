@@ -275,10 +275,14 @@ def is_running(pid):
 def test_an_interrupt_while_a_build_is_awaited(fresh, monkeypatch, tmp_path):
     scripted(monkeypatch, tmp_path, "import time; time.sleep(600)")
     timer = threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT])
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        call()
-    timer.join()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # not what another test may have left
+    try:
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            call()
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
     assert cpu._lock.acquire(blocking=False)
     cpu._lock.release()
     process = cpu.library(EGEM, 1)._process
