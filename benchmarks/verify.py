@@ -8,6 +8,7 @@ get them, with their kernels. With --tests, pytest is run too, and counted. --de
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ PAGE = ROOT / "docs" / "verification.md"
 EPSILONS = (1e-8, 1e-6, 1e-4, 1e-2, 1.0, 10.0, 100.0)
 ORDERS = (1, 2, 3, 4)
 HALF = (torch.bfloat16, torch.float16)
+_SMALLEST = 2.0**-100
 # Kind of test -> what pytest is given.
 TESTS = {
     "values and slopes against exact fractions": ["tests/family", "tests/test_functional.py"],
@@ -167,7 +169,8 @@ def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
 def compare(functions: list[Function], x: Tensor, what: str, check: str, rounds: bool) -> list[Row]:
     """Value and slope against float64; with `rounds`, a failure is a result that is not rounded correctly.
 
-    The ulp of a slope, which may cross zero, is that of its greater term where f(x) / x is one.
+    The ulp of a slope, which may cross zero, is that of its greater term where f(x) / x is one. Below `_SMALLEST` it is
+    the ulp of that, since what such results are made of may underflow.
     """
     rows = []
     found = {"value": (0, 0, 0.0), "slope": (0, 0, 0.0)}
@@ -181,7 +184,8 @@ def compare(functions: list[Function], x: Tensor, what: str, check: str, rounds:
             finite = result.isfinite() & nearest.isfinite()
             wrong = ~same if rounds else ~same & ~finite
             size = exact.abs() if kind == "value" else exact.abs().fmax((exacts[0] / wide).abs())
-            error = torch.where(finite, (result - exact).abs() / spacing(size, x.dtype), 0.0).max().item()
+            unit = spacing(size.clamp(min=_SMALLEST), x.dtype)
+            error = torch.where(finite, (result - exact).abs() / unit, 0.0).max().item()
             found[kind] = cases + x.numel(), failures + int(wrong.sum()), max(greatest, error)
     for kind, (cases, failures, greatest) in found.items():
         rows.append(Row(what, f"{check}, {kind}", cases, failures, greatest))
@@ -282,7 +286,8 @@ def tests() -> list[Row]:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
             command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *paths]
-            subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
+            env = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run(command, cwd=ROOT, env=env, check=False, stdout=subprocess.DEVNULL)
             (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
         number = {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}
         rows.append(Row("tests", kind, number["tests"] - number["skipped"], number["failures"] + number["errors"]))
