@@ -4,7 +4,6 @@ import json
 from typing import Any, Literal, TypedDict
 
 import pytest
-from markdown_it import MarkdownIt
 
 from hf_gem.files import (
     check_type,
@@ -17,6 +16,8 @@ from hf_gem.files import (
     redact,
     redacted,
 )
+
+MarkdownIt = pytest.importorskip("markdown_it", reason="pages are read by it").MarkdownIt
 
 
 class Part(TypedDict):

@@ -5,7 +5,6 @@ import re
 import shutil
 
 import pytest
-from markdown_it import MarkdownIt
 
 from hf_gem import cli
 from hf_gem.compare.card import add_comparison
@@ -13,9 +12,15 @@ from hf_gem.compare.driver import Driver
 from hf_gem.compare.plan import Plan, PlanError, Run, load_plan, parse_flags
 from hf_gem.compare.report import write_report
 from hf_gem.compare.study import Study, StudyError
-from hf_gem.compare.summary import write_summary
 from recipes import compare as compare_recipe
 from tests.compare.toy import PLAN, TWO_ARMS, recipes_of, run, started
+
+for package in ("scipy", "matplotlib", "markdown_it"):
+    pytest.importorskip(package, reason="reports need it")
+
+from markdown_it import MarkdownIt  # noqa: E402
+
+from hf_gem.compare.summary import write_summary  # noqa: E402
 
 DEEP = "[" * 50_000
 

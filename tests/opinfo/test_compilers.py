@@ -89,7 +89,8 @@ class TestCompilers(TestCase):
                 weights = torch.linspace(-1, 1, y.numel(), dtype=dtype).view(y.shape)
                 leaves = [*tensors, *eps]
                 close(torch.autograd.grad(y, leaves, weights), torch.autograd.grad(expected, leaves, weights))
-            assert len(graphs) == 1
+            # With a float64 of no dimensions torch may call the backend twice at first, for `x * eps` too.
+            assert len(graphs) in ((1, 2) if any(e.dim() == 0 for e in eps) else (1,))
 
 
 instantiate_device_type_tests(TestCompilers, globals(), only_for=("cpu",))

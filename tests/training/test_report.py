@@ -5,11 +5,12 @@ from unittest.mock import MagicMock
 
 import pytest
 from huggingface_hub import ModelCard
-from markdown_it import MarkdownIt
 from PIL import Image
 
 from hf_gem.training.errors import CheckpointError
 from hf_gem.training.report import plot_loss, save_results, write_card
+
+MarkdownIt = pytest.importorskip("markdown_it", reason="pages are read by it").MarkdownIt
 
 SESSION = {
     "command": "accelerate launch recipes/gpt2_pretrain.py",
