@@ -25,7 +25,7 @@ from .family.segem import SEGEM
 from .family.table import DEFAULT_EPS, Family, family_named
 
 # Not float8 and float4, which are for storage and matrix products: a value means something with its scale only.
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = (*kernels.DTYPES, torch.float64)
 _DTYPES_IN_WORDS = "float16, bfloat16, float32 or float64"
 
 

@@ -5,5 +5,6 @@ Triton. `symbols` and `printer` write the formulas of a family in both languages
 """
 
 from .dispatch import BACKENDS, check_save, keeps_output, kernels, run
+from .printer import DTYPES
 
-__all__ = ["BACKENDS", "check_save", "keeps_output", "kernels", "run"]
+__all__ = ["BACKENDS", "DTYPES", "check_save", "keeps_output", "kernels", "run"]

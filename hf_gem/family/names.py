@@ -208,7 +208,8 @@ def _read_eps(text: str | None) -> Any:
 
 
 def _malformed(name: str, reason: str) -> ValueError:
-    letters = re.sub(r"[\W_]", "", name[:_LONGEST].lower())
+    name = name[:_LONGEST]
+    letters = re.sub(r"[\W_]", "", name.lower())
     if name and not any(family in letters for family in FAMILIES):
         return ValueError(
             f"got activation name {name!r:.80}, which is none of the family. Allowed: {_grammar()}. For others, such "
@@ -221,7 +222,7 @@ def _malformed(name: str, reason: str) -> ValueError:
 
 def _nearest(name: str) -> str:
     """The valid name that keeps what can be understood of `name`."""
-    text = name[:_LONGEST].lower()
+    text = name.lower()
     letters = re.sub(r"[\W_]", "", text)
     family = next((f for f in FAMILIES if letters.startswith(f)), "gem")
     n = re.search(r"n\W*_?(\d{1,3})", text)

@@ -200,10 +200,10 @@ def apply_plan(
                     missing[path] = name
                 continue
             _require_activation(slot.occupant, path, name)
-            present = spec_of(slot.occupant)
-            if keep and present is not None and present != parse(name):
+            spec, present = parse(name), spec_of(slot.occupant)
+            if keep and present is not None and present != spec:
                 kept.append(f"{present.name!r} at {here!r}, where {keep} had {name!r}")
-            elif present != parse(name):
+            elif present != spec:
                 slots.setdefault(name, []).append(slot)
     if missing and not unfinished:
         path, name = next(iter(missing.items()))
