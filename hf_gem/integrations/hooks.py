@@ -8,11 +8,11 @@ from types import ModuleType
 import torch
 import wrapt
 
-from . import diffusers, peft, sentence_transformers, timm, transformers, weights
+from . import diffusers, peft, sentence_transformers, timm, transformers, vllm, weights
 from .registry import Installer
 
 # The module that, once imported, makes a registration possible -> what to do and undo. One row for each place we hook.
-_LIBRARIES = (transformers, timm, peft, diffusers, sentence_transformers, weights)
+_LIBRARIES = (transformers, timm, peft, diffusers, sentence_transformers, vllm, weights)
 _INSTALLERS: dict[str, Installer] = {}
 for _library in _LIBRARIES:
     _INSTALLERS |= _library.INSTALLERS
