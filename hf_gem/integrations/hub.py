@@ -23,6 +23,7 @@ from ..surgery.slots import spec_of
 _ROOT = Path(__file__).parent.parent
 # Of hf_gem they import each other only; so they have no private torch, which another version may lack.
 _FALLBACK = (
+    "files.py",
     *(f"family/{name}.py" for name in ("arithmetic", "table", "egem", "segem", "formulas", "names")),
     *(f"surgery/{name}.py" for name in ("slots", "plans", "fields", "configs")),
     "integrations/fallback.py",
