@@ -163,8 +163,8 @@ def keeps_output(family: Family, n: int, eps: float | Tensor, x: Tensor, save: s
     possible = family.slope_at is not None and family.invertible(n, eps, x.dtype)
     if save == "output" and not possible:
         raise ValueError(
-            f"save='output' is not available for {family.name}, n={n}, eps={shown(eps)}, {x.dtype}. It requires a family "
-            "that can be inverted, such as GEM and E-GEM with n <= 4; in float16 their eps must also be a plain "
+            f"save='output' is not available for {family.name}, n={n}, eps={shown(eps)}, {x.dtype}. It requires a "
+            "family that can be inverted, such as GEM and E-GEM with n <= 4; in float16 their eps must also be a plain "
             "number, at least 7e-5 for n=1. Use save='auto' or 'input'."
         )
     if save == "output":

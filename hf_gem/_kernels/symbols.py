@@ -25,7 +25,7 @@ class Symbol:
     Attributes:
         op: `z`, `r` or `e` for an argument of the formula, otherwise the operation.
         args: Operands of the operation.
-        dtype: float32, int32 for bits, or bool.
+        dtype: Data type: float32, int32 for bits, or bool.
         scalar: Whether this is a single double-precision number, computed from r and e alone.
     """
 

@@ -94,8 +94,8 @@ def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
     original(config, **kwargs)
     if config.model_type in _OVERWRITTEN and is_claimed(config.hidden_act):
         warnings.warn(
-            f"{type(config).__name__} replaces hidden_act={shown(config.hidden_act)} by 'silu' whenever it is created or "
-            "loaded. Set it afterwards with hf_gem.set_activation(config, name), or convert the model.",
+            f"{type(config).__name__} replaces hidden_act={shown(config.hidden_act)} by 'silu' whenever it is created "
+            "or loaded. Set it afterwards with hf_gem.set_activation(config, name), or convert the model.",
             stacklevel=2,
         )
     for key, name in names.items():

@@ -66,7 +66,7 @@ def spec_of(occupant: object) -> GemSpec | None:
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is itself a layer: a torch layer that is not an activation, or a module with weights.
 
-    PReLU is not a layer, and neither is a module whose parameters all have one element.
+    Weights with one element do not count, and neither do those of PReLU.
     """
     homes = {cls.__module__.rpartition(".")[2] for cls in type(module).__mro__ if "torch.nn.modules." in cls.__module__}
     if homes - {"module", "activation"}:

@@ -142,3 +142,9 @@ def neomme():
 def test_bad_arguments(config, name, error, message):
     with pytest.raises(error, match=message):
         hf_gem.set_activation(config, name)
+
+
+def test_a_long_name_does_not_come_back_whole():
+    with pytest.raises(ValueError, match="got activation name 'gelogelo") as error:
+        hf_gem.set_activation(GPT2Config(), "gelo" * 10**5)
+    assert "gelo" * 20 not in str(error.value)
