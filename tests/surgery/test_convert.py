@@ -267,7 +267,7 @@ ERRORS = {
     "script": (scripted, ["gem"], {}, ValueError, "1 is a torch.jit._script.*before you script"),
     "fused": (fused_only, ["gem"], {}, ValueError, r"ConvReLU2d\. Its ReLU is fused with a layer"),
     "quantised": (lambda: quantised(False), ["gem"], {}, ValueError, "produces quantised tensors"),
-    "quantised, fused": (lambda: quantised(True), ["gem"], {}, ValueError, "Convert the model before you fuse it"),
+    "quantised, fused": (lambda: quantised(True), ["gem"], {}, ValueError, "Convert the model before you quantise"),
 }
 
 
@@ -610,5 +610,5 @@ def test_a_class_of_the_users_own():
 
 @pytest.mark.parametrize("wrong", [None, transformers.BertConfig(), nn.ReLU])
 def test_reverting_what_is_no_model(wrong):
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got"):
+    with pytest.raises(TypeError, match=r"as model\. model must be a torch\.nn\.Module\."):
         revert(wrong)

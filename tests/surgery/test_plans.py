@@ -128,7 +128,7 @@ def test_what_could_not_be_loaded_is_not_saved():
     """The classes that `convert(replace=)` is given may be any."""
     net = Block(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
     hf_gem.convert(net, "gem", replace=nn.Sequential)
-    assert "act has replaced a Sequential" in unnamed(net)
+    assert "act replaced a Sequential" in unnamed(net)
     hf_gem.revert(net)
     hf_gem.convert(net, "gem")
     assert unnamed(net) is None
