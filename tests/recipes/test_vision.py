@@ -338,7 +338,7 @@ def test_the_cifar_presets_are_those_of_the_paper():
             (vision_finetune, ["--model=x", f"--eps={eps}"], "--eps must be a finite number above 0, or fit or match")
             for eps in ("small", "inf", "nan", "-1")
         ],
-        (vision_finetune, ["--model=x", "--hidden_act=gem", "--eps=0.01"], "gem has eps = 1, fixed; got eps=0.01"),
+        (vision_finetune, ["--model=x", "--hidden_act=gem", "--eps=0.01"], "gem has a fixed eps of 1"),
         (
             vision_finetune,
             ["--model=x", "--eps=0.1", "--fit_per_layer"],

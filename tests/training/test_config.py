@@ -213,10 +213,10 @@ def test_the_124m_preset_is_gpt2_small():
         (["--hidden_act", "egem", "--eps", "fit"], ["--eps must be a finite number above 0, or match, got fit"]),
         (["--hidden_act", "egem", "--eps", "0"], ["--eps must be a finite number above 0, or match, got 0"]),
         (["--hidden_act", "gelu", "--eps", "match"], ["--eps must be left out: --hidden_act gelu has none"]),
-        (["--hidden_act", "gem_n2", "--eps", "match"], ["gem has eps = 1, fixed", "'egem' has others"]),
-        (["--hidden_act", "gem_n2", "--eps", "0.1"], ["gem has eps = 1, fixed; got eps=0.1"]),
+        (["--hidden_act", "gem_n2", "--eps", "match"], ["gem, which has a fixed eps of 1", "Use 'egem'"]),
+        (["--hidden_act", "gem_n2", "--eps", "0.1"], ["got eps=0.1", "gem has a fixed eps of 1"]),
         (["--hidden_act", "egem", "--match_c", "2"], ["--match_c must be left out without --eps match, got 2.0"]),
-        (["--hidden_act", "egem", "--eps", "match", "--match_c", "0"], ["c must be positive and finite, got 0.0"]),
+        (["--hidden_act", "egem", "--eps", "match", "--match_c", "0"], ["got c=0.0", "c must be positive and finite"]),
         (["--config", "missing.yaml"], ["missing.yaml"]),
     ],
 )
