@@ -236,7 +236,14 @@ def exhaustive_table(*records: dict[str, Any]) -> str:
                     "-" if differing is None else f"{differing:,}",
                 ]
             )
-    heads = ["function", "inputs", "worst ulp", "for results from", "worst absolute error below", "worst ulp of the formulas"]
+    heads = [
+        "function",
+        "inputs",
+        "worst ulp",
+        "for results from",
+        "worst absolute error below",
+        "worst ulp of the formulas",
+    ]
     return table([*heads, "results that differ from the formulas"], rows)
 
 
