@@ -1,8 +1,8 @@
-"""Times the activation alone in eager mode, forward and backward: python -m benchmarks.activation
+"""The activation alone in eager mode, forward and backward: python -m benchmarks.activation
 
-It runs next to torch's own activations. Gated MLPs run next to `silu(gate) * up` and Liger's SwiGLU. On a GPU it also
-runs next to torch.compile of the formulas and next to a copy. The share of the copy's bandwidth counts one tensor read
-and one written in the forward pass, and two read and one written in the backward pass.
+Beside torch's own activations, which users take now, and inside gated MLPs beside `silu(gate) * up` and Liger's SwiGLU.
+On a GPU also beside torch.compile of the formulas and beside a copy: the share of its bandwidth counts one tensor read
+and one written forward, two read and one written backward.
 """
 
 from __future__ import annotations

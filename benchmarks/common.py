@@ -1,7 +1,7 @@
-"""Shared by all benchmarks: timing in turns, goals, and the JSON record of a run.
+"""What the benchmarks share: timing side by side, goals, and the JSON that a run leaves.
 
-Every figure is a ratio of times that are taken in turns in one process, so a machine that slows down or speeds up
-affects all contestants alike. Every contestant is first compared with float64. If one is wrong, nothing is timed.
+Every figure is a ratio of times that were taken in turns in one process, so that a machine that slows down or speeds up
+does so for all. Every contestant is compared with float64 first, and nothing is timed beside one that is wrong.
 """
 
 from __future__ import annotations
@@ -359,14 +359,10 @@ def slug(name: str) -> str:
 def make_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     """The flags that all benchmarks have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    parser.add_argument("--device", help="cpu, cuda ...; by default a GPU where there is one")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each contestant (default: {rounds})")
-    parser.add_argument(
-        "--quick", action="store_true", help="a short run that shows that it works; its figures mean nothing"
-    )
-    parser.add_argument(
-        "--results", type=Path, help="folder of the records (default: benchmarks/results; build/ with --quick)"
-    )
+    parser.add_argument("--quick", action="store_true", help="as little as shows that it runs; its figures say nothing")
+    parser.add_argument("--results", type=Path, help="folder of the records (benchmarks/results; build/ for --quick)")
     return parser
 
 

@@ -1,8 +1,8 @@
-"""Runs everything that needs a GPU, in half an hour: make gpu, or python -m benchmarks.gpu [STAGE ...]
+"""All that is measured on a GPU, in half an hour: make gpu, or python -m benchmarks.gpu [STAGE ...]
 
-A stage is a script of this folder. It runs in its own process, with a time limit, and writes its own record. After each
-stage the page of this machine is written again, so an interruption or a failure costs only one stage. Exit status 1
-means that a stage failed; the record `gpu.json` and the page have its last lines.
+Stages are the scripts of this folder, each in a process of its own with a limit of time. Each leaves its record, and
+after each the page of this machine is made anew, so what is cut off or fails costs one stage. Exit status 1 says that
+one failed; the record `gpu.json` and the page have its last lines.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, rounds=0)
     parser.set_defaults(rounds=None)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"by default all: {', '.join(STAGES)}")
-    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of each stage (default: 9)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="limit of each stage (default: 9)")
     parser.add_argument("--dataset", nargs="+", default=[], help="CIFAR-10 as .npz, for `evidence`; see its --help")
     arguments = parser.parse_intermixed_args(argv)
     if unknown := [name for name in arguments.stages if name not in STAGES]:

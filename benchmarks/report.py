@@ -1,7 +1,7 @@
-"""Writes pages with tables and plots from the records: python -m benchmarks.report
+"""Makes pages with tables and plots from the records: python -m benchmarks.report
 
-Each machine gets a page next to its records, and benchmarks/README.md gets the list of machines with their goals. The
-goals are printed too. With --check, the exit status is 1 if a goal is missed.
+One for each machine, beside its records, and the list of machines with their goals in benchmarks/README.md. Prints the
+table of goals. With --check, ends with status 1 where a goal is missed.
 """
 
 from __future__ import annotations
@@ -362,8 +362,8 @@ def report(results: Path, readme: Path) -> dict[str, dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
-    parser.add_argument("--readme", type=Path, default=README, help="file for the tables (default: %(default)s)")
-    parser.add_argument("--check", action="store_true", help="exit with status 1 if a goal is missed")
+    parser.add_argument("--readme", type=Path, default=README, help="where the tables go (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="status 1 where a goal is missed")
     arguments = parser.parse_args(argv)
     machines = report(arguments.results, arguments.readme)
     missed = 0
