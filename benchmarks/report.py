@@ -46,16 +46,20 @@ def number(value: float) -> str:
     return f"{value:g}" if value == int(value) else f"{value:.3f}"
 
 
-def goal_table(records: dict[str, Any]) -> str:
-    """All goals of one machine, and how they came out."""
-    rows = []
+def goal_table(records: dict[str, Any], brief: bool = False) -> str:
+    """The goals of one machine and how they came out; `brief` sums up the counts that had to be 0 and are."""
+    rows, num_zeros = [], 0
     for record in records.values():
         for goal in record["goals"]:
+            if brief and goal["limit"] == 0 and goal["verdict"] == "pass":
+                num_zeros += 1
+                continue
             quartiles = "" if goal["low"] is None else f"{goal['low']:.3f} to {goal['high']:.3f}"
             sign = "≥" if goal["at_least"] else "≤"
             verdict = goal["verdict"] if goal["verdict"] == "pass" else f"**{goal['verdict']}**"
             rows.append([goal["name"], number(goal["value"]), quartiles, f"{sign} {goal['limit']:g}", verdict])
-    return table(["ratio or count", "measured", "quartiles", "goal", ""], rows)
+    text = table(["ratio or count", "measured", "quartiles", "goal", ""], rows)
+    return text + (f"\n{num_zeros} more goals are counts that must be 0, and all of them are.\n" if num_zeros else "")
 
 
 def ratio_table(heads: Sequence[str], rows: Iterable[tuple[Sequence[str], str, dict[str, Any]]]) -> str:
@@ -99,7 +103,7 @@ def memory_table(record: dict[str, Any]) -> str:
     results = record["results"]
     layers = results["extra_bytes_per_element"]
     text = table(
-        ["between two linear layers", *[f"extra bytes an element, {dtype}" for dtype in layers]],
+        ["between two linear layers", *[f"extra bytes per element, {dtype}" for dtype in layers]],
         [[name, *[f"{values[name]:g}" for values in layers.values()]] for name in next(iter(layers.values()))],
     )
     held, peaks = results["gpt2_held_bytes"], results["gpt2_peak_bytes"]
@@ -126,7 +130,7 @@ def train_step_table(record: dict[str, Any]) -> str:
                 f"{peak / MIB:,.0f}" if peak else "-",
             ]
             rows.append((cells, name, step["ratios"]))
-    heads = ["model", "activation", "a second", "held for backward, MiB", "peak, MiB"]
+    heads = ["model", "activation", "per second", "held for backward, MiB", "peak, MiB"]
     return ratio_table(heads, rows)
 
 
@@ -168,7 +172,7 @@ def device_table(record: dict[str, Any]) -> str:
 
 
 def recipe_step_table(record: dict[str, Any]) -> str:
-    """Tokens a second of the recipe, and of the recipe with one thing changed."""
+    """Tokens per second of the recipe, and of the recipe with one thing changed."""
     results = record["results"]
     rows = []
     for name, variant in results["variants"].items():
@@ -182,9 +186,9 @@ def recipe_step_table(record: dict[str, Any]) -> str:
             peak,
         ]
         rows.append((cells, name, results["ratios"]))
-    text = ratio_table(["", "flags", "tokens a second", "MFU", "peak, MiB"], rows)
+    text = ratio_table(["", "flags", "tokens per second", "MFU", "peak, MiB"], rows)
     if rate := results["tokens_per_second_of_the_loop"]:
-        text += f"\nThe loop itself, as shipped: {rate:,.0f} tokens a second.\n"
+        text += f"\nThe loop itself, as shipped: {rate:,.0f} tokens per second.\n"
     return text
 
 
@@ -194,7 +198,7 @@ def evidence_table(record: dict[str, Any]) -> str:
     if not results:
         return "Not run.\n"
     if not results["comparisons"]:
-        return "Its tuning is not over.\n"
+        return "Its tuning is not finished.\n"
     facts = ", ".join(f"{name} {value}" for name, value in results["cost"].items())
     rows = [
         [
@@ -232,8 +236,15 @@ def exhaustive_table(*records: dict[str, Any]) -> str:
                     "-" if differing is None else f"{differing:,}",
                 ]
             )
-    heads = ["function", "inputs", "worst ulp", "from", "worst error below", "worst ulp of the formulas"]
-    return table([*heads, "results unlike the formulas"], rows)
+    heads = [
+        "function",
+        "inputs",
+        "worst ulp",
+        "for results from",
+        "worst absolute error below",
+        "worst ulp of the formulas",
+    ]
+    return table([*heads, "results that differ from the formulas"], rows)
 
 
 def draw_sweep(record: dict[str, Any], path: Path) -> None:
@@ -274,16 +285,17 @@ def draw_sweep(record: dict[str, Any], path: Path) -> None:
 
 
 def headline(records: dict[str, Any]) -> str:
-    """What a machine is, and with which versions and from which commit its records are."""
-    lines = []
+    """What a machine is, and the versions, commits and commands of its records."""
+    commits: dict[str, dict[str, None]] = {}
     for environment in (record["environment"] for record in records.values()):
         hardware, versions = environment["hardware"], environment["versions"]
         parts = [*hardware["gpus"], f"{hardware['cpu']}, {hardware['torch_threads']} threads"]
         parts += [f"{package} {versions[package]}" for package in ("python", "torch", "triton") if package in versions]
         commit = (environment["commit"] or "unknown")[:10] + (" with changes" if environment["dirty"] else "")
-        lines.append("; ".join([*parts, f"commit {commit}"]))
+        commits.setdefault("; ".join(parts), {})[commit] = None
+    lines = [f"{parts}; commit{'s' * (len(those) > 1)} {', '.join(those)}" for parts, those in commits.items()]
     commands = dict.fromkeys(f"    {record['environment']['command']}\n" for record in records.values())
-    return "\n\n".join(dict.fromkeys(lines)) + "\n\n" + "".join(commands) + "\n"
+    return "\n\n".join(lines) + "\n\n" + "".join(commands) + "\n"
 
 
 SECTIONS: dict[str, tuple[str, Callable[..., str]]] = {
@@ -304,7 +316,7 @@ def page(machine: str, records: dict[str, Any]) -> str:
     text = f"# {machine}\n\n{headline(records)}{goal_table(records)}"
     quick = [name for name, record in records.items() if record["quick"]]
     if quick:
-        text += f"\nOnly tried out, with figures that say nothing: {', '.join(quick)}.\n"
+        text += f"\nQuick runs, whose figures mean nothing: {', '.join(quick)}.\n"
     skipped = dict.fromkeys(reason for record in records.values() for reason in record["skipped"])
     text += "".join(f"\nSkipped: {reason}.\n" for reason in skipped)
     for benchmark, (title, make) in SECTIONS.items():
@@ -320,7 +332,7 @@ def render(machines: dict[str, dict[str, Any]], results: str) -> str:
     """The machines and their goals in Markdown; `results` is where their folders are, with a page in each."""
     text = ""
     for machine, records in machines.items():
-        text += f"\n## {machine}\n\n{headline(records)}{goal_table(records)}"
+        text += f"\n## {machine}\n\n{headline(records)}{goal_table(records, brief=True)}"
         text += f"\n[All tables of {machine}]({results}/{machine}/README.md)\n"
     return text + "\n"
 

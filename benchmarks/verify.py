@@ -316,7 +316,7 @@ def table(rows: list[Row]) -> str:
         (r.what, r.check, f"{r.cases:,}", f"{r.failures:,}", "" if r.greatest is None else f"{r.greatest:.4g}")
         for r in rows
     ]
-    return markdown_table(["of", "check", "cases", "failures", "greatest error, ulp"], cells)
+    return markdown_table(["what", "check", "cases", "failures", "largest error, ulp"], cells)
 
 
 def main(argv: list[str] | None = None) -> None:
