@@ -30,6 +30,9 @@ _SECRETS = re.compile(
     re.IGNORECASE,
 )
 _NUMBERS = re.compile(r"(?<=\[)\n(?:[-+\d.eE,\s]|null)+(?=\])")  # no text has a line break in JSON
+_MOST_SHOWN = 80  # characters of a value in an error message
+_QUOTE = reprlib.Repr()
+_QUOTE.maxstring = _QUOTE.maxlong = _QUOTE.maxother = _MOST_SHOWN
 
 
 def cache_folder() -> Path:
@@ -152,6 +155,12 @@ def _name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     return str(_KINDS.get(kind) or {list: "a list", dict: "a mapping"}[_container(kind)])
+
+
+def shown(value: object) -> str:
+    """A value as an error message quotes it: its repr, cut to at most 80 characters."""
+    text = _QUOTE.repr(value)
+    return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
 
 
 def is_inside(name: str) -> bool:

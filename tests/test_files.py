@@ -15,6 +15,7 @@ from hf_gem.files import (
     read_json,
     redact,
     redacted,
+    shown,
 )
 
 MarkdownIt = pytest.importorskip("markdown_it", reason="pages are read by it").MarkdownIt
@@ -94,6 +95,13 @@ def test_a_file_that_is_none(tmp_path):
             read_json(path, Any)
     (tmp_path / "good.json").write_text(json.dumps({"size": 1}))
     assert read_json(tmp_path / "good.json", Part) == {"size": 1}
+
+
+def test_a_value_is_quoted_with_at_most_80_characters():
+    assert [shown(value) for value in ("gem_n2", 3, None, [1, "a"])] == ["'gem_n2'", "3", "None", "[1, 'a']"]
+    for value in ("9" * 100_000, 9**300, ["a" * 50] * 10, {"a" * 70: "b" * 70}, [[["a" * 9] * 9] * 9] * 9, object):
+        assert len(shown(value)) <= 80
+    assert shown("/home/" + "x" * 100 + "/train.txt").endswith("x/train.txt'")  # the end of a path says most
 
 
 def test_names_that_leave_their_folder():
