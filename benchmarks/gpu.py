@@ -1,8 +1,8 @@
-"""All that is measured on a GPU, in half an hour: make gpu, or python -m benchmarks.gpu [STAGE ...]
+"""Runs all GPU measurements in half an hour: make gpu, or python -m benchmarks.gpu [STAGE ...]
 
-Stages are the scripts of this folder, each in a process of its own with a limit of time. Each leaves its record, and
-after each the page of this machine is made anew, so what is cut off or fails costs one stage. Exit status 1 says that
-one failed; the record `gpu.json` and the page have its last lines.
+The stages are scripts of this folder. Each runs in a separate process with a time limit and writes its record, and then
+the page of this machine is updated. A stage that fails or is cut off therefore does not affect the others. Exit status
+1 means that a stage failed; the record `gpu.json` and the page show its last lines.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any
 from benchmarks import report
 from benchmarks.common import QUICK_RESULTS, RESULTS, Goal, machine, make_parser, pick_device, write
 from benchmarks.processes import run_for
+from hf_gem.files import shown
 
-_PLANNED = 0.93  # of the time of a stage; the rest is for its start and its record
+_PLANNED = 0.93  # of the time of a stage; the rest is for starting it and writing its record
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,10 @@ class Stage:
     """A script of this folder.
 
     Attributes:
-        script: Its name.
-        flags: Of its command line.
-        quick_flags: The same for --quick.
-        plans: Whether it does what fits into its `--minutes`, rather than be cut off.
+        script: Name of the script.
+        flags: Flags of its command line.
+        quick_flags: Flags of its command line for --quick.
+        plans: Whether it takes `--minutes` and does what fits, rather than being cut off.
     """
 
     script: str
@@ -54,7 +55,7 @@ STAGES = {
 
 
 def command(stage: Stage, arguments: argparse.Namespace) -> list[str]:
-    """The command line of a stage."""
+    """Returns the command line of a stage."""
     flags = [*(stage.quick_flags if arguments.quick else stage.flags)]
     flags += ["--quick", "--rounds=2"] if arguments.quick else []
     flags += [f"--{name}={value}" for name in ("device", "rounds", "results") if (value := getattr(arguments, name))]
@@ -66,7 +67,7 @@ def command(stage: Stage, arguments: argparse.Namespace) -> list[str]:
 
 
 def run_stage(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs a stage; its command, how it ended, and its last lines where it failed."""
+    """Runs a stage, and returns its command, how it ended, and its last lines if it failed."""
     env = {"PYTHONUNBUFFERED": "1", **({"CUDA_VISIBLE_DEVICES": ""} if arguments.device == "cpu" else {})}
     ended = run_for(60 * arguments.minutes, command(stage, arguments), env, group=True)
     outcome = "well" if ended.status == 0 else "its time was up" if ended.stopped else f"with status {ended.status}"
@@ -80,7 +81,7 @@ def run_stage(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def earlier_stages(results: Path) -> dict[str, Any]:
-    """What another run has noted of its stages."""
+    """Reads the stages of an earlier run."""
     path = results / "gpu.json"
     return json.loads(path.read_text(encoding="utf-8"))["results"]["stages"] if path.exists() else {}
 
@@ -90,11 +91,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, rounds=0)
     parser.set_defaults(rounds=None)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"by default all: {', '.join(STAGES)}")
-    parser.add_argument("--minutes", type=float, default=9.0, help="limit of each stage (default: 9)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of each stage (default: 9)")
     parser.add_argument("--dataset", nargs="+", default=[], help="CIFAR-10 as .npz, for `evidence`; see its --help")
     arguments = parser.parse_intermixed_args(argv)
     if unknown := [name for name in arguments.stages if name not in STAGES]:
-        parser.error(f"there is no stage {unknown[0]!r}; choose from {', '.join(STAGES)}")
+        parser.error(f"unknown stage {shown(unknown[0])}. The stages are {', '.join(STAGES)}. Name one.")
     device = pick_device(arguments.device)
     results = arguments.results or (QUICK_RESULTS if arguments.quick else RESULTS)
     chosen = arguments.stages or list(STAGES)
