@@ -1,8 +1,8 @@
-"""Times activations alone in eager mode, forward and backward: python -m benchmarks.activation
+"""The activation alone in eager mode, forward and backward: python -m benchmarks.activation
 
-They are compared with torch's own activations, and inside gated MLPs with `silu(gate) * up` and Liger's SwiGLU. On a
-GPU they are also compared with torch.compile of the formulas and with a copy. The share of the copy's bandwidth counts
-one tensor read and one written in the forward pass, and two read and one written in the backward pass.
+Beside torch's own activations, which users take now, and inside gated MLPs beside `silu(gate) * up` and Liger's SwiGLU.
+On a GPU also beside torch.compile of the formulas and beside a copy: the share of its bandwidth counts one tensor read
+and one written forward, two read and one written backward.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Shared code of the benchmarks: timing side by side, goals, and the JSON record of a run.
+"""What the benchmarks share: timing side by side, goals, and the JSON that a run leaves.
 
-Every result is a ratio of times measured in turns in one process, so that a machine that slows down or speeds up
-affects all contestants alike. Every contestant is first compared with float64, and nothing is timed if one is wrong.
+Every figure is a ratio of times that were taken in turns in one process, so that a machine that slows down or speeds up
+does so for all. Every contestant is compared with float64 first, and nothing is timed beside one that is wrong.
 """
 
 from __future__ import annotations
@@ -361,9 +361,9 @@ def slug(name: str) -> str:
 def make_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     """Makes a parser with the flags that all benchmarks share."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", help="cpu, cuda ...; by default a GPU if there is one")
+    parser.add_argument("--device", help="cpu, cuda ...; by default a GPU where there is one")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each contestant (default: {rounds})")
-    parser.add_argument("--quick", action="store_true", help="only show that it runs; the numbers mean nothing")
+    parser.add_argument("--quick", action="store_true", help="as little as shows that it runs; its figures say nothing")
     parser.add_argument("--results", type=Path, help="folder of the records (benchmarks/results; build/ for --quick)")
     return parser
 

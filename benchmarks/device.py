@@ -1,8 +1,7 @@
-"""Measures a device and tests that it computes correctly: python -m benchmarks.device
+"""What a device is and whether it computes right: python -m benchmarks.device
 
-It measures the clocks under load, the bandwidth of a copy and the speed of a matrix product, as references for all
-other results. Then it runs the tests that need a GPU, the tests of the kernels, and those that check many values on a
-device.
+Its clocks under load, the bandwidth of a copy and the speed of a matrix product, against which all else can be held;
+then the tests that need a GPU, those of the kernels and those that count values on a device.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__, rounds=1)
-    parser.add_argument("--minutes", type=float, default=8.0, help="time limit for all tests (default: 8)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all tests (default: 8)")
     arguments = parser.parse_args(argv)
     write("device", arguments, argv, *run(arguments))
 

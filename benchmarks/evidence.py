@@ -1,10 +1,9 @@
-"""Runs a study of activations on CIFAR-10 in a few minutes on one GPU: python -m benchmarks.evidence
+"""A study of activations on CIFAR-10 that fits into some minutes of one GPU: python -m benchmarks.evidence
 
-It runs recipes/plans/cifar10-fast.yaml with recipes/compare.py, several runs at once on one card. First it times two
-runs of each arm, then it uses as many learning rates and seeds as fit. The study is stored in a folder next to the
-record. If it is cut off, the same command continues it; delete the folder to start another one. --dataset must hold the
-images: `x_train`, `y_train`, `x_test` and `y_test` as NumPy arrays in an .npz file, or in several files that are
-concatenated.
+recipes/plans/cifar10-fast.yaml, by recipes/compare.py, several runs at once on one card. Two runs of each arm are timed
+first; learning rates and seeds are then as many as fit. The study stays in a folder beside the record; after a cut, the
+same command goes on with it, and without the folder begins another. Needs the images in --dataset: `x_train`,
+`y_train`, `x_test` and `y_test` as NumPy arrays in an .npz file, or in several, whose parts are put together.
 """
 
 from __future__ import annotations
@@ -159,11 +158,9 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__, rounds=1)
-    parser.add_argument("--minutes", type=float, default=8.0, help="time limit for everything (default: 8)")
-    parser.add_argument("--jobs", type=int, help="number of runs at once; by default one per two cores, at most 8")
-    parser.add_argument(
-        "--dataset", type=Path, nargs="+", default=[DATASET], help="images as .npz (default: data/cifar10.npz)"
-    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: 8)")
+    parser.add_argument("--jobs", type=int, help="runs at once; by default one for two cores, at most 8")
+    parser.add_argument("--dataset", type=Path, nargs="+", default=[DATASET], help="(default: data/cifar10.npz)")
     arguments = parser.parse_args(argv)
     write("evidence", arguments, argv, *run(arguments))
 

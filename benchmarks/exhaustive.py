@@ -1,9 +1,9 @@
-"""Compares all 2^32 float32 inputs with the formulas in float64: python -m benchmarks.exhaustive --name egem
+"""All 2^32 float32 inputs against the formulas in float64: python -m benchmarks.exhaustive --name egem
 
-It measures the value, the slope, and for E-GEM the slope from the rounded output, for the kernels and for the formulas
-in float32. It reports the worst error in ulp (units in the last place) where the exact result is a normal number, and
-the worst absolute error below that. The slope of SE-GEM is a difference that crosses zero, so its error is in ulp of
-the larger term. On a CPU, kernels and formulas are also compared bit by bit.
+Measured are the value, the slope, and for E-GEM the slope from the rounded output, of the kernels and of the formulas
+in float32: the worst error in ulp (units in the last place) where the exact result is a normal number, and the worst
+absolute error below. The slope of SE-GEM, a difference that crosses zero, is taken in ulp of the greater of its terms.
+On a CPU kernels and formulas are compared bit by bit.
 """
 
 from __future__ import annotations
@@ -211,8 +211,8 @@ def run(name: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], list[
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__, rounds=1)
-    parser.add_argument("--name", nargs="+", default=["egem"], help="names of the functions (default: egem)")
-    parser.add_argument("--stride", type=int, default=1, help="check every STRIDEth input (default: 1, all)")
+    parser.add_argument("--name", nargs="+", default=["egem"], help="functions by their names (default: egem)")
+    parser.add_argument("--stride", type=int, default=1, help="every how many inputs (default: 1, all)")
     arguments = parser.parse_args(argv)
     for name in arguments.name:
         write("exhaustive", arguments, argv, *run(name, arguments), part=f"-{parse(name).name}")

@@ -1,8 +1,8 @@
-"""Runs all GPU measurements in half an hour: make gpu, or python -m benchmarks.gpu [STAGE ...]
+"""All that is measured on a GPU, in half an hour: make gpu, or python -m benchmarks.gpu [STAGE ...]
 
-The stages are scripts of this folder. Each runs in a separate process with a time limit and writes its record, and then
-the page of this machine is updated. A stage that fails or is cut off therefore does not affect the others. Exit status
-1 means that a stage failed; the record `gpu.json` and the page show its last lines.
+Stages are the scripts of this folder, each in a process of its own with a limit of time. Each leaves its record, and
+after each the page of this machine is made anew, so what is cut off or fails costs one stage. Exit status 1 says that
+one failed; the record `gpu.json` and the page have its last lines.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, rounds=0)
     parser.set_defaults(rounds=None)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"by default all: {', '.join(STAGES)}")
-    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of each stage (default: 9)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="limit of each stage (default: 9)")
     parser.add_argument("--dataset", nargs="+", default=[], help="CIFAR-10 as .npz, for `evidence`; see its --help")
     arguments = parser.parse_intermixed_args(argv)
     if unknown := [name for name in arguments.stages if name not in STAGES]:

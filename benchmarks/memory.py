@@ -1,8 +1,8 @@
-"""Measures the memory that activations hold for the backward pass: python -m benchmarks.memory
+"""What activations hold in memory for the backward pass: python -m benchmarks.memory
 
-Hooks count the bytes of the tensors that autograd saves. Each storage counts once; parameters and inputs do not count.
-The result is the same on every machine. For a whole model it is counted on fake tensors, which have shapes but no
-memory. On a GPU the peak of a real training step is measured too.
+Bytes held are counted by hooks on the tensors that autograd saves: each storage once, parameters and inputs left out.
+They are the same on every machine, and of a whole model are counted on fake tensors, which have shapes and no memory.
+On a GPU the peak of a real training step is measured too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs commands for a limited time and shows their output live."""
+"""Commands that run for a limited time, their output shown as it comes."""
 
 from __future__ import annotations
 

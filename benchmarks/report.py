@@ -1,7 +1,7 @@
 """Makes pages with tables and plots from the records: python -m benchmarks.report
 
-Each machine gets a page next to its records, and benchmarks/README.md lists the machines with their goals. The table of
-goals is printed too. With --check, the exit status is 1 if a goal is missed.
+One for each machine, beside its records, and the list of machines with their goals in benchmarks/README.md. Prints the
+table of goals. With --check, ends with status 1 where a goal is missed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def number(value: float) -> str:
 
 
 def goal_table(records: dict[str, Any]) -> str:
-    """Makes the table of all goals of one machine, with their verdicts."""
+    """All goals of one machine, and how they came out."""
     rows = []
     for record in records.values():
         for goal in record["goals"]:
@@ -99,7 +99,7 @@ def memory_table(record: dict[str, Any]) -> str:
     results = record["results"]
     layers = results["extra_bytes_per_element"]
     text = table(
-        ["between two linear layers", *[f"extra bytes per element, {dtype}" for dtype in layers]],
+        ["between two linear layers", *[f"extra bytes an element, {dtype}" for dtype in layers]],
         [[name, *[f"{values[name]:g}" for values in layers.values()]] for name in next(iter(layers.values()))],
     )
     held, peaks = results["gpt2_held_bytes"], results["gpt2_peak_bytes"]
@@ -126,7 +126,7 @@ def train_step_table(record: dict[str, Any]) -> str:
                 f"{peak / MIB:,.0f}" if peak else "-",
             ]
             rows.append((cells, name, step["ratios"]))
-    heads = ["model", "activation", "per second", "held for backward, MiB", "peak, MiB"]
+    heads = ["model", "activation", "a second", "held for backward, MiB", "peak, MiB"]
     return ratio_table(heads, rows)
 
 
@@ -168,7 +168,7 @@ def device_table(record: dict[str, Any]) -> str:
 
 
 def recipe_step_table(record: dict[str, Any]) -> str:
-    """Makes a table of the recipe's tokens per second, and of those with one thing changed."""
+    """Tokens a second of the recipe, and of the recipe with one thing changed."""
     results = record["results"]
     rows = []
     for name, variant in results["variants"].items():
@@ -182,9 +182,9 @@ def recipe_step_table(record: dict[str, Any]) -> str:
             peak,
         ]
         rows.append((cells, name, results["ratios"]))
-    text = ratio_table(["", "flags", "tokens per second", "MFU", "peak, MiB"], rows)
+    text = ratio_table(["", "flags", "tokens a second", "MFU", "peak, MiB"], rows)
     if rate := results["tokens_per_second_of_the_loop"]:
-        text += f"\nThe training loop itself, as shipped, reaches {rate:,.0f} tokens per second.\n"
+        text += f"\nThe loop itself, as shipped: {rate:,.0f} tokens a second.\n"
     return text
 
 
@@ -194,7 +194,7 @@ def evidence_table(record: dict[str, Any]) -> str:
     if not results:
         return "It was not run.\n"
     if not results["comparisons"]:
-        return "Its tuning is not finished.\n"
+        return "Its tuning is not over.\n"
     facts = ", ".join(f"{name} {value}" for name, value in results["cost"].items())
     rows = [
         [
@@ -233,7 +233,7 @@ def exhaustive_table(*records: dict[str, Any]) -> str:
                 ]
             )
     heads = ["function", "inputs", "worst ulp", "from", "worst error below", "worst ulp of the formulas"]
-    return table([*heads, "results that differ from the formulas"], rows)
+    return table([*heads, "results unlike the formulas"], rows)
 
 
 def draw_sweep(record: dict[str, Any], path: Path) -> None:
@@ -274,7 +274,7 @@ def draw_sweep(record: dict[str, Any], path: Path) -> None:
 
 
 def headline(records: dict[str, Any]) -> str:
-    """Describes a machine, with the versions, commits and commands of its records."""
+    """What a machine is, and with which versions and from which commit its records are."""
     lines = []
     for environment in (record["environment"] for record in records.values()):
         hardware, versions = environment["hardware"], environment["versions"]
@@ -304,7 +304,7 @@ def page(machine: str, records: dict[str, Any]) -> str:
     text = f"# {machine}\n\n{headline(records)}{goal_table(records)}"
     quick = [name for name, record in records.items() if record["quick"]]
     if quick:
-        text += f"\nThese only ran with --quick, so their numbers mean nothing: {', '.join(quick)}.\n"
+        text += f"\nOnly tried out, with figures that say nothing: {', '.join(quick)}.\n"
     skipped = dict.fromkeys(reason for record in records.values() for reason in record["skipped"])
     text += "".join(f"\nSkipped: {reason}.\n" for reason in skipped)
     for benchmark, (title, make) in SECTIONS.items():
@@ -350,8 +350,8 @@ def report(results: Path, readme: Path) -> dict[str, dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
-    parser.add_argument("--readme", type=Path, default=README, help="file for the tables (default: %(default)s)")
-    parser.add_argument("--check", action="store_true", help="exit with status 1 if a goal is missed")
+    parser.add_argument("--readme", type=Path, default=README, help="where the tables go (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="status 1 where a goal is missed")
     arguments = parser.parse_args(argv)
     machines = report(arguments.results, arguments.readme)
     missed = 0

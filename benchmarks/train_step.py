@@ -1,9 +1,9 @@
-"""Times training steps of whole models, eager and compiled: python -m benchmarks.train_step
+"""Training steps of whole models, eager and compiled: python -m benchmarks.train_step
 
-It trains GPT-2, BERT and ResNet-50 with one activation after another and everything else equal: forward, backward and
-AdamW, on random data. On a GPU these are GPT-2 124M, BERT-base and ResNet-50 at 224 x 224 in bf16 autocast. On a CPU
-they are small models in float32, where linear layers take nearly all of the time. Before anything is timed, each loss
-and the norm of its gradient are compared with those of the plain formulas.
+GPT-2, BERT and ResNet-50 with one activation each, all else the same: forward, backward and AdamW, on random data. On
+a GPU GPT-2 124M, BERT-base and ResNet-50 on 224 x 224 in bf16 autocast; on a CPU small ones in float32, where linear
+layers take nearly all of the time. Before anything is timed, each loss and the norm of its gradient are compared with
+those of the plain formulas.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS), help="by default all")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="by default both")
     known = sorted({name for names in ACTIVATIONS.values() for name in names})
-    parser.add_argument("--activations", nargs="+", choices=known, help="by default all; baselines are always included")
+    parser.add_argument("--activations", nargs="+", choices=known, help="by default all; baselines always take part")
     arguments = parser.parse_args(argv)
     write("train_step", arguments, argv, *run(arguments))
 

@@ -1,9 +1,8 @@
-"""Measures how exact the family is, next to PyTorch's activations: python -m benchmarks.verify
+"""How exact the family is beside PyTorch's activations, and what its tests try: python -m benchmarks.verify
 
-Every check is a row with the number of cases, the failures and the largest error. docs/verification.md explains each
-one. The reference is float64, whose relative error is about 1e-15, and exact fractions for the smoothness. The
-functions run as users get them, with their kernels. --tests also runs pytest and counts the results. --device cuda uses
-the Triton kernels.
+Every check is a row: cases, failures, greatest error; docs/verification.md says what each one is. Truth is float64,
+whose results err by some 1e-15 of their size, and exact fractions for the smoothness. The functions are taken as users
+get them, with their kernels. With --tests, pytest is run too, and counted. --device cuda takes the Triton kernels.
 """
 
 from __future__ import annotations
