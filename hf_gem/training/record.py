@@ -295,17 +295,17 @@ def results(log: MetricsLog, task: Task) -> dict[str, Any]:
 
 
 def environment(folder: Path | None = None) -> dict[str, Any]:
-    """Collects command, commit, versions and hardware of this process.
+    """Command, commit, versions and hardware of this process.
 
     Args:
-        folder: Folder of the code whose commit to look up; by default that of the script.
+        folder: Of the code whose commit is meant; by default that of the script.
     """
     return {
         "command": command(),
         **_commit(folder or Path(sys.argv[0]).resolve().parent),
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,  # includes the build, unlike the package's metadata
+            "torch": torch.__version__,  # with its build, which the package's metadata leaves out
             **{p: v for p in _PACKAGES if (v := _version(p))},
         },
         "hardware": hardware(),
@@ -313,9 +313,8 @@ def environment(folder: Path | None = None) -> dict[str, Any]:
 
 
 def command() -> str:
-    """Returns the command as you would type it in the current folder, without secrets.
-
-    The launcher's own flags are not included, because they are not known here.
+    """The command as it would be typed in the current folder, without secrets; of the launcher's own flags nothing is
+    known here.
     """
     script = Path(sys.argv[0])
     if script.is_absolute() and script.is_relative_to(Path.cwd()):
@@ -323,13 +322,13 @@ def command() -> str:
     launcher = ["python"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = ["torchrun"]
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # every launcher of accelerate sets this, next to torchrun's
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # which every launcher of accelerate sets, torchrun's beside it
         launcher = ["accelerate", "launch"]
     return redact(shlex.join([*launcher, str(script), *sys.argv[1:]]))
 
 
 def hardware() -> dict[str, Any]:
-    """Collects the names and numbers of processors, threads and accelerators."""
+    """Processor, number of threads and accelerators."""
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
@@ -374,7 +373,7 @@ def _version(package: str) -> str | None:
 def _commit(folder: Path) -> dict[str, Any]:
     def git(*arguments: str) -> str | None:
         try:
-            # In a separate session, so that Ctrl-C cannot leave a record without its commit.
+            # In a session of its own: a Ctrl-C here must not leave a record without its commit.
             command = ["git", "-C", str(folder), *arguments]
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=30, check=False, start_new_session=True
