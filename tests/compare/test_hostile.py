@@ -189,7 +189,7 @@ def put(*keys, to):
             ("", "cannot be read"), ("{", "cannot be read"), ("[]", "must be a mapping"), ("{}", "is missing"),
             (DEEP, "nested too deeply"), ('"x"', "must be a mapping"), ("3", "must be a mapping"),
         )),
-        (put("status", to="running"), "status must be finished or diverged, got running"),
+        (put("status", to="running"), "status must be finished or diverged, got .running"),
         (put("status", to="won"), "status must be one of running"),
         (put("status", to=put), "status is missing"),
         (put("sessions", to=[]), "sessions must have at least one entry"),
