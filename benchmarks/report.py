@@ -25,12 +25,12 @@ BENCHMARKS = (
     *("gpu", "device", "activation", "memory", "recipe_step", "train_step", "evidence", "sweep"),
     *("exhaustive", "verify"),
 )
-PASSES = {"both": "both", "forward": "forward", "backward": "backward", "launched": "both, with launching"}
+PASSES = {"both": "both", "forward": "forward", "backward": "backward", "launched": "both, with launch"}
 MIB = 2**20
 
 
 def load(results: Path) -> dict[str, dict[str, Any]]:
-    """Machine -> name of the file -> record, in the order of the benchmarks."""
+    """Loads machine -> name of the file -> record, in the order of the benchmarks."""
     machines: dict[str, dict[str, Any]] = {}
     for benchmark in BENCHMARKS:
         for path in sorted(results.glob(f"*/{benchmark}*.json")):
@@ -63,11 +63,11 @@ def goal_table(records: dict[str, Any], brief: bool = False) -> str:
 
 
 def ratio_table(heads: Sequence[str], rows: Iterable[tuple[Sequence[str], str, dict[str, Any]]]) -> str:
-    """A table with a column of ratios for each baseline that any of the rows has.
+    """Makes a table with a column of ratios for each baseline in the rows.
 
     Args:
-        heads: Of the columns before.
-        rows: The cells before, the name of the contestant, and ratios by baseline and contestant.
+        heads: Heads of the first columns.
+        rows: For each row, the cells of the first columns, the contestant, and ratios by baseline and contestant.
     """
     rows = list(rows)
     baselines = list(dict.fromkeys(to for _, _, ratios in rows for to in ratios))
@@ -85,7 +85,7 @@ def ratio_table(heads: Sequence[str], rows: Iterable[tuple[Sequence[str], str, d
 
 
 def activation_table(record: dict[str, Any]) -> str:
-    """Times of the activations and their ratios to the baselines; of gated MLPs, in a table of their own."""
+    """Makes tables of the times of activations and their ratios to baselines. Gated MLPs get a separate table."""
     text = ""
     for group in record["results"].values():
         rows = []
@@ -135,7 +135,7 @@ def train_step_table(record: dict[str, Any]) -> str:
 
 
 def stage_table(record: dict[str, Any]) -> str:
-    """How the stages of `benchmarks.gpu` ended, with the last lines of those that failed."""
+    """Makes a table of how the stages of `benchmarks.gpu` ended, with the last lines of those that failed."""
     stages = record["results"]["stages"]
     text = table(
         ["stage", "ended", "seconds"],
@@ -148,14 +148,14 @@ def stage_table(record: dict[str, Any]) -> str:
 
 
 def device_table(record: dict[str, Any]) -> str:
-    """Speeds of the device, its clocks, and how the tests came out."""
+    """Makes tables of the device's speeds, its clocks, and the results of the tests."""
     results = record["results"]
     facts = [
         ["copy", f"{results['copy_bytes_per_second'] / 1e9:,.0f} GB/s, read and written"],
         ["matrix product, bf16", f"{results['matmul_flops_per_second'] / 1e12:,.0f} TFLOP/s"],
     ]
     if results["peak_flops_per_second"]:
-        facts.append(["peak by its data sheet, bf16", f"{results['peak_flops_per_second'] / 1e12:,.0f} TFLOP/s"])
+        facts.append(["peak in its data sheet, bf16", f"{results['peak_flops_per_second'] / 1e12:,.0f} TFLOP/s"])
     facts += [[name, value] for name, value in results["clocks"].items()]
     suites = results["suites"]
     text = table(["", ""], facts) + "\n"
@@ -193,10 +193,10 @@ def recipe_step_table(record: dict[str, Any]) -> str:
 
 
 def evidence_table(record: dict[str, Any]) -> str:
-    """What a study cost and what it found."""
+    """Makes a table of the cost and the results of a study."""
     results = record["results"]
     if not results:
-        return "Not run.\n"
+        return "It was not run.\n"
     if not results["comparisons"]:
         return "Its tuning is not finished.\n"
     facts = ", ".join(f"{name} {value}" for name, value in results["cost"].items())
@@ -312,7 +312,7 @@ SECTIONS: dict[str, tuple[str, Callable[..., str]]] = {
 
 
 def page(machine: str, records: dict[str, Any]) -> str:
-    """All tables of a machine in Markdown, for a file beside its records."""
+    """Makes the page of a machine in Markdown, for a file next to its records."""
     text = f"# {machine}\n\n{headline(records)}{goal_table(records)}"
     quick = [name for name, record in records.items() if record["quick"]]
     if quick:
@@ -329,7 +329,7 @@ def page(machine: str, records: dict[str, Any]) -> str:
 
 
 def render(machines: dict[str, dict[str, Any]], results: str) -> str:
-    """The machines and their goals in Markdown; `results` is where their folders are, with a page in each."""
+    """Lists the machines and their goals in Markdown. `results` is the folder with a folder and page of each."""
     text = ""
     for machine, records in machines.items():
         text += f"\n## {machine}\n\n{headline(records)}{goal_table(records, brief=True)}"
@@ -338,7 +338,7 @@ def render(machines: dict[str, dict[str, Any]], results: str) -> str:
 
 
 def write_pages(results: Path, machines: dict[str, dict[str, Any]]) -> None:
-    """Writes the page and the plot of each machine beside its records."""
+    """Writes the page and the plot of each machine next to its records."""
     for machine, records in machines.items():
         if "sweep" in records:
             draw_sweep(records["sweep"], results / machine / "sweep.png")
@@ -346,10 +346,10 @@ def write_pages(results: Path, machines: dict[str, dict[str, Any]]) -> None:
 
 
 def report(results: Path, readme: Path) -> dict[str, dict[str, Any]]:
-    """Writes the pages, and the goals of all machines into the readme; returns the records.
+    """Writes the pages, and the goals of all machines into the readme. Returns the records.
 
     Raises:
-        ValueError: the readme has no place for them.
+        ValueError: The readme has no markers for them.
     """
     folder = Path(os.path.relpath(results, readme.parent)).as_posix()
     machines = load(results)
