@@ -1,11 +1,11 @@
 """What the site needs beyond mkdocs.yml: pages from outside docs/, links to them, and formulas without a script.
 
-The same Markdown is read in a clone or on a forge, where `docs/functions.md` links to `../results/README.md`. The site has
-docs/ at its root, and beside it every file of the repository that a page links to or that the navigation names:
+The same Markdown is read on a forge, where `docs/functions.md` links to `../results/README.md`. The site has docs/ at
+its root, and beside it every file of the repository that a page links to or that the navigation names:
 
-- `README.md` is the home page, and other Markdown a page at its own path;
-- code and settings, `recipes/gpt2_pretrain.py` say, are pages that show the file, and notebooks pages that show the cells;
-- pictures are copied.
+- `README.md` becomes the home page, and other Markdown a page at its own path.
+- Code and settings, such as `recipes/gpt2_pretrain.py`, become pages that show the file, and notebooks their cells.
+- Pictures are copied.
 """
 
 from __future__ import annotations
@@ -132,6 +132,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Rewrites links between files of the repository to links between pages of the site."""
     if page.file.abs_src_path is None:  # a file that is shown: it has no links
         return markdown
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]  # the tabs above are all there is
     source, folder = Path(page.file.abs_src_path), posixpath.dirname(page.file.src_uri)
 
     def rewritten(match: re.Match[str]) -> str:

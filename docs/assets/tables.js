@@ -20,11 +20,14 @@ function addFilter(table) {
       shown += !row.hidden;
     }
     count.value = `${shown} of ${rows.length} rows`;
+    return shown;
   }
 
   form.addEventListener("submit", (event) => event.preventDefault());
   input.addEventListener("input", show);
   table.before(form);
+  input.value = new URLSearchParams(location.search).get("h") ?? ""; // the words of a search that led here
+  if (show() === 0) input.value = "";
   show();
 }
 
