@@ -25,7 +25,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md",
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 MAKEFILE = (ROOT / "Makefile").read_text()
 ASSIGNMENT = re.compile(r"[A-Z_]+=")
-NOT_OURS = {"cd", "git", "hf", "rsync"}
+NOT_OURS = {"cd", "git", "hf", "rsync", "vllm"}
 
 
 def commands(page):
