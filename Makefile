@@ -6,6 +6,7 @@
 # make gpu: all GPU measurements in half an hour; ARGS="--device cpu --quick" tries them out without a GPU.
 # make verify: a table of how exact everything is, and the tests that show it.
 # make peers: the test suites of transformers and timm, from their source distributions, with the family in the models.
+# make docs: the documentation site, in site/.
 # make bench: the CPU benchmarks and the table of their goals, in less than ten minutes.
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +21,7 @@ RUN = $(VENV)/bin
 READY = $(VENV)/.ready
 OLDEST = $(VENV)-oldest
 
-.PHONY: demo test test-slow test-oldest lint verify bench gpu peers study setup clean
+.PHONY: demo test test-slow test-oldest lint verify docs bench gpu peers study setup clean
 
 # Without OMP_NUM_THREADS, accelerate's launcher gives a process only one thread.
 demo: $(READY)
@@ -43,6 +44,10 @@ lint: $(READY)
 
 verify: $(READY)
 	$(RUN)/python -m benchmarks.verify --device cpu --tests $(ARGS)
+
+# Strict: a warning fails, but with --quiet none would. The variable silences an advertisement of the theme.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict $(ARGS)
 
 bench: $(READY)
 	$(RUN)/python -m benchmarks.activation --device cpu --rounds 60
@@ -80,4 +85,4 @@ $(OLDEST)/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache site

@@ -69,19 +69,27 @@ def test_workflows_call_targets_and_files_that_exist():
         if "run" in step
     ]
     called = set(re.findall(r"make ([\w-]+)", "\n".join(commands)))
-    assert called == {"test", "test-slow", "test-oldest"}
+    assert called == {"test", "test-slow", "test-oldest", "docs"}
     assert called <= targets
     (compare,) = (command for command in commands if command.startswith("grep"))
     line = re.search(r"__version__ = .*", compare)[0].split('" ')[0].replace("\\", "")
     assert line.replace("${GITHUB_REF_NAME#v}", hf_gem.__version__) in (ROOT / "hf_gem" / "__init__.py").read_text()
 
 
-def test_tokens_are_read_by_the_one_job_that_publishes():
+def test_jobs_that_publish_can_write_and_no_others():
     """All else can read the repository, and nothing more."""
     for flow in WORKFLOWS.values():
         assert flow["permissions"] == {"contents": "read"}
-    writers = {name: job["permissions"] for name, job in WORKFLOWS["release"]["jobs"].items() if "permissions" in job}
-    assert writers == {"publish": {"id-token": "write"}}
+    writers = {
+        (name, job): values["permissions"]
+        for name, flow in WORKFLOWS.items()
+        for job, values in flow["jobs"].items()
+        if "permissions" in values
+    }
+    assert writers == {
+        ("release", "publish"): {"id-token": "write"},
+        ("docs", "deploy"): {"pages": "write", "id-token": "write"},
+    }
 
 
 def test_the_citation_names_the_paper():
