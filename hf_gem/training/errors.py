@@ -32,10 +32,14 @@ def needed_for(purpose: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{purpose} needs the package {error.name}, which is not installed. "
-            'pip install -e ".[train]" in the clone of hf_gem brings it'
-        ) from error
+        raise ConfigError(f"{purpose}: {missing_package(error)}") from error
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """What a person has to do about a package that is not installed."""
+    name = str(error.name).partition(".")[0]
+    extra = name if name in ("transformers", "timm") else "train"
+    return f'the package {name} is not installed. Install it with: pip install "hf-gem[{extra}]"'
 
 
 class DataError(TrainingError, ValueError):
