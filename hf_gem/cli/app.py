@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _stop(error.format_message(), _USAGE)  # type: ignore[attr-defined]
     except TrainingError as error:
         _stop(error, error.exit_code)
+    except OSError as error:  # a file that cannot be read, a full disk
+        _stop(error, 1)
     except ModuleNotFoundError as error:
         _stop(missing_package(error), 1)
     except (typer.Abort, KeyboardInterrupt):

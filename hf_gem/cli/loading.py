@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def build(source: Source, act: str | None = None) -> nn.Module:
         if source.library == "timm":
             import timm
 
-            named = {} if act is None else {"act_layer": act}
+            named: Any = {} if act is None else {"act_layer": act}
             return _on_meta(lambda: timm.create_model(_timm_name(source), **named))
         config = _config(source)
         if act is not None:
@@ -104,6 +105,10 @@ def load(source: Source) -> nn.Module:
             import timm
 
             return timm.create_model(_timm_name(source), pretrained=True).eval()
+        from transformers.utils import logging
+
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
         model: nn.Module = _model_class(_config(source)).from_pretrained(
             source.name, dtype="auto", trust_remote_code=False
         )
@@ -115,7 +120,7 @@ def save(model: nn.Module, source: Source, folder: Path) -> None:
     if source.library == "timm":
         import timm
 
-        timm.models.save_for_hf(model, folder)
+        timm.models.save_for_hf(model, str(folder))
         return
     from .. import save_for_hub
 
@@ -143,9 +148,9 @@ def _of_folder(given: str) -> Source:
 
 def _model_types() -> set[str]:
     with contextlib.suppress(ModuleNotFoundError):
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+        from transformers import CONFIG_MAPPING
 
-        return set(CONFIG_MAPPING_NAMES)
+        return set(CONFIG_MAPPING.keys())
     return set()
 
 

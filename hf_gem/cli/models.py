@@ -104,7 +104,7 @@ def _eps(text: str | None) -> float | str | None:
 
 
 def choose(model: Annotated[str, typer.Argument(help=_MODEL)], as_json: AsJson = False) -> None:
-    """Say which activation the studies support for a kind of model, and what they leave open.
+    """Say which activation the studies support for a model.
 
     Only the config is read. Differences have 95 % intervals; below 0 is better for a loss, above 0 for an accuracy.
     """

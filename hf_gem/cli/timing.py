@@ -13,6 +13,7 @@ from .common import AsJson, show, user_errors
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _SECONDS = 0.02  # of one measurement, at least
+_KERNELS = "compiled"  # on a CPU: waits until they are built
 
 
 def bench(
@@ -59,9 +60,9 @@ def _measure(names: Sequence[str], x: Any, rounds: int) -> list[dict[str, Any]]:
         scope = {"torch": torch, "function": function, "x": x, "grad": grad}
         return Timer(statement, globals=scope, num_threads=torch.get_num_threads())
 
-    functions = {name: get_activation(name).to(x.device) for name in names}
+    functions: dict[str, Callable[..., Any]] = {name: get_activation(name).to(x.device) for name in names}
     timers = {name: timer(f) for name, f in {**functions, "gelu": F.gelu, "relu": F.relu, "silu": F.silu}.items()}
-    with kernels("compiled"):  # wait for them
+    with kernels(_KERNELS):
         calls = {name: max(1, int(_SECONDS / one.timeit(3).median)) for name, one in timers.items()}
         times: dict[str, list[float]] = {name: [] for name in timers}
         for _ in range(rounds):

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..recipes import FOLDER
-from ..training.errors import ConfigError
+from ..training.errors import ConfigError, missing_package
 from .common import AsJson, Script, show
 
 _NO_RECIPES = ("__init__", "compare")
@@ -59,12 +59,12 @@ def train(
         return _launch(name, launcher, num_processes, context.args)
     if num_processes is not None:
         raise ConfigError(f"got --num-processes {num_processes} without --launcher. Add --launcher multi_gpu or cpu")
-    return partial(_run_module, f"hf_gem.recipes.{name}", context.args)
+    return partial(_run_recipe, name, context.args)
 
 
 def compare(context: typer.Context) -> Script:
-    """Run a study by its plan and write its report: `hf-gem compare --plan smoke`."""
-    return partial(_run_module, "hf_gem.recipes.compare", context.args)
+    """Run a study by its plan and write its report."""
+    return partial(_run_recipe, "compare", context.args)
 
 
 def recipes(as_json: AsJson = False) -> None:
@@ -109,6 +109,13 @@ def _recipe_named(given: str) -> str:
         return found[0]
     problem = f"could be {' or '.join(found)}" if found else "is not known"
     raise ConfigError(f"the recipe {given!r} {problem}. The recipes are {', '.join(known)}")
+
+
+def _run_recipe(name: str, arguments: list[str]) -> None:
+    try:
+        _run_module(f"hf_gem.recipes.{name}", arguments)
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {missing_package(error)}")
 
 
 def _run_file(script: Path, arguments: list[str]) -> None:

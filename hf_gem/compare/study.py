@@ -79,7 +79,7 @@ class Study:
 
     def __init__(self, folder: Path) -> None:
         if not (folder / PLAN).exists():
-            raise PlanError(f"{folder} is no study: it has no {PLAN}; recipes/compare.py makes one")
+            raise PlanError(f"{folder} is no study: it has no {PLAN}; `hf-gem compare` makes one")
         frozen = _frozen(folder)
         self.plan = plan_of(frozen["plan"], folder / PLAN)
         if self.plan.hash != frozen["hash"]:

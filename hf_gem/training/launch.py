@@ -128,7 +128,7 @@ def _check_distribution(accelerator: Accelerator, config: TrainConfig) -> None:
         )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not accelerator.is_fsdp2 and accelerator.num_processes > 1:
         raise ConfigError(
-            "the launcher chose FSDP, and accelerate shards on GPUs alone; use recipes/accelerate/cpu.yaml"
+            "the launcher chose FSDP, and accelerate shards on GPUs alone; use cpu.yaml, which `hf-gem recipes` lists"
         )
     if accelerator.is_fsdp2 and config.ema_decay:
         raise ConfigError("--ema_decay keeps a whole copy of the weights, which FSDP2 shards; set it to 0, or use DDP")
