@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -33,6 +34,10 @@ class Finder(PathFinder):
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
+
+
+def clean_variables():
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 
 def needed(wheel, *extras):
@@ -70,17 +75,26 @@ def dist(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def environment(dist, tmp_path_factory):
-    """A virtual environment with the wheel, which sees the other packages of this one."""
-    folder = tmp_path_factory.mktemp("environment")
+def make_environment(folder):
+    """A virtual environment that sees the packages of this one, but not hf_gem; returns its own folder of packages."""
     venv.create(folder, with_pip=False)
     site = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
     packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (site / "others.pth").write_text("\n".join(packages))
+    pip = folder / "bin" / "pip"  # which takes what is there: there is no network
+    flags = "--no-deps --no-index --no-build-isolation --force-reinstall --quiet"
+    pip.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pip --python "{folder}/bin/python" "$@" {flags}\n')
+    pip.chmod(0o755)
+    return site
+
+
+@pytest.fixture(scope="module")
+def environment(dist, tmp_path_factory):
+    """The folder of a virtual environment with the wheel, and what its metadata says."""
+    folder = tmp_path_factory.mktemp("environment")
+    site = make_environment(folder)
     (wheel,) = dist.glob("*.whl")
-    pip = [sys.executable, "-m", "pip", "--quiet", "--python", str(folder / "bin" / "python")]
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--force-reinstall", str(wheel)], check=True)
+    subprocess.run([str(folder / "bin" / "pip"), "install", str(wheel)], check=True, env=clean_variables())
     return folder, metadata.PathDistribution(next(site.glob("hf_gem-*.dist-info")))
 
 
@@ -98,11 +112,15 @@ def run(environment, tmp_path):
         (site / "sitecustomize.py").write_text(HIDE.format(hidden=sorted(names.keys() - kept)))
         folder = tmp_path / "work"
         folder.mkdir(exist_ok=True)
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         done = subprocess.run(
             [str(root / "bin" / program), *map(str, arguments)],
             cwd=folder,
-            env={**clean, **ON_CPU, "PYTHONPATH": str(site), "PATH": f"{root / 'bin'}:{os.environ['PATH']}"},
+            env={
+                **clean_variables(),
+                **ON_CPU,
+                "PYTHONPATH": str(site),
+                "PATH": f"{root / 'bin'}:{os.environ['PATH']}",
+            },
             capture_output=True,
             text=True,
             timeout=280,
@@ -125,41 +143,70 @@ def test_twine_finds_nothing_wrong(dist):
     assert done.stdout.count("PASSED") == 2
 
 
-def test_with_torch_alone(run, environment):
-    code = """
-import importlib.util, json, sys, torch, hf_gem
+# Runs commands of hf-gem in one process: prints [exit code, standard output, standard error] of each.
+COMMANDS = """
+import contextlib, io, json, sys
+from hf_gem.cli import main
+
+for command in json.loads(sys.argv[1]):
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(command)
+        except SystemExit as stop:
+            code = stop.code or 0
+            if isinstance(code, str):
+                code = print(code, file=err) or 1
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+"""
+LIBRARIES = """
+import importlib.util, json, torch, hf_gem
+
 y = hf_gem.GEM(2)(torch.ones(3, requires_grad=True))
 y.sum().backward()
 others = ("transformers", "timm", "accelerate", "yaml", "matplotlib")
 print(json.dumps([y.tolist(), hf_gem.__file__, [name for name in others if importlib.util.find_spec(name)]]))
 """
-    values, file, others = json.loads(run("python", "-c", code).stdout)
+
+
+@pytest.fixture
+def commands(run):
+    def commands(*given, extras=()):
+        done = run("python", "-c", COMMANDS, json.dumps([command.split() for command in given]), extras=extras)
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return commands
+
+
+def test_with_torch_alone(run, commands, environment):
+    values, file, others = json.loads(run("python", "-c", LIBRARIES).stdout)
     assert values == [0.5, 0.5, 0.5]
     assert Path(file).is_relative_to(environment[0])
     assert others == []
-    assert "E-GEM" in run("hf-gem", "list").stdout
-    assert "gate half open" in run("hf-gem", "show", "gem").stdout
-    assert "hf-gem: " in run("hf-gem", "env").stdout
-    found = json.loads(run("hf-gem", "recipes", "--json").stdout)
+    assert run("hf-gem", "--version").stdout == f"hf-gem {environment[1].version}\n"
+    families, shown, here, there = commands("list", "show gem", "env", "recipes --json")
+    assert "E-GEM" in families[1]
+    assert "gate half open" in shown[1]
+    assert f"hf-gem: {environment[1].version}" in here[1]
+    found = json.loads(there[1])
     assert Path(found["folder"]).is_relative_to(environment[0])
     assert "gpt2_pretrain" in found["recipes"]
-    assert "smoke" in found["plans"]
+    assert {"smoke", "gpt2-124m"} <= found["plans"].keys()
     assert "multi_gpu" in found["launchers"]
-    commands = (("plot", "gem"), ("report", "x"), ("train", "gpt2"), ("train", "--launcher", "cpu", "gpt2"))
-    for command in (*commands, ("choose", "a/b")):
-        error = run("hf-gem", *command, code=1).stderr
-        assert 'pip install "hf-gem[' in error
-        assert error.count("\n") == 1
+    for code, out, err in commands("plot gem", "report x", "train gpt2", "train --launcher cpu gpt2", "choose a/b"):
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert 'pip install "hf-gem[' in err
 
 
-def test_with_transformers(run):
-    extras = ("transformers",)
-    assert "12 x gem_n2" in run("hf-gem", "audit", "gpt2", "--act", "gem_n2", "--check", extras=extras).stdout
-    assert "use: not known" in run("hf-gem", "choose", "bert", extras=extras).stdout
+def test_with_transformers(commands):
+    audit, choose = commands("audit gpt2 --act gem_n2 --check", "choose bert", extras=("transformers",))
+    assert audit[:2] == [0, "12 of 12 activation calls are GEM: 12 x gem_n2\n"]
+    assert "use: not known" in choose[1]
 
 
-def test_with_timm(run):
-    assert "6 x gem" in run("hf-gem", "audit", "test_vit", "--act", "gem", "--check", extras=("timm",)).stdout
+def test_with_timm(commands):
+    (audit,) = commands("audit test_vit --act gem --check", extras=("timm",))
+    assert audit[:2] == [0, "6 of 6 activation calls are GEM: 6 x gem\n"]
 
 
 def test_recipes_train_from_the_wheel(run, tmp_path):
@@ -176,3 +223,25 @@ def test_recipes_train_from_the_wheel(run, tmp_path):
     assert one["sessions"][0]["commit"] is None  # of whatever lies around the environment
     out = run("hf-gem", "compare", "--plan", "smoke", "--dry_run", extras=("train",)).stdout
     assert "smoke: 3 arms" in out
+
+
+def test_a_newcomer_needs_five_commands(tmp_path):
+    """Those of the page, from a clone to a picture and an audited model."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no clone, from which another one could be made")
+    page = (ROOT / "docs" / "cli.md").read_text()
+    block = page.split("## In five commands")[1].split("```bash\n")[1].split("```")[0]
+    assert block.count("\n") == 5
+    make_environment(tmp_path / "environment")
+    done = subprocess.run(
+        ["bash", "-ec", block.replace("REPOSITORY", shlex.quote(f"file://{ROOT}"))],
+        cwd=tmp_path,
+        env={**clean_variables(), "PATH": f"{tmp_path}/environment/bin:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "hf_gem" / "family.png").read_bytes().startswith(b"\x89PNG")
+    assert "12 of 12 activation calls are GEM: 12 x gem_n2" in done.stdout

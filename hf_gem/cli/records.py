@@ -44,7 +44,7 @@ def card(
     study: Annotated[Path, typer.Argument(help="Folder of a study of the same recipe.")],
     record: Annotated[Path | None, typer.Option(help="The run's record, if it is elsewhere.")] = None,
 ) -> None:
-    """Put what a study found about an activation into the model card of a run."""
+    """Put what a study found into the model card of a run."""
     from ..training.signals import run_recipe
 
     run_recipe(lambda: print(f"Model card: {_add_comparison(folder, study, record or folder / 'record.json')}"))

@@ -24,9 +24,10 @@ def bench(
     rounds: Annotated[int, typer.Option(min=3, help="Measurements of each activation, taken in turns.")] = 15,
     as_json: AsJson = False,
 ) -> None:
-    """Time activations beside GELU, ReLU and SiLU, forward with backward.
+    """Time activations beside GELU, ReLU and SiLU.
 
-    Ratios are medians over rounds, with their quartiles; below 1 is faster. Run it while the machine does nothing else.
+    A time is that of the forward and the backward pass. Ratios are medians over rounds, with their quartiles; below 1
+    is faster. Run it while the machine does nothing else.
     """
     import torch
 

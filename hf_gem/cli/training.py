@@ -89,9 +89,9 @@ def run(
     script: Annotated[Path, typer.Argument(help="A Python script; with -m, a module.")],
     module: Annotated[bool, typer.Option("-m", help="Run a module instead of a file.")] = False,
 ) -> Script:
-    """Run any script with the names registered in transformers and timm.
+    """Run any script with the names registered.
 
-    What follows SCRIPT goes to the script:
+    transformers and timm then take `gem_n2`, `egem` and all others. What follows SCRIPT goes to the script:
     `hf-gem run train.py --model resnet18 --model-kwargs act_layer=gem_n2`.
     A launcher takes it as a module: `torchrun --nproc_per_node 8 -m hf_gem run train.py`.
     """
