@@ -22,7 +22,6 @@ app = typer.Typer(
     name="hf-gem",
     help="Activation functions of the GEM family: look at them, put them into models, train and compare.",
     epilog="Exit codes: 0 success, 1 error, 2 wrong command line, 3 failed check, 130 and 143 stopped.",
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -45,7 +44,7 @@ app.command()(environment.env)
 
 
 @app.callback(invoke_without_command=True)
-def _version(
+def _without_command(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
 ) -> None:
@@ -54,6 +53,8 @@ def _version(
 
         print(f"hf-gem {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

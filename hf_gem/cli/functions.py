@@ -43,7 +43,10 @@ def _complete_name(incomplete: str) -> list[str]:
 
 def show_member(
     name: Annotated[
-        str, typer.Argument(help="An activation, such as gem_n2 or egem_n2_eps1em6.", autocompletion=_complete_name)
+        str,
+        typer.Argument(
+            metavar="NAME", help="An activation, such as gem_n2 or egem_n2_eps1em6.", autocompletion=_complete_name
+        ),
     ],
     as_json: AsJson = False,
 ) -> None:
@@ -99,7 +102,8 @@ def _complete_figure(incomplete: str) -> list[str]:
 
 def plot(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Activations to draw, such as gem egem_eps0.01 gelu.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Activations to draw, such as gem egem_eps0.01 gelu.", show_default=False),
     ] = None,
     figure: Annotated[
         str | None, typer.Option(help="Draw a ready-made figure instead.", autocompletion=_complete_figure)

@@ -18,7 +18,7 @@ _NUMBER = "a number, fit or match"
 
 
 def audit(
-    model: Annotated[str, typer.Argument(help=_MODEL)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)],
     act: Annotated[
         str | None, typer.Option(help="Build the model with this activation, to see what it reaches.")
     ] = None,
@@ -52,20 +52,16 @@ def audit(
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help=_MODEL)],
-    out: Annotated[Path, typer.Argument(help="Folder for the converted model; new or empty.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the converted model; new or empty.")],
     to: Annotated[str, typer.Option(help="The activation, such as egem or gem_n2.")],
     eps: Annotated[str | None, typer.Option(help=f"In place of the eps in the name: {_NUMBER}.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="For fit and match: a text file, a folder of images, or an .npz file of inputs.")
     ] = None,
-    num_batches: Annotated[
-        int, typer.Option("--num-batches", "--num_batches", min=1, help="Batches of --data, at most.")
-    ] = 4,
-    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", min=1, help="Samples of a batch.")] = 8,
-    per_layer: Annotated[
-        bool, typer.Option("--per-layer", "--per_layer", help="Choose an eps for each layer.")
-    ] = False,
+    num_batches: Annotated[int, typer.Option("--num-batches", min=1, help="Batches of --data, at most.")] = 4,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Samples of a batch.")] = 8,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Choose an eps for each layer.")] = False,
     skip: Annotated[list[str] | None, typer.Option(help="Paths to leave, such as '*.pooler.*'.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -103,7 +99,7 @@ def _eps(text: str | None) -> float | str | None:
         raise ConfigError(f"--eps must be {_NUMBER}, got {text!r:.80}") from None
 
 
-def choose(model: Annotated[str, typer.Argument(help=_MODEL)], as_json: AsJson = False) -> None:
+def choose(model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)], as_json: AsJson = False) -> None:
     """Say which activation the studies support for a model.
 
     Only the config is read. Differences have 95 % intervals; below 0 is better for a loss, above 0 for an accuracy.

@@ -11,7 +11,7 @@ from ..training.errors import ConfigError
 
 
 def report(
-    study: Annotated[Path, typer.Argument(help="Folder of a study, as `hf-gem compare` has made it.")],
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="Folder of a study, as `hf-gem compare` has made it.")],
     baseline: Annotated[
         str | None, typer.Option(help="Compare with another arm than the plan's; the report gets a folder of its own.")
     ] = None,
@@ -25,7 +25,7 @@ def report(
 
 
 def summary(
-    study: Annotated[list[Path], typer.Argument(help="Folders of the studies.")],
+    study: Annotated[list[Path], typer.Argument(metavar="STUDY", help="Folders of the studies.")],
     baseline: Annotated[str, typer.Option(help="An arm that all of them have.")] = "relu",
     output_dir: Annotated[
         Path, typer.Option("--output-dir", "--output_dir", help="Folder for summary.md, summary.html and summary.png.")
@@ -40,8 +40,10 @@ def summary(
 
 
 def card(
-    folder: Annotated[Path, typer.Argument(help="Output folder of the run, with README.md and record.json.")],
-    study: Annotated[Path, typer.Argument(help="Folder of a study of the same recipe.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Output folder of the run, with README.md and record.json.")
+    ],
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="Folder of a study of the same recipe.")],
     record: Annotated[Path | None, typer.Option(help="The run's record, if it is elsewhere.")] = None,
 ) -> None:
     """Put what a study found into the model card of a run."""

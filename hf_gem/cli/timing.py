@@ -17,7 +17,9 @@ _KERNELS = "compiled"  # on a CPU: waits until they are built
 
 
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(help="Activations; by default gem_n2, egem and segem.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Activations; by default gem_n2, egem and segem.")
+    ] = None,
     shape: Annotated[str, typer.Option(help="Shape of the tensor.")] = "1024x3072",
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(_DTYPES)}.")] = "float32",
     device: Annotated[str | None, typer.Option(help="Device of torch; by default a GPU where there is one.")] = None,

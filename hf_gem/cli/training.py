@@ -35,7 +35,11 @@ def train(
     context: typer.Context,
     recipe: Annotated[
         str,
-        typer.Argument(help="A recipe of `hf-gem recipes`, or the start of its name.", autocompletion=_complete_recipe),
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe of `hf-gem recipes`, or the start of its name.",
+            autocompletion=_complete_recipe,
+        ),
     ],
     launcher: Annotated[
         str | None,
@@ -86,7 +90,7 @@ def recipes(as_json: AsJson = False) -> None:
 
 def run(
     context: typer.Context,
-    script: Annotated[Path, typer.Argument(help="A Python script; with -m, a module.")],
+    script: Annotated[Path, typer.Argument(metavar="SCRIPT", help="A Python script; with -m, a module.")],
     module: Annotated[bool, typer.Option("-m", help="Run a module instead of a file.")] = False,
 ) -> Script:
     """Run any script with the names registered.
