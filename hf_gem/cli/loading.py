@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,8 +131,11 @@ def save(model: nn.Module, source: Source, folder: Path) -> None:
         model.save_pretrained(folder)  # type: ignore[operator]
     from transformers import AutoProcessor
 
-    with contextlib.suppress(Exception):  # a model without either
+    try:
         AutoProcessor.from_pretrained(source.name, trust_remote_code=False).save_pretrained(folder)
+    except Exception as error:  # transformers raises several kinds for a model without either
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"{folder} has no tokenizer or image processor: {reason}", stacklevel=2)
 
 
 def _of_folder(given: str) -> Source:

@@ -64,7 +64,8 @@ def _measure(names: Sequence[str], x: Any, rounds: int) -> list[dict[str, Any]]:
         return Timer(statement, globals=scope, num_threads=torch.get_num_threads())
 
     functions: dict[str, Callable[..., Any]] = {name: get_activation(name).to(x.device) for name in names}
-    timers = {name: timer(f) for name, f in {**functions, "gelu": F.gelu, "relu": F.relu, "silu": F.silu}.items()}
+    functions |= {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+    timers = {name: timer(function) for name, function in functions.items()}
     with kernels(_KERNELS):
         calls = {name: max(1, int(_SECONDS / one.timeit(3).median)) for name, one in timers.items()}
         times: dict[str, list[float]] = {name: [] for name in timers}
