@@ -34,7 +34,7 @@ def read(path: Path, model: nn.Module, source: Source, count: int, size: int) ->
         DataError: there is too little, or it cannot be read.
     """
     if not path.exists():
-        raise DataError(f"there is no data at {path}. Give a text file, a folder of images or an .npz file")
+        raise DataError(f"there is no data at {path}. Give a text file, a folder of images or an .npz file.")
     try:
         if path.suffix == ".npz":
             samples = _of_arrays(path)
@@ -46,7 +46,7 @@ def read(path: Path, model: nn.Module, source: Source, count: int, size: int) ->
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"the data at {path} cannot be used: {error}") from error
     if not batches:
-        raise DataError(f"the data at {path} is less than one batch of {size} samples. Use more, or a smaller batch")
+        raise DataError(f"the data at {path} is less than one batch of {size} samples. Use more, or a smaller batch.")
     return batches
 
 
@@ -71,7 +71,7 @@ def _of_arrays(path: Path) -> Iterator[dict[str, Tensor]]:
 
 def _of_text(path: Path, model: nn.Module, source: Source) -> Iterator[dict[str, Tensor]]:
     if source.library == "timm":
-        raise DataError("a model of timm takes images, and this is a file of text")
+        raise DataError("a model of timm takes images, and this is a file of text. Give a folder of images.")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source.name, trust_remote_code=False)

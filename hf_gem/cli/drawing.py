@@ -85,19 +85,15 @@ def draw(figure: Figure, reach: float = 3.0) -> Any:
         ValueError: a name of the family is malformed.
     """
     if unknown := [row for row in figure.rows if row not in _AXES]:
-        raise ConfigError(f"the row {unknown[0]!r} is not known. The rows are {', '.join(_AXES)}")
+        raise ConfigError(f"the row {unknown[0]!r} is not known. The rows are {', '.join(_AXES)}.")
     if not 0 < reach < float("inf"):
-        raise ConfigError(f"reach must be above 0 and finite, got {reach}")
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+        raise ConfigError(f"reach must be above 0 and finite, got {reach}.")
+    from matplotlib.figure import Figure as Canvas  # not of pyplot, which would have to choose a backend
 
     columns = len(figure.panels)
     size = (1.6 + 3.2 * columns, 2.8 * len(figure.rows))
-    shown, axes = plt.subplots(
-        len(figure.rows), columns, figsize=size, dpi=110, sharex=True, sharey="row", layout="constrained", squeeze=False
-    )
+    shown = Canvas(figsize=size, dpi=110, layout="constrained")
+    axes = shown.subplots(len(figure.rows), columns, sharex=True, sharey="row", squeeze=False)
     for column, panel in enumerate(figure.panels):
         axes[0, column].set_title(panel.title)
         for name in panel.names:
@@ -115,15 +111,9 @@ def draw(figure: Figure, reach: float = 3.0) -> Any:
 def save(figure: Figure, path: Path, reach: float = 3.0) -> None:
     """Draws a figure into a file, whose ending is the format."""
     import matplotlib as mpl
-    import matplotlib.pyplot as plt
 
-    shown = draw(figure, reach)
-    try:
-        # The same bytes each time.
-        with mpl.rc_context({"svg.hashsalt": "hf_gem"}):
-            shown.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    finally:
-        plt.close(shown)
+    with mpl.rc_context({"svg.hashsalt": "hf_gem"}):  # the same bytes each time
+        draw(figure, reach).savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _style(name: str) -> dict[str, Any]:
@@ -140,7 +130,7 @@ def _curves(name: str, reach: float) -> dict[str, tuple[Any, Any]]:
     """Row of a figure -> x and y."""
     function = get_activation(parse(name).name) if is_claimed(name) else STOCK.get(_stock_name(name))
     if function is None:
-        raise ConfigError(f"the activation {name!r:.80} is not known. Give names of the family, {', '.join(STOCK)}")
+        raise ConfigError(f"the activation {name!r:.80} is not known. Give names of the family, {', '.join(STOCK)}.")
     x = torch.linspace(-reach, reach, _SAMPLES, dtype=torch.float64, requires_grad=True)
     y = function(x)
     (slope,) = torch.autograd.grad(y.sum(), x)

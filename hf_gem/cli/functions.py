@@ -121,9 +121,11 @@ def plot(
     from .drawing import FIGURES, Figure, Panel, save
 
     if (figure is None) == (not names):
-        raise ConfigError("plot takes either names of activations or --figure. The figures are " + ", ".join(FIGURES))
+        raise ConfigError(
+            "plot takes either names of activations or --figure. The figures are " + ", ".join(FIGURES) + "."
+        )
     if figure is not None and figure not in FIGURES:
-        raise ConfigError(f"the figure {figure!r} is not known. The figures are {', '.join(FIGURES)}")
+        raise ConfigError(f"the figure {figure!r} is not known. The figures are {', '.join(FIGURES)}.")
     with user_errors():
         others = [name for name in beside.split(",") if name and name not in (names or ())]
         asked = FIGURES[figure] if figure else Figure((Panel("", (*(names or ()), *others)),), tuple(rows.split(",")))

@@ -59,10 +59,10 @@ def find(given: str) -> Source:
     if given.count("/") == 1:
         return Source(given, "transformers", given)
     near = difflib.get_close_matches(given, types, n=1)
-    hint = f"Did you mean {near[0]}?" if near else "A folder needs a config.json"
+    hint = f"The nearest name is {near[0]}" if near else "A folder needs a config.json"
     raise ConfigError(
         f"the model {given!r:.80} is not known. Give a folder, a timm model, a model type of transformers such as "
-        f"gpt2, or USER/NAME of the Hub. {hint}"
+        f"gpt2, or USER/NAME of the Hub. {hint}."
     )
 
 
@@ -99,7 +99,7 @@ def load(source: Source) -> nn.Module:
     """
     if source.is_type:
         raise ConfigError(
-            f"{source.given!r} is a model type, which has no weights. Give a folder, or USER/NAME of the Hub"
+            f"{source.given!r} is a model type, which has no weights. Give a folder, or USER/NAME of the Hub."
         )
     with _explained(source, "loaded"):
         if source.library == "timm":
@@ -147,7 +147,9 @@ def _of_folder(given: str) -> Source:
         return Source(given, "transformers", given)
     if isinstance(config, dict) and "architecture" in config:
         return Source(given, "timm", given)
-    raise DataError(f"{given}/config.json is neither of transformers nor of timm: it has no model_type or architecture")
+    raise DataError(
+        f"{given}/config.json is neither of transformers nor of timm: it has no model_type or architecture."
+    )
 
 
 def _model_types() -> set[str]:
@@ -184,7 +186,7 @@ def _model_class(config: Any) -> Any:
             for cls in built if isinstance(built, tuple) else (built,):
                 found.setdefault(cls.__name__, cls)
     if not found:
-        raise ConfigError(f"transformers builds no model from a {type(config).__name__}")
+        raise ConfigError(f"transformers builds no model from a {type(config).__name__}.")
     named = [found[name] for name in config.architectures or () if name in found]
     return named[0] if named else next(iter(found.values()))
 

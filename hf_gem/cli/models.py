@@ -76,11 +76,11 @@ def convert(
 
     chosen = _eps(eps)
     if isinstance(chosen, str) and data is None:
-        raise ConfigError(f"--eps {eps} needs --data. Give a text file, a folder of images or an .npz file")
+        raise ConfigError(f"--eps {eps} needs --data. Give a text file, a folder of images or an .npz file.")
     if data is not None and not isinstance(chosen, str):
-        raise ConfigError("--data needs --eps fit or match. Add one of them, or leave --data out")
+        raise ConfigError("--data needs --eps fit or match. Add one of them, or leave --data out.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is not an empty folder. Name a new one")
+        raise ConfigError(f"{out} is not an empty folder. Name a new one.")
     source = find(model)
     loaded = load(source)
     batches = None if data is None else read(data, loaded, source, num_batches, batch_size)
@@ -96,7 +96,7 @@ def _eps(text: str | None) -> float | str | None:
     try:
         return float(str(text))
     except ValueError:
-        raise ConfigError(f"--eps must be {_NUMBER}, got {text!r:.80}") from None
+        raise ConfigError(f"--eps must be {_NUMBER}, got {text!r:.80}.") from None
 
 
 def choose(model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)], as_json: AsJson = False) -> None:

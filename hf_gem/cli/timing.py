@@ -38,7 +38,7 @@ def bench(
     with user_errors():
         sizes = [int(size) for size in shape.lower().split("x")]
         if dtype not in _DTYPES:
-            raise ConfigError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r:.80}")
+            raise ConfigError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r:.80}.")
         x = torch.randn(sizes, device=chosen, dtype=getattr(torch, dtype), requires_grad=True)
         rows = _measure(names or ["gem_n2", "egem", "segem"], x, rounds)
     head = f"{shape}, {dtype}, on {chosen}, {torch.get_num_threads()} threads; forward with backward"

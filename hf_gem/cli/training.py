@@ -62,7 +62,7 @@ def train(
     if launcher is not None:
         return _launch(name, launcher, num_processes, context.args)
     if num_processes is not None:
-        raise ConfigError(f"got --num-processes {num_processes} without --launcher. Add --launcher multi_gpu or cpu")
+        raise ConfigError(f"got --num-processes {num_processes} without --launcher. Add --launcher multi_gpu or cpu.")
     return partial(_run_recipe, name, context.args)
 
 
@@ -102,7 +102,7 @@ def run(
     if module:
         return partial(_run_module, str(script), context.args)
     if not script.is_file():
-        raise ConfigError(f"there is no script {str(script)!r}. Give the path of a Python file, or -m and a module")
+        raise ConfigError(f"there is no script {str(script)!r}. Give the path of a Python file, or -m and a module.")
     return partial(_run_file, script, context.args)
 
 
@@ -112,7 +112,7 @@ def _recipe_named(given: str) -> str:
     if len(found) == 1:
         return found[0]
     problem = f"could be {' or '.join(found)}" if found else "is not known"
-    raise ConfigError(f"the recipe {given!r} {problem}. The recipes are {', '.join(known)}")
+    raise ConfigError(f"the recipe {given!r} {problem}. The recipes are {', '.join(known)}.")
 
 
 def _run_recipe(name: str, arguments: list[str]) -> None:
@@ -142,7 +142,7 @@ def _launch(recipe: str, launcher: str, num_processes: int | None, arguments: li
     config = named if named.is_file() else Path(launcher)
     if not config.is_file():
         raise ConfigError(
-            f"the launcher {launcher!r} is not known. Give {', '.join(_complete_launcher(''))}, or a file of accelerate"
+            f"the launcher {launcher!r} is not known. Give {', '.join(_complete_launcher(''))}, or a config file."
         )
     from accelerate.commands.launch import launch_command, launch_command_parser
 
