@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 from tests.helpers import ON_CPU, ROOT, TINY, write_corpus
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # each test starts several processes
 
 # Of all that this environment has, the packages that the wheel asks for, and those that these ask for.
 HIDE = """
@@ -123,7 +123,7 @@ def run(environment, tmp_path):
             },
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=900,
             check=False,
         )
         assert done.returncode == code, done.stdout + done.stderr
@@ -239,7 +239,7 @@ def test_a_newcomer_needs_five_commands(tmp_path):
         env={**clean_variables(), "PATH": f"{tmp_path}/environment/bin:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr
