@@ -30,7 +30,7 @@ import hf_gem
 from hf_gem._kernels import cpu
 from hf_gem._torch import wait_on_device
 from hf_gem.files import write_atomically
-from hf_gem.training.record import environment, hardware
+from hf_gem.training.environment import environment, hardware
 
 RESULTS = Path(__file__).resolve().parent / "results"
 QUICK_RESULTS = RESULTS.parent.parent / "build" / "benchmarks"

@@ -1,4 +1,4 @@
-"""Makes the picture of the family and the tables of functions.md and architecture.md: python docs/make.py"""
+"""Makes the picture of the family and the tables of the pages: python docs/make.py"""
 
 import ast
 from pathlib import Path
@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import hf_gem
+from hf_gem.cli.choosing import findings
+from hf_gem.cli.drawing import FIGURES, save
 from hf_gem.family.names import grammar
 from hf_gem.family.table import FAMILIES
 from hf_gem.files import markdown_table, replace_between
@@ -83,38 +85,15 @@ def write_table(page: str, name: str, table: str) -> None:
     path.write_text(replace_between(path.read_text(), f"<!-- {name} -->\n", f"<!-- end of {name} -->", table))
 
 
-def draw_family() -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = (
-        ("GEM", ("gem", "gem_n2", "gem_n3")),
-        ("E-GEM, towards ReLU", ("egem_eps1", "egem_eps0.1", "egem_eps0.01", "egem")),
-        ("SE-GEM", ("segem_eps1", "segem_eps0.1", "segem_n2_eps0.1", "segem")),
-    )
-    figure, axes = plt.subplots(2, 3, figsize=(11, 5.6), dpi=110, sharex=True, sharey="row", layout="constrained")
-    for column, (title, names) in enumerate(panels):
-        axes[0, column].set_title(title)
-        for name in names:
-            x = torch.linspace(-3, 3, 2401, dtype=torch.float64, requires_grad=True)
-            y = hf_gem.get_activation(name)(x)
-            (slope,) = torch.autograd.grad(y.sum(), x)
-            for row, values in enumerate((y, slope)):
-                axes[row, column].plot(x.detach(), values.detach(), lw=1.4, label=name)
-        for row in range(2):
-            axes[row, column].grid(alpha=0.3)
-        axes[0, column].legend(fontsize=8)
-        axes[1, column].set_xlabel("x")
-    axes[0, 0].set_ylabel("f(x)")
-    axes[1, 0].set_ylabel("f'(x)")
-    figure.savefig(DOCS / "family.png")
+def choosing_table() -> str:
+    rows = [(row["model"], row["use"] or "not known", row["why"]) for row in findings()]
+    return markdown_table(["model", "use", "why"], rows) + "\n"
 
 
 if __name__ == "__main__":
-    draw_family()
+    save(FIGURES["family"], DOCS / "family.png")
     write_table("functions.md", "families", family_table())
     write_table("functions.md", "gains", gain_table())
     write_table("functions.md", "fits", fit_table())
+    write_table("choosing.md", "findings", choosing_table())
     write_table("architecture.md", "floors", floor_table())

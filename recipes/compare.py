@@ -24,7 +24,7 @@ RECIPES = Path(__file__).resolve().parent
 def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     """Parses the command line, including the flags in `--set`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", type=Path, required=True, help="plan file, YAML or Python")
+    parser.add_argument("--plan", type=Path, required=True, help="plan file, YAML or Python, or the name of one in plans/")
     parser.add_argument(
         "--set",
         nargs="+",
@@ -63,7 +63,8 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = arguments_of(argv)
-    plan = load_plan(arguments.plan)
+    named = RECIPES / "plans" / f"{arguments.plan}.yaml"
+    plan = load_plan(named if named.exists() and not arguments.plan.exists() else arguments.plan)
     plan = replace(plan, flags={**plan.flags, **arguments.set}, notes=f"{plan.notes} {arguments.note}".strip())
     folder = arguments.study or Path("studies") / plan.name
     print(preview(plan), end="")

@@ -50,7 +50,12 @@ def test_the_family_of_ones_own_is_the_one_of_the_tests():
 
 def test_made_tables_are_up_to_date():
     made = runpy.run_path(str(ROOT / "docs" / "make.py"))
-    for page, name, make in (("functions", "families", "family_table"), ("architecture", "floors", "floor_table")):
+    tables = (
+        ("functions", "families", "family_table"),
+        ("architecture", "floors", "floor_table"),
+        ("choosing", "findings", "choosing_table"),
+    )
+    for page, name, make in tables:
         text = (ROOT / "docs" / f"{page}.md").read_text()
         assert text.split(f"<!-- {name} -->\n")[1].split(f"<!-- end of {name} -->")[0] == made[make](), (
             "run docs/make.py"

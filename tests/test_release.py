@@ -1,5 +1,6 @@
 """What is released: the wheel, the source distribution, and the files that forges read."""
 
+import importlib
 import re
 import tarfile
 import zipfile
@@ -8,7 +9,7 @@ import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
 
-import hf_gem
+import hf_gem.recipes
 from tests.helpers import ROOT
 
 tomllib = pytest.importorskip("tomllib", reason="new in Python 3.11")
@@ -29,18 +30,32 @@ def built(tmp_path_factory):
         return set(wheel.namelist()), {name.partition("/")[2] for name in source.getnames()}, metadata
 
 
+def files(folder):
+    return [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+
+
 def test_the_wheel_has_the_package_whole_and_nothing_else(built):
     wheel, _, metadata = built
-    kinds = (".py", ".cpp", ".j2", ".md", ".typed", ".json")
-    package = {
-        str(path.relative_to(ROOT))
-        for path in (ROOT / "hf_gem").rglob("*")
-        if path.suffix in kinds or path.name == "py.typed"
-    }
-    assert package <= wheel
-    assert {name.split("/")[0] for name in wheel} == {"hf_gem", f"hf_gem-{hf_gem.__version__}.dist-info"}
+    info = f"hf_gem-{hf_gem.__version__}.dist-info"
+    package = {str(path.relative_to(ROOT)) for path in files(ROOT / "hf_gem")}
+    recipes = {f"hf_gem/{path.relative_to(ROOT)}" for path in files(ROOT / "recipes")}
+    assert {name for name in wheel if not name.startswith(info)} == package | recipes
+    assert {"hf_gem/recipes/plans/smoke.yaml", "hf_gem/recipes/accelerate/multi_gpu.yaml"} <= recipes
+    assert {"hf_gem/training/templates/card.md", "hf_gem/cli/choosing.yaml"} <= package
+    assert f"{info}/entry_points.txt" in wheel
     assert f"Version: {hf_gem.__version__}\n" in metadata
     assert "Description-Content-Type: text/markdown" in metadata
+
+
+def test_an_editable_install_has_one_copy_of_the_recipes(tmp_path, monkeypatch):
+    build = pytest.importorskip("hatchling.build")
+    monkeypatch.chdir(ROOT)
+    with zipfile.ZipFile(tmp_path / build.build_editable(str(tmp_path))) as wheel:
+        assert not any(name.endswith((".py", ".yaml")) for name in wheel.namelist())
+    assert hf_gem.recipes.FOLDER == ROOT / "recipes"
+    assert importlib.import_module("hf_gem.recipes.gpt2_pretrain").__file__ == str(
+        ROOT / "recipes" / "gpt2_pretrain.py"
+    )
 
 
 def test_the_source_has_what_the_tests_need(built):

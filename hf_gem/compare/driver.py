@@ -25,8 +25,9 @@ from tqdm.auto import tqdm
 
 from ..files import shown, write_atomically
 from ..training.checkpoint import remove_all
+from ..training.environment import environment
 from ..training.errors import Interrupted, TrainingError
-from ..training.record import environment, read_record
+from ..training.record import read_record
 from ..training.signals import STOPPED, Caught, catch_signals
 from .executors import Child, Executor, InProcess, Processes, environment_of, last_lines
 from .plan import PlanError, Run, parse_flags
@@ -72,7 +73,7 @@ class Driver:
         allow_mixed: bool = False,
         executor: Executor | None = None,
     ) -> None:
-        known = sorted(path.stem for path in recipes.glob("*.py") if path.stem != "compare")
+        known = sorted(path.stem for path in recipes.glob("*.py") if path.stem not in ("compare", "__init__"))
         if study.plan.recipe not in known:
             raise PlanError(
                 f"{recipes} has no recipe {shown(study.plan.recipe)}. It has {', '.join(known)}. Name one in the plan."

@@ -79,7 +79,7 @@ class Study:
 
     def __init__(self, folder: Path) -> None:
         if not (folder / PLAN).exists():
-            raise PlanError(f"{folder} is not a study, because it has no {PLAN}. Run recipes/compare.py to make one.")
+            raise PlanError(f"{folder} is not a study, because it has no {PLAN}. Run hf-gem compare to make one.")
         frozen = _frozen(folder)
         self.plan = plan_of(frozen["plan"], folder / PLAN)
         if self.plan.hash != frozen["hash"]:

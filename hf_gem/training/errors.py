@@ -40,10 +40,14 @@ def needed_for(purpose: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{purpose} needs the package {error.name}, which is not installed. "
-            'Run pip install -e ".[train]" in the clone of hf_gem.'
-        ) from error
+        raise ConfigError(f"{purpose} needs a package. {missing_package(error)}") from error
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """Says how to install a package that is missing."""
+    name = str(error.name).partition(".")[0]
+    extra = name if name in ("transformers", "timm") else "train"
+    return f'The package {name} is not installed. Install it with: pip install "hf-gem[{extra}]"'
 
 
 def reason(error: Exception) -> str:

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import platform
 import secrets
-import shlex
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -21,10 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..files import check_type, read_json, redact, redacted, shown, to_json, write_atomically
+from ..files import check_type, read_json, redacted, shown, to_json, write_atomically
 from ..modules import GemActivation
 from .config import TrainConfig
 from .data.order import SampleOrder
+from .environment import environment
 from .evaluate import Evaluation
 from .launch import launched
 from .task import Task
@@ -34,7 +29,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 SCHEMA = 1
-_PACKAGES = ("hf-gem", "transformers", "accelerate", "datasets", "tokenizers", "timm", "triton", "numpy")
 
 
 _Scalar = str | int | float | bool | None
@@ -294,54 +288,6 @@ def results(log: MetricsLog, task: Task) -> dict[str, Any]:
     }
 
 
-def environment(folder: Path | None = None) -> dict[str, Any]:
-    """Command, commit, versions and hardware of this process.
-
-    Args:
-        folder: Of the code whose commit is meant; by default that of the script.
-    """
-    return {
-        "command": command(),
-        **_commit(folder or Path(sys.argv[0]).resolve().parent),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,  # with its build, which the package's metadata leaves out
-            **{p: v for p in _PACKAGES if (v := _version(p))},
-        },
-        "hardware": hardware(),
-    }
-
-
-def command() -> str:
-    """The command as it would be typed in the current folder, without secrets; of the launcher's own flags nothing is
-    known here.
-    """
-    script = Path(sys.argv[0])
-    if script.is_absolute() and script.is_relative_to(Path.cwd()):
-        script = script.relative_to(Path.cwd())
-    launcher = ["python"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = ["torchrun"]
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # which every launcher of accelerate sets, torchrun's beside it
-        launcher = ["accelerate", "launch"]
-    return redact(shlex.join([*launcher, str(script), *sys.argv[1:]]))
-
-
-def hardware() -> dict[str, Any]:
-    """Processor, number of threads and accelerators."""
-    gpus = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    )
-    return {
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpus": gpus,
-        "cuda": torch.version.cuda if gpus else None,
-    }
-
-
 def hash_weights(model: nn.Module, signs: bool = False) -> str:
     """Computes a SHA-256 over names, shapes and values of all parameters except those of activations.
 
@@ -361,40 +307,3 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit(folder: Path) -> dict[str, Any]:
-    def git(*arguments: str) -> str | None:
-        try:
-            # In a session of its own: a Ctrl-C here must not leave a record without its commit.
-            command = ["git", "-C", str(folder), *arguments]
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=30, check=False, start_new_session=True
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    status, changes = git("status", "--porcelain"), git("diff", "HEAD")
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": None if status is None else bool(status),
-        "diff_hash": hashlib.sha256(changes.encode()).hexdigest() if changes else None,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -18,8 +18,8 @@ from hf_gem.compare.executors import Ended
 from hf_gem.compare.plan import PlanError, Run
 from hf_gem.compare.report import write_report
 from hf_gem.compare.study import StudyError
+from hf_gem.training.environment import environment
 from hf_gem.training.errors import Interrupted
-from hf_gem.training.record import environment
 from tests.compare.toy import TWO_ARMS, InThisProcess, recipes_of, run, started, until
 
 

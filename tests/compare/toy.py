@@ -13,7 +13,7 @@ from hf_gem.training import record
 TOY = """
 import json, math, os, random, sys
 from pathlib import Path
-from hf_gem.training.record import environment
+from hf_gem.training.environment import environment
 flags = dict(a[2:].split("=", 1) for a in sys.argv[1:])
 folder = Path(flags["output_dir"]); folder.mkdir(parents=True, exist_ok=True)
 with open(folder.parent.parent / "started.txt", "a") as file:

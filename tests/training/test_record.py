@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_gem.training.record import MetricsLog, check_saved, environment, hash_weights, write_record
+from hf_gem.training.environment import environment
+from hf_gem.training.record import MetricsLog, check_saved, hash_weights, write_record
 
 
 def test_a_resumed_log_goes_on_where_the_checkpoint_was(tmp_path):

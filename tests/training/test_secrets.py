@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from hf_gem.training.config import TrainConfig, parse_config
+from hf_gem.training.environment import command
 from hf_gem.training.errors import DataError, TrainingError
 from hf_gem.training.launch import make_accelerator, start_tracker
 from hf_gem.training.loop import train
 from hf_gem.training.push import PushError, push_run
-from hf_gem.training.record import command
 from hf_gem.training.report import write_card
 from hf_gem.training.signals import run_recipe
 from tests.training.test_report import MORE

@@ -1,0 +1,209 @@
+"""Models by what a person calls them: a folder, a timm model, a model type of transformers, an id of the Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..training.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        given: What the person wrote.
+        library: `timm` or `transformers`.
+        name: What that library calls it.
+        is_type: Whether it is a model type of transformers, which has a default config and no weights.
+    """
+
+    given: str
+    library: str
+    name: str
+    is_type: bool = False
+
+
+def find(given: str) -> Source:
+    """The source that a person has named.
+
+    Raises:
+        ConfigError: there is no such model.
+        ModuleNotFoundError: its library is not installed.
+    """
+    if Path(given).is_dir():
+        return _of_folder(given)
+    name = given.removeprefix("timm/")
+    types = _model_types()
+    if given in types:
+        return Source(given, "transformers", given, is_type=True)
+    with contextlib.suppress(ModuleNotFoundError):
+        import timm
+
+        if timm.is_model(name):
+            return Source(given, "timm", name)
+        types |= set(timm.list_models())
+    if given.startswith("timm/"):
+        return Source(given, "timm", f"hf-hub:{given}")
+    if given.count("/") == 1:
+        return Source(given, "transformers", given)
+    near = difflib.get_close_matches(given, types, n=1)
+    hint = f"The nearest name is {near[0]}" if near else "A folder needs a config.json"
+    raise ConfigError(
+        f"the model {given!r:.80} is not known. Give a folder, a timm model, a model type of transformers such as "
+        f"gpt2, or USER/NAME of the Hub. {hint}."
+    )
+
+
+def build(source: Source, act: str | None = None) -> nn.Module:
+    """A model with new weights, on the meta device where its class allows it.
+
+    Args:
+        source: What to build.
+        act: An activation of the family, in place of its own.
+
+    Raises:
+        ConfigError: it cannot be built.
+    """
+    with _explained(source, "built"):
+        if source.library == "timm":
+            import timm
+
+            named: Any = {} if act is None else {"act_layer": act}
+            return _on_meta(lambda: timm.create_model(_timm_name(source), **named))
+        config = _config(source)
+        if act is not None:
+            from .. import set_activation
+
+            set_activation(config, act)
+        cls = _model_class(config)
+        return _on_meta(lambda: cls(config))
+
+
+def load(source: Source) -> nn.Module:
+    """A model with its weights, in evaluation mode.
+
+    Raises:
+        ConfigError: it has none, or they cannot be loaded.
+    """
+    if source.is_type:
+        raise ConfigError(
+            f"{source.given!r} is a model type, which has no weights. Give a folder, or USER/NAME of the Hub."
+        )
+    with _explained(source, "loaded"):
+        if source.library == "timm":
+            import timm
+
+            return timm.create_model(_timm_name(source), pretrained=True).eval()
+        from transformers.utils import logging
+
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
+        model: nn.Module = _model_class(_config(source)).from_pretrained(
+            source.name, dtype="auto", trust_remote_code=False
+        )
+        return model.eval()
+
+
+def save(model: nn.Module, source: Source, folder: Path) -> None:
+    """Saves a model with what its source has besides the weights: a tokenizer, or a processor of images."""
+    if source.library == "timm":
+        import timm
+
+        timm.models.save_for_hf(model, str(folder))
+        return
+    from .. import save_for_hub
+
+    try:
+        save_for_hub(model, folder)
+    except ValueError:  # a class that no Auto class builds
+        model.save_pretrained(folder)  # type: ignore[operator]
+    from transformers import AutoProcessor
+
+    try:
+        AutoProcessor.from_pretrained(source.name, trust_remote_code=False).save_pretrained(folder)
+    except Exception as error:  # transformers raises several kinds for a model without either
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"{folder} has no tokenizer or image processor: {reason}", stacklevel=2)
+
+
+def _of_folder(given: str) -> Source:
+    try:
+        config = json.loads((Path(given) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"the folder {given!r} has no config.json that can be read: {error}") from error
+    if isinstance(config, dict) and "model_type" in config:
+        return Source(given, "transformers", given)
+    if isinstance(config, dict) and "architecture" in config:
+        return Source(given, "timm", given)
+    raise DataError(
+        f"{given}/config.json is neither of transformers nor of timm: it has no model_type or architecture."
+    )
+
+
+def _model_types() -> set[str]:
+    with contextlib.suppress(ModuleNotFoundError):
+        from transformers import CONFIG_MAPPING
+
+        return set(CONFIG_MAPPING.keys())
+    return set()
+
+
+def _timm_name(source: Source) -> str:
+    return f"local-dir:{source.name}" if Path(source.name).is_dir() else source.name
+
+
+def _config(source: Source) -> Any:
+    from transformers import AutoConfig
+
+    from ..training import coordinate_models, image_models  # noqa: F401  # registers the models of the recipes
+
+    if source.is_type:
+        return AutoConfig.for_model(source.name)
+    return AutoConfig.from_pretrained(source.name, trust_remote_code=False)
+
+
+def _model_class(config: Any) -> Any:
+    """The class that a config names, or else the first one that an Auto class builds from it."""
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, Any] = {}
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        if name.startswith("AutoModel") and mapping is not None and type(config) in mapping:
+            built = mapping[type(config)]
+            for cls in built if isinstance(built, tuple) else (built,):
+                found.setdefault(cls.__name__, cls)
+    if not found:
+        raise ConfigError(f"transformers builds no model from a {type(config).__name__}.")
+    named = [found[name] for name in config.architectures or () if name in found]
+    return named[0] if named else next(iter(found.values()))
+
+
+def _on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+        return make()
+    return make()  # some constructors compute numbers with tensors
+
+
+@contextlib.contextmanager
+def _explained(source: Source, done: str) -> Iterator[None]:
+    try:
+        yield
+    except (ConfigError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # both libraries raise whatever their models do
+        raise ConfigError(
+            f"the model {source.given!r:.80} cannot be {done}: {type(error).__name__}: {error}"
+        ) from error

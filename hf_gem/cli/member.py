@@ -1,0 +1,98 @@
+"""What `hf-gem list` and `hf-gem show` know about a member of a family, computed from its formulas."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..family.formulas import forward, slope
+from ..family.names import GemSpec, grammar, parse
+from ..family.table import FAMILIES
+from ..init import gain
+
+ORDERS = (1, 2, 3)  # the n of the paper
+_AT = (-3.0, -1.0, -0.3, -0.1, 0.0, 0.1, 0.3, 1.0, 3.0)
+_SMOOTH = {"egem", "segem"}  # families proven to be C^(2n)
+_NUM_POINTS = 2**17  # on each side of 0; extrema are then exact to some 3e-6, for n = 32
+
+
+def family_row(name: str) -> dict[str, Any]:
+    """A family as `hf-gem list` shows it: its names and defaults, and the gain and the largest slope for each n."""
+    family = FAMILIES[name]
+    members = [GemSpec(name, n) for n in ORDERS]
+    return {
+        "family": name,
+        "title": family.title,
+        "formula": family.formula,
+        "names": grammar(family),
+        "default_n": members[0].n,
+        "default_eps": family.default_eps,
+        "eps_is_fixed": family.fixed_eps is not None,
+        "gain": {str(spec.n): gain(spec.name) for spec in members},
+        "largest_slope": {str(spec.n): _extremes(spec)["largest_slope"][0] for spec in members},
+    }
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What `hf-gem show` shows of a member.
+
+    Args:
+        name: Of the family.
+
+    Raises:
+        ValueError: the name is malformed.
+    """
+    spec = parse(name)
+    fixed = replace(spec, learnable=False)
+    x = torch.tensor(_AT, dtype=torch.float64)
+    values, slopes = functions(fixed)
+    return {
+        "name": spec.name,
+        "family": spec.family,
+        "title": spec.definition.title,
+        "formula": spec.definition.formula,
+        "n": spec.n,
+        "eps": spec.eps,
+        "learnable": spec.learnable,
+        "half_point": half_point(spec),
+        "continuous_derivatives": 2 * spec.n if spec.definition.kernels in _SMOOTH else None,
+        "gain": gain(fixed.name),
+        "gain_centered": gain(fixed.name, centered=True),
+        **_extremes(fixed),
+        "values": [list(row) for row in zip(_AT, values(x).tolist(), slopes(x).tolist(), strict=True)],
+    }
+
+
+def half_point(spec: GemSpec) -> float:
+    """The x at which the gate is half open."""
+    return float(spec.eps ** (1 / (2 * spec.n)))
+
+
+def functions(spec: GemSpec) -> tuple[Any, Any]:
+    """The function and its slope, of float64 tensors."""
+    family = spec.definition
+    return (lambda x: forward(family, spec.n, spec.eps, x)), (lambda x: slope(family, spec.n, spec.eps, x))
+
+
+def _extremes(spec: GemSpec) -> dict[str, tuple[float, float | None]]:
+    """Largest and smallest slope, lowest value, largest distance from ReLU; each with its x, or None for several x."""
+    side = half_point(spec) * torch.logspace(-3, 3, _NUM_POINTS, dtype=torch.float64)
+    x = torch.cat((-side.flip(0), side))
+    value, derivative = (function(x) for function in functions(spec))
+
+    def largest(what: Tensor, sign: int = 1) -> tuple[float, float | None]:
+        place = int((sign * what).argmax())
+        equal = x[what == what[place]]  # neighbours may be, in their last digit
+        unique = float(equal.max() - equal.min()) < 0.01 * abs(float(x[place]))
+        return float(what[place]), float(x[place]) if unique else None
+
+    return {
+        "largest_slope": largest(derivative),
+        "smallest_slope": largest(derivative, -1),
+        "lowest_value": largest(value, -1),
+        "distance_from_relu": largest((value - F.relu(x)).abs()),
+    }

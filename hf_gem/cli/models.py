@@ -1,0 +1,132 @@
+"""`hf-gem audit`, `convert` and `choose`: activations in models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..training.errors import ConfigError
+from .common import UNMET, AsJson, show, user_errors
+
+if TYPE_CHECKING:
+    from .choosing import Profile
+
+_MODEL = "A folder, a timm model, a model type of transformers such as gpt2, or USER/NAME of the Hub."
+_NUMBER = "a number, fit or match"
+
+
+def audit(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)],
+    act: Annotated[
+        str | None, typer.Option(help="Build the model with this activation, to see what it reaches.")
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Load the weights too.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help=f"Exit with {UNMET} unless every activation that ran is of the family.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a model once and list its activations.
+
+    Without --pretrained only the config is read, and the model needs no memory. A folder is one that save_pretrained,
+    a recipe or timm has written.
+    """
+    from .. import audit as audit_model
+    from .. import convert as convert_model
+    from .loading import build, find, load
+
+    source = find(model)
+    with user_errors():
+        if pretrained:
+            built = load(source)
+            if act is not None:
+                convert_model(built, act)
+        else:
+            built = build(source, act)
+        found = audit_model(built)
+    show(found.to_dict(), str(found), as_json)
+    if check and not found.complete:
+        raise typer.Exit(UNMET)
+
+
+def convert(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the converted model; new or empty.")],
+    to: Annotated[str, typer.Option(help="The activation, such as egem or gem_n2.")],
+    eps: Annotated[str | None, typer.Option(help=f"In place of the eps in the name: {_NUMBER}.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="For fit and match: a text file, a folder of images, or an .npz file of inputs.")
+    ] = None,
+    num_batches: Annotated[int, typer.Option("--num-batches", min=1, help="Batches of --data, at most.")] = 4,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Samples of a batch.")] = 8,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Choose an eps for each layer.")] = False,
+    skip: Annotated[list[str] | None, typer.Option(help="Paths to leave, such as '*.pooler.*'.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Replace the activations of a pretrained model and save it.
+
+    --eps fit chooses n and eps so that the outputs change least on --data. --eps match is for a model that is still to
+    be trained: it puts the gate at the scale of the inputs.
+    """
+    from .. import convert as convert_model
+    from .batches import read
+    from .loading import find, load, save
+
+    chosen = _eps(eps)
+    if isinstance(chosen, str) and data is None:
+        raise ConfigError(f"--eps {eps} needs --data. Give a text file, a folder of images or an .npz file.")
+    if data is not None and not isinstance(chosen, str):
+        raise ConfigError("--data needs --eps fit or match. Add one of them, or leave --data out.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is not an empty folder. Name a new one.")
+    source = find(model)
+    loaded = load(source)
+    batches = None if data is None else read(data, loaded, source, num_batches, batch_size)
+    with user_errors():
+        report = convert_model(loaded, to, eps=chosen, data=batches, per_layer=per_layer, skip=skip or None)
+        save(loaded, source, out)
+    show({**report.to_dict(), "folder": str(out)}, f"{report}\nModel: {out}", as_json)
+
+
+def _eps(text: str | None) -> float | str | None:
+    if text in (None, "fit", "match"):
+        return text
+    try:
+        return float(str(text))
+    except ValueError:
+        raise ConfigError(f"--eps must be {_NUMBER}, got {text!r:.80}.") from None
+
+
+def choose(model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)], as_json: AsJson = False) -> None:
+    """Say which activation the studies support for a model.
+
+    Only the config is read. Differences have 95 % intervals; below 0 is better for a loss, above 0 for an accuracy.
+    """
+    from .choosing import profile
+    from .loading import build, find
+
+    source = find(model)
+    found = profile(build(source))
+    values: dict[str, Any] = {**vars(found), "findings": found.findings, "matched": found.matched}
+    show(values, _advice(model, found), as_json)
+
+
+def _advice(given: str, found: Profile) -> str:
+    activations = ", ".join(found.activations) or "not known"
+    lines = [f"{given} ({found.model})", f"  kind: {found.kind}", f"  activations: {activations}"]
+    if found.rms is not None:
+        lines.append(f"  rms of their inputs at the start of training: about {found.rms:.2g}")
+    for row in found.findings:
+        lines += ["", f"Studied: {row['model']}", f"  use: {row['use'] or 'not known'}", f"  evidence: {row['why']}"]
+    lines.append("")
+    if not found.findings:
+        lines.append("Use: not known. Compare candidates yourself: hf-gem compare --help.")
+    else:
+        lines.append("These studies are small. Whether they hold for another width, depth or dataset is not known.")
+    if found.matched:
+        names = " and ".join(found.matched)
+        lines.append(f"E-GEM with its gate at that rms is {names}. That this trains better is not known.")
+    lines.append(f"To keep what a trained model computes: hf-gem convert {given} OUT --to egem --eps fit --data FILE.")
+    return "\n".join(lines)

@@ -1,0 +1,50 @@
+"""Curves as text: two columns and four rows of Braille dots in each character."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of U+2800, by row and column
+
+
+def plot(
+    title: str, curves: Sequence[Callable[[Tensor], Tensor]], low: float, high: float, width: int = 34, height: int = 10
+) -> list[str]:
+    """Lines of text that show functions between two x.
+
+    Args:
+        title: The first line.
+        curves: The first is drawn whole, the others dotted, behind it.
+        low: Smallest x.
+        high: Largest x.
+        width: Characters of the drawing.
+        height: Lines of the drawing.
+    """
+    x = torch.linspace(low, high, 2 * width, dtype=torch.float64)
+    rows = [curve(x) for curve in curves]
+    bottom, top = min(float(y.min()) for y in rows), max(float(y.max()) for y in rows)
+    scale = (4 * height - 1) / (top - bottom or 1.0)
+    cells = [[0] * width for _ in range(height)]
+    for number, y in enumerate(rows):
+        places = [round((top - value) * scale) for value in y.tolist()]
+        for column, place in enumerate(places):
+            if number and column % 4 > 1:  # a gap of a dotted curve
+                continue
+            before = places[max(column - 1, 0)] if not number else place
+            for dot in range(min(place, before + (place > before)), max(place, before - (place < before)) + 1):
+                cells[dot // 4][column // 2] |= _DOTS[dot % 4][column % 2]
+    labels = [f"{top:8.3g} ", *[" " * 9] * (height - 2), f"{bottom:8.3g} "]
+    lines = [
+        label + "│" + "".join(chr(0x2800 + cell) for cell in row) for label, row in zip(labels, cells, strict=True)
+    ]
+    axis = f"{low:<{width // 2}g}{high:>{width - width // 2}g}"
+    return [f"{'':10}{title:<{width}}", *lines, f"{'':9}└{'─' * width}", f"{'':10}{axis}"]
+
+
+def side_by_side(left: Sequence[str], right: Sequence[str]) -> str:
+    """Two plots of one height."""
+    width = max(map(len, left))
+    return "\n".join(f"{one:<{width}}  {other}".rstrip() for one, other in zip(left, right, strict=True))

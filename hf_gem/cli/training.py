@@ -1,0 +1,157 @@
+"""`hf-gem train`, `compare`, `recipes` and `run`: training, and other people's scripts with the names registered."""
+
+from __future__ import annotations
+
+import ast
+import runpy
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..recipes import FOLDER
+from ..training.errors import ConfigError, missing_package
+from .common import AsJson, Script, show
+
+_NO_RECIPES = ("__init__", "compare")
+
+
+def recipe_files() -> dict[str, Path]:
+    """Name of a recipe -> its file."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.py")) if path.stem not in _NO_RECIPES}
+
+
+def _complete_recipe(incomplete: str) -> list[str]:
+    return [name for name in recipe_files() if name.startswith(incomplete)]
+
+
+def _complete_launcher(incomplete: str) -> list[str]:
+    return [path.stem for path in sorted(FOLDER.glob("accelerate/*.yaml")) if path.stem.startswith(incomplete)]
+
+
+def train(
+    context: typer.Context,
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe of `hf-gem recipes`, or the start of its name.",
+            autocompletion=_complete_recipe,
+        ),
+    ],
+    launcher: Annotated[
+        str | None,
+        typer.Option(
+            help="Start processes with accelerate, by a launcher of `hf-gem recipes` such as multi_gpu, or a file.",
+            autocompletion=_complete_launcher,
+        ),
+    ] = None,
+    num_processes: Annotated[
+        int | None,
+        typer.Option("--num-processes", "--num_processes", min=1, help="Processes to start with --launcher."),
+    ] = None,
+) -> Script:
+    """Train a model by a recipe.
+
+    What follows RECIPE goes to the recipe: `hf-gem train gpt2 --preset demo --hidden_act gem_n2`.
+    `hf-gem train gpt2 --help` lists its options. After Ctrl-C the same command resumes.
+    """
+    name = _recipe_named(recipe)
+    if launcher is not None:
+        return _launch(name, launcher, num_processes, context.args)
+    if num_processes is not None:
+        raise ConfigError(f"got --num-processes {num_processes} without --launcher. Add --launcher multi_gpu or cpu.")
+    return partial(_run_recipe, name, context.args)
+
+
+def compare(context: typer.Context) -> Script:
+    """Run a study by its plan and write its report."""
+    return partial(_run_recipe, "compare", context.args)
+
+
+def recipes(as_json: AsJson = False) -> None:
+    """List recipes, plans of studies and configs of launchers."""
+    scripts = {name: _headline(path) for name, path in recipe_files().items()}
+    plans = {path.stem: str(path) for path in sorted((FOLDER / "plans").glob("*.yaml"))}
+    configs = {path.stem: str(path) for path in sorted((FOLDER / "accelerate").glob("*.yaml"))}
+    width = max(map(len, scripts))
+    lines = [
+        f"Folder: {FOLDER}",
+        "Recipes, for hf-gem train:",
+        *(f"  {name:<{width}}  {text}" for name, text in scripts.items()),
+        f"Plans, for hf-gem compare --plan: {', '.join(plans)}",
+        f"Launchers, for hf-gem train --launcher: {', '.join(configs)}",
+    ]
+    found = {"folder": str(FOLDER), "recipes": scripts, "plans": plans, "launchers": configs}
+    show(found, "\n".join(lines), as_json)
+
+
+def run(
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(metavar="SCRIPT", help="A Python script; with -m, a module.")],
+    module: Annotated[bool, typer.Option("-m", help="Run a module instead of a file.")] = False,
+) -> Script:
+    """Run any script with the names registered.
+
+    transformers and timm then take `gem_n2`, `egem` and all others. What follows SCRIPT goes to the script:
+    `hf-gem run train.py --model resnet18 --model-kwargs act_layer=gem_n2`.
+    A launcher takes it as a module: `torchrun --nproc_per_node 8 -m hf_gem run train.py`.
+    """
+    if module:
+        return partial(_run_module, str(script), context.args)
+    if not script.is_file():
+        raise ConfigError(f"there is no script {str(script)!r}. Give the path of a Python file, or -m and a module.")
+    return partial(_run_file, script, context.args)
+
+
+def _recipe_named(given: str) -> str:
+    known = recipe_files()
+    found = [given] if given in known else [name for name in known if name.startswith(given.replace("-", "_"))]
+    if len(found) == 1:
+        return found[0]
+    problem = f"could be {' or '.join(found)}" if found else "is not known"
+    raise ConfigError(f"the recipe {given!r} {problem}. The recipes are {', '.join(known)}.")
+
+
+def _run_recipe(name: str, arguments: list[str]) -> None:
+    try:
+        _run_module(f"hf_gem.recipes.{name}", arguments)
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {missing_package(error)}")
+
+
+def _run_file(script: Path, arguments: list[str]) -> None:
+    """Runs a file as `python FILE` would; hf_gem, imported before this, has registered the names."""
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.resolve().parent))
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def _run_module(name: str, arguments: list[str]) -> None:
+    """Runs a module as `python -m MODULE` would."""
+    sys.argv = [name, *arguments]
+    sys.path.insert(0, str(Path.cwd()))
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _launch(recipe: str, launcher: str, num_processes: int | None, arguments: list[str]) -> Script:
+    """The start of several processes of a recipe, as `accelerate launch` does it."""
+    named = FOLDER / "accelerate" / f"{launcher}.yaml"
+    config = named if named.is_file() else Path(launcher)
+    if not config.is_file():
+        raise ConfigError(
+            f"the launcher {launcher!r} is not known. Give {', '.join(_complete_launcher(''))}, or a config file."
+        )
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    processes = [] if num_processes is None else [f"--num_processes={num_processes}"]
+    command = [f"--config_file={config}", *processes, "-m", f"hf_gem.recipes.{recipe}", *arguments]
+    return lambda: launch_command(launch_command_parser().parse_args(command))
+
+
+def _headline(path: Path) -> str:
+    """The first sentence of a script's docstring."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.splitlines()[0].partition(": ")[0]

@@ -1,0 +1,10 @@
+"""The recipes, with the plans of studies and the configs of launchers: `python -m hf_gem.recipes.gpt2_pretrain`.
+
+In a clone they are in the folder `recipes/` beside the package. A wheel has them in this folder.
+"""
+
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+FOLDER = _HERE if (_HERE / "plans").is_dir() else _HERE.parent.parent / "recipes"
+__path__ = [str(FOLDER)]

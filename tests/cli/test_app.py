@@ -1,0 +1,127 @@
+"""The command line as a whole: help, exit codes, errors of one line, completion, and what it imports."""
+
+import json
+import re
+import shlex
+import sys
+import warnings
+
+import pytest
+import typer
+
+import hf_gem as package
+from hf_gem.cli import app, main
+from tests.helpers import ROOT, run_python
+
+DOCS = (ROOT / "docs" / "cli.md").read_text()
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
+
+
+def test_version(hf_gem):
+    assert hf_gem("--version") == (0, f"hf-gem {package.__version__}\n", "")
+
+
+def test_help_names_every_command(hf_gem):
+    code, out, err = hf_gem("--help")
+    assert code == 0
+    assert err == ""
+    listed = [line.split()[0] for line in out.split("Commands:\n")[1].split("\n\n")[0].splitlines()]
+    assert listed == COMMANDS
+    assert "..." not in out.split("Commands:\n")[1]  # a summary that was cut off
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "compare"])
+def test_each_command_explains_itself(hf_gem, command):
+    code, out, _ = hf_gem(command, "-h")
+    assert code == 0
+    assert f"Usage: hf-gem {command}" in out
+    assert all(parameter.help for parameter in typer.main.get_command(app).commands[command].params)
+    assert f"`hf-gem {command}" in DOCS
+
+
+def test_without_arguments_it_shows_its_help(hf_gem):
+    assert hf_gem() == hf_gem("--help")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (("bogus",), 2),
+        (("show",), 2),
+        (("show", "gem", "--nope"), 2),
+        (("bench", "--rounds", "many"), 2),
+        (("show", "gem_n0"), 1),
+        (("show", "gem_n" + "9" * 100_000), 1),
+        (("audit", "no_such_model"), 1),
+        (("audit", "x" * 100_000), 1),
+        (("convert", "gpt2", "out", "--to", "egem", "--eps", "small"), 1),
+        (("plot", "--figure", "nope"), 1),
+        (("report", "nowhere"), 1),
+        (("run", "nope.py"), 1),
+        (("train", "nope"), 1),
+        (("train", "--num-processes", "2", "gpt2"), 1),
+    ],
+)
+def test_a_mistake_takes_one_line(hf_gem, arguments, status):
+    code, out, err = hf_gem(*arguments)
+    assert code == status
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert len(err) < 700
+    assert "Traceback" not in err
+
+
+def test_a_missing_package_is_named_with_what_brings_it(hf_gem, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = hf_gem("plot", "gem")
+    assert code == 1
+    assert err == 'error: the package matplotlib is not installed. Install it with: pip install "hf-gem[train]"\n'
+
+
+def test_a_warning_takes_one_line(hf_gem, monkeypatch):
+    monkeypatch.setattr(
+        "hf_gem.cli.models._advice", lambda *_: warnings.warn("of two\nlines", stacklevel=1) or "advice"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert hf_gem("choose", "gpt2") == (0, "advice\n", "warning: of two lines\n")
+
+
+def test_it_imports_no_library_before_a_command_needs_it():
+    heavy = ("transformers", "timm", "accelerate", "matplotlib", "scipy", "yaml", "rich")
+    code = f"import sys, hf_gem.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = run_python("-c", code)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_completion_and_the_module():
+    """`python -m hf_gem` is the command, and completes like it."""
+    environment = {"_HF_GEM_COMPLETE": "complete_bash", "COMP_WORDS": "hf-gem train gp", "COMP_CWORD": "2"}
+    assert run_python("-m", "hf_gem", **environment).stdout.split() == ["gpt2_pretrain"]
+
+
+def test_the_commands_of_the_page(hf_gem, tmp_path, monkeypatch):
+    """Those that take a second run here; the others are in the tests of their files, and of the wheel."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```bash\n(.*?)```", DOCS, re.DOTALL)
+    lines = [shlex.split(line) for block in blocks for line in block.splitlines() if line.startswith("hf-gem ")]
+    assert {line[1] for line in lines} - {"--install-completion"} <= set(COMMANDS)
+    quick = [line[1:] for line in lines if line[1] in ("list", "show", "plot", "audit", "choose", "recipes")]
+    assert len(quick) > 8
+    for arguments in quick:
+        assert hf_gem(*arguments)[0] == 0, arguments
+    assert {path.name for path in tmp_path.iterdir()} == {"gem.svg", "eps.png", "family.png"}
+
+
+def test_json_is_json(hf_gem):
+    for arguments in (("list",), ("show", "gem"), ("recipes",), ("env",), ("choose", "gpt2"), ("audit", "gpt2")):
+        code, out, _ = hf_gem(*arguments, "--json")
+        assert code == 0
+        assert json.loads(out)
+
+
+def test_main_takes_the_arguments_of_the_process(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hf-gem", "--version"])
+    main()
+    assert capsys.readouterr().out.startswith("hf-gem ")

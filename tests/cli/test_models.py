@@ -1,0 +1,165 @@
+"""`hf-gem audit`, `convert` and `choose`."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from transformers import AutoModel, BertConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, ViTConfig
+
+import hf_gem as package
+from hf_gem.cli.choosing import findings, profile
+from tests.helpers import save_bytes_tokenizer
+
+SMALL = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 257, "n_positions": 32}
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A folder with a small GPT-2 and its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "gpt2"
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**SMALL, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    save_bytes_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """A folder as timm saves a model."""
+    folder = tmp_path_factory.mktemp("models") / "vit"
+    timm.models.save_for_hf(timm.create_model("test_vit"), str(folder), safe_serialization=True)
+    return folder
+
+
+def test_audit_of_a_model_type(hf_gem):
+    code, out, _ = hf_gem("audit", "gpt2", "--json")
+    found = json.loads(out)
+    assert (code, found["num_gem"], found["num_other"], found["complete"]) == (0, 0, 12, False)
+    assert found["calls"][0]["function"] == "gelu_new"
+    assert hf_gem("audit", "gpt2", "--check")[0] == 3
+    code, out, _ = hf_gem("audit", "gpt2", "--act", "gem_n2", "--check")
+    assert (code, out) == (0, "12 of 12 activation calls are GEM: 12 x gem_n2\n")
+
+
+def test_audit_of_a_timm_model(hf_gem):
+    for name in ("test_vit", "timm/test_vit"):
+        assert hf_gem("audit", name)[1].startswith("0 of 6 activation calls are GEM")
+    code, out, _ = hf_gem("audit", "test_vit", "--act", "gem", "--check")
+    assert code == 0
+    assert "6 x gem" in out
+
+
+@pytest.mark.parametrize("flags", [(), ("--pretrained",)])
+def test_audit_of_folders(hf_gem, gpt2, vit, flags):
+    for folder in (gpt2, vit):
+        code, out, err = hf_gem("audit", folder, *flags)
+        assert code == 0, err
+        assert out.startswith("0 of ")
+        assert hf_gem("audit", folder, "--act", "segem", "--check", *flags)[0] == 0
+
+
+def test_convert_saves_what_it_says(hf_gem, gpt2, tmp_path):
+    out = tmp_path / "out"
+    code, text, err = hf_gem("convert", gpt2, out, "--to", "egem_n2", "--eps", "1e-3")
+    assert code == 0, err
+    assert "2 activations replaced" in text
+    assert text.endswith(f"Model: {out}\n")
+    loaded = AutoModel.from_pretrained(out)
+    assert loaded.h[1].mlp.act.spec.name == "egem_n2_eps0.001"
+    assert (out / "tokenizer.json").exists()
+    assert hf_gem("audit", out, "--check", "--pretrained")[0] == 0
+    assert hf_gem("convert", gpt2, out, "--to", "egem")[0] == 1  # the folder is not empty
+
+
+@pytest.mark.parametrize("eps", ["fit", "match"])
+def test_convert_by_text(hf_gem, gpt2, tmp_path, eps):
+    text = tmp_path / "text.txt"
+    text.write_text("the gate of a smooth unit opens slowly. " * 40)
+    flags = ("--data", text, "--batch-size", "4", "--num-batches", "2", "--json")
+    code, out, err = hf_gem("convert", gpt2, tmp_path / "out", "--to", "egem_n1", "--eps", eps, *flags)
+    assert code == 0, err
+    report = json.loads(out)
+    (name,) = {entry["new"] for entry in report["replaced"]}
+    assert name != "egem"
+    assert (report["rms"] is not None) == (eps == "match")
+    assert AutoModel.from_pretrained(report["folder"]).h[0].mlp.act.spec.name == name
+
+
+def test_convert_by_arrays(hf_gem, gpt2, tmp_path):
+    np.savez(tmp_path / "ids.npz", input_ids=np.arange(8 * 16).reshape(8, 16))
+    flags = ("--data", tmp_path / "ids.npz", "--per-layer", "--skip", "*.h.0.*")
+    code, out, err = hf_gem("convert", gpt2, tmp_path / "out", "--to", "egem", "--eps", "match", *flags)
+    assert code == 0, err
+    assert "1 activations replaced" in out
+
+
+def test_convert_by_images(hf_gem, vit, tmp_path):
+    draw = np.random.default_rng(0)
+    for number in range(4):
+        Image.fromarray(draw.integers(0, 255, (170, 170, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    flags = ("--data", tmp_path, "--batch-size", "2")
+    code, out, err = hf_gem("convert", vit, tmp_path / "out", "--to", "segem", "--eps", "match", *flags)
+    assert code == 0, err
+    assert "6 activations replaced" in out
+    saved = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert package.audit(saved).complete
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--to", "egem", "--eps", "fit"), "--eps fit needs --data"),
+        (("--to", "egem", "--data", "x.txt"), "--data needs --eps fit or match"),
+        (("--to", "egem", "--eps", "-1"), "eps must be positive"),
+        (("--to", "gelu"), "none of the family"),
+        (("--to", "egem", "--eps", "fit", "--data", "nowhere.txt"), "there is no data at nowhere.txt"),
+        (("--to", "egem", "--eps", "fit", "--data", __file__, "--batch-size", "999"), "less than one batch"),
+        (("--to", "egem", "--skip", "nothing"), "nothing"),
+    ],
+)
+def test_convert_says_what_is_wrong(hf_gem, gpt2, tmp_path, flags, words):
+    code, out, err = hf_gem("convert", gpt2, tmp_path / "out", *flags)
+    assert (code, out) == (1, "")
+    assert words in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else(hf_gem, tmp_path):
+    assert "has no config.json" in hf_gem("audit", tmp_path)[2]
+    (tmp_path / "config.json").write_text("[]")
+    assert "neither of transformers nor of timm" in hf_gem("audit", tmp_path)[2]
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
+    assert "cannot be built" in hf_gem("audit", tmp_path)[2]
+    assert "has no weights" in hf_gem("audit", "gpt2", "--pretrained")[2]
+
+
+def meta(config):
+    with torch.device("meta"):
+        return profile(AutoModel.from_config(config))
+
+
+def test_choose_goes_by_the_kind_and_the_scale():
+    wide, narrow = meta(GPT2Config(n_layer=1)), meta(GPT2Config(**SMALL))
+    assert (wide.kind, narrow.kind) == ("transformer", "small-scale transformer")
+    assert wide.rms == pytest.approx(0.02 * 768**0.5)
+    assert wide.matched == ["egem_eps0.31", "egem_n2_eps0.094"]
+    assert meta(BertConfig(num_hidden_layers=1)).kind == "BERT"
+    for config in (LlamaConfig(num_hidden_layers=1, vocab_size=8), ViTConfig(num_hidden_layers=1)):
+        assert "no study" in meta(config).kind
+        assert not meta(config).findings
+    assert profile(timm.create_model("test_resnet")).kind == "ResNet"
+    kinds = {row["kind"] for row in findings()}
+    assert kinds == {"small-scale transformer", "transformer", "BERT", "ResNet", "plain CNN"}
+
+
+def test_choose_says_what_is_not_known(hf_gem):
+    out = hf_gem("choose", "resnet18")[1]
+    assert "use: ReLU or GELU" in out
+    assert "-4.66 points (-5.61 to -3.73)" in out
+    assert "use: not known" in out
+    assert "Use: not known." in hf_gem("choose", "llama")[1]
+    values = json.loads(hf_gem("choose", "resnet18", "--json")[1])
+    assert [row["use"] for row in values["findings"]] == ["ReLU or GELU", None]
