@@ -24,7 +24,7 @@ RECIPES = Path(__file__).resolve().parent
 def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     """Parses the command line, including the flags in `--set`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", type=Path, required=True, help="plan file, YAML or Python, or the name of one in plans/")
+    parser.add_argument("--plan", type=Path, required=True, help="plan file, YAML or Python, or a name from plans/")
     parser.add_argument(
         "--set",
         nargs="+",

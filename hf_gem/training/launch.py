@@ -129,7 +129,8 @@ def _check_distribution(accelerator: Accelerator, config: TrainConfig) -> None:
         )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not accelerator.is_fsdp2 and accelerator.num_processes > 1:
         raise ConfigError(
-            "the launcher chose FSDP on a CPU. accelerate shards only on GPUs. Use cpu.yaml, which `hf-gem recipes` lists."
+            "the launcher chose FSDP on a CPU. accelerate shards only on GPUs. Use cpu.yaml; `hf-gem recipes` says "
+            "where it is."
         )
     if accelerator.is_fsdp2 and config.ema_decay:
         raise ConfigError(
