@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from .checkpoint import CheckpointStore
 from .clock import Clock
 from .config import TrainConfig, trajectory
+from .curve import LiveCurve
 from .data.order import SampleOrder
 from .device import batch_to_device
 from .errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
@@ -30,7 +31,7 @@ from .launch import layers_to_shard, start_tracker
 from .loss import IGNORE
 from .memory import checkpoint_gradients, fit_to_memory
 from .optim import learning_rate, make_optimizer
-from .progress import Progress
+from .progress import Progress, clock_time, headline
 from .push import CheckpointPusher
 from .record import MetricsLog, evaluation_record, hash_tensors, new_record, new_session, results, write_record
 from .signals import agreed_stop, catch_signals
@@ -113,6 +114,7 @@ class _Run:
         self.order = SampleOrder(len(task.train), config.data_seed)
         self.folder = Path(config.output_dir)
         self.log = MetricsLog(self.folder / "log.jsonl")
+        self.picture = LiveCurve(self.folder / "loss_curve.png")
         self.saved = 0  # the newest step that is saved
         self.owes_evaluation = False  # at that step, where a signal came in between
         self.record = new_record(task, config, accelerator, self.order)
@@ -164,6 +166,7 @@ class _Run:
         if self.is_main and start < steps:
             self.session["first_step"] = start + 1
             self.record["sessions"].append(self.session)
+            print(headline(self.record, self.session, self.accelerator.device, start), flush=True)
         self.began = time.perf_counter()
         # One name for the life of the run: a resumed run goes on with its curve.
         start_tracker(self.accelerator, self.config, f"{self.folder.name}-{self.record['run_id']}")
@@ -358,9 +361,13 @@ class _Run:
             named = {f"{part}_{name}": value for part, e in found.items() for name, value in e.values.items()}
             self.log.add(step=step, **named)
             for part, e in found.items():
-                tqdm.write(f"step {step}: {part} " + ", ".join(f"{k} {v:.5g}" for k, v in e.values.items()))
+                tqdm.write(
+                    f"{clock_time()} step {step}: {part} " + ", ".join(f"{k} {v:.5g}" for k, v in e.values.items())
+                )
             self.accelerator.log(named, step=step)
             self.record["evaluation"] = evaluation_record(self.task, found) if last else None
+            if step and not last:  # the recipe draws the last one, with the unit of its loss
+                self.picture.draw({**self.record, **results(self.log, self.task)})
         if step:  # no step has seen yet what its own update did; only the main process has the values
             loss = found["validation"].values.get("loss", 0.0)
             lost = torch.tensor(float(not math.isfinite(loss)), device=self.accelerator.device)

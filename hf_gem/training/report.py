@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from ..family.names import is_name
 from ..files import markdown_block, markdown_code, markdown_text, save_pretrained
 from ..integrations.hub import loading_notes, save_for_hub
+from .curve import can_draw, draw_loss
 from .errors import CheckpointError
 from .push import push_run
 
@@ -49,7 +49,10 @@ def save_results(model: Any, processor: Any, record: dict[str, Any], **card: Any
             model.save_pretrained(work)
         if processor is not None:
             save_pretrained(processor, work)
-        picture = plot_loss(record, work / "loss_curve.png", card["loss_unit"])
+        if picture := can_draw():
+            draw_loss(record, work / "loss_curve.png", card["loss_unit"])
+        else:
+            print("no loss_curve.png, since matplotlib is not installed; the losses are in record.json")
         write_card(record, work / "README.md", picture=picture, **card)
         files = _move(work, folder)
     except (OSError, SafetensorError) as error:
@@ -126,43 +129,6 @@ def print_summary(record: dict[str, Any]) -> None:
     if picture.exists():
         print(f"Plot:       {picture}")
     print(f"Model card: {folder / 'README.md'}")
-
-
-def plot_loss(record: dict[str, Any], path: Path, unit: str) -> bool:
-    """Draws training and validation loss over steps as a PNG, and validation accuracy where there is one.
-
-    Returns:
-        Whether it did; without matplotlib it says that there is no picture.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"no {path.name}, since matplotlib is not installed; the losses are in record.json")
-        return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
-    for key, label, style in (
-        ("loss", "training", {"lw": 0.8}),
-        ("validation_loss", "validation", {"marker": "o", "ms": 3}),
-    ):
-        steps, losses = zip(*record["curves"][key], strict=True) if record["curves"][key] else ((), ())
-        axes.plot(steps, losses, label=label, **style)
-    config = record["config"]
-    scale = "log" if "validation_relative_l2" in record["result"] else "linear"  # over orders of magnitude
-    axes.set(xlabel="step", ylabel=f"loss ({unit})", yscale=scale)
-    axes.set_title(f"{record['recipe']} {record['preset']}, {config['hidden_act']}, seed {config['seed']}", fontsize=10)
-    axes.grid(alpha=0.3)
-    if accuracy := record["curves"].get("validation_accuracy"):
-        right = axes.twinx()
-        axes.plot([], [], "s--", ms=3, color="C2", label="validation accuracy (right)")  # for the legend
-        right.plot(*zip(*accuracy, strict=True), "s--", ms=3, color="C2")
-        right.set(ylabel="accuracy", ylim=(None, 1))
-    axes.legend(loc="center right")  # where neither a loss that has fallen nor an accuracy that has risen is
-    figure.savefig(path)
-    plt.close(figure)
-    return True
 
 
 def _literal(text: str) -> str:
