@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import hf_gem
+from hf_gem.compare.looks import look
 from hf_gem.family.names import grammar
 from hf_gem.family.table import FAMILIES
 from hf_gem.files import markdown_table, replace_between
@@ -84,17 +85,17 @@ def write_table(page: str, name: str, table: str) -> None:
 
 
 def draw_family() -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from hf_gem.compare.drawing import picture_of
 
     panels = (
         ("GEM", ("gem", "gem_n2", "gem_n3")),
         ("E-GEM, towards ReLU", ("egem_eps1", "egem_eps0.1", "egem_eps0.01", "egem")),
         ("SE-GEM", ("segem_eps1", "segem_eps0.1", "segem_n2_eps0.1", "segem")),
     )
-    figure, axes = plt.subplots(2, 3, figsize=(11, 5.6), dpi=110, sharex=True, sharey="row", layout="constrained")
+    figure = Figure(figsize=(11, 5.6), dpi=110, layout="constrained")
+    axes = figure.subplots(2, 3, sharex=True, sharey="row")
     for column, (title, names) in enumerate(panels):
         axes[0, column].set_title(title)
         for name in names:
@@ -102,14 +103,16 @@ def draw_family() -> None:
             y = hf_gem.get_activation(name)(x)
             (slope,) = torch.autograd.grad(y.sum(), x)
             for row, values in enumerate((y, slope)):
-                axes[row, column].plot(x.detach(), values.detach(), lw=1.4, label=name)
+                axes[row, column].plot(x.detach(), values.detach(), lw=1.4, label=name, **{**look(name), "marker": ""})
         for row in range(2):
             axes[row, column].grid(alpha=0.3)
         axes[0, column].legend(fontsize=8)
         axes[1, column].set_xlabel("x")
     axes[0, 0].set_ylabel("f(x)")
     axes[1, 0].set_ylabel("f'(x)")
-    figure.savefig(DOCS / "family.png")
+    picture = picture_of(figure)
+    (DOCS / "family.png").write_bytes(picture.png)
+    (DOCS / "family.svg").write_bytes(picture.svg)  # for the site
 
 
 if __name__ == "__main__":

@@ -12,13 +12,22 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 from scipy.optimize import isotonic_regression
 
 from .looks import ink
 
 BAND = "0.92"  # the grey of differences that are of no interest
-_SMALL = 9  # points
+SMALL = 9  # points
+_BETTER = {  # (across, higher) -> the words
+    (True, True): "better \N{RIGHTWARDS ARROW}",
+    (True, False): "\N{LEFTWARDS ARROW} better",
+    (False, True): "\N{UPWARDS ARROW} better",
+    (False, False): "\N{DOWNWARDS ARROW} better",
+}
+# The factor that an axis spans at most -> its ticks in each factor of ten.
+_TICKS = {8: (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), 200: (1.0, 2.0, 5.0)}
 _SAME_BYTES = {"svg.hashsalt": "hf_gem"}  # or the names inside an SVG would be new each time
 
 
@@ -37,7 +46,7 @@ class Picture:
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure, in inches. It does not belong to pyplot, which would have to choose a backend."""
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+    return Figure(figsize=(width, height), dpi=110, layout=ConstrainedLayoutEngine(h_pad=0.08))
 
 
 def picture_of(figure: Figure) -> Picture:
@@ -79,12 +88,12 @@ def show_metric(axis: Axis, metric: str) -> None:
 
 
 def show_scale(axis: Axis) -> None:
-    """Ticks of a logarithmic axis: plain numbers, three in each factor of ten where the axis is short."""
+    """Ticks of a logarithmic axis: plain numbers, more in each factor of ten the shorter the axis is."""
     low, high = axis.get_view_interval()
-    short = high / low < 1000
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if short else (1,), numticks=9))
+    subs = next((subs for factor, subs in _TICKS.items() if high / low < factor), (1.0,))
+    axis.set_major_locator(LogLocator(subs=subs, numticks=9))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def mark_better(axes: Axes, higher: bool, across: bool = False) -> None:
@@ -95,20 +104,16 @@ def mark_better(axes: Axes, higher: bool, across: bool = False) -> None:
         higher: Whether higher values are better.
         across: Whether values run from left to right.
     """
-    if across:
-        text = "better \N{RIGHTWARDS ARROW}" if higher else "\N{LEFTWARDS ARROW} better"
-    else:
-        text = f"{chr(0x2191) if higher else chr(0x2193)} better"
     right = across and higher
     axes.annotate(
-        text,
+        _BETTER[across, higher],
         (1.0 if right else 0.0, 1.0),
         (0, 4),
         xycoords="axes fraction",
         textcoords="offset points",
         ha="right" if right else "left",
         va="bottom",
-        fontsize=_SMALL,
+        fontsize=SMALL,
         color="0.3",
     )
 
@@ -143,7 +148,7 @@ def label_ends(axes: Axes, ends: Sequence[End]) -> None:
     figure.draw_without_rendering()  # lays the figure out
     bottom, height = axes.bbox.y0, axes.bbox.height
     wanted = np.array([axes.transData.transform((end.x, end.y))[1] for end in ends]) - bottom
-    gaps = 1.3 * _SMALL * figure.dpi / 72 * np.arange(len(ends))
+    gaps = 1.3 * SMALL * figure.dpi / 72 * np.arange(len(ends))
     places = isotonic_regression(wanted - gaps).x  # as near to what is wanted as the gaps allow
     places = np.clip(places, 0, max(0.0, height - gaps[-1])) + gaps
     for end, place in zip(ends, places, strict=True):
@@ -153,8 +158,15 @@ def label_ends(axes: Axes, ends: Sequence[End]) -> None:
             (1.03, place / height),
             textcoords="axes fraction",
             va="center",
-            fontsize=_SMALL,
+            fontsize=SMALL,
             color=ink(end.color),
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "lw": 0.7, "color": end.color, "shrinkA": 0, "shrinkB": 3},
+            arrowprops={
+                "arrowstyle": "-",
+                "lw": 0.7,
+                "color": end.color,
+                "shrinkA": 0,
+                "shrinkB": 3,
+                "relpos": (0, 0.5),
+            },
         )

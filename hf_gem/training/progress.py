@@ -121,4 +121,5 @@ def _device_name(session: Mapping[str, Any], device: torch.device) -> str:
         return f"{each}{device.type}"
     # A driver that is too old leaves a run on the CPU, which otherwise looks like a slow run.
     unused = ", no GPU found by a torch that is built for CUDA" if torch.version.cuda else ""
-    return f"{each}{hardware['torch_threads']} CPU threads of {hardware['cpu']}{unused}"
+    threads = hardware["torch_threads"]
+    return f"{each}{threads} CPU thread{'s' * (threads > 1)} of {hardware['cpu']}{unused}"
