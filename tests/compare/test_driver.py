@@ -171,6 +171,7 @@ def test_flags_are_words_that_recipes_take(study):
     driver = Driver(toy, recipes_of(toy))
     command = driver.command(Run("relu", 1e-5, 3))
     assert {"--mixed_precision=no", "--own_gain=yes", "--learning_rate=1e-05"} <= set(command)
+    assert {"--report_to=none", "--project=toy"} <= set(command)  # one view of all runs, where a plan asks for one
     assert "--data=held-out" not in command
     assert "--data=held-out" in driver.command(Run("relu", 1e-5, 100))
 
