@@ -28,7 +28,6 @@ _BETTER = {  # (across, higher) -> the words
 }
 # The factor that an axis spans at most -> its ticks in each factor of ten.
 _TICKS = {8: (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), 200: (1.0, 2.0, 5.0)}
-_SAME_BYTES = {"svg.hashsalt": "hf_gem"}  # or the names inside an SVG would be new each time
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def picture_of(figure: Figure) -> Picture:
     """The files of a finished figure."""
     png, svg = io.BytesIO(), io.BytesIO()
     figure.savefig(png, metadata={"Software": None})  # without the version of matplotlib
-    with mpl.rc_context(_SAME_BYTES):
+    with mpl.rc_context({"svg.hashsalt": "hf_gem"}):  # or the names inside would be new each time
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     return Picture(png.getvalue(), svg.getvalue())
 
@@ -143,8 +142,8 @@ def label_ends(axes: Axes, ends: Sequence[End]) -> None:
     ends = sorted((end for end in ends if math.isfinite(end.y)), key=lambda end: end.y)
     if not ends:
         return
-    figure = axes.get_figure(root=True)
-    assert figure is not None
+    figure = axes.figure
+    assert isinstance(figure, Figure)
     figure.draw_without_rendering()  # lays the figure out
     bottom, height = axes.bbox.y0, axes.bbox.height
     wanted = np.array([axes.transData.transform((end.x, end.y))[1] for end in ends]) - bottom

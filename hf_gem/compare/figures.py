@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from ..family.names import is_name, parse
@@ -303,7 +304,9 @@ def _finished(study: Study, axes: Axes, metric: str, ends: Sequence[End]) -> Pic
     show_metric(axes.yaxis, metric)
     mark_better(axes, study.plan.higher_is_better)
     label_ends(axes, ends)
-    return picture_of(axes.get_figure(root=True))
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    return picture_of(figure)
 
 
 def _name_rates(axes: Axes, rates: Sequence[float]) -> None:

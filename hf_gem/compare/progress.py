@@ -72,7 +72,7 @@ class StudyProgress:
         self.left = self.study.left()
         if self.has_lines:
             remaining = time_left(time.monotonic() - self.began, self.done - self.first, self.left)
-            self._print(f"{self.done} runs done, {self.left} to do, {remaining}")
+            self._print(f"{self.done} of {self.done + self.left} runs done, {remaining}")
         self._draw()
 
     def look(self) -> None:

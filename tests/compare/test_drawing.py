@@ -90,7 +90,7 @@ def test_labels_of_axes_are_words_with_a_unit():
 
 
 def ticks(axis):
-    axis.axes.get_figure(root=True).draw_without_rendering()
+    axis.axes.figure.draw_without_rendering()
     return [float(text.get_text()) for text in axis.get_ticklabels() if text.get_text()]
 
 

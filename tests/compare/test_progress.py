@@ -22,10 +22,10 @@ def test_a_log_has_a_line_for_every_run(study, capsys):
         run(toy)
     lines = [re.sub(rf"^{TIME} toy: ", "", line) for line in capsys.readouterr().out.splitlines()]
     assert [re.sub(r"\d\d:\d\d", "*", line) for line in lines] == [
-        "relu-lr0.01-seed0 begins", "1 runs done, 3 to do, * left",
-        "gem-lr0.01-seed0 begins", "2 runs done, 2 to do, * left",
-        "relu-lr0.01-seed1 begins", "3 runs done, 1 to do, * left",
-        "gem-lr0.01-seed1 begins", "4 runs done, 0 to do, * left",
+        "relu-lr0.01-seed0 begins", "1 of 4 runs done, * left",
+        "gem-lr0.01-seed0 begins", "2 of 4 runs done, * left",
+        "relu-lr0.01-seed1 begins", "3 of 4 runs done, * left",
+        "gem-lr0.01-seed1 begins", "4 of 4 runs done, * left",
     ]  # fmt: skip
 
 
