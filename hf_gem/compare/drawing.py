@@ -35,8 +35,8 @@ class Picture:
     """A picture in two formats: the same bytes for the same numbers.
 
     Attributes:
-        png: For Markdown.
-        svg: For pages in HTML. It is sharp at every size.
+        png: The format for Markdown.
+        svg: The format for pages in HTML. It is sharp at every size.
     """
 
     png: bytes
@@ -73,9 +73,9 @@ def metric_label(metric: str, unit: str, of: str = "") -> str:
     """The label of an axis.
 
     Args:
-        metric: Such as `validation_loss`.
-        unit: Such as nats; empty if there is none.
-        of: What stands between them, such as "minus that of relu".
+        metric: A metric, such as `validation_loss`.
+        unit: A unit, such as nats; empty if there is none.
+        of: Words between the two, such as "minus that of relu".
     """
     return readable(metric) + (f" {of}" if of else "") + (f" ({unit})" if unit else "")
 
@@ -122,10 +122,10 @@ class End:
     """The right end of a line.
 
     Attributes:
-        name: Of the line.
-        x: Of the end.
-        y: Likewise.
-        color: Of the line.
+        name: The name of the line.
+        x: The horizontal position of the end, in data coordinates.
+        y: The vertical position of the end, in data coordinates.
+        color: The color of the line.
     """
 
     name: str

@@ -59,12 +59,12 @@ class Row:
     """One interval of a forest plot.
 
     Attributes:
-        middle: Its middle.
-        interval: The thick line.
-        color: Of both.
-        adjusted: The thin line; None if there is none.
-        points: To draw beneath it.
-        settled: Whether there is a verdict; otherwise the middle is hollow.
+        middle: The point in the interval.
+        interval: The ends of the thick line.
+        color: The color of point and lines.
+        adjusted: The ends of the thin line; None if there is none.
+        points: Further points, drawn above the line.
+        settled: Whether there is a verdict. Otherwise the point is hollow.
     """
 
     middle: float
@@ -80,12 +80,12 @@ class Panel:
     """A forest plot: intervals, one beneath the other.
 
     Attributes:
-        rows: Name -> what is drawn.
-        band: Half the width of the differences that are of no interest, around 0.
-        label: Of the axis.
-        metric: That the differences are of.
-        higher_is_better: Which side is better.
-        title: Above it.
+        rows: Name -> interval.
+        band: Differences smaller than this are of no interest.
+        label: The label of the horizontal axis.
+        metric: The metric whose differences are shown.
+        higher_is_better: Whether the right side is better.
+        title: The text above the panel.
     """
 
     rows: Mapping[str, Row]
@@ -137,8 +137,8 @@ def differences(study: Study, comparisons: Sequence[Comparison], baseline: str, 
     """The difference of each arm from the baseline, with its intervals and its seeds.
 
     Args:
-        study: Whose comparisons these are.
-        comparisons: With the baseline.
+        study: The study of the comparisons.
+        comparisons: The comparisons with the baseline.
         baseline: An arm.
         acts: Arm -> its activation.
     """
@@ -163,9 +163,9 @@ def unit_of(study: Study, metric: str, difference: bool = False) -> str:
     """The unit of a metric: nats, per cent or points; empty if it has none.
 
     Args:
-        study: That has it.
-        metric: Such as `validation_loss`.
-        difference: Whether it is the unit of differences.
+        study: A study with this metric.
+        metric: A metric, such as `validation_loss`.
+        difference: Whether the unit is for differences.
     """
     if metric.endswith("accuracy"):
         return "points" if difference else "%"
@@ -175,10 +175,10 @@ def unit_of(study: Study, metric: str, difference: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Course:
-    """What one arm measured over steps.
+    """The values of a metric over steps, for one arm.
 
     Attributes:
-        steps: At which it was measured.
+        steps: The steps of the measurements.
         values: Seed -> the values at these steps.
     """
 
@@ -222,7 +222,7 @@ def curves(study: Study, baseline: str) -> Picture:
 
 
 def _courses(study: Study, metric: str) -> dict[str, Course]:
-    """Arm -> what its finished runs measured at the steps that all of them have."""
+    """Arm -> the values of its finished runs, at the steps that all of these runs have."""
     found = {}
     for arm, runs in study.final_runs().items():
         records = {
@@ -243,8 +243,8 @@ def _draw_courses(axes: Axes, courses: Mapping[str, tuple[str, Course]]) -> None
     """Draws means within standard deviations, and names them.
 
     Args:
-        axes: To draw on.
-        courses: Name -> activation, and what it measured.
+        axes: The panel to draw on.
+        courses: Name -> activation, and its values.
     """
     tidy(axes)
     ends = []

@@ -20,8 +20,8 @@ def write_pages(folder: Path, name: str, text: str, pictures: Mapping[str, Pictu
     """Writes a page as Markdown and as HTML.
 
     Args:
-        folder: Where the files go.
-        name: Of both files, without ending.
+        folder: The folder of the files.
+        name: The name of both files, without ending.
         text: Markdown. Its first line is the title.
         pictures: Name of a PNG file that the text shows -> the picture. The HTML page contains the SVG.
 
@@ -39,8 +39,8 @@ def to_html(text: str, pictures: Mapping[str, Picture]) -> str:
     """One HTML page that needs no other file. HTML in the text is shown as it is written.
 
     Args:
-        text: As in `write_pages`.
-        pictures: Likewise.
+        text: Markdown. Its first line is the title.
+        pictures: Name of a PNG file that the text shows -> the picture.
     """
     parser = MarkdownIt("commonmark", {"html": False}, renderer_cls=_Renderer).enable("table")
     body = parser.render(text, {"pictures": pictures})

@@ -26,7 +26,7 @@ class StudyProgress:
     """A bar on a terminal and lines in a log. Both name the runs under way, and the bar counts their steps.
 
     Args:
-        study: That is run.
+        study: The study that is run.
     """
 
     def __init__(self, study: Study) -> None:

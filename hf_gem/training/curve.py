@@ -19,7 +19,7 @@ class LiveCurve:
     """Redraws the picture of a run under way, at most twice a minute and never in its first half.
 
     Args:
-        path: The picture.
+        path: The file of the picture.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,9 +42,9 @@ def draw_loss(record: Mapping[str, Any], path: Path, unit: str = "") -> None:
     """Draws training and validation loss over steps as a PNG, and validation accuracy beside them if there is one.
 
     Args:
-        record: Of a run; it may be under way.
+        record: The record of a run, which may be under way.
         path: The picture. It is replaced in one step, so that a viewer never sees half of it.
-        unit: Of the loss.
+        unit: The unit of the loss.
     """
     from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
 

@@ -39,9 +39,9 @@ def time_left(seconds: float, done: float, left: float) -> str:
     """The remaining time, as text.
 
     Args:
-        seconds: Time that was spent.
-        done: What was done in this time.
-        left: What is still to do, in the same unit.
+        seconds: The time spent so far.
+        done: The amount of work done in this time.
+        left: The amount of work left, in the same unit.
     """
     return f"{tqdm.format_interval(seconds / done * left)} left" if done > 0 else "unknown time left"
 
@@ -50,7 +50,7 @@ class Progress:
     """A bar on a terminal and lines in a log, from the main process only.
 
     Args:
-        accelerator: Of the run.
+        accelerator: The accelerator of the run.
         start: Number of steps done so far.
         steps: Number of steps of the whole run.
     """
@@ -97,9 +97,9 @@ def headline(record: Mapping[str, Any], session: Mapping[str, Any], device: torc
     """The first line of a log: time, run, size, precision, device and versions.
 
     Args:
-        record: Of the run.
-        session: Of the run, the current one.
-        device: That the main process trains on.
+        record: The record of the run.
+        session: The current session of the run.
+        device: The device of the main process.
         start: Number of steps done so far.
     """
     config, versions = record["config"], session["versions"]
