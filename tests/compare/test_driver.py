@@ -38,7 +38,7 @@ def test_from_plan_to_report(study):
     assert "of `gem` was 0.0" in report
     assert "below that of `relu`" in report
     assert "equal initial weights" in report
-    assert page.count("data:image/png;base64,") == 4  # forest, curves, learning rates, n
+    assert page.count("data:image/svg+xml;base64,") == 4  # forest, curves, learning rates, n
     assert not re.search(r'(src|href)="(?!data:)', page)
     for name in re.findall(r"\]\((\w+\.png)\)", report):
         assert (toy.folder / name).exists()
