@@ -1,17 +1,17 @@
-# make demo: a fresh clone to a trained GPT-2.
-# make test: linters, types and the tests that one waits for.   make test-slow: those that take long.
-# make test-oldest: the tests that one waits for, with the oldest versions that pyproject.toml allows; where there is no
-# GPU, UV_TORCH_BACKEND=cpu in front spares gigabytes.
+# make demo: from a fresh clone to a trained GPT-2.
+# make test: linters, type checks and the fast tests.   make test-slow: the slow tests.
+# make test-oldest: the fast tests with the oldest versions that pyproject.toml allows; on a machine without a GPU, put
+# UV_TORCH_BACKEND=cpu before it to save gigabytes.
 # make study: a small comparison of activations, from its plan to a report.
-# make gpu: all that is measured on a GPU, in half an hour; ARGS="--device cpu --quick" tries it out without one.
-# make verify: how exact everything is, in one table, and the tests that show it.
-# make peers: the test suites of transformers and timm with the family in their models, from their source distributions.
-# make bench: the benchmarks of the CPU and the table of their goals, in less than ten minutes.
+# make gpu: all GPU measurements in half an hour; ARGS="--device cpu --quick" tries them out without a GPU.
+# make verify: a table of how exact everything is, and the tests that show it.
+# make peers: the test suites of transformers and timm, from their source distributions, with the family in the models.
+# make bench: the CPU benchmarks and the table of their goals, in less than ten minutes.
 PYTHON ?= python3
 VENV ?= .venv
-# What to install as torch, e.g. `make demo TORCH=torch==2.11.0`; one that PYTHON already has is used as it is.
+# The torch to install, e.g. `make demo TORCH=torch==2.11.0`. If PYTHON already has torch, that one is used.
 TORCH ?= torch
-# Tests run in this many processes, one thread each.
+# Number of processes for the tests, with one thread each.
 JOBS ?= 2
 DEMO_ARGS ?=
 ARGS ?=
@@ -22,7 +22,7 @@ OLDEST = $(VENV)-oldest
 
 .PHONY: demo test test-slow test-oldest lint verify bench gpu peers study setup clean
 
-# Without OMP_NUM_THREADS, accelerate's launcher gives a process one thread.
+# Without OMP_NUM_THREADS, accelerate's launcher gives a process only one thread.
 demo: $(READY)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(RUN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		recipes/gpt2_pretrain.py --preset demo --hidden_act gem_n2 $(DEMO_ARGS)
@@ -51,7 +51,7 @@ bench: $(READY)
 	$(RUN)/python -m benchmarks.train_step --device cpu --models gpt2
 	$(RUN)/python -m benchmarks.report
 
-# In the environment of make setup where there is one, and otherwise in that of PYTHON, which may have no network.
+# Uses the environment of make setup if there is one, and otherwise that of PYTHON, which may have no network.
 gpu:
 	$(if $(wildcard $(RUN)/python),$(RUN)/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
@@ -64,11 +64,11 @@ study: $(READY)
 setup: $(READY)
 
 $(READY): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("hf_gem needs Python 3.10 or newer, got " \
-		+ sys.version.split()[0] + "; name another one with make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("got Python " + sys.version.split()[0] \
+		+ ". hf_gem needs 3.10 or newer. Name another one with make PYTHON=python3.12")'
 	$(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
 	$(RUN)/python -c 'import torch' 2>/dev/null || $(RUN)/python -m pip install --quiet "$(TORCH)"
-	@# timm's torchvision could ask for another torch: hold on to this one.
+	@# timm's torchvision could pull in another torch, so pin this one.
 	$(RUN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(VENV)/torch.txt
 	$(RUN)/python -m pip install --quiet --constraint $(VENV)/torch.txt --editable ".[train,dev]"
 	touch $@

@@ -55,7 +55,7 @@ GATED = {
     PLAIN_SWIGLU: Contestant(lambda gate, up: F.silu(gate) * up, lambda gate, up: F.silu(gate) * up, num_roundings=4),
 }
 ORDERS = (1, 2, 3)
-LARGE = 8192 * 3072  # elements from which on bandwidth is all that counts
+LARGE = 8192 * 3072  # elements from which only bandwidth matters
 
 # (shape, dtype) -> the limits of a ratio to gelu and to relu
 CPU_GOALS: dict[tuple[tuple[int, ...], torch.dtype], dict[str, float]] = {
@@ -68,14 +68,14 @@ GPU_SHAPES: list[tuple[int, ...]] = [(32768, 3072), (8192, 3072), (1024, 3072), 
 
 
 def liger_glu(device: torch.device) -> tuple[dict[str, Contestant], str | None]:
-    """Liger's gated kernels, or why they do not take part."""
+    """Returns Liger's gated kernels, or the reason why they do not take part."""
     if device.type != "cuda":
-        return {}, f"Liger's kernels need a GPU, this is {device.type}"
+        return {}, f"Liger's kernels need a GPU, but the device is {device.type}"
     try:
         from liger_kernel.ops.geglu import LigerGELUMulFunction
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
     except ImportError as error:
-        return {}, f"Liger's kernels are not there ({error}); pip install liger-kernel brings them"
+        return {}, f"Liger's kernels are not installed ({error}); run pip install liger-kernel"
     return {
         "Liger SwiGLU": Contestant(LigerSiLUMulFunction.apply, lambda gate, up: F.silu(gate) * up, 4),
         "Liger GEGLU": Contestant(
@@ -85,17 +85,17 @@ def liger_glu(device: torch.device) -> tuple[dict[str, Contestant], str | None]:
 
 
 def copy_of(batches: list[Batch]) -> Any:
-    """A call that copies one tensor, of another batch each time."""
+    """Returns a call that copies one tensor, from a different batch each time."""
     out = torch.empty_like(batches[0].grad)
     turns = itertools.cycle(batch.inputs[0] for batch in batches)
     return lambda: out.copy_(next(turns))
 
 
 def measure(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Times of all activations on one shape: forward with backward, and more on a GPU.
+    """Times all activations on one shape, forward with backward.
 
-    There, times are of the device alone, also for forward and backward apart; `launched` has those of small tensors,
-    which contain what Python takes.
+    On a GPU these are times of the device alone, and forward and backward are also timed separately. For small tensors,
+    `launched` has times that include the launch by Python.
     """
     batches = random_batches(shape, dtype, device)
     contestants = {**FAMILY, **STOCK}
@@ -104,7 +104,7 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, ro
     if device.type == "cpu":
         result["both"] = race(contestants, batches, device, rounds, beside=beside).summary(["gelu", "relu", "copy"])
         return result
-    reset_compiler()  # so that each shape is compiled for itself, as in a model that has one
+    reset_compiler()  # so that each shape is compiled separately, as in a model with one shape
     compiled = {
         f"torch.compile({name})": Contestant(torch.compile(ours.function, dynamic=False), ours.exact)
         for name, ours in FAMILY.items()
@@ -124,7 +124,7 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, ro
 
 
 def member(name: str, n: int, save: str) -> Contestant:
-    """A family for one n, with what its backward pass keeps."""
+    """Makes a contestant of a family for one n, which keeps its input or output for the backward pass."""
     family = family_named(name)
     function = partial(activation, family=name, n=n, save=save)
     return Contestant(function, lambda x: forward(family, n, family.default_eps, x))
@@ -133,7 +133,7 @@ def member(name: str, n: int, save: str) -> Contestant:
 def measure_orders(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, rounds: int, orders: Sequence[int]
 ) -> dict[str, Any]:
-    """Times of all families for several n: forward, and backward from the input and from the output."""
+    """Times all families for several n: forward, and backward from the input and from the output."""
     batches = random_batches(shape, dtype, device)
     relu, beside = {"relu": STOCK["relu"]}, {"copy": copy_of(batches)}
     names = {f"{name}, n={n}": (name, n) for name in ("gem", "egem", "segem") for n in orders}
@@ -153,7 +153,7 @@ def measure_orders(
 
 
 def measure_gated(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Times of `activation(gate) * up` on one shape."""
+    """Times `activation(gate) * up` on one shape."""
     liger, _ = liger_glu(device)
     timings = race({**GATED, **liger}, random_batches(shape, dtype, device, num_inputs=2), device, rounds)
     summary = timings.summary([PLAIN_SWIGLU, "Liger SwiGLU"])
@@ -161,7 +161,7 @@ def measure_gated(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
 
 
 def slowest(ratios: Mapping[str, Any], goal: str, limit: float) -> Goal:
-    """The goal that the slowest of the family has to meet."""
+    """Makes the goal that the slowest of the family must meet."""
     name = max(FAMILY, key=lambda name: ratios[name]["median"])
     return Goal.of(f"{name} / {goal}", ratios[name], limit)
 

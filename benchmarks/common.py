@@ -34,14 +34,14 @@ from hf_gem.training.record import environment, hardware
 
 RESULTS = Path(__file__).resolve().parent / "results"
 QUICK_RESULTS = RESULTS.parent.parent / "build" / "benchmarks"
-LAUNCH_BOUND = 2**20  # elements below which a GPU waits for Python to launch
-_LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # what else runs here, before this does
-_CHUNK = 2**22  # elements that are compared in float64 at a time
-_SLEEP = 400_000  # GPU cycles a call, some 200 us: longer than Python takes to launch one
+LAUNCH_BOUND = 2**20  # with fewer elements, a GPU waits for Python to launch kernels
+_LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # the load of the machine before the benchmark
+_CHUNK = 2**22  # elements compared in float64 at a time
+_SLEEP = 400_000  # GPU cycles per call, about 200 us: longer than Python takes to launch one
 
 
 class WrongResultError(RuntimeError):
-    """A contestant does not compute what it should."""
+    """A contestant computes wrong results."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Contestant:
     """An elementwise function to time.
 
     Attributes:
-        function: Of one tensor or several of one shape.
-        exact: The same in plain torch, for float64.
-        num_roundings: How many of its steps round to the dtype of the inputs, for half types.
+        function: The function of one tensor, or of several with the same shape.
+        exact: The same function in plain torch, for float64.
+        num_roundings: Number of its steps that round to the dtype of the inputs, for half types.
     """
 
     function: Callable[..., Tensor]
@@ -78,15 +78,15 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure that has to stay below, or with `at_least` above, a limit.
+    """A value that must stay below a limit, or above it with `at_least`.
 
     Attributes:
-        name: What is measured, of what, against what.
-        value: The figure.
-        limit: The goal.
+        name: What is measured, and what it is compared with.
+        value: The measured value.
+        limit: The limit.
         at_least: Whether it is a lower limit.
-        low: Lower quartile of the figure over the rounds, where there are rounds.
-        high: Upper quartile.
+        low: Lower quartile of the value over the rounds, if there are rounds.
+        high: Upper quartile of the value over the rounds, if there are rounds.
     """
 
     name: str
@@ -98,18 +98,18 @@ class Goal:
 
     @classmethod
     def of(cls, name: str, ratio: Mapping[str, float], limit: float) -> Goal:
-        """For a ratio as `Timings.ratios` gives it."""
+        """Makes a goal for a ratio from `Timings.ratios`."""
         return cls(name, ratio["median"], limit, low=ratio["low"], high=ratio["high"])
 
     @property
     def missed_by(self) -> float:
-        """How far beyond the limit, as a share of it, or as it is for a limit of 0; 0 where the goal is met."""
+        """How far the value is beyond the limit, relative to it (absolute for a limit of 0); 0 if the goal is met."""
         beyond = self.limit - self.value if self.at_least else self.value - self.limit
         return max(0.0, beyond / (abs(self.limit) or 1.0))
 
     @property
     def verdict(self) -> str:
-        """`pass`, or `fail by` how much."""
+        """`pass`, or `fail by` an amount."""
         if self.value != self.value:
             return "fail: not a number"
         if self.missed_by == 0:
@@ -119,7 +119,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of one call of each contestant, one figure a round."""
+    """Seconds of one call of each contestant, with one value per round."""
 
     seconds: dict[str, list[float]]
 
@@ -127,17 +127,17 @@ class Timings:
         return {name: statistics.median(seconds) for name, seconds in self.seconds.items()}
 
     def ratio(self, name: str, to: str) -> Ratio:
-        """`name` by `to`, round by round."""
+        """Computes the ratio of `name` to `to`, round by round."""
         ratios = [a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         return Ratio(middle, low, high)
 
     def ratios(self, to: str) -> dict[str, dict[str, float]]:
-        """All to one, as JSON."""
+        """Returns the ratios of all contestants to one, as JSON."""
         return {name: asdict(self.ratio(name, to)) for name in self.seconds}
 
     def summary(self, baselines: Sequence[str]) -> dict[str, Any]:
-        """The medians, and the ratios of all to each of the baselines that took part, as JSON."""
+        """Returns the medians, and the ratios of all contestants to each baseline that took part, as JSON."""
         return {
             "median_seconds": self.medians(),
             "ratios": {to: self.ratios(to) for to in baselines if to in self.seconds},
@@ -152,16 +152,16 @@ def time_together(
     ahead: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timings:
-    """Times calls in turns, in an order drawn anew for each round, so that nobody always follows the same one.
+    """Times calls in turns. The order is random in each round, so that no call always follows the same one.
 
     Args:
-        calls: Name -> what to call.
-        device: Where they run; a GPU is waited for, and timed by its own events.
-        rounds: How often each has its turn.
-        seconds: How long a turn lasts, at least one call.
-        ahead: Lets a GPU begin only when all calls of a turn are queued, as they are in the training of a large model:
-            the time is that of the device. Otherwise small calls count with what Python takes to launch them.
-        clock: Tells the time on a CPU.
+        calls: Name -> the call.
+        device: The device of the calls. A GPU is synchronised, and timed with its own events.
+        rounds: Number of turns of each call.
+        seconds: Length of a turn. A turn has at least one call.
+        ahead: Whether a GPU only starts when all calls of a turn are queued, as in the training of a large model. This
+            measures the time of the device. Otherwise the time of small calls includes the launch by Python.
+        clock: Returns the time on a CPU.
     """
     counts = {}
     for name, call in calls.items():
@@ -211,12 +211,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def random_batches(shape: Sequence[int], dtype: torch.dtype, device: torch.device, num_inputs: int = 1) -> list[Batch]:
-    """Normal inputs: one batch on a CPU, on CUDA so many that taking turns pushes each out of the L2 cache."""
+    """Draws normal inputs: one batch on a CPU; on CUDA so many batches that each one is evicted from the L2 cache."""
     count = 1
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         batch_bytes = (num_inputs + 1) * dtype.itemsize * torch.Size(shape).numel()
-        # Tensors of which that takes more than 16 are in the cache in a real model too.
+        # If this takes more than 16 batches, the tensors would be in the cache in a real model too.
         count = max(1, min(16, -(-4 * cache // batch_bytes)))
 
     def draw() -> Tensor:
@@ -228,8 +228,8 @@ def random_batches(shape: Sequence[int], dtype: torch.dtype, device: torch.devic
 def passes(
     function: Callable[..., Tensor], batches: Sequence[Batch], what: Literal["forward", "backward", "both"] = "both"
 ) -> Callable[[], Any]:
-    """A call that runs a function as training does: forward under autograd, backward from a given gradient."""
-    # Copies, since Liger's backward passes write into the inputs.
+    """Returns a call that runs a function as in training: forward under autograd, backward from a given gradient."""
+    # Copies, because Liger's backward passes write into the inputs.
     leaves = [[x.clone().requires_grad_() for x in batch.inputs] for batch in batches]
     turns = itertools.cycle(zip(leaves, (batch.grad for batch in batches), strict=True))
 
@@ -263,20 +263,20 @@ def race(
     ahead: bool | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timings:
-    """Checks all contestants, then times them, and whatever else runs beside them.
+    """Checks all contestants, then times them together with other calls.
 
     Args:
-        contestants: Name -> what to check and time.
-        batches: Inputs that each takes in turn.
-        device: Where they are.
-        rounds: How often each contestant has its turn.
-        what: Which passes are timed.
-        beside: Further calls, which are not checked.
-        ahead: As for `time_together`; by default from `LAUNCH_BOUND` elements on.
-        clock: Tells the time on a CPU.
+        contestants: Name -> the contestant to check and time.
+        batches: Inputs that each contestant uses in turn.
+        device: The device of the inputs.
+        rounds: Number of turns of each contestant.
+        what: The passes to time.
+        beside: Further calls to time, without a check.
+        ahead: See `time_together`; by default True for `LAUNCH_BOUND` elements or more on a GPU.
+        clock: Returns the time on a CPU.
 
     Raises:
-        WrongResultError: one of them is wrong; nothing has been timed then.
+        WrongResultError: A contestant is wrong. Nothing has been timed.
     """
     for name, contestant in contestants.items():
         require_right(name, contestant, batches[0])
@@ -287,14 +287,14 @@ def race(
 
 
 def require_right(name: str, contestant: Contestant, batch: Batch) -> None:
-    """Compares the value and the gradients with those in float64, element by element.
+    """Compares value and gradients with those in float64, element by element.
 
-    Allowed are 64 roundings of float32, relative to the greater of 1 and the exact result, and in a half type its
-    spacing, relative to the exact result: a rounding of what is computed with and one of the result. A contestant that
-    rounds between its steps may be off by that many spacings of the greater of 1 and the exact result.
+    The tolerance is 64 roundings of float32, relative to the larger of 1 and the exact result. A half type adds its
+    spacing relative to the exact result, for one rounding of the inputs and one of the result. A contestant that rounds
+    between its steps may be off by that many spacings of the larger of 1 and the exact result.
 
     Raises:
-        WrongResultError: they differ by more, or in shape or dtype.
+        WrongResultError: They differ by more, or in shape or dtype.
     """
     dtype = batch.grad.dtype
     several = contestant.num_roundings > 1
@@ -316,11 +316,11 @@ def require_right(name: str, contestant: Contestant, batch: Batch) -> None:
             allowed = 64 * torch.finfo(torch.float32).eps * size.clamp(min=1.0)
             allowed += half * (size.clamp(min=1.0) if several else size)
             error = (got[part].double() - exact).abs()
-            worst = int((error / allowed).argmax())  # argmax takes NaN for the greatest
+            worst = int((error / allowed).argmax())  # argmax treats NaN as the largest
             if not error[worst] <= allowed[worst]:
                 raise WrongResultError(
-                    f"{name} is wrong and not timed: its {kind} is off by {error[worst]:.3g} where {exact[worst]:.3g} "
-                    f"is right, allowed is {allowed[worst]:.3g}"
+                    f"{name} is wrong and was not timed: the {kind} is off by {error[worst]:.3g}, the exact result is "
+                    f"{exact[worst]:.3g}, and the tolerance is {allowed[worst]:.3g}"
                 )
 
 
@@ -328,20 +328,22 @@ def require_right(name: str, contestant: Contestant, batch: Batch) -> None:
 def built_kernels(
     device: torch.device, names: Sequence[str] = ("egem", "egem_n2", "segem", "segem_n2")
 ) -> Iterator[None]:
-    """The kernels users get, on a CPU built for some activations before anything is timed.
+    """Uses the kernels that users get. On a CPU they are built for some activations before anything is timed.
 
     Raises:
-        RuntimeError: they cannot be built, and only the formulas could be timed.
+        RuntimeError: The kernels cannot be built, so only the formulas could be timed.
     """
     with hf_gem.kernels("compiled"):
         specs = [hf_gem.parse(name) for name in names]
         if device.type == "cpu" and not all(cpu.library(s.definition, s.n).ready(0, wait=True) for s in specs):
-            raise RuntimeError("the C++ kernels cannot be built here (the warning says why): there is nothing to time")
+            raise RuntimeError(
+                "the C++ kernels cannot be built here, so there is nothing to time. The warning above says why."
+            )
         yield
 
 
 def machine(device: torch.device) -> str:
-    """A short name for what a benchmark ran on, fit for a folder."""
+    """Returns a short name of the machine that is usable as a folder name."""
     if device.type == "cpu":
         found = hardware()
         name = f"{found['cpu']} {found['torch_threads']} threads"
@@ -351,13 +353,13 @@ def machine(device: torch.device) -> str:
 
 
 def slug(name: str) -> str:
-    """`Intel(R) Xeon(R) CPU @ 2.20GHz 2 threads` -> `intel-xeon-2-threads`."""
+    """Converts `Intel(R) Xeon(R) CPU @ 2.20GHz 2 threads` to `intel-xeon-2-threads`."""
     name = re.sub(r"\((r|tm)\)|@\s*[\d.]+\s*ghz|\bcpu\b|\bprocessor\b", " ", name.lower())
     return re.sub(r"[^a-z0-9.]+", "-", name).strip("-.")
 
 
 def make_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
-    """The flags that all benchmarks have."""
+    """Makes a parser with the flags that all benchmarks share."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="cpu, cuda ...; by default a GPU where there is one")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each contestant (default: {rounds})")
@@ -367,19 +369,19 @@ def make_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device that was asked for, or a GPU where there is one.
+    """Returns the requested device, or by default a GPU if there is one.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: The device does not exist.
     """
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device=cuda needs a CUDA GPU, and torch finds none here; use --device=cpu")
+        raise ValueError("--device=cuda needs a CUDA GPU, but torch finds none. Use --device=cpu.")
     return device
 
 
 def _dirty() -> bool:
-    """Whether the code differs from the commit; records that a run before this one left do not count."""
+    """Whether the code differs from the commit, ignoring records that earlier runs wrote."""
     made = [f":(exclude){path}" for path in ("benchmarks/results", "benchmarks/README.md")]
     command = ["git", "status", "--porcelain", "--", ".", *made]
     done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent.parent, check=False)
@@ -395,16 +397,16 @@ def write(
     skipped: Sequence[str] = (),
     part: str = "",
 ) -> Path:
-    """Writes `RESULTS/MACHINE/BENCHMARK.json`, and prints how the goals came out and what was skipped.
+    """Writes `RESULTS/MACHINE/BENCHMARK.json`, and prints the goals and what was skipped.
 
     Args:
         benchmark: Name of the script.
-        arguments: Its flags, read.
-        argv: Its flags as they were given.
-        results: What it measured, as JSON.
-        goals: Those of the project that it can judge.
+        arguments: Parsed flags of the script.
+        argv: Flags as they were given.
+        results: Measured results, as JSON.
+        goals: Goals of the project that the script can judge.
         skipped: What could not be measured here, and why.
-        part: Of the file's name, for a script that leaves several records.
+        part: Suffix of the file name, for a script that writes several records.
     """
     device = pick_device(arguments.device)
     folder = arguments.results or (QUICK_RESULTS if arguments.quick else RESULTS)

@@ -28,11 +28,11 @@ SUITES: dict[str, tuple[str, ...]] = {
 }
 QUICK_SUITES: dict[str, tuple[str, ...]] = {"kernels": ("-k", "autograd or auto_keeps", "tests/kernels/test_gpu.py")}
 _CLOCKS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
-_MOST_PROCESSES = 8  # each has a context of its own on the device
+_MOST_PROCESSES = 8  # each has its own context on the device
 
 
 def clocks() -> dict[str, str]:
-    """What nvidia-smi says of the first GPU, by the names of its fields; nothing where it is not there."""
+    """Returns what nvidia-smi reports about the first GPU, by field; empty without nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader", "--id=0"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
@@ -42,7 +42,7 @@ def clocks() -> dict[str, str]:
 
 
 def speeds(device: torch.device, quick: bool) -> dict[str, Any]:
-    """Bytes a second of a copy, read and written, and FLOP/s of a matrix product in bf16; clocks while they run."""
+    """Measures a copy in bytes per second, read and written, and a bf16 matrix product in FLOP/s, with the clocks."""
     on_gpu = device.type == "cuda" and not quick
     source = torch.randn(2**29 if on_gpu else 2**16, device=device).bfloat16()
     target = torch.empty_like(source)
@@ -51,7 +51,7 @@ def speeds(device: torch.device, quick: bool) -> dict[str, Any]:
     calls = {"copy": lambda: target.copy_(source), "matmul": lambda: matrix @ matrix}
     seconds = time_together(calls, device, rounds=15 if on_gpu else 3).medians()
     if on_gpu:
-        for _ in range(1000):  # a second of work, which is queued and goes on while the clocks are read
+        for _ in range(1000):  # a second of queued work, which runs while the clocks are read
             calls["matmul"]()
     return {
         "copy_bytes_per_second": 2 * source.nbytes / seconds["copy"],
@@ -62,16 +62,16 @@ def speeds(device: torch.device, quick: bool) -> dict[str, Any]:
 
 
 def run_suite(arguments: tuple[str, ...], device: torch.device, seconds: float) -> dict[str, Any]:
-    """Counts of a run of pytest, in processes of their own, and what failed or was skipped.
+    """Runs pytest in separate processes, and returns its counts and what failed or was skipped.
 
     Args:
-        arguments: Of pytest.
-        device: Where its tests run; for a CPU, GPUs are hidden.
-        seconds: After which it is stopped.
+        arguments: Arguments of pytest.
+        device: The device of the tests. For a CPU, GPUs are hidden.
+        seconds: Time limit.
     """
     here = {"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {}
     processes = min(_MOST_PROCESSES, (os.cpu_count() or 1) // 2)
-    # Without the options of pyproject.toml, which ask for plugins that need not be there.
+    # Without the options of pyproject.toml, which require plugins that may not be installed.
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *arguments]
     if processes > 1 and importlib.util.find_spec("xdist"):
         command += ["-n", str(processes)]
@@ -84,7 +84,7 @@ def run_suite(arguments: tuple[str, ...], device: torch.device, seconds: float) 
 
 
 def outcomes(report: Path) -> dict[str, Any]:
-    """The counts of a JUnit file; failures by test with their message, skipped tests by reason with their number."""
+    """Reads a JUnit file: counts, failures with the message of each test, and the number of skipped tests by reason."""
     failures: dict[str, str] = {}
     skipped: dict[str, int] = {}
     cases = list(ET.parse(report).getroot().iter("testcase"))
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
     chosen = QUICK_SUITES if arguments.quick else SUITES
     each = 60 * arguments.minutes / len(chosen)
     suites = {name: run_suite(command, device, each) for name, command in chosen.items()}
-    # 5: no test was found, which is a failure here too.
+    # Status 5 means that no test was found, which is a failure here too.
     goals = [Goal(f"{name}: failed", len(s["failures"]) or int(s["status"] != 0), 0) for name, s in suites.items()]
     return {**results, "suites": suites}, goals, []
 

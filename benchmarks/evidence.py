@@ -32,15 +32,15 @@ from hf_gem.compare.words import mean
 
 PLAN = ROOT / "recipes" / "plans" / "cifar10-fast.yaml"
 DATASET = ROOT / "data" / "cifar10.npz"
-SCRATCH = QUICK_RESULTS / "evidence"  # for the timed runs and what is made of the data
-GRIDS = ((4, 4), (3, 4), (3, 3), (2, 2))  # learning rates and tuning seeds, from the best to the least
+SCRATCH = QUICK_RESULTS / "evidence"  # for the timed runs and prepared data
+GRIDS = ((4, 4), (3, 4), (3, 3), (2, 2))  # numbers of learning rates and tuning seeds, best first
 _MOST_SEEDS = 40
-_RESERVE = 0.85  # of the time; what remains is for the reports and for what varies
+_RESERVE = 0.85  # of the time; the rest is for the reports and for variation
 _QUICK = {"steps": 3, "warmup_steps": 1, "global_batch_size": 8, "micro_batch_size": 8, "model": "resnet8x2-cifar"}
 
 
 def joined(parts: Sequence[Path], path: Path) -> Path:
-    """One .npz file of several, each with a part of the images, made at `path`."""
+    """Concatenates several .npz files, each with a part of the images, into one at `path`."""
     if len(parts) == 1:
         return parts[0]
     loaded = [np.load(part) for part in parts]
@@ -50,16 +50,16 @@ def joined(parts: Sequence[Path], path: Path) -> Path:
 
 
 def pilot(plan: Plan) -> Plan:
-    """Two runs of each arm, which cost what others cost; nothing of the study depends on what comes out."""
+    """Makes a plan with two runs of each arm, to measure their cost. Their outcomes are not used."""
     middle = plan.learning_rates[len(plan.learning_rates) // 2]
     return replace(plan, name="pilot", learning_rates=[middle], tuning_seeds=[], final_seeds=[1000, 1001])
 
 
 def fitted(plan: Plan, seconds_a_run: float, seconds: float) -> Plan:
-    """A plan with as many of its learning rates, and of seeds, as fit into a time.
+    """Fits a plan into a time, by choosing the number of its learning rates and seeds.
 
-    The grid is one that leaves the smallest number of final seeds at which a verdict is spoken, or else the least; one
-    extension of it is allowed for.
+    It chooses the best grid that leaves enough final seeds for a verdict, or else the smallest grid. One extension of
+    the grid is included in the time.
     """
     most = int(seconds / seconds_a_run)
     for num_rates, num_seeds in GRIDS:
@@ -77,7 +77,7 @@ def fitted(plan: Plan, seconds_a_run: float, seconds: float) -> Plan:
 
 
 def compare(plan: Plan, folder: Path, dataset: Path, jobs: int, seconds: float, flags: dict[str, Any]) -> Study:
-    """Runs a plan through recipes/compare.py, as far as its time reaches."""
+    """Runs a plan with recipes/compare.py until its time is up."""
     path = SCRATCH / f"{plan.name}.yaml"
     path.write_text(yaml.safe_dump(asdict(plan), sort_keys=False))
     settings = [f"{name}={value}" for name, value in {"dataset": dataset.resolve(), **flags}.items()]
@@ -85,14 +85,14 @@ def compare(plan: Plan, folder: Path, dataset: Path, jobs: int, seconds: float, 
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     ended = run_for(seconds, [*command, "--jobs", str(jobs), "--set", *settings], threads)
     if ended.status and not ended.stopped:
-        raise RuntimeError(f"the study {plan.name} ended with status {ended.status}: {ended.last_lines[-1:]}")
+        raise RuntimeError(f"the study {plan.name} exited with status {ended.status}: {ended.last_lines[-1:]}")
     return Study(folder)
 
 
 def seconds_a_run(study: Study) -> float:
-    """What a run adds to the time of a study, several at once, from the first that trains to the last record.
+    """Computes the time per run of a study with several runs at once, from the first start to the last record.
 
-    Where a study was cut off and taken up again, the time between counts too.
+    If a study was cut off and resumed, the time in between counts too.
     """
     records = list((study.folder / "records").glob("*.json"))
     sessions = [json.loads(path.read_text())["sessions"][0] for path in records]
@@ -101,7 +101,7 @@ def seconds_a_run(study: Study) -> float:
 
 
 def findings(study: Study) -> dict[str, Any]:
-    """What a study says of each arm, as JSON; nothing, as long as its tuning is not over."""
+    """Returns the results of a study for each arm, as JSON; empty until its tuning is finished."""
     try:
         choices = study.choices()
     except StudyError:
@@ -121,7 +121,7 @@ def findings(study: Study) -> dict[str, Any]:
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list[str]]:
     began, device = time.monotonic(), pick_device(arguments.device)
     if missing := [path for path in arguments.dataset if not path.exists()]:
-        return {}, [], [f"the study needs CIFAR-10 in {missing[0]}: x_train, y_train, x_test and y_test, by np.savez"]
+        return {}, [], [f"the study needs CIFAR-10 in {missing[0]}: x_train, y_train, x_test, y_test, from np.savez"]
     results = arguments.results or (QUICK_RESULTS if arguments.quick else RESULTS)
     folder = results / machine(device) / "cifar10-fast"
     SCRATCH.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
     if arguments.quick:
         plan = replace(plan, arms={name: plan.arms[name] for name in ("relu", "egem")})
     if (folder / "plan.json").exists():
-        plan = Study(folder).plan  # of a run that was cut off
+        plan = Study(folder).plan  # from a run that was cut off
     else:
         shutil.rmtree(SCRATCH / "pilot", ignore_errors=True)
         first = pilot(plan)

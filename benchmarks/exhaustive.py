@@ -24,11 +24,11 @@ from hf_gem._kernels import formulas
 from hf_gem.family.formulas import slope_at
 
 TINY = 2.0**-126  # the smallest normal number
-_CHUNKS = {"cpu": 2**16, "cuda": 2**24}  # inputs at a time; on a CPU, what is computed with stays in its cache
+_CHUNKS = {"cpu": 2**16, "cuda": 2**24}  # inputs at a time; on a CPU they fit into the cache
 
 
 class Errors:
-    """The worst errors of one quantity so far, and where they are."""
+    """The worst errors of one quantity so far, and where they occur."""
 
     def __init__(self, smallest: float = TINY) -> None:
         self.smallest = smallest
@@ -37,7 +37,7 @@ class Errors:
         self.wrong_specials = 0
 
     def update(self, x: Tensor, got: Tensor, exact: Tensor, size: Tensor) -> None:
-        """Takes in results in float32, the exact ones in float64, and the sizes that give the ulp."""
+        """Adds float32 results, with exact results in float64 and the sizes that determine the ulp."""
         error = (got.double() - exact).abs_()
         if not torch.isfinite(error.sum()):
             rounded = exact.float()
@@ -47,7 +47,7 @@ class Errors:
             error = error.masked_fill(special, 0.0)
             size = size.masked_fill(special, 1.0)
         normal = size >= self.smallest
-        # The power of two of each exact result, from the bits of its exponent.
+        # The power of two of each exact result, from its exponent bits.
         unit = (size.view(torch.int64) & (0x7FF << 52)).view(torch.float64).mul_(2.0**-23)
         ulp, at = torch.where(normal, error / unit, 0.0).max(0)
         if ulp > self.max_ulp:
@@ -57,7 +57,7 @@ class Errors:
             self.max_absolute_below, self.at_below = below.item(), x[at].item()
 
     def merge(self, other: Errors) -> None:
-        """Takes in the errors at other inputs."""
+        """Adds the errors at other inputs."""
         if other.max_ulp > self.max_ulp:
             self.max_ulp, self.at = other.max_ulp, other.at
         if other.max_absolute_below > self.max_absolute_below:
@@ -76,7 +76,7 @@ class Errors:
 
 
 class Check:
-    """One function of the family, and what has been found at the inputs so far."""
+    """One function of the family, and its errors at the inputs so far."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         spec = parse(name)
@@ -85,7 +85,7 @@ class Check:
         self.eps = eps = float(spec.eps)
         self.smallest = {"value": TINY, "slope": TINY}
         if self.family.slope_at is not None and self.family.invertible(self.n, eps, torch.float32):
-            # Outputs below 2^-40 eps^(1/2n) count with a slope that is too small; in ulp from twice the slope there.
+            # The slope from outputs below 2^-40 eps^(1/2n) is too small. Errors are in ulp from twice the slope there.
             y = torch.tensor(2.0**-40 * eps ** (1 / (2 * self.n)), dtype=torch.float64)
             self.smallest["slope from the output"] = 2 * slope_at(self.family, self.n, eps, y).item()
         self.errors = {side: {q: Errors(s) for q, s in self.smallest.items()} for side in ("kernels", "formulas")}
@@ -94,7 +94,7 @@ class Check:
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Computes at some inputs."""
+        """Evaluates some inputs."""
         wide = x.double()
         truths, sizes = self._exact(wide)
         kernels, plain = (self._results(run, x) for run in (_kernels.run, formulas.run))
@@ -103,13 +103,13 @@ class Check:
             exact, size = (of[quantity.partition(" ")[0]] for of in (truths, sizes))
             self.errors["kernels"][quantity].update(x, got, exact, size)
             self.errors["formulas"][quantity].update(x, expected, exact, size)
-            # Some NaN or other is the same result.
+            # All NaNs count as the same result.
             same = (got.view(torch.int32) == expected.view(torch.int32)) | (got.isnan() & expected.isnan())
             self.differing[quantity] += x.numel() - int(same.sum())
         self.inputs += x.numel()
 
     def merge(self, other: Check) -> None:
-        """Takes in what was found at other inputs."""
+        """Adds the errors at other inputs."""
         for side, errors in self.errors.items():
             for quantity, found in errors.items():
                 found.merge(other.errors[side][quantity])
@@ -118,7 +118,7 @@ class Check:
         self.inputs += other.inputs
 
     def _exact(self, wide: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Value and slope in float64, and the sizes whose ulp counts."""
+        """Computes value and slope in float64, and the sizes that determine the ulp."""
         truths = {
             "value": formulas.run("forward", self.family, self.n, self.eps, wide),
             "slope": formulas.run("backward", self.family, self.n, self.eps, torch.ones_like(wide), wide),
@@ -137,14 +137,14 @@ class Check:
 
 
 def bit_patterns(stride: int, chunk: int, part: int, parts: int) -> Iterator[range]:
-    """Every stride-th float32 by its bits, in chunks, of which each part takes its turn."""
+    """Yields every stride-th float32 bit pattern in chunks, which are distributed over the parts in turn."""
     for start in range(part * chunk * stride, 2**32, parts * chunk * stride):
         yield range(start, min(2**32, start + chunk * stride), stride)
 
 
 def check(name: str, stride: int, device: torch.device) -> dict[str, Any]:
-    """Goes through all inputs for one function, NaNs and infinities among them."""
-    # On a CPU one thread for each chunk: chunks are too small to be shared out.
+    """Checks one function at all inputs, including NaNs and infinities."""
+    # On a CPU each chunk gets one thread, because chunks are too small to split.
     workers = torch.get_num_threads() if device.type == "cpu" else 1
     chunk = _CHUNKS.get(device.type, 2**20)
     checks = [Check(name, device) for _ in range(workers)]
@@ -188,7 +188,7 @@ def run(name: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], list[
     device = pick_device(arguments.device)
     stride = 1_000_003 if arguments.quick else arguments.stride
     if not 1 <= stride < 2**31:
-        raise ValueError(f"--stride must be from 1, for all inputs, to 2^31 - 1, got {stride}")
+        raise ValueError(f"--stride must be from 1 (all inputs) to 2^31 - 1, got {stride}")
     with built_kernels(device, [name]):
         result = check(name, stride, device)
     goals = []
@@ -202,7 +202,7 @@ def run(name: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], list[
             f"{found['max_absolute_below']:.3g} at {found['at_below']:g}"
         )
     sampled = (
-        f"of {result['name']} all inputs but every {stride}th; --stride 1 takes all, in some "
+        f"{result['name']} was checked only at every {stride}th input; --stride 1 checks all, in about "
         f"{result['projected_seconds_of_all']:.0f} s"
     )
     return result, goals, [sampled] if stride > 1 else []

@@ -18,8 +18,9 @@ from typing import Any
 from benchmarks import report
 from benchmarks.common import QUICK_RESULTS, RESULTS, Goal, machine, make_parser, pick_device, write
 from benchmarks.processes import run_for
+from hf_gem.files import shown
 
-_PLANNED = 0.93  # of the time of a stage; the rest is for its start and its record
+_PLANNED = 0.93  # of the time of a stage; the rest is for starting it and writing its record
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,10 @@ class Stage:
     """A script of this folder.
 
     Attributes:
-        script: Its name.
-        flags: Of its command line.
-        quick_flags: The same for --quick.
-        plans: Whether it does what fits into its `--minutes`, rather than be cut off.
+        script: Name of the script.
+        flags: Flags of its command line.
+        quick_flags: Flags of its command line for --quick.
+        plans: Whether it takes `--minutes` and does what fits, rather than being cut off.
     """
 
     script: str
@@ -54,7 +55,7 @@ STAGES = {
 
 
 def command(stage: Stage, arguments: argparse.Namespace) -> list[str]:
-    """The command line of a stage."""
+    """Returns the command line of a stage."""
     flags = [*(stage.quick_flags if arguments.quick else stage.flags)]
     flags += ["--quick", "--rounds=2"] if arguments.quick else []
     flags += [f"--{name}={value}" for name in ("device", "rounds", "results") if (value := getattr(arguments, name))]
@@ -66,7 +67,7 @@ def command(stage: Stage, arguments: argparse.Namespace) -> list[str]:
 
 
 def run_stage(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs a stage; its command, how it ended, and its last lines where it failed."""
+    """Runs a stage, and returns its command, how it ended, and its last lines if it failed."""
     env = {"PYTHONUNBUFFERED": "1", **({"CUDA_VISIBLE_DEVICES": ""} if arguments.device == "cpu" else {})}
     ended = run_for(60 * arguments.minutes, command(stage, arguments), env, group=True)
     outcome = "well" if ended.status == 0 else "its time was up" if ended.stopped else f"with status {ended.status}"
@@ -80,7 +81,7 @@ def run_stage(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def earlier_stages(results: Path) -> dict[str, Any]:
-    """What another run has noted of its stages."""
+    """Reads the stages of an earlier run."""
     path = results / "gpu.json"
     return json.loads(path.read_text(encoding="utf-8"))["results"]["stages"] if path.exists() else {}
 
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", nargs="+", default=[], help="CIFAR-10 as .npz, for `evidence`; see its --help")
     arguments = parser.parse_intermixed_args(argv)
     if unknown := [name for name in arguments.stages if name not in STAGES]:
-        parser.error(f"there is no stage {unknown[0]!r}; choose from {', '.join(STAGES)}")
+        parser.error(f"unknown stage {shown(unknown[0])}. The stages are {', '.join(STAGES)}. Name one.")
     device = pick_device(arguments.device)
     results = arguments.results or (QUICK_RESULTS if arguments.quick else RESULTS)
     chosen = arguments.stages or list(STAGES)

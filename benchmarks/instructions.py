@@ -39,12 +39,12 @@ README = Path(__file__).with_name("README.md")
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU, by the figures that its vendor publishes.
+    """A GPU, with the numbers that its vendor publishes.
 
     Attributes:
-        target: What it runs, a key of TARGETS.
-        lanes: Units times float32 lanes of each: instructions of single threads that start in a clock.
-        clock: Boost clock, in GHz.
+        target: Its compilation target, a key of TARGETS.
+        lanes: Number of units times float32 lanes per unit: thread instructions that can start in one clock cycle.
+        clock: Boost clock in GHz.
         copy: TB/s that a copy reads and writes, 90 % of the peak.
     """
 
@@ -54,7 +54,7 @@ class Card:
     copy: float
 
     def share(self, instructions: float, num_bytes: int) -> float:
-        """Of the speed of a copy, what is left to a kernel with so many instructions and bytes an element."""
+        """Computes the share of a copy's speed that a kernel reaches, from its instructions and bytes per element."""
         return min(1.0, num_bytes / (self.copy * 1e12) / (instructions / (self.lanes * self.clock * 1e9)))
 
 
@@ -68,19 +68,19 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel became.
+    """The machine code of one kernel.
 
     Attributes:
-        target: Of TARGETS.
-        operation: Of `hf_gem._kernels.run`.
-        family: Its name.
+        target: Name of the target in TARGETS.
+        operation: Operation of `hf_gem._kernels.run`.
+        family: Name of the family.
         n: The paper's N.
-        dtype: Of the tensors.
-        instructions: An element, in a full block.
-        wide: Loads and stores of 16 bytes there.
-        narrow: Other loads and stores of global memory there.
-        registers: A thread, of vectors on AMD.
-        spilled: Bytes, or registers on AMD, that went to memory for want of registers.
+        dtype: Dtype of the tensors.
+        instructions: Instructions per element, in a full block.
+        wide: Number of loads and stores of 16 bytes there.
+        narrow: Number of other loads and stores of global memory there.
+        registers: Registers per thread; vector registers on AMD.
+        spilled: Bytes (on AMD, registers) that were spilled to memory because there are too few registers.
     """
 
     target: str
@@ -110,7 +110,7 @@ def compiled(target: str, operation: str, family: str, n: int, dtype: str) -> Co
     made = triton.compile(source, target=TARGETS[target], options={"num_warps": gpu.NUM_WARPS})
     read = _nvidia if TARGETS[target].backend == "cuda" else _amd
     blocks, wide, registers, spilled = read(made.asm)
-    # The first block finds out whether there is work for all lanes, which is done with wide loads and stores.
+    # The first block checks whether there is work for all lanes. That work uses wide loads and stores.
     path = [*blocks[0], *(line for block in blocks[1:] if any(wide in line for line in block) for line in block)]
     threads = gpu.NUM_WARPS * TARGETS[target].warp_size
     memory = [line for line in path if re.search(r"\b(LDG|STG|(global|buffer)_(load|store))", line)]
@@ -123,7 +123,7 @@ def compiled(target: str, operation: str, family: str, n: int, dtype: str) -> Co
 
 
 def _nvidia(asm: Any) -> tuple[list[list[str]], str, int, int]:
-    """Blocks of instructions, what marks a wide one, registers and what is spilled."""
+    """Returns blocks of instructions, the mark of a wide one, the number of registers, and what was spilled."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
@@ -168,7 +168,7 @@ def all_kernels(targets: Sequence[str], dtypes: Sequence[str], orders: Sequence[
 
 
 def table(found: Sequence[Compiled]) -> str:
-    """Instructions of each kernel in bfloat16, and how near it can come to a copy."""
+    """Makes a table of the instructions of each kernel in bfloat16, and of the share of a copy's speed it can reach."""
     rows = []
     for kernel in found:
         if kernel.target == "sm_90" and kernel.dtype == "bfloat16":

@@ -40,9 +40,9 @@ GPT2_ACTIVATIONS = ("gem_n2", "egem", "relu", "gelu_pytorch_tanh", "gelu_new")
 
 
 def held_bytes(function: Callable[[], Any], besides: Iterable[Tensor] = ()) -> int:
-    """Bytes that the graph built by `function` keeps for the backward pass, without the storages of `besides`."""
+    """Counts the bytes that the graph built by `function` keeps for the backward pass, without those of `besides`."""
     outside = {tensor.untyped_storage()._cdata for tensor in besides}
-    held: dict[int, Any] = {}  # with the storages themselves, so that no address is used twice
+    held: dict[int, Any] = {}  # keeps the storages alive, so that no address is reused
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -58,7 +58,7 @@ def held_bytes(function: Callable[[], Any], besides: Iterable[Tensor] = ()) -> i
 
 
 def extra_bytes_per_element(make: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> float:
-    """What an activation between two linear layers adds to what these hold, in bytes an element of its output."""
+    """Measures what an activation adds to the memory held by two linear layers, in bytes per output element."""
     first, second = (nn.Linear(WIDTH, WIDTH, device=device, dtype=dtype) for _ in range(2))
     x = torch.randn(HEIGHT, WIDTH, device=device, dtype=dtype)
     besides = [x, *first.parameters(), *second.parameters()]
@@ -70,7 +70,7 @@ def extra_bytes_per_element(make: Callable[[], nn.Module], dtype: torch.dtype, d
 
 
 def gpt2(activation: str, batch: int, tiny: bool, save: str) -> Any:
-    """GPT-2 124M, or one of a few thousand parameters, with what activations of the family keep."""
+    """Builds GPT-2 124M, or a tiny one, whose activations of the family keep their input or output."""
     size = Size(batch, 64, 2, 32, 512) if tiny else Size(batch, 1024, vocabulary=50257)
     model = build("gpt2", activation, size)
     for module in model.modules():
@@ -85,16 +85,16 @@ def gpt2_loss(model: Any, ids: Tensor) -> Tensor:
 
 
 def gpt2_held_bytes(activation: str, batch: int, tiny: bool = False, fake: bool = True) -> int:
-    """Bytes held for the backward pass of GPT-2, in bf16 autocast, parameters excluded."""
+    """Counts the bytes held for the backward pass of GPT-2 in bf16 autocast, without parameters."""
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
-        # On a CPU "auto" keeps the input, for the sake of time. What a GPU would keep is counted.
+        # On a CPU "auto" keeps the input, because that is faster. This counts what a GPU would keep.
         model = gpt2(activation, batch, tiny, save="output")
         ids = torch.zeros(batch, model.config.n_positions, dtype=torch.long)
         return held_bytes(lambda: gpt2_loss(model, ids), [*model.parameters(), *model.buffers(), ids])
 
 
 def gpt2_peak_bytes(activation: str, batch: int, device: torch.device, tiny: bool = False) -> int:
-    """Peak of the memory that tensors take during a training step with AdamW on a GPU."""
+    """Measures the peak memory of tensors during a training step with AdamW on a GPU."""
     model = gpt2(activation, batch, tiny, save="auto").to(device)  # what users get
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(model.config.vocab_size, (batch, model.config.n_positions), device=device)
@@ -111,7 +111,7 @@ def gpt2_peak_bytes(activation: str, batch: int, device: torch.device, tiny: boo
 
 
 def gpt2_largest_batch(activation: str, device: torch.device, tiny: bool = False) -> int:
-    """The largest batch, a multiple of 4, whose training step fits into what is free of a GPU's memory."""
+    """Finds the largest batch, a multiple of 4, whose training step fits into a GPU's free memory."""
     fits, fails = 0, 8 if tiny else 256
     while fails - fits > 4:
         batch = (fits + fails) // 8 * 4
@@ -153,7 +153,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
                 Goal(f"{what} of {model}: gem_n2 / {to}", values["gem_n2"] / values[to], limit)
                 for to, limit in GPT2_GOALS.items()
             ]
-    skipped = [] if peaks else ["the peak memory of a training step needs a GPU"]
+    skipped = [] if peaks else ["measuring the peak memory of a training step needs a GPU"]
     results = {"extra_bytes_per_element": layers, "batch": batch, "gpt2_held_bytes": held, "gpt2_peak_bytes": peaks}
     results["gpt2_largest_batch"] = largest
     return results, goals, skipped
@@ -162,7 +162,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__, rounds=1)
-    parser.add_argument("--batch", type=int, default=8, help="sequences of 1024 tokens in GPT-2 (default: 8)")
+    parser.add_argument("--batch", type=int, default=8, help="number of sequences of 1024 tokens in GPT-2 (default: 8)")
     arguments = parser.parse_args(argv)
     write("memory", arguments, argv, *run(arguments))
 

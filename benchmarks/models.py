@@ -1,4 +1,4 @@
-"""The models that the benchmarks train, from their configs."""
+"""Builds the models that the benchmarks train, from their configs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_gem.training.loss import WHOLE_SEQUENCES
 
 @dataclass(frozen=True)
 class Size:
-    """How large a model and its batch are; `length` is the sequence, or the side of an image."""
+    """The size of a model and its batch. `length` is that of a sequence, or the side of an image."""
 
     batch: int
     length: int
@@ -23,7 +23,7 @@ class Size:
 
 
 def build(model: str, activation: str, size: Size) -> nn.Module:
-    """A model from its config, with random weights that do not depend on the activation."""
+    """Builds a model from its config, with random weights that do not depend on the activation."""
     torch.manual_seed(0)
     heads = max(1, size.width // 64)
     if model == "gpt2":

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-_LAST = 25  # lines that are kept
-_GRACE = 20.0  # seconds between asking a command to stop and ending it
+_LAST = 25  # lines to keep
+_GRACE = 20.0  # seconds between asking a command to stop and killing it
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Ended:
     """How a command ended.
 
     Attributes:
-        status: Its exit status, negative for a signal.
-        seconds: How long it ran.
-        last_lines: Of what it printed.
+        status: Exit status, negative for a signal.
+        seconds: Time that it ran.
+        last_lines: Last lines of its output.
         stopped: Whether its time was up.
     """
 
@@ -39,10 +39,10 @@ def run_for(seconds: float, command: Sequence[str], env: Mapping[str, str] | Non
     """Runs a command in the root of the repository, and stops it when its time is up.
 
     Args:
-        seconds: Its time.
-        command: With its arguments.
+        seconds: Time limit.
+        command: The command with its arguments.
         env: Further environment variables.
-        group: Whether whatever it starts is stopped with it; otherwise it is asked to see to that itself.
+        group: Whether to also stop all processes that it starts. Otherwise it has to stop them itself.
     """
     began = time.monotonic()
     process = subprocess.Popen(
@@ -71,7 +71,7 @@ def run_for(seconds: float, command: Sequence[str], env: Mapping[str, str] | Non
     finally:
         for timer in timers:
             timer.cancel()
-        if process.poll() is None:  # of an exception here, such as Ctrl-C
+        if process.poll() is None:  # after an exception here, such as Ctrl-C
             send(signal.SIGTERM)
     taken = time.monotonic() - began
     return Ended(status, taken, list(last), stopped=taken >= seconds)

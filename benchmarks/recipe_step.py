@@ -49,25 +49,25 @@ from hf_gem.training.task import Task
 from hf_gem.training.throughput import decoder_flops_per_token, peak_flops
 from recipes.gpt2_pretrain import PRESETS, Config, build_model
 
-# A quarter of the shipped batch: a turn is shorter, and the optimizer counts four times as much.
+# A quarter of the shipped batch. This makes a turn shorter, but the optimizer's share is four times as large.
 COMMON = ("--preset=gpt2-124m", "--report_to=none", "--global_batch_size=128", "--micro_batch_size=16")
 QUICK = (
     *("--n_layer=1", "--n_embd=16", "--n_head=2", "--block_size=16", "--compile=no"),
     *("--global_batch_size=4", "--micro_batch_size=2"),
 )
 SHIPPED = "as shipped"
-# Tokens a second on an H100: the goal, and what is aimed at. llm.c, in CUDA, reaches 463,000.
+# Tokens per second on an H100: the goal, and a stretch goal. llm.c, written in CUDA, reaches 463,000.
 H100_GOALS = (330_000, 420_000)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What is changed of the recipe.
+    """A change of the recipe.
 
     Attributes:
-        flags: Of its command line.
+        flags: Flags of its command line.
         save: What activations of the family keep for the backward pass.
-        masked: Whether attention is given a mask.
+        masked: Whether attention gets a mask.
     """
 
     flags: tuple[str, ...] = ()
@@ -75,7 +75,7 @@ class Variant:
     masked: bool = False
 
 
-VARIANTS = {  # what matters most comes first, for where time is short
+VARIANTS = {  # the most important first, in case time is short
     SHIPPED: Variant(),
     "gelu_pytorch_tanh": Variant(("--hidden_act=gelu_pytorch_tanh",)),
     "eager": Variant(("--compile=no",)),
@@ -86,7 +86,7 @@ VARIANTS = {  # what matters most comes first, for where time is short
     "micro-batches of 32": Variant(("--micro_batch_size=32",)),
     "relu": Variant(("--hidden_act=relu",)),
 }
-_SHARE = 0.65  # of the time, in which variants are compiled
+_SHARE = 0.65  # of the time, for compiling the variants
 _attention = F.scaled_dot_product_attention
 
 
@@ -100,13 +100,13 @@ def _masked_attention(
 
 @contextlib.contextmanager
 def masks() -> Iterator[None]:
-    """Gives attention a mask in place of `is_causal=True`, which keeps it from the flash kernels."""
+    """Gives attention a mask instead of `is_causal=True`, so that it cannot use the flash kernels."""
     with mock.patch.object(F, "scaled_dot_product_attention", _masked_attention):
         yield
 
 
 class Step:
-    """A call that does one optimizer step of a variant, as `training.loop` does."""
+    """A call that takes one optimizer step of a variant, as `training.loop` does."""
 
     def __init__(self, variant: Variant, quick: bool, *more: str) -> None:
         flags = (*COMMON, *variant.flags, *(QUICK if quick else ()), *more)
@@ -136,7 +136,7 @@ class Step:
         self.tokens_a_step = rows.size * self.config.block_size
 
     def prepare(self) -> None:
-        """Puts model and optimizer where they train, and compiles."""
+        """Moves model and optimizer to the device, and compiles."""
         if self.config.compile:
             self.loss.compile()
         self.loss.to(self.accelerator.device)
@@ -160,7 +160,7 @@ class Step:
         return total / self.tokens_a_step
 
     def plain_loss(self) -> Tensor:
-        """The same loss by the plain formulas, in eager mode."""
+        """Computes the same loss with the plain formulas, in eager mode."""
         losses = []
         with hf_gem.kernels("eager"), torch.compiler.set_stance("force_eager"), torch.no_grad():
             for batch in self.batches:
@@ -169,18 +169,20 @@ class Step:
 
 
 def prepared(name: str, variant: Variant, device: torch.device, quick: bool) -> tuple[Step, int]:
-    """A step that has been compiled and found right, and the peak of the memory that it takes.
+    """Returns a compiled step whose loss was checked, and its peak memory.
 
     Raises:
-        WrongResultError: its loss is not that of the formulas.
-        torch.OutOfMemoryError: it does not fit.
+        WrongResultError: Its loss differs from that of the formulas.
+        torch.OutOfMemoryError: It does not fit.
     """
     step = Step(variant, quick)
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     step.prepare()
     got, expected = step().item(), step.plain_loss().item()
-    if not abs(got - expected) <= 1e-2 * expected:  # bf16 sums in another order; NaN is wrong too
-        raise WrongResultError(f"{name} is wrong and not timed: its loss is {got}, the formulas give {expected}")
+    if not abs(got - expected) <= 1e-2 * expected:  # bf16 sums in a different order; NaN is wrong too
+        raise WrongResultError(
+            f"{name} is wrong and was not timed: its loss is {got}, but the formulas give {expected}"
+        )
     if device.type != "cuda":
         return step, 0
     torch.cuda.reset_peak_memory_stats(device)
@@ -189,7 +191,7 @@ def prepared(name: str, variant: Variant, device: torch.device, quick: bool) -> 
 
 
 def loop_rate(quick: bool) -> float:
-    """Tokens a second that the loop reports of the recipe as shipped, on random tokens."""
+    """Returns the tokens per second that the loop reports for the recipe as shipped, on random tokens."""
     with tempfile.TemporaryDirectory() as folder:
         steps = 4 if quick else 30
         more = (f"--steps={steps}", "--warmup_steps=0", "--eval_every=0", "--save_every=0", f"--log_every={steps // 3}")
@@ -200,7 +202,7 @@ def loop_rate(quick: bool) -> float:
 def prepare_all(
     names: Sequence[str], device: torch.device, quick: bool, until: float
 ) -> tuple[dict[str, Step], dict[str, int], list[str]]:
-    """Steps and peaks of the variants, and why some do not take part: their memory, or the time."""
+    """Returns steps and peaks of the variants, and the reasons why some do not take part: memory or time."""
     steps: dict[str, Step] = {}
     peaks: dict[str, int] = {}
     skipped = []

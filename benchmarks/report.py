@@ -25,12 +25,12 @@ BENCHMARKS = (
     *("gpu", "device", "activation", "memory", "recipe_step", "train_step", "evidence", "sweep"),
     *("exhaustive", "verify"),
 )
-PASSES = {"both": "both", "forward": "forward", "backward": "backward", "launched": "both, with launching"}
+PASSES = {"both": "both", "forward": "forward", "backward": "backward", "launched": "both, with launch"}
 MIB = 2**20
 
 
 def load(results: Path) -> dict[str, dict[str, Any]]:
-    """Machine -> name of the file -> record, in the order of the benchmarks."""
+    """Loads machine -> name of the file -> record, in the order of the benchmarks."""
     machines: dict[str, dict[str, Any]] = {}
     for benchmark in BENCHMARKS:
         for path in sorted(results.glob(f"*/{benchmark}*.json")):
@@ -46,24 +46,28 @@ def number(value: float) -> str:
     return f"{value:g}" if value == int(value) else f"{value:.3f}"
 
 
-def goal_table(records: dict[str, Any]) -> str:
-    """All goals of one machine, and how they came out."""
-    rows = []
+def goal_table(records: dict[str, Any], brief: bool = False) -> str:
+    """The goals of one machine and how they came out; `brief` sums up the counts that had to be 0 and are."""
+    rows, num_zeros = [], 0
     for record in records.values():
         for goal in record["goals"]:
+            if brief and goal["limit"] == 0 and goal["verdict"] == "pass":
+                num_zeros += 1
+                continue
             quartiles = "" if goal["low"] is None else f"{goal['low']:.3f} to {goal['high']:.3f}"
             sign = "≥" if goal["at_least"] else "≤"
             verdict = goal["verdict"] if goal["verdict"] == "pass" else f"**{goal['verdict']}**"
             rows.append([goal["name"], number(goal["value"]), quartiles, f"{sign} {goal['limit']:g}", verdict])
-    return table(["ratio or count", "measured", "quartiles", "goal", ""], rows)
+    text = table(["ratio or count", "measured", "quartiles", "goal", ""], rows)
+    return text + (f"\n{num_zeros} more goals are counts that must be 0, and all of them are.\n" if num_zeros else "")
 
 
 def ratio_table(heads: Sequence[str], rows: Iterable[tuple[Sequence[str], str, dict[str, Any]]]) -> str:
-    """A table with a column of ratios for each baseline that any of the rows has.
+    """Makes a table with a column of ratios for each baseline in the rows.
 
     Args:
-        heads: Of the columns before.
-        rows: The cells before, the name of the contestant, and ratios by baseline and contestant.
+        heads: Heads of the first columns.
+        rows: For each row, the cells of the first columns, the contestant, and ratios by baseline and contestant.
     """
     rows = list(rows)
     baselines = list(dict.fromkeys(to for _, _, ratios in rows for to in ratios))
@@ -81,7 +85,7 @@ def ratio_table(heads: Sequence[str], rows: Iterable[tuple[Sequence[str], str, d
 
 
 def activation_table(record: dict[str, Any]) -> str:
-    """Times of the activations and their ratios to the baselines; of gated MLPs, in a table of their own."""
+    """Makes tables of the times of activations and their ratios to baselines. Gated MLPs get a separate table."""
     text = ""
     for group in record["results"].values():
         rows = []
@@ -99,7 +103,7 @@ def memory_table(record: dict[str, Any]) -> str:
     results = record["results"]
     layers = results["extra_bytes_per_element"]
     text = table(
-        ["between two linear layers", *[f"extra bytes an element, {dtype}" for dtype in layers]],
+        ["between two linear layers", *[f"extra bytes per element, {dtype}" for dtype in layers]],
         [[name, *[f"{values[name]:g}" for values in layers.values()]] for name in next(iter(layers.values()))],
     )
     held, peaks = results["gpt2_held_bytes"], results["gpt2_peak_bytes"]
@@ -126,12 +130,12 @@ def train_step_table(record: dict[str, Any]) -> str:
                 f"{peak / MIB:,.0f}" if peak else "-",
             ]
             rows.append((cells, name, step["ratios"]))
-    heads = ["model", "activation", "a second", "held for backward, MiB", "peak, MiB"]
+    heads = ["model", "activation", "per second", "held for backward, MiB", "peak, MiB"]
     return ratio_table(heads, rows)
 
 
 def stage_table(record: dict[str, Any]) -> str:
-    """How the stages of `benchmarks.gpu` ended, with the last lines of those that failed."""
+    """Makes a table of how the stages of `benchmarks.gpu` ended, with the last lines of those that failed."""
     stages = record["results"]["stages"]
     text = table(
         ["stage", "ended", "seconds"],
@@ -144,14 +148,14 @@ def stage_table(record: dict[str, Any]) -> str:
 
 
 def device_table(record: dict[str, Any]) -> str:
-    """Speeds of the device, its clocks, and how the tests came out."""
+    """Makes tables of the device's speeds, its clocks, and the results of the tests."""
     results = record["results"]
     facts = [
         ["copy", f"{results['copy_bytes_per_second'] / 1e9:,.0f} GB/s, read and written"],
         ["matrix product, bf16", f"{results['matmul_flops_per_second'] / 1e12:,.0f} TFLOP/s"],
     ]
     if results["peak_flops_per_second"]:
-        facts.append(["peak by its data sheet, bf16", f"{results['peak_flops_per_second'] / 1e12:,.0f} TFLOP/s"])
+        facts.append(["peak in its data sheet, bf16", f"{results['peak_flops_per_second'] / 1e12:,.0f} TFLOP/s"])
     facts += [[name, value] for name, value in results["clocks"].items()]
     suites = results["suites"]
     text = table(["", ""], facts) + "\n"
@@ -168,7 +172,7 @@ def device_table(record: dict[str, Any]) -> str:
 
 
 def recipe_step_table(record: dict[str, Any]) -> str:
-    """Tokens a second of the recipe, and of the recipe with one thing changed."""
+    """Tokens per second of the recipe, and of the recipe with one thing changed."""
     results = record["results"]
     rows = []
     for name, variant in results["variants"].items():
@@ -182,19 +186,19 @@ def recipe_step_table(record: dict[str, Any]) -> str:
             peak,
         ]
         rows.append((cells, name, results["ratios"]))
-    text = ratio_table(["", "flags", "tokens a second", "MFU", "peak, MiB"], rows)
+    text = ratio_table(["", "flags", "tokens per second", "MFU", "peak, MiB"], rows)
     if rate := results["tokens_per_second_of_the_loop"]:
-        text += f"\nThe loop itself, as shipped: {rate:,.0f} tokens a second.\n"
+        text += f"\nThe loop itself, as shipped: {rate:,.0f} tokens per second.\n"
     return text
 
 
 def evidence_table(record: dict[str, Any]) -> str:
-    """What a study cost and what it found."""
+    """Makes a table of the cost and the results of a study."""
     results = record["results"]
     if not results:
-        return "Not run.\n"
+        return "It was not run.\n"
     if not results["comparisons"]:
-        return "Its tuning is not over.\n"
+        return "Its tuning is not finished.\n"
     facts = ", ".join(f"{name} {value}" for name, value in results["cost"].items())
     rows = [
         [
@@ -232,21 +236,29 @@ def exhaustive_table(*records: dict[str, Any]) -> str:
                     "-" if differing is None else f"{differing:,}",
                 ]
             )
-    heads = ["function", "inputs", "worst ulp", "from", "worst error below", "worst ulp of the formulas"]
-    return table([*heads, "results unlike the formulas"], rows)
+    heads = [
+        "function",
+        "inputs",
+        "worst ulp",
+        "for results from",
+        "worst absolute error below",
+        "worst ulp of the formulas",
+    ]
+    return table([*heads, "results that differ from the formulas"], rows)
 
 
 def headline(records: dict[str, Any]) -> str:
-    """What a machine is, and with which versions and from which commit its records are."""
-    lines = []
+    """What a machine is, and the versions, commits and commands of its records."""
+    commits: dict[str, dict[str, None]] = {}
     for environment in (record["environment"] for record in records.values()):
         hardware, versions = environment["hardware"], environment["versions"]
         parts = [*hardware["gpus"], f"{hardware['cpu']}, {hardware['torch_threads']} threads"]
         parts += [f"{package} {versions[package]}" for package in ("python", "torch", "triton") if package in versions]
         commit = (environment["commit"] or "unknown")[:10] + (" with changes" if environment["dirty"] else "")
-        lines.append("; ".join([*parts, f"commit {commit}"]))
+        commits.setdefault("; ".join(parts), {})[commit] = None
+    lines = [f"{parts}; commit{'s' * (len(those) > 1)} {', '.join(those)}" for parts, those in commits.items()]
     commands = dict.fromkeys(f"    {record['environment']['command']}\n" for record in records.values())
-    return "\n\n".join(dict.fromkeys(lines)) + "\n\n" + "".join(commands) + "\n"
+    return "\n\n".join(lines) + "\n\n" + "".join(commands) + "\n"
 
 
 SECTIONS: dict[str, tuple[str, Callable[..., str]]] = {
@@ -263,11 +275,11 @@ SECTIONS: dict[str, tuple[str, Callable[..., str]]] = {
 
 
 def page(machine: str, records: dict[str, Any]) -> str:
-    """All tables of a machine in Markdown, for a file beside its records."""
+    """Makes the page of a machine in Markdown, for a file next to its records."""
     text = f"# {machine}\n\n{headline(records)}{goal_table(records)}"
     quick = [name for name, record in records.items() if record["quick"]]
     if quick:
-        text += f"\nOnly tried out, with figures that say nothing: {', '.join(quick)}.\n"
+        text += f"\nQuick runs, whose figures mean nothing: {', '.join(quick)}.\n"
     skipped = dict.fromkeys(reason for record in records.values() for reason in record["skipped"])
     text += "".join(f"\nSkipped: {reason}.\n" for reason in skipped)
     for benchmark, (title, make) in SECTIONS.items():
@@ -280,16 +292,16 @@ def page(machine: str, records: dict[str, Any]) -> str:
 
 
 def render(machines: dict[str, dict[str, Any]], results: str) -> str:
-    """The machines and their goals in Markdown; `results` is where their folders are, with a page in each."""
+    """Lists the machines and their goals in Markdown. `results` is the folder with a folder and page of each."""
     text = ""
     for machine, records in machines.items():
-        text += f"\n## {machine}\n\n{headline(records)}{goal_table(records)}"
+        text += f"\n## {machine}\n\n{headline(records)}{goal_table(records, brief=True)}"
         text += f"\n[All tables of {machine}]({results}/{machine}/README.md)\n"
     return text + "\n"
 
 
 def write_pages(results: Path, machines: dict[str, dict[str, Any]]) -> None:
-    """Writes the page and the plot of each machine beside its records."""
+    """Writes the page and the plot of each machine next to its records."""
     for machine, records in machines.items():
         if "sweep" in records:
             from benchmarks.pictures import draw_sweep
@@ -299,10 +311,10 @@ def write_pages(results: Path, machines: dict[str, dict[str, Any]]) -> None:
 
 
 def report(results: Path, readme: Path) -> dict[str, dict[str, Any]]:
-    """Writes the pages, and the goals of all machines into the readme; returns the records.
+    """Writes the pages, and the goals of all machines into the readme. Returns the records.
 
     Raises:
-        ValueError: the readme has no place for them.
+        ValueError: The readme has no markers for them.
     """
     folder = Path(os.path.relpath(results, readme.parent)).as_posix()
     machines = load(results)

@@ -30,11 +30,11 @@ from benchmarks.common import (
 
 
 def xielu(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Contestant], str | None]:
-    """xIELU of transformers, its CUDA kernel where that is installed; or why it does not take part."""
+    """Returns xIELU of transformers, with its CUDA kernel if that is installed, or why it does not take part."""
     try:
         from transformers.activations import XIELUActivation
     except ImportError as error:
-        return {}, f"xIELU is not there ({error}); pip install transformers brings it"
+        return {}, f"xIELU is not installed ({error}); run pip install transformers"
     module = XIELUActivation(dtype=dtype).to(device).requires_grad_(False)
     exact = copy.deepcopy(module).double()
     return {"xielu": Contestant(module, exact._xielu_python, num_roundings=8)}, None
@@ -43,7 +43,7 @@ def xielu(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Contestan
 def contestants(
     dtype: torch.dtype, device: torch.device, compiled: bool
 ) -> tuple[dict[str, Contestant], dict[str, Contestant], list[str]]:
-    """Those of one tensor, those of gate and up, and who does not take part, with the reason."""
+    """Returns the contestants of one tensor, those of gate and up, and the reasons why others do not take part."""
     other, no_xielu = xielu(dtype, device)
     liger, no_liger = liger_glu(device)
     plain = {**FAMILY, **STOCK, "mish": Contestant(F.mish, F.mish), **other}
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
     if arguments.quick:
         largest = 6
     if not 4 <= largest <= 32:
-        raise ValueError(f"--largest must be from 4 to 32, for 2^4 to 2^32 elements, got {largest}")
+        raise ValueError(f"--largest must be from 4 to 32 (2^4 to 2^32 elements), got {largest}")
     plain, gated, skipped = contestants(dtype, device, arguments.compiled and not arguments.quick)
     points = []
     with built_kernels(device):

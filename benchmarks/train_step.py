@@ -35,7 +35,7 @@ from hf_gem._torch import explain, reset_compiler
 
 FAMILY = ("gem_n2", "egem")
 MODES = ("eager", "compiled")
-# In GPT-2 gelu is the tanh one, which is what its gelu_new computes, in one kernel.
+# In GPT-2, gelu is the tanh version: it computes the same as gelu_new, but in one kernel.
 ACTIVATIONS = {
     "gpt2": (*FAMILY, "gelu_pytorch_tanh", "gelu_new", "relu", "silu"),
     "bert": (*FAMILY, "gelu", "gelu_new", "relu", "silu"),
@@ -55,7 +55,7 @@ QUICK_SIZES = {"gpt2": Size(1, 8, 1, 16, 64), "bert": Size(1, 8, 1, 16, 64), "re
 
 
 class Objective(nn.Module):
-    """The loss of a model on a batch, what torch.compile gets as one."""
+    """The loss of a model on a batch, which torch.compile compiles as a whole."""
 
     def __init__(self, model: nn.Module, autocast: bool) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Objective(nn.Module):
 def random_data(model: str, size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
     if model == "resnet50":
         images = torch.randn(size.batch, 3, size.length, size.length, device=device)
-        if device.type != "cpu":  # where that is what fast convolutions take
+        if device.type != "cpu":  # the layout of fast convolutions
             images = images.to(memory_format=torch.channels_last)
         return images, torch.randint(1000, (size.batch,), device=device)
     inputs, targets = torch.randint(size.vocabulary, (2, size.batch, size.length), device=device)
@@ -80,8 +80,8 @@ def random_data(model: str, size: Size, device: torch.device) -> tuple[Tensor, T
 
 
 def make_step(objective: Callable[..., Tensor], parameters: list[nn.Parameter], data: tuple[Tensor, Tensor]) -> Any:
-    """A call that does one step of training."""
-    # The learning rate is 0: a step costs the same, and all of them compute the same loss.
+    """Returns a call that does one training step."""
+    # With a learning rate of 0, a step costs the same, and all steps compute the same loss.
     optimizer = torch.optim.AdamW(parameters, lr=0.0, foreach=True)
 
     def step() -> None:
@@ -93,9 +93,11 @@ def make_step(objective: Callable[..., Tensor], parameters: list[nn.Parameter], 
 
 
 def loss_and_norm(objective: Callable[..., Tensor], model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
-    """The loss and the norm of its gradient, in float64."""
+    """Computes the loss and the norm of its gradient, in float64."""
     loss = objective(*data)
-    grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)  # BERT's last layers may be
+    grads = torch.autograd.grad(
+        loss, list(model.parameters()), allow_unused=True
+    )  # some of BERT's last layers are unused
     return torch.stack([loss.detach(), torch.nn.utils.get_total_norm([g for g in grads if g is not None])]).double()
 
 
@@ -103,7 +105,7 @@ def require_right(name: str, objective: Callable[..., Tensor], plain: Objective,
     """Compares loss and gradient with those of the formulas in eager mode.
 
     Raises:
-        WrongResultError: they differ by more than sums in another order, and with autocast in bf16, explain.
+        WrongResultError: They differ by more than the order of summation, and bf16 with autocast, can explain.
     """
     with hf_gem.kernels("eager"):
         expected = loss_and_norm(plain, plain, data)
@@ -111,13 +113,13 @@ def require_right(name: str, objective: Callable[..., Tensor], plain: Objective,
     allowed = 5e-2 if plain.autocast else 1e-3
     if not torch.allclose(got, expected, rtol=allowed, atol=0.0):  # NaN is not
         raise WrongResultError(
-            f"{name} is wrong and not timed: loss and norm of the gradient are {got.tolist()}, the formulas give "
-            f"{expected.tolist()}, allowed is {allowed:.1%}"
+            f"{name} is wrong and was not timed: loss and norm of the gradient are {got.tolist()}, the formulas give "
+            f"{expected.tolist()}, and the tolerance is {allowed:.1%}"
         )
 
 
 def num_graph_breaks(activation: str, device: torch.device) -> int:
-    """Into how many graphs more than one an activation of a model falls when it is compiled."""
+    """Counts the graph breaks of an activation when it is compiled."""
     from transformers.activations import ACT2FN
 
     reset_compiler()
@@ -130,10 +132,10 @@ def measure(
 ) -> dict[str, Any]:
     """Times one model with each of the activations.
 
-    Also what it holds for the backward pass in eager mode, and on a GPU the peak of the memory that tensors take.
+    It also measures the memory held for the backward pass in eager mode, and on a GPU the peak memory of tensors.
 
     Raises:
-        WrongResultError: a loss is not what the formulas give; nothing has been timed then.
+        WrongResultError: A loss differs from that of the formulas. Nothing has been timed.
     """
     data = random_data(model, size, device)
     steps, peaks, held = {}, {}, {}
@@ -201,7 +203,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
     skipped = []
     if device.type == "cpu":
         skipped.append(
-            "training steps of GPT-2 124M, BERT-base and ResNet-50 at full size, and their peak memory, need a GPU"
+            "timing GPT-2 124M, BERT-base and ResNet-50 at full size, and measuring their peak memory, needs a GPU"
         )
     return {"steps": steps, "graph_breaks": breaks}, goals, skipped
 

@@ -35,7 +35,7 @@ EPSILONS = (1e-8, 1e-6, 1e-4, 1e-2, 1.0, 10.0, 100.0)
 ORDERS = (1, 2, 3, 4)
 HALF = (torch.bfloat16, torch.float16)
 _SMALLEST = 2.0**-100
-# Kind of test -> what pytest is given.
+# Kind of test -> arguments of pytest.
 TESTS = {
     "values and slopes against exact fractions": ["tests/family", "tests/test_functional.py"],
     "every kind of derivative": ["tests/opinfo"],
@@ -51,14 +51,14 @@ TESTS = {
 
 @dataclass(frozen=True)
 class Row:
-    """What came out of one check.
+    """The result of one check.
 
     Attributes:
-        what: Of which function, or of what.
-        check: What was looked at.
-        cases: How often.
-        failures: How often it was not as it should be.
-        greatest: Error in ulp of the dtype; None where there is none to give.
+        what: The function or group that was checked.
+        check: Name of the check.
+        cases: Number of cases.
+        failures: Number of failures.
+        greatest: Largest error in ulp of the dtype, or None if it does not apply.
     """
 
     what: str
@@ -70,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Function:
-    """An activation, and its value and slope in float64."""
+    """An activation, with its value and slope in float64."""
 
     name: str
     call: Callable[[Tensor], Tensor]
@@ -79,7 +79,7 @@ class Function:
 
 
 def _normal(x: Tensor) -> Tensor:
-    """The distribution function of a normal variable, exact far below 0 too."""
+    """Computes the normal distribution function, which is exact far below 0 too."""
     return 0.5 * torch.special.erfc(-x / math.sqrt(2))
 
 
@@ -115,7 +115,7 @@ BASELINES = (
 
 
 def member(family: str, n: int, eps: float) -> Function:
-    """A member of the family: its float64 is the formula in float64, which the tests hold against fractions."""
+    """Makes a member of the family. Its reference is the formula in float64, which the tests compare with fractions."""
     definition = family_named(family)
 
     def slope(x: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def member(family: str, n: int, eps: float) -> Function:
 
 
 def groups(quick: bool) -> Iterator[tuple[str, dict[str, list[Function]]]]:
-    """Families, with their members by n, and the activations of torch."""
+    """Yields the families with their members by n, and torch's activations."""
     orders, epsilons = (ORDERS[:1], EPSILONS[2:3]) if quick else (ORDERS, EPSILONS)
     for family, title, those in (("gem", "GEM", (1.0,)), ("egem", "E-GEM", epsilons), ("segem", "SE-GEM", epsilons)):
         yield title, {f"{title}, n = {n}": [member(family, n, eps) for eps in those] for n in orders}
@@ -146,20 +146,20 @@ def value_and_slope(function: Function, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def every_half(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """All numbers of a half type, without NaNs."""
+    """Returns all numbers of a half type, without NaNs."""
     x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     return x[~x.isnan()].to(device)
 
 
 def spacing(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """The ulp of a dtype around float64 numbers, that of its subnormals near 0."""
+    """Computes the ulp of a dtype at float64 numbers; near 0 it is that of subnormal numbers."""
     info = torch.finfo(dtype)
     size = exact.abs().clamp(min=info.smallest_normal, max=info.max)
     return torch.exp2(torch.floor(torch.log2(size))) * info.eps
 
 
 def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 numbers rounded once, ties to even, in float64; torch rounds to a half type by way of float32."""
+    """Rounds float64 numbers once, ties to even. (torch rounds to a half type in two steps, via float32.)"""
     unit = spacing(exact, dtype)
     nearest = torch.where(exact.isfinite(), torch.round(exact / unit) * unit, exact)
     beyond = nearest.abs() > torch.finfo(dtype).max
@@ -167,10 +167,10 @@ def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def compare(functions: list[Function], x: Tensor, what: str, check: str, rounds: bool) -> list[Row]:
-    """Value and slope against float64; with `rounds`, a failure is a result that is not rounded correctly.
+    """Compares value and slope with float64. With `rounds`, a result that is not correctly rounded is a failure.
 
-    The ulp of a slope, which may cross zero, is that of its greater term where f(x) / x is one. Below `_SMALLEST` it is
-    the ulp of that, since what such results are made of may underflow.
+    A slope may cross zero, so its ulp is that of the larger of the slope and f(x) / x. Below `_SMALLEST` it is the ulp
+    at `_SMALLEST`, since intermediate results may underflow.
     """
     rows = []
     found = {"value": (0, 0, 0.0), "slope": (0, 0, 0.0)}
@@ -193,14 +193,14 @@ def compare(functions: list[Function], x: Tensor, what: str, check: str, rounds:
 
 
 def float32_numbers(count: int, device: torch.device) -> Tensor:
-    """Evenly by their bits, so all exponents alike; no NaNs."""
-    step = 2**32 // count + 1  # odd, or the last bits would always be the same
+    """Returns float32 numbers that are evenly spaced by their bits, so all exponents are covered equally; no NaNs."""
+    step = 2**32 // count + 1  # odd, because otherwise the last bits would always be the same
     x = torch.arange(-(2**31), 2**31, step, dtype=torch.int64).to(torch.int32).view(torch.float32)
     return x[~x.isnan()].to(device)
 
 
 def edges(functions: list[Function], what: str, device: torch.device) -> Row:
-    """Where a result has to be right in kind: infinite, NaN, zero or finite as the exact one."""
+    """Checks that results are infinite, NaN or finite exactly where the reference is."""
     cases = failures = 0
     for dtype in (*HALF, torch.float32, torch.float64):
         info = torch.finfo(dtype)
@@ -208,7 +208,7 @@ def edges(functions: list[Function], what: str, device: torch.device) -> Row:
         x = torch.tensor([*points, *(-p for p in points)], dtype=dtype, device=device)
         for function in functions:
             y, slope = value_and_slope(function, x)
-            number = ~x.isnan()  # what the slope at NaN is, is open
+            number = ~x.isnan()  # the slope at NaN is undefined
             for got, exact in ((y, function.value(x.double())), (slope[number], function.slope(x.double())[number])):
                 wrong = (got.isnan() != exact.isnan()) | (got.isinf() != rounded(exact, dtype).isinf())
                 cases += got.numel()
@@ -217,7 +217,7 @@ def edges(functions: list[Function], what: str, device: torch.device) -> Row:
 
 
 def order(functions: list[Function], what: str, device: torch.device, count: int) -> list[Row]:
-    """Neighbouring inputs above 0."""
+    """Checks that the functions increase between neighbouring inputs above 0."""
     rows = []
     for dtype in (*HALF, torch.float32):
         if dtype == torch.float32:
@@ -239,7 +239,10 @@ def order(functions: list[Function], what: str, device: torch.device, count: int
 
 
 def smoothness() -> Row:
-    """In fractions: the k-th difference quotient at 0 by steps of h on both sides, which differ by about h or not."""
+    """Compares k-th difference quotients at 0 from both sides, in fractions.
+
+    With steps of h, they must differ by no more than about h for k up to 2n, and by more for k = 2n + 1.
+    """
     cases = failures = 0
     h = Fraction(1, 2**100)
     for family in ("gem", "egem", "segem"):
@@ -258,7 +261,7 @@ def smoothness() -> Row:
 
 
 def bits(device: torch.device, quick: bool) -> list[Row]:
-    """The kernels against the formulas, for all half numbers and as many of float32."""
+    """Compares the kernels with the formulas bit by bit, for all half numbers and as many of float32."""
     rows = []
     for family in ("egem", "segem"):
         cases = failures = 0
@@ -280,7 +283,7 @@ def bits(device: torch.device, quick: bool) -> list[Row]:
 
 
 def tests() -> list[Row]:
-    """What pytest says of each kind, slow tests too."""
+    """Runs pytest for each kind of test, including slow ones."""
     rows = []
     for kind, paths in TESTS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -316,13 +319,13 @@ def table(rows: list[Row]) -> str:
         (r.what, r.check, f"{r.cases:,}", f"{r.failures:,}", "" if r.greatest is None else f"{r.greatest:.4g}")
         for r in rows
     ]
-    return markdown_table(["of", "check", "cases", "failures", "greatest error, ulp"], cells)
+    return markdown_table(["what", "check", "cases", "failures", "largest error, ulp"], cells)
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__, rounds=1)
-    parser.add_argument("--tests", action="store_true", help="run the tests of each kind too, slow ones included")
+    parser.add_argument("--tests", action="store_true", help="also run the tests of each kind, including slow ones")
     arguments = parser.parse_args(argv)
     device = pick_device(arguments.device)
     names = [f"{family}{f'_n{n}' if n > 1 else ''}" for family in ("egem", "segem") for n in ORDERS]

@@ -1,7 +1,7 @@
 """The GEM family of activation functions, for torch, transformers and timm.
 
-Importing this package makes every name of the family (`gem_n2`, `egem`, `segem_eps0.01` ...) known to transformers and
-timm, whether they are imported before or after it.
+Importing this package registers every name of the family (`gem_n2`, `egem`, `segem_eps0.01` ...) in transformers and
+timm. It does not matter which of them you import first.
 """
 
 from ._kernels import kernels

@@ -1,6 +1,6 @@
-"""All private torch that hf_gem uses: what to look at when a new version of torch breaks something.
+"""All private APIs of torch that hf_gem uses. Look here first when a new version of torch breaks something.
 
-Nothing of hf_gem is imported here, so that the build of the kernels can load this file by itself.
+This file imports nothing from hf_gem, so that the build of the kernels can load it by itself.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def in_dispatch_mode() -> bool:
 
 
 def in_functorch_transform() -> bool:
-    """Whether a transform of torch.func is active."""
+    """Whether a torch.func transform is active."""
     return bool(torch._C._are_functorch_transforms_active())
 
 
@@ -63,7 +63,7 @@ def in_forward_ad() -> bool:
 
 
 def is_tracing() -> bool:
-    """Whether `torch.jit.trace` runs."""
+    """Whether `torch.jit.trace` is running."""
     return bool(torch.jit.is_tracing())
 
 
@@ -71,25 +71,25 @@ def is_tracing() -> bool:
 
 
 def lacks_own_memory(tensor: Tensor) -> bool:
-    """Whether a tensor's memory does not hold its values, or is not there.
+    """Whether a tensor has no memory, or memory that does not hold its values.
 
-    Such are lazily negated tensors, zero tensors of autograd, and the batches of `jacobian(vectorize=True)`.
+    Examples are lazily negated tensors, autograd's zero tensors and the batches of `jacobian(vectorize=True)`.
     """
     return tensor.is_neg() or tensor._is_zerotensor() or is_legacy_batchedtensor(tensor)
 
 
 def is_local_scalar(operation: Any) -> bool:
-    """Whether an operation of aten reads one number of a tensor, as `tensor.item()` does."""
+    """Whether an aten operation reads one number from a tensor, as `tensor.item()` does."""
     return operation is torch.ops.aten._local_scalar_dense.default
 
 
 def waits_for_device(operation: Any) -> bool:
-    """Whether an operation of aten waits for a GPU: it gives the host a number, or has a size that values decide."""
+    """Whether an aten operation waits for the GPU: it returns a number, or the size of its result depends on values."""
     return is_local_scalar(operation) or torch.Tag.dynamic_output_shape in operation.tags
 
 
 def wait_on_device(cycles: int) -> None:
-    """Keeps the current CUDA stream busy for some clock cycles, so that what is queued meanwhile starts together."""
+    """Keeps the current CUDA stream busy for some clock cycles, so that work queued meanwhile starts together."""
     torch.cuda._sleep(cycles)
 
 
@@ -97,31 +97,31 @@ def wait_on_device(cycles: int) -> None:
 
 
 def children(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The submodules of a module by name, as the dict that it keeps."""
+    """The submodules of a module by name: its own dict, not a copy."""
     return module._modules
 
 
 def module_buffers(module: nn.Module) -> dict[str, Tensor | None]:
-    """The buffers of a module by name, as the dict that it keeps."""
+    """The buffers of a module by name: its own dict, not a copy."""
     return module._buffers
 
 
 def module_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The parameters of a module by name, as the dict that it keeps."""
+    """The parameters of a module by name: its own dict, not a copy."""
     return module._parameters
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks watch the calls of a module, its own or global ones."""
+    """Whether any hooks, global ones included, run when a module is called."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(own or _has_any_global_hook())
 
 
-# ---- the compiler, which is slow to import, and is there where anything is compiled
+# ---- the compiler, which is slow to import, so that it is only used if it is already loaded
 
 
 def uncompiled(model: nn.Module) -> nn.Module | None:
-    """What `torch.compile` has wrapped; None where a module is no such wrapper."""
+    """The model inside a `torch.compile` wrapper, or None if `model` is not a wrapper."""
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None or not isinstance(model, dynamo.OptimizedModule):
         return None
@@ -130,20 +130,20 @@ def uncompiled(model: nn.Module) -> nn.Module | None:
 
 
 def without_compiler() -> contextlib.AbstractContextManager[Any]:
-    """A context in which whatever is compiled runs as it was written, and nothing is compiled."""
+    """A context in which compiled code runs uncompiled, and nothing is compiled."""
     loaded = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
 
 
 def reset_compiler() -> None:
-    """Forgets everything that was compiled."""
+    """Discards everything that was compiled."""
     import torch._dynamo
 
     torch._dynamo.reset()
 
 
 def explain(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """What the compiler makes of a call: `graphs`, `graph_break_count` and more."""
+    """Reports how the compiler handles a call: `graphs`, `graph_break_count` and more."""
     import torch._dynamo
 
     return torch._dynamo.explain(function)(*args, **kwargs)
@@ -153,11 +153,12 @@ def compile_cpp(source: str, folder: Path, probes: Path) -> str:
     """Compiles C++ with the flags that Inductor uses on this machine, and returns the path of the library.
 
     Args:
-        source: The code.
-        folder: For all files of this compilation, the library among them.
-        probes: For those that tell which vector instructions the compiler and the machine have. They are made once.
+        source: The C++ code.
+        folder: Folder for all files of this compilation, including the library.
+        probes: Folder for the small libraries with which Inductor finds out which vector instructions the compiler and
+            the machine support. They are built once.
     """
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(probes)  # before Inductor is imported, which makes its folder
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(probes)  # set before importing Inductor, which creates the folder
     from filelock import FileLock
     from torch._inductor.codecache import CppCodeCache
     from torch._inductor.cpu_vec_isa import pick_vec_isa
@@ -165,7 +166,7 @@ def compile_cpp(source: str, folder: Path, probes: Path) -> str:
     with FileLock(probes / "probes.lock"):
         for probe in probes.rglob("*.so"):
             if not Path(f"{probe}.load_ok").exists():
-                probe.unlink()  # half written, by a process that was killed: it would pass for what cannot be had
+                probe.unlink()  # a process was killed while writing it: it would look like a missing instruction set
         pick_vec_isa()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     path: str = CppCodeCache.load(source)._name
@@ -173,7 +174,7 @@ def compile_cpp(source: str, folder: Path, probes: Path) -> str:
 
 
 def expect_compilations(count: int) -> None:
-    """Lets one function be compiled anew that often, for as many models; more is an error, not the eager mode."""
+    """Lets torch recompile a function `count` times. Beyond that, it raises an error instead of running eagerly."""
     from torch._dynamo import config
 
     config.recompile_limit = config.accumulated_recompile_limit = count

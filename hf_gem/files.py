@@ -1,5 +1,6 @@
-"""Files: the cache folder, writing that a kill or a power cut cannot leave half done, reading what others may have
-written, and text from elsewhere as Markdown shows it.
+"""Files and text: the cache folder, atomic writes, checked reads, secrets, and untrusted text in messages and Markdown.
+
+A kill or a power cut leaves a file either as it was or completely written.
 """
 
 from __future__ import annotations
@@ -29,17 +30,29 @@ _SECRETS = re.compile(
     r"|\b(?:hf_|gh[opsu]_)[a-zA-Z0-9]{30,}|\bgithub_pat_\w{20,}",
     re.IGNORECASE,
 )
-_NUMBERS = re.compile(r"(?<=\[)\n(?:[-+\d.eE,\s]|null)+(?=\])")  # no text has a line break in JSON
+_NUMBERS = re.compile(r"(?<=\[)\n(?:[-+\d.eE,\s]|null)+(?=\])")  # strings in JSON contain no line breaks
+_LONGEST = 80  # characters of a value that a message repeats
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = _LONGEST
+
+
+def shown(value: object) -> str:
+    """The repr of a value, shortened to 80 characters, for an error message."""
+    try:
+        text = _REPR.repr(value)
+    except ValueError:  # Python refuses to print integers of more than a few thousand digits
+        text = "a huge integer"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def cache_folder() -> Path:
-    """Where things are kept that take time to make again: `$HF_GEM_CACHE`, or `~/.cache/hf_gem`."""
+    """The folder for files that take time to recompute: `$HF_GEM_CACHE`, or `~/.cache/hf_gem`."""
     return Path(os.environ.get("HF_GEM_CACHE") or Path.home() / ".cache" / "hf_gem").expanduser()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces a file's content in one step."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # its own: several machines may share a folder
+    """Replaces the content of a file in one step."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # unique, since machines may share a folder
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     flush(partial)
     partial.replace(path)
@@ -47,7 +60,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON with null for NaN and infinity, which it lacks; indented, a list of numbers still takes one line."""
+    """Formats a value as JSON. NaN and infinity become null, and an indented list of numbers stays on one line."""
     text = json.dumps(_without_nan(value), indent=indent, allow_nan=False)
     return text if indent is None else _NUMBERS.sub(lambda found: " ".join(found[0].split()), text)
 
@@ -61,19 +74,19 @@ def _without_nan(value: Any) -> Any:
 
 
 def read_json(path: Path, kind: Any) -> Any:
-    """What a JSON file holds, which may be of any origin.
+    """Reads and checks a JSON file, which may come from anywhere.
 
     Args:
-        path: The file, in UTF-8.
-        kind: What it has to hold; see `check_type`.
+        path: Path of the file, in UTF-8.
+        kind: Expected type of the content; see `check_type`.
 
     Raises:
-        ValueError: it cannot be read, is no JSON, or holds something else. The message names file and field.
+        ValueError: The file cannot be read, is not JSON, or has another type. The message names the file and the field.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply to be read") from None
+        raise ValueError(f"{path} cannot be read: it is nested too deeply") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from error
     check_type(value, kind, f"{path}:")
@@ -81,17 +94,17 @@ def read_json(path: Path, kind: Any) -> Any:
 
 
 def check_type(value: Any, kind: Any, where: str) -> None:
-    """Checks that a value has the type of an annotation.
+    """Checks that a value matches a type annotation.
 
-    A `float` may be whole. A `TypedDict` may have further keys, which are not looked at.
+    An int is accepted as a `float`. Extra keys of a `TypedDict` are ignored.
 
     Args:
-        value: Made of None, bool, int, float, str, list and dict, as JSON and YAML give it.
-        kind: An annotation made of those, `Any`, unions, `Literal` and `TypedDict`.
-        where: The place of the value, for the message: the file, and then the field.
+        value: Value made of None, bool, int, float, str, list and dict, as JSON and YAML return it.
+        kind: Annotation made of those types, `Any`, unions, `Literal` and `TypedDict`.
+        where: Location of the value for the error message: the file, then the field.
 
     Raises:
-        ValueError: it has not. The message names place, kind and value.
+        ValueError: The value does not match. The message gives the location, the expected type and the value.
     """
     origin, parts = get_origin(kind) or kind, get_args(kind)
     inside = f"{where} " if where.endswith(":") else where
@@ -107,14 +120,14 @@ def check_type(value: Any, kind: Any, where: str) -> None:
         if not any(_fits(value, part) for part in parts):
             for part in parts:
                 if isinstance(value, (list, dict)) and isinstance(value, _container(part)):
-                    check_type(value, part, where)  # which says what is wrong inside
+                    check_type(value, part, where)  # its error points at the wrong part inside
             raise ValueError(_message(value, " or ".join(map(_name, parts)), where))
     elif origin in (list, dict):
         _require(isinstance(value, _container(kind)), value, _name(kind), where)
         for key, part in value.items() if origin is dict else enumerate(value):
             if origin is dict:
                 _require(isinstance(key, str), key, "text as a key", where)
-            check_type(part, (parts or (Any,))[-1], f"{inside}[{reprlib.repr(key)}]")
+            check_type(part, (parts or (Any,))[-1], f"{inside}[{shown(key)}]")
     elif kind is not Any:
         _require(_fits(value, kind), value, _name(kind), where)
 
@@ -122,7 +135,7 @@ def check_type(value: Any, kind: Any, where: str) -> None:
 def _fits(value: Any, kind: Any) -> bool:
     """Whether `check_type` passes."""
     if kind in _KINDS:
-        if isinstance(value, bool):  # which Python takes for a number
+        if isinstance(value, bool):  # bool is a subclass of int
             return kind is bool
         return isinstance(value, (int, float) if kind is float else kind)
     if get_origin(kind) is Literal:
@@ -144,33 +157,33 @@ def _require(condition: bool, value: Any, allowed: str, where: str) -> None:
 
 
 def _message(value: Any, allowed: str, where: str) -> str:
-    return f"{where} must be {allowed}, got {reprlib.repr(value)}"
+    return f"{where} must be {allowed}, got {shown(value)}"
 
 
 def _name(kind: Any) -> str:
-    """What a kind is called in a message."""
+    """The name of a type in a message."""
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     return str(_KINDS.get(kind) or {list: "a list", dict: "a mapping"}[_container(kind)])
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name from a file, with slashes, stays in the folder that it is taken to be in."""
+    """Whether a relative path read from a file stays inside its folder."""
     parts = PurePosixPath(name).parts
     plain = bool(parts) and "\\" not in name and "\0" not in name and ":" not in name
     return plain and not PurePosixPath(name).is_absolute() and ".." not in parts
 
 
 def redact(text: str) -> str:
-    """A text without the secrets that people type into commands.
+    """Masks the secrets that people type into commands.
 
-    These are user and password in a URL, values of URL parameters such as `token`, and tokens of the Hub and of GitHub.
+    It masks the user and password of a URL, URL parameters such as `token`, and access tokens of the Hub and GitHub.
     """
     return _SECRETS.sub(lambda found: f"{found[1] or ''}***{'@' if found[0].endswith('@') else ''}", text)
 
 
 def redacted(value: Any) -> Any:
-    """A value made of mappings, lists and texts, with each text as in `redact`."""
+    """Applies `redact` to every string in nested mappings and lists."""
     if isinstance(value, Mapping):
         return {key: redacted(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -179,10 +192,10 @@ def redacted(value: Any) -> Any:
 
 
 def save_pretrained(thing: Any, folder: Path) -> None:
-    """Calls `thing.save_pretrained`, for tokenizers and processors, whose libraries raise a bare Exception.
+    """Calls `thing.save_pretrained` for tokenizers and processors, whose libraries raise a bare Exception.
 
     Raises:
-        OSError: it failed, whatever it raised.
+        OSError: The call failed, with any exception.
     """
     try:
         thing.save_pretrained(folder)
@@ -191,22 +204,22 @@ def save_pretrained(thing: Any, folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Forces a file's content, or the renames inside a folder, to the disk."""
+    """Writes the content of a file, or the renames inside a folder, to disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
-        return  # systems that cannot open a folder cannot flush it either
+        return  # a system that cannot open a folder cannot flush it either
     try:
         os.fsync(descriptor)
     except OSError:
         if not path.is_dir():
-            raise  # some network file systems refuse it, for folders
+            raise  # some network file systems cannot sync a folder
     finally:
         os.close(descriptor)
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Returns the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
@@ -215,25 +228,25 @@ def sha256(path: Path) -> str:
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown, without a line break at its end. No cell breaks out of its place."""
+    """Formats a Markdown table, without a trailing line break. Line breaks and bars inside a cell are escaped."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
 
 
 def _cell(text: str) -> str:
-    """A cell in one line, with a backslash before each bar that has none."""
+    """Puts a cell on one line and escapes its bars."""
     return re.sub(r"(?<!\\)((?:\\\\)*)\|", r"\1\|", re.sub(r"\s*[\r\n]\s*", " ", text))
 
 
 def markdown_text(text: object) -> str:
-    """A text from elsewhere in one line, which Markdown shows as it is: in a paragraph or in a cell of a table."""
+    """Escapes untrusted text so that Markdown shows it literally, on one line, in a paragraph or a table cell."""
     line = re.sub(r"([\\`*\[\]<>&|~$])", r"\\\1", " ".join(str(text).split()))
-    line = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", line)  # within a word it has no meaning
-    return re.sub(r"^(?:(?=[#+\-=](?:[#\-= ]|$))|(\d{1,9})(?=[.)](?: |$)))", r"\1\\", line)  # of headings and lists
+    line = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", line)  # inside a word, an underscore has no meaning
+    return re.sub(r"^(?:(?=[#+\-=](?:[#\-= ]|$))|(\d{1,9})(?=[.)](?: |$)))", r"\1\\", line)  # headings and lists
 
 
 def markdown_code(text: object) -> str:
-    """A text from elsewhere as code within a line of Markdown."""
+    """Formats untrusted text as inline code in Markdown."""
     line = " ".join(str(text).split())
     ticks = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     pad = " " if line.startswith("`") or line.endswith("`") or not line else ""
@@ -241,19 +254,22 @@ def markdown_code(text: object) -> str:
 
 
 def markdown_block(text: str, language: str = "") -> str:
-    """A text from elsewhere as a block of code in Markdown."""
+    """Formats untrusted text as a Markdown code block."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def replace_between(text: str, start: str, end: str, content: str) -> str:
-    """`text` with `content` in place of what stands between two markers, which stay.
+    """Replaces the text between two markers, and keeps the markers.
 
     Raises:
-        ValueError: the markers are not there in this order.
+        ValueError: The text does not contain both markers in this order.
     """
     head, found_start, rest = text.partition(start)
     _, found_end, tail = rest.partition(end)
     if not (found_start and found_end):
-        raise ValueError(f"the text has no {start.strip()!r} followed by {end.strip()!r}, between which to write")
+        raise ValueError(
+            f"the text does not contain {start.strip()!r} followed by {end.strip()!r}. Both markers are required. Add "
+            "them where the content belongs."
+        )
     return head + start + content + end + tail

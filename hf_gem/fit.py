@@ -1,12 +1,13 @@
-"""Choosing n and eps: the member of a family that changes a layer's output least in place of another activation.
+"""Choosing n and eps, so that the output of a layer changes as little as possible when its activation is replaced.
 
-`Histogram` counts the values that reach the activation; `fit` minimises `E[(g(x) - f(x))^2]` over them, f being the
-activation replaced and g the member. Only this one layer's output is looked at, every value with the same weight.
+`Histogram` counts the values that reach the activation. `fit` minimises `E[(g(x) - f(x))^2]` over them, where f is the
+activation to replace and g is the member of the family. It considers only the output of this one layer, and gives every
+value the same weight.
 
-`match_eps` needs no other activation: it puts the half point of the gate where the values are.
+`match_eps` needs no other activation. It sets the half point of the gate according to the scale of the values.
 
-GELU and SiLU satisfy f(x) = x + f(-x), and segem(x) = x + egem(-x). So SE-GEM replaces them on x as well as E-GEM does
-on -x: on inputs symmetric about 0 the two are equally close, and where inputs are mostly negative SE-GEM is closer.
+GELU and SiLU satisfy f(x) = x + f(-x), and segem(x) = x + egem(-x). So SE-GEM fits them on x as well as E-GEM does on
+-x: if the inputs are symmetric about 0, both are equally close, and if they are mostly negative, SE-GEM is closer.
 """
 
 from __future__ import annotations
@@ -21,31 +22,32 @@ from torch import Tensor
 from .family.formulas import forward
 from .family.names import GemSpec, check_eps, check_n, parse
 from .family.table import DEFAULT_EPS, family_named
+from .files import shown
 
-# In log eps. A value x enters the error as x^2 (gate - c)^2, and its gate is a logistic function of log eps with the
-# poles pi away whatever x and n are: a ripple with a period of two steps has less than 1e-8 of the error's size.
+# Grid step in log eps. A value x contributes x^2 (gate - c)^2 to the error. Its gate is a logistic function of log eps,
+# whose poles are pi away for every x and n, so a ripple with a period of two steps is below 1e-8 of the error.
 _GRID_STEP = 0.5
 _TOLERANCE = 1e-6  # in log eps
-EPS_RANGE = (1e-6, 10.0)  # of what is chosen, unless asked otherwise
-# Half point of the gate over the root mean square of its inputs, where nothing else is asked for. A study may move it.
+EPS_RANGE = (1e-6, 10.0)  # default limits of the eps that `fit` chooses
+# Default half point of the gate, in units of the root mean square of its inputs. A study may change it.
 MATCH_C = 1.0
-_TIE = 1e-12  # of E[f^2]: a root mean square of 1e-6, which float32 outputs hardly show
-_CHUNK = 2**20  # elements binned at a time: bounds the memory, and is faster on a CPU than all at once
+_TIE = 1e-12  # relative to E[f^2]: a root mean square of 1e-6, which is barely visible in float32 outputs
+_CHUNK = 2**20  # number of elements binned at a time: limits memory, and is faster on a CPU than all at once
 
 
 class Histogram:
-    """Counts how often each bfloat16 occurs among the values it is given, each rounded to the nearest.
+    """Counts values after rounding each to the nearest bfloat16.
 
-    Exact for bfloat16 values; of others, 128 bins per octave of either sign, so that a value moves by at most 2^-8 of
-    itself. Such moves average out: of `E[(g - f)^2]` over 10^5 values or more they change less than 1e-3, and where a
-    few values carry all of the error about 1/20 of what drawing other values would change.
+    This is exact for bfloat16 values. For others, it amounts to 128 bins per octave for each sign, so a value changes
+    by at most 2^-8 of itself. The changes average out: over 10^5 values or more, they change `E[(g - f)^2]` by less
+    than 1e-3. If a few values cause all of the error, they change it by about 1/20 of what drawing other values would.
 
-    Memory and the cost of fitting do not grow with what is counted: 65,536 integers. As these are integers, they do
-    not depend on the order of the values or on how they are cut into batches.
+    Memory and the cost of fitting do not grow with the number of values, since there are always 65,536 counts. The
+    counts are integers, so they do not depend on the order of the values or on how they are split into batches.
 
     Attributes:
-        counts: int64 of shape (65536,), indexed by the bit pattern read as int16, plus 32768; on the device of the
-            values counted last. All-reduce it to pool processes.
+        counts: int64 tensor of shape (65536,). The index is the bit pattern read as int16, plus 32768. It is on the
+            device of the values counted last. All-reduce it to combine processes.
     """
 
     def __init__(self) -> None:
@@ -54,22 +56,23 @@ class Histogram:
     def update(self, x: Tensor) -> None:
         """Counts the elements of x, a floating-point tensor of any shape, on its own device.
 
-        NaN and infinity are counted apart, as `num_nonfinite`, with what rounds to infinity: beyond 3.39e38.
+        NaN and infinity are counted separately, in `num_nonfinite`. So are values that round to infinity, those beyond
+        3.39e38.
 
         Raises:
             TypeError: x is not a floating-point tensor.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x must be a floating-point tensor, got {got}; count what enters the activation")
+            got = f"x of {x.dtype}" if isinstance(x, Tensor) else f"x of type {type(x).__name__}"
+            raise TypeError(f"got {got}. x must be a floating-point tensor. Pass the input of the activation.")
         counts = self.counts.to(x.device)
         for part in x.detach().to(torch.bfloat16).reshape(-1).split(_CHUNK):
-            # Not in place: counts made in inference mode could not be written to outside it.
+            # Not in place, since a tensor made in inference mode cannot be modified outside it.
             counts = counts + torch.bincount(part.view(torch.int16).to(torch.int32).add_(2**15), minlength=2**16)
         self.counts = counts
 
     def __add__(self, other: Histogram) -> Histogram:
-        """The histogram of the values of both; `sum(histograms, Histogram())` pools many."""
+        """Returns the histogram of the values of both. `sum(histograms, Histogram())` pools several."""
         if not isinstance(other, Histogram):
             return NotImplemented
         pooled = Histogram()
@@ -78,23 +81,23 @@ class Histogram:
 
     @property
     def num_values(self) -> int:
-        """How many finite values were counted."""
+        """The number of finite values counted."""
         return int(self.points()[1].sum())
 
     @property
     def num_nonfinite(self) -> int:
-        """How many NaN and infinities were met."""
+        """The number of NaN and infinite values."""
         return int(self.counts.sum()) - self.num_values
 
     @property
     def rms(self) -> float:
-        """Root mean square of what was counted; NaN where that is nothing, or has a NaN or an infinity in it."""
+        """The root mean square of the values. It is NaN if there are none, or if any of them is NaN or infinite."""
         values, counts = self.points()
         shares = counts.to(torch.float64) / counts.sum()
         return math.nan if self.num_nonfinite or not len(values) else math.sqrt(_mean_square(values, shares))
 
     def points(self) -> tuple[Tensor, Tensor]:
-        """The distinct finite values, float64, and how often each was counted, int64; both on the CPU."""
+        """The distinct finite values (float64) and their counts (int64), both on the CPU."""
         values = torch.arange(-(2**15), 2**15, dtype=torch.int16, device="cpu").view(torch.bfloat16)
         counts = self.counts.cpu()
         kept = (counts > 0) & values.isfinite()
@@ -103,14 +106,14 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Fit:
-    """What `fit` found.
+    """The result of `fit`.
 
     Attributes:
-        spec: The member; its eps has three significant digits.
-        error: `E[(g - f)^2]` of that member, in squared units of the activation's output.
-        relative_error: The same divided by `E[f^2]`; inf where f is zero on all values and g is not.
-        at_edge: Whether eps is an end of the range searched, so that a wider one may hold a better member. At the lower
-            end that is the case of a target like ReLU.
+        spec: The best member of the family. Its eps has three significant digits.
+        error: The error `E[(g - f)^2]` of that member, in squared units of the activation's output.
+        relative_error: The error divided by `E[f^2]`. It is inf if f is zero on all values and g is not.
+        at_edge: Whether eps is at an end of the searched range, so that a wider range may contain a better member. A
+            target such as ReLU leads to the lower end.
     """
 
     spec: GemSpec
@@ -123,24 +126,27 @@ Target = Callable[[Tensor], Tensor]
 
 
 def match_eps(rms: float, n: int, c: float = MATCH_C) -> float:
-    """`(c rms)^(2n)`, the eps with which the gate `x^(2n) / (x^(2n) + eps)` is half open at c times the rms.
+    """Returns `(c rms)^(2n)`, the eps for which the gate `x^(2n) / (x^(2n) + eps)` is half open at c times the rms.
 
     Args:
-        rms: Root mean square of what the activation is given, in its units.
+        rms: Root mean square of the inputs of the activation.
         n: The paper's N.
-        c: The half point in units of the rms.
+        c: Half point of the gate in units of the rms.
 
     Returns:
-        eps, rounded to two significant digits: the half point moves by at most 5 % / 2n, and where the rms comes out
-        otherwise in its last digits, on another machine, eps is the same.
+        eps, rounded to two significant digits. Rounding moves the half point by at most 5 % / 2n, and gives the same
+        eps on machines whose rms differs in the last digits.
 
     Raises:
-        ValueError: rms or c is not positive and finite, n is out of range, or eps would be.
+        ValueError: rms or c is not positive and finite, or n or the resulting eps is out of range.
     """
     n = check_n(n)
     for name, value in (("rms", rms), ("c", c)):
         if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value!r}; eps is (c rms)^(2n)")
+            raise ValueError(
+                f"got {name}={shown(value)}. {name} must be positive and finite, since eps is (c rms)^(2n). Measure "
+                "the rms on data that reaches the activation, or set eps yourself."
+            )
     return check_eps(float(f"{(c * rms) ** (2 * n):.2g}"), n)
 
 
@@ -153,28 +159,29 @@ def fit(
     eps_range: tuple[float, float] = EPS_RANGE,
     ns: Iterable[int] = (1, 2, 3),
 ) -> Fit:
-    """The n and eps of `family` with the smallest `E[(g(x) - f(x))^2]` over the values of `histogram`.
+    """Finds the n and eps of `family` with the smallest `E[(g(x) - f(x))^2]` over the values of `histogram`.
 
-    The error can have several minima in log eps, one for each scale on which there are values: a grid finds them, and
-    golden section follows each down, in 15 to 40 ms of one CPU core. Ties, within 1e-12 of `E[f^2]`, go to the smallest
-    n. Where eps makes no difference, as for E-GEM on negative values, it is 1e-4, or the end of the range next to that.
+    The error can have several minima in log eps, one for each scale at which there are values. A grid finds them, and a
+    golden-section search refines each. This takes 15 to 40 ms on one CPU core. Ties, within 1e-12 of `E[f^2]`, go to
+    the smallest n. If eps makes no difference, as for E-GEM on negative values, the result is 1e-4, or the end of the
+    range closest to it.
 
     Args:
-        histogram: Of the values that enter the activation.
-        target: f, an elementwise function of a float64 tensor on the CPU, such as `torch.nn.functional.gelu`; of a
-            module with parameters, a float64 copy.
-        family: By name; of one with a fixed eps, such as `gem`, only n is chosen.
-        n: The paper's N, if it is not to be chosen.
-        eps_range: Smallest and largest eps.
-        ns: The values of N to choose from.
+        histogram: Histogram of the inputs of the activation.
+        target: The activation f to approximate: an elementwise function of a float64 tensor on the CPU, such as
+            `torch.nn.functional.gelu`. For a module with parameters, pass a float64 copy.
+        family: Name of the family. If it has a fixed eps, as `gem` does, only n is chosen.
+        n: The paper's N. By default it is chosen from `ns`.
+        eps_range: Smallest and largest eps to consider.
+        ns: Values of N to choose from.
 
     Returns:
-        The member with its eps rounded to three significant digits, and the error of that one.
+        The best member, with its eps rounded to three significant digits, and the error of that member.
 
     Raises:
         TypeError: n or an end of the range is not a number.
-        ValueError: unknown family; n or eps_range out of range; a histogram without finite values; a target that is
-            not elementwise or not finite on these values.
+        ValueError: The family is unknown, n or eps_range is out of range, the histogram has no finite values, or the
+            target is not elementwise or not finite on these values.
     """
     return fit_together([(histogram, target)], family, n=n, eps_range=eps_range, ns=ns)
 
@@ -187,15 +194,26 @@ def fit_together(
     eps_range: tuple[float, float] = EPS_RANGE,
     ns: Iterable[int] = (1, 2, 3),
 ) -> Fit:
-    """`fit` for one member in place of several activations: every value counts the same, whichever it enters.
+    """Like `fit`, but finds one member to replace several activations. All values have the same weight.
 
     Args:
-        samples: (histogram, target) of each. The others, what is returned and what is raised are as for `fit`.
+        samples: A (histogram, target) pair for each activation.
+        family: Name of the family; see `fit`.
+        n: The paper's N. By default it is chosen from `ns`.
+        eps_range: Smallest and largest eps to consider.
+        ns: Values of N to choose from.
+
+    Returns:
+        The best member and its error; see `fit`.
+
+    Raises:
+        TypeError: An argument has the wrong type; see `fit`.
+        ValueError: An argument is out of range; see `fit`.
     """
     fixed = family_named(family).fixed_eps
     orders = sorted({check_n(order) for order in (ns if n is None else (n,))})
     if not orders:
-        raise ValueError("ns must hold at least one integer, got none; the paper uses ns=(1, 2, 3)")
+        raise ValueError("got an empty ns. ns must contain at least one integer. The paper uses ns=(1, 2, 3).")
     low, high = _check_range(eps_range, orders)
     points = _pool(samples)
     scale = _mean_square(points[1], points[2])
@@ -215,19 +233,20 @@ def fit_together(
 
 
 def error(spec: GemSpec | str, histogram: Histogram, target: Target, *, relative: bool = False) -> float:
-    """`E[(g(x) - f(x))^2]` over the values of `histogram`, for one member g.
+    """Computes `E[(g(x) - f(x))^2]` over the values of `histogram`, for one member g of a family.
 
     Args:
-        spec: The member, or its name. A learnable one counts with its initial eps.
-        histogram: Of the values that enter the activation.
-        target: f, as for `fit`.
-        relative: Divides by `E[f^2]`.
+        spec: The member g, or its name. If its eps is learnable, the initial eps is used.
+        histogram: Histogram of the inputs of the activation.
+        target: The activation f; see `fit`.
+        relative: Whether to divide by `E[f^2]`.
 
     Returns:
-        The error; if relative, inf where f is zero on all values and g is not.
+        The error. A relative error is inf if f is zero on all values and g is not.
 
     Raises:
-        ValueError: the name is malformed, or histogram or target are such as `fit` refuses.
+        ValueError: The name is malformed, the histogram has no finite values, or the target is not elementwise or not
+            finite on these values.
     """
     spec = parse(spec) if isinstance(spec, str) else spec
     points = _pool([(histogram, target)])
@@ -238,34 +257,42 @@ def error(spec: GemSpec | str, histogram: Histogram, target: Target, *, relative
 def _check_range(eps_range: tuple[float, float], orders: list[int]) -> tuple[float, float]:
     low, high = (check_eps(end, orders[0]) for end in eps_range)
     if low > high:
-        raise ValueError(f"eps_range must be (smallest, largest), got {eps_range}; write for example (1e-6, 10.0)")
+        raise ValueError(
+            f"got eps_range={shown(eps_range)}. It must be (smallest, largest). Write for example (1e-6, 10.0)."
+        )
     return low, high
 
 
 def _pool(samples: Iterable[tuple[Histogram, Target]]) -> tuple[Tensor, Tensor, Tensor]:
-    """The distinct values of each sample, the targets' of them, and their shares of all."""
+    """The distinct values of all samples, the target at each of them, and their shares of the total count."""
     values, wanted, counts = map(torch.cat, zip(*(_evaluate(*sample) for sample in samples), strict=True))
     return values, wanted, counts / counts.sum()
 
 
 def _evaluate(histogram: Histogram, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-    """The distinct values, f of them, and how often each was counted, all float64."""
+    """The distinct values, the target at each of them, and their counts, all in float64."""
     values, counts = histogram.points()
     if not len(values):
         raise ValueError(
-            f"the histogram holds no finite value, and {histogram.num_nonfinite} that are NaN or infinite; "
-            "fit needs at least one: update it with what enters the activation"
+            f"the histogram contains no finite values, and {histogram.num_nonfinite} that are NaN or infinite. At "
+            "least one finite value is required. Update it with the inputs of the activation."
         )
     with torch.no_grad():
-        wanted = target(values.clone())  # which an in-place target overwrites
+        wanted = target(values.clone())  # a clone, since a target may work in place
     if not isinstance(wanted, Tensor) or wanted.shape != values.shape:
         got = f"shape {tuple(wanted.shape)}" if isinstance(wanted, Tensor) else type(wanted).__name__
-        raise ValueError(f"target must be elementwise: it made {got} of a tensor of shape {tuple(values.shape)}")
+        raise ValueError(
+            f"target returned {got} for an input of shape {tuple(values.shape)}. It must be elementwise. Pass a "
+            "function such as torch.nn.functional.gelu."
+        )
     wanted = wanted.to(values)
     if not wanted.isfinite().all():
         x = values[~wanted.isfinite()][0].item()
-        raise ValueError(f"target must be finite on the values counted, but it is not at x = {x}; no member fits that")
-    return values, wanted, counts.to(torch.float64)  # integers would be divided in the default dtype
+        raise ValueError(
+            f"target is not finite at x = {x}. It must be finite on all values counted. Fit another target, or count "
+            "only values on which it is finite."
+        )
+    return values, wanted, counts.to(torch.float64)  # torch divides integers in the default dtype
 
 
 def _cost(family: str, n: int, values: Tensor, wanted: Tensor, shares: Tensor) -> Callable[[float], float]:
@@ -282,7 +309,7 @@ def _ratio(found: float, scale: float) -> float:
 
 
 def _minimise(cost: Callable[[float], float], low: float, high: float, tie: float) -> tuple[float, float]:
-    """The eps of the lowest cost, with that cost; of equal ones on the grid, the smaller eps."""
+    """Returns the eps with the lowest cost, and that cost. Among equal costs on the grid, the smallest eps wins."""
     width = math.log(high / low)
     steps = max(1, math.ceil(width / _GRID_STEP))
     grid = [math.log(low) + width * i / steps for i in range(steps + 1)]
@@ -300,7 +327,7 @@ def _minimise(cost: Callable[[float], float], low: float, high: float, tie: floa
 
 
 def _golden(function: Callable[[float], float], a: float, b: float) -> tuple[float, float]:
-    """Golden-section search: the lowest value of a function with one minimum in a..b, and where it is."""
+    """Golden-section search in a..b: returns the minimum of a function with one local minimum, and its location."""
     ratio = (math.sqrt(5) - 1) / 2
     c, d = b - ratio * (b - a), a + ratio * (b - a)
     at_c, at_d = function(c), function(d)

@@ -1,9 +1,9 @@
 """The activation functions with their derivatives: `gem`, `egem`, `segem`, `activation` for any family, and `gem_glu`.
 
-In eager mode they run as a `torch.autograd.Function` with closed-form derivatives, computed by kernels where there are
-any, which saves one tensor and supports double backward. When the graph itself is wanted (torch.compile, torch.export,
-ONNX, torch.jit.trace), in forward-mode AD and under the transforms of torch.func, they run as the plain formulas, which
-all of these understand. To script, use the modules.
+In eager mode they run as a `torch.autograd.Function` with closed-form derivatives. It uses kernels if there are any,
+saves one tensor and supports double backward. When the graph is captured (torch.compile, torch.export, ONNX,
+torch.jit.trace), in forward-mode AD and under torch.func transforms, they run as plain formulas, which all of these
+understand. For TorchScript, use the modules.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .family.names import GemSpec, check_eps, check_n
 from .family.segem import SEGEM
 from .family.table import DEFAULT_EPS, Family, family_named
 
-# Not float8 and float4, which are for storage and matrix products: a value means something with its scale only.
+# float8 and float4 are not included. They serve storage and matrix products: a value has no meaning without its scale.
 _DTYPES = (*kernels.DTYPES, torch.float64)
 _DTYPES_IN_WORDS = "float16, bfloat16, float32 or float64"
 
@@ -32,19 +32,20 @@ _DTYPES_IN_WORDS = "float16, bfloat16, float32 or float64"
 def gem(x: Tensor, n: int = 1, save: str = "auto") -> Tensor:
     r"""GEM, `x^(2n+1) / (1 + x^(2n))` for x > 0, else 0.
 
-    C^(2n) everywhere; strictly increasing for x > 0; largest slope `(1 + 2n)^2 / 8n`. Source: arXiv 2604.21677.
+    GEM is C^(2n) everywhere and strictly increasing for x > 0, with a largest slope of `(1 + 2n)^2 / 8n`. It was
+    introduced in arXiv 2604.21677.
 
     Args:
         x: Floating-point tensor of any shape.
-        n: The paper's N, 1 to 32.
-        save: What the backward pass keeps; see `egem`.
+        n: The paper's N, from 1 to 32.
+        save: Tensor that is kept for the backward pass; see `egem`.
 
     Returns:
-        A tensor of the shape, dtype and memory format of x. float16 and bfloat16 are computed in float32.
+        A tensor with the shape, dtype and memory format of x. float16 and bfloat16 are computed in float32.
 
     Raises:
         TypeError: x is not a dense tensor of float16, bfloat16, float32 or float64, or n is not an integer.
-        ValueError: n is outside 1..32, or `save` is not possible.
+        ValueError: n is outside 1..32, or `save` is not available here.
     """
     if has_torch_function_unary(x):
         return handle_torch_function(gem, (x,), x, n=n, save=save)
@@ -52,30 +53,31 @@ def gem(x: Tensor, n: int = 1, save: str = "auto") -> Tensor:
 
 
 def egem(x: Tensor, n: int = 1, eps: float | Tensor = DEFAULT_EPS, save: str = "auto") -> Tensor:
-    r"""E-GEM, `x t / (t + eps)` with `t = x^(2n)` for x > 0, else 0; towards ReLU as eps goes to 0.
+    r"""E-GEM, `x t / (t + eps)` with `t = x^(2n)` for x > 0, else 0. It approaches ReLU as eps goes to 0.
 
-    At most `eps^(1/2n) (2n-1)^((2n-1)/2n) / 2n` from ReLU, `sqrt(eps) / 2` for n = 1. The eps of arXiv 2604.21677 is
-    read as taking the place of GEM's 1; for an eps meant as the scale of the gate, pass `eps = scale**(2 * n)`.
+    The distance from ReLU is at most `eps^(1/2n) (2n-1)^((2n-1)/2n) / 2n`, which is `sqrt(eps) / 2` for n = 1. The eps
+    of arXiv 2604.21677 is read as a replacement for the 1 of GEM. If you have an eps that is meant as the scale of the
+    gate, pass `eps = scale**(2 * n)`.
 
     Args:
         x: Floating-point tensor of any shape.
-        n: The paper's N, 1 to 32.
-        eps: Positive number, or a positive floating-point tensor that broadcasts against x and takes part in
-            differentiation. The values of a tensor are not checked, since that would wait for the device.
-        save: What the backward pass keeps. `"input"`: x. `"output"`: the result, which a linear layer or a convolution
-            that follows keeps anyway, and from which the slope is recovered; then the result must not be overwritten
-            in place. `"auto"`: the output on GPUs for n up to 4, except in float16 at n = 1 with eps below 7e-5, where
-            outputs underflow, and except for a tensor eps; the input on CPUs, where recovering costs more time than
-            it saves, and elsewhere.
+        n: The paper's N, from 1 to 32.
+        eps: Positive number, or a positive floating-point tensor that broadcasts to the shape of x. Gradients flow to a
+            tensor. Its values are not checked, since that would wait for the device.
+        save: Tensor that is kept for the backward pass. `"input"` keeps x. `"output"` keeps the result, which a linear
+            layer or convolution that follows keeps anyway, and recovers the slope from it; the result must then not be
+            overwritten in place. `"auto"` keeps the output on GPUs for n up to 4, except for a tensor eps, and except
+            in float16 at n = 1 with eps below 7e-5, where outputs underflow. Otherwise it keeps the input, always on
+            CPUs, where recovering the slope costs more time than it saves.
 
     Returns:
-        A tensor of the shape, dtype and memory format of x. float16 and bfloat16 are computed in float32.
+        A tensor with the shape, dtype and memory format of x. float16 and bfloat16 are computed in float32.
 
     Raises:
         TypeError: x is not a dense tensor of float16, bfloat16, float32 or float64, n is not an integer, or eps is not
             a number.
-        ValueError: n is outside 1..32, eps is not positive and finite, its shape does not broadcast against x, or
-            `save` is not possible.
+        ValueError: n is outside 1..32, eps is not positive and finite, its shape does not broadcast to that of x, or
+            `save` is not available here.
     """
     if has_torch_function_variadic(x, eps):
         return handle_torch_function(egem, (x, eps), x, n=n, eps=eps, save=save)
@@ -83,12 +85,14 @@ def egem(x: Tensor, n: int = 1, eps: float | Tensor = DEFAULT_EPS, save: str = "
 
 
 def segem(x: Tensor, n: int = 1, eps: float | Tensor = DEFAULT_EPS, save: str = "auto") -> Tensor:
-    r"""SE-GEM, `x` for x >= 0 and `x eps / (x^(2n) + eps)` for x < 0; towards ReLU as eps goes to 0.
+    r"""SE-GEM, `x` for x >= 0 and `x eps / (x^(2n) + eps)` for x < 0. It approaches ReLU as eps goes to 0.
 
-    Equals `x + egem(-x)`. The dip below zero is as deep as E-GEM is far from ReLU. The public record of
-    arXiv 2604.21677 gives the properties of SE-GEM, not its formula; this is the simplest function that has them.
+    It equals `x + egem(-x)`. The depth of its dip below zero is the largest distance of E-GEM from ReLU. The public
+    record of arXiv 2604.21677 gives the properties of SE-GEM but not its formula. This is the simplest function with
+    these properties.
 
-    Args, returns and raises as for `egem`, except that the output does not tell the input: "auto" keeps the input.
+    Arguments, result and errors are those of `egem`, except that `save="output"` is not available, since the output
+    does not determine the input. `"auto"` keeps the input.
     """
     if has_torch_function_variadic(x, eps):
         return handle_torch_function(segem, (x, eps), x, n=n, eps=eps, save=save)
@@ -98,21 +102,21 @@ def segem(x: Tensor, n: int = 1, eps: float | Tensor = DEFAULT_EPS, save: str = 
 def activation(
     x: Tensor, family: str = "egem", n: int = 1, eps: float | Tensor | None = None, save: str = "auto"
 ) -> Tensor:
-    """The activation of any family by its name, one that was registered too.
+    """Applies the activation of any family, given by name.
 
     Args:
         x: Floating-point tensor of any shape.
         family: `gem`, `egem`, `segem`, or the name of a registered `Family`.
-        n: The paper's N, 1 to 32.
-        eps: As for `egem`; by default that of the family.
-        save: What the backward pass keeps; see `egem`.
+        n: The paper's N, from 1 to 32.
+        eps: Positive number or tensor; see `egem`. By default the eps of the family.
+        save: Tensor that is kept for the backward pass; see `egem`.
 
     Returns:
-        A tensor of the shape, dtype and memory format of x. float16 and bfloat16 are computed in float32.
+        A tensor with the shape, dtype and memory format of x. float16 and bfloat16 are computed in float32.
 
     Raises:
-        TypeError: as for `egem`.
-        ValueError: the family is unknown, or as for `egem`.
+        TypeError: An argument has the wrong type; see `egem`.
+        ValueError: The family is unknown, or an argument is out of range; see `egem`.
     """
     if has_torch_function_variadic(x, eps):
         return handle_torch_function(activation, (x, eps), x, family=family, n=n, eps=eps, save=save)
@@ -121,24 +125,24 @@ def activation(
 
 
 def gem_glu(gate: Tensor, up: Tensor, family: str = "egem", n: int = 1, eps: float | Tensor | None = None) -> Tensor:
-    """The inside of a gated MLP, `f(gate) up`, in one pass, for f of any family.
+    """Computes `f(gate) * up`, the inner part of a gated MLP, in one pass, for f of any family.
 
-    Rounded once, where `egem(gate) * up` is rounded twice. The backward pass keeps gate and up.
+    The result is rounded once, while `egem(gate) * up` is rounded twice. The backward pass keeps gate and up.
 
     Args:
         gate: Floating-point tensor of any shape.
-        up: One of the same shape, dtype and device.
-        family: As for `activation`.
-        n: The paper's N, 1 to 32.
-        eps: As for `activation`.
+        up: Tensor with the same shape, dtype and device as gate.
+        family: `gem`, `egem`, `segem`, or the name of a registered `Family`.
+        n: The paper's N, from 1 to 32.
+        eps: Positive number or tensor; see `egem`. By default the eps of the family.
 
     Returns:
-        A tensor of the shape, dtype and memory format of gate.
+        A tensor with the shape, dtype and memory format of gate.
 
     Raises:
         TypeError: gate or up is not a dense tensor of float16, bfloat16, float32 or float64, n is not an integer, or
             eps is not a number.
-        ValueError: gate and up differ in shape, dtype or device, the family is unknown, or as for `egem`.
+        ValueError: gate and up differ in shape, dtype or device, the family is unknown, or n or eps is out of range.
     """
     if has_torch_function_variadic(gate, up, eps):
         return handle_torch_function(gem_glu, (gate, up, eps), gate, up, family=family, n=n, eps=eps)
@@ -146,9 +150,11 @@ def gem_glu(gate: Tensor, up: Tensor, family: str = "egem", n: int = 1, eps: flo
     n, eps = _check(gate, n, eps, "gate")
     check_tensor(up, "up")
     if (gate.shape, gate.dtype, gate.device) != (up.shape, up.dtype, up.device):
+        given = " and ".join(
+            f"{name} of shape {tuple(t.shape)}, {t.dtype} on {t.device}" for name, t in (("gate", gate), ("up", up))
+        )
         raise ValueError(
-            "gate and up must have one shape, dtype and device, got "
-            + " and ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (gate, up))
+            f"got {given}. They must have the same shape, dtype and device. For dtype and device, use up.to(gate)."
         )
     product: Tensor
     if _wants_formula():
@@ -163,7 +169,7 @@ def gem_glu(gate: Tensor, up: Tensor, family: str = "egem", n: int = 1, eps: flo
 
 
 def _member(family: str, n: int, eps: float | Tensor | None) -> tuple[Family, float | Tensor]:
-    """A family by name and an eps that it has."""
+    """Looks up a family by name, and checks eps or fills in the default."""
     definition = family_named(family)
     if eps is None:
         return definition, definition.default_eps
@@ -185,14 +191,14 @@ def _activate(family: Family, x: Tensor, n: int, eps: float | Tensor, save: str)
 
 
 def _check(x: Tensor, n: int, eps: float | Tensor, name: str) -> tuple[int, float | Tensor]:
-    """n and eps as they are computed with, or an error that says what is wrong with them or with x."""
+    """Checks x, n and eps, and returns n and eps in the form that the formulas and kernels take."""
     check_tensor(x, name)
     n = check_n(n)
     if isinstance(eps, Tensor):
         _check_eps_tensor(eps, x)
     else:
         if torch.compiler.is_compiling() and isinstance(eps, float):
-            # Specialises a float that torch.compile made symbolic: eps shapes the graph, as n does.
+            # Specialises a float that torch.compile made symbolic, because the graph depends on eps, as it does on n.
             numerator, denominator = eps.as_integer_ratio()
             eps = numerator / denominator
         eps = check_eps(eps, n)
@@ -200,45 +206,46 @@ def _check(x: Tensor, n: int, eps: float | Tensor, name: str) -> tuple[int, floa
 
 
 def check_tensor(x: Tensor, name: str) -> None:
-    """Raises TypeError, saying what to do, where this is no tensor that an activation takes."""
+    """Raises TypeError, with the conversion to use, if an activation does not support x."""
     allowed = f"{name} must be a tensor of {_DTYPES_IN_WORDS}"
     if not isinstance(x, Tensor):
-        raise TypeError(f"{allowed}, got {type(x).__name__}; convert it with torch.tensor")
+        raise TypeError(f"got {name} of type {type(x).__name__}. {allowed}. Convert it with torch.tensor.")
     if x.dtype not in _DTYPES:
-        raise TypeError(f"{allowed}, got a tensor of {x.dtype}; convert it with {name}.{_conversion(x)}")
+        raise TypeError(f"got {name} of {x.dtype}. {allowed}. Convert it with {name}.{_conversion(x)}.")
     if x.layout != torch.strided or x.is_nested:
-        got = f"a nested tensor of layout {x.layout}" if x.is_nested else f"layout {x.layout}"
+        got = f"a nested tensor of layout {x.layout}" if x.is_nested else f"a tensor of layout {x.layout}"
         how = f"torch.nested.to_padded_tensor({name}, 0.0)" if x.is_nested else f"{name}.to_dense()"
-        raise TypeError(f"{name} must be a dense tensor, got {got}; convert it with {how}")
+        raise TypeError(f"got {got} as {name}. {name} must be a dense tensor. Convert it with {how}.")
 
 
 def _conversion(x: Tensor) -> str:
-    """What makes a dense tensor of one of `_DTYPES` of one of another dtype."""
+    """The call that converts a tensor of another dtype to one of `_DTYPES`."""
     return "dequantize()" if x.is_quantized else "real" if x.is_complex() else "float()"
 
 
 def _wants_formula() -> bool:
-    """Whether the graph is being captured, or derivatives are taken that nest a Function wrongly: torch.func's."""
+    """Whether the graph is being captured, or a torch.func transform or forward-mode AD needs plain operations."""
     return torch.compiler.is_compiling() or is_tracing() or in_functorch_transform() or in_forward_ad()
 
 
 def _check_eps_tensor(eps: Tensor, x: Tensor) -> None:
     if eps.dtype not in _DTYPES:
         how = f"eps.{_conversion(eps)}"
-        raise TypeError(f"a tensor eps must be of {_DTYPES_IN_WORDS}, got {eps.dtype}; convert it with {how}")
+        raise TypeError(f"got eps of {eps.dtype}. A tensor eps must be of {_DTYPES_IN_WORDS}. Convert it with {how}.")
     if is_tracing():
-        return  # shapes are tensors there
+        return  # in tracing, shapes are tensors
     if eps.ndim > x.ndim or any(a not in (1, b) for a, b in zip(eps.shape[::-1], x.shape[::-1], strict=False)):
         raise ValueError(
-            f"a tensor eps must broadcast to the shape of x, got eps {tuple(eps.shape)} and x {tuple(x.shape)}; "
-            "for one eps per channel of dimension 1, reshape it to (C, 1, ..., 1)"
+            f"got eps of shape {tuple(eps.shape)} and x of shape {tuple(x.shape)}. A tensor eps must broadcast to the "
+            "shape of x. For one eps per channel of dimension 1, reshape it to (C, 1, ..., 1)."
         )
 
 
 class _Activation(torch.autograd.Function):
-    """Closed-form first derivatives; for higher ones the backward pass is plain torch, which autograd differentiates.
+    """The activation with closed-form first derivatives.
 
-    Without `setup_context`, which costs as much as a small activation: what needs it gets the formulas.
+    For higher derivatives, the backward pass is plain torch, which autograd differentiates. There is no
+    `setup_context`, which would cost as much as a small activation. Callers that need it get the formulas.
     """
 
     @staticmethod
@@ -266,7 +273,7 @@ class _Activation(torch.autograd.Function):
 
 
 def _backend() -> Any:
-    """What computes a backward pass that is not differentiated: it may run where the forward pass did not."""
+    """The backend for a backward pass that is not differentiated; its context may differ from the forward pass's."""
     return formulas if _wants_formula() else kernels
 
 
@@ -277,17 +284,17 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
     except RuntimeError as error:
         if ctx.output and "inplace operation" in str(error):
             raise RuntimeError(
-                "the output of a GEM activation was overwritten in place, as Dropout(inplace=True) does, and its "
-                'backward pass keeps that output: take save="input", `module.save = "input"`, or for all of them '
-                "HF_GEM_SAVE=input in the environment. " + str(error)
+                "the output of a GEM activation was overwritten in place, for example by Dropout(inplace=True). The "
+                'backward pass needs that output unchanged. Pass save="input", set `module.save = "input"`, or set '
+                "HF_GEM_SAVE=input in the environment for all activations. " + str(error)
             ) from None
         raise
 
 
 class _Inverse(torch.autograd.Function):
-    """x from y = egem(x), for derivatives of the backward pass. y and eps are where they come from in the graph."""
+    """Recovers x from y = egem(x) for derivatives of the backward pass, as a differentiable function of y and eps."""
 
-    generate_vmap_rule = True  # a backward pass may be mapped over several incoming gradients
+    generate_vmap_rule = True  # a backward pass may be vmapped over several incoming gradients
 
     @staticmethod
     def forward(y: Tensor, eps: float | Tensor, family: Family, n: int) -> Tensor:
@@ -303,7 +310,7 @@ class _Inverse(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         y, x, *rest = ctx.saved_tensors
         eps = rest[0] if rest else ctx.eps
-        # By the slope that the backward pass of `_Activation`, which comes next, multiplies by.
+        # Divide by the same slope that the backward pass of `_Activation`, which comes next, multiplies by.
         if torch.is_grad_enabled() or ctx.needs_input_grad[1]:
             steepness = slope(ctx.family, ctx.n, eps, x)
         else:
@@ -316,10 +323,11 @@ class _Inverse(torch.autograd.Function):
 
 
 class _Quotient(torch.autograd.Function):
-    """a / b, and 0 where b is. The slopes by which derivatives of an inverse divide were factors before, and vanish.
+    """a / b, and 0 where b is 0.
 
-    So each division comes first where it is differentiated again, when the factor is still there: autograd's own
-    `a / b / b` overflows, and `torch.where` passes on a NaN from what it did not select.
+    Derivatives of an inverse divide by slopes that vanish, and that were multiplied in before. So a derivative of this
+    quotient divides first, while the factor is still in the numerator. Autograd's own `a / b / b` would overflow, and
+    `torch.where` would pass on a NaN from the branch that it did not select.
     """
 
     generate_vmap_rule = True

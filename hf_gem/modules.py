@@ -1,4 +1,4 @@
-"""The activation functions as modules, and modules by name."""
+"""The activation functions as modules, and `get_activation`, which builds a module from a name."""
 
 from __future__ import annotations
 
@@ -15,44 +15,47 @@ from ._kernels import check_save
 from .family.arithmetic import saturated, scale, scale_tensor, working
 from .family.names import GemSpec, parse
 from .family.table import DEFAULT_EPS
+from .files import shown
 
 
 def _eps_at(log_ratio: Tensor, init_eps: float) -> Tensor:
-    """`init_eps * exp(log_ratio)`, in float32 for half types; saturates where float32 ends, from 1e-37 to 1e37."""
-    if has_torch_function_unary(log_ratio):  # one node for torch.fx, which cannot follow a branch on a dtype
+    """`init_eps * exp(log_ratio)`, clamped to 1e-37..1e37 for float32. Half types are computed in float32."""
+    if has_torch_function_unary(log_ratio):  # one node for torch.fx, which cannot trace a branch on a dtype
         return handle_torch_function(_eps_at, (log_ratio,), log_ratio, init_eps)
     if log_ratio.dtype != torch.float64:
         log_ratio = log_ratio.to(torch.float32)
-    # Where exp itself is finite. No bound is computed from init_eps: a compiler would make a graph for each.
+    # Between these bounds, exp is finite. They do not depend on init_eps: a compiler would make a graph for each value.
     return saturated(init_eps * torch.exp(log_ratio.clamp(-87.0, 87.0)))
 
 
-CALLED = "_hf_gem_called"  # an attribute of modules that have run, but for what was compiled
+CALLED = "_hf_gem_called"  # an attribute that a module gets when it runs; compiled modules do not get it
 
 
 class GemActivation(nn.Module):
-    """An activation of any family. n and eps are plain numbers, so that building on the meta device loses nothing.
+    """An activation of any family.
 
-    Calls take `inplace` as `torch.nn.functional.relu` does, in whose place they stand after a conversion, and never
-    overwrite their input. `save` may be changed at any time, `module.save = "input"`.
+    n and eps are plain numbers, so building a model on the meta device loses nothing. Calls accept `inplace`, as
+    `torch.nn.functional.relu` does, since a conversion puts this module in its place. The input is never overwritten.
+    You can change `save` at any time: `module.save = "input"`.
 
-    A learnable eps is `init_eps * exp(log_ratio)`: positive whatever the optimizer does, and exactly `init_eps` at
-    `log_ratio = 0`, also when the module is cast to bfloat16.
+    A learnable eps is `init_eps * exp(log_ratio)`. It stays positive whatever the optimizer does, and it is exactly
+    `init_eps` at `log_ratio = 0`, even if the module is cast to bfloat16.
 
     Args:
         family: `gem`, `egem`, `segem`, or the name of a registered `Family`.
-        n: The paper's N, 1 to 32.
-        eps: Positive number, by default that of the family; the initial value where it is learnable.
-        learnable: Makes eps a positive Parameter, `eps * exp(log_ratio)`. Leave `log_ratio` out of weight decay.
-        num_parameters: 1, or C for an eps of its own for each channel.
-        channel_dim: The dimension of the channels: 1 for images (N, C, ...), -1 for sequences (..., C).
-        inplace: Accepted for timm and torch signatures; the input is never overwritten.
-        save: What the backward pass keeps, "auto", "input" or "output"; see `hf_gem.functional.egem`.
+        n: The paper's N, from 1 to 32.
+        eps: Positive number, by default the eps of the family. If eps is learnable, this is its initial value.
+        learnable: Whether to train eps, as `eps * exp(log_ratio)` with the Parameter `log_ratio`. Exclude `log_ratio`
+            from weight decay.
+        num_parameters: Number of learnable eps: 1 for the whole layer, or the number of channels for one per channel.
+        channel_dim: Dimension of the channels: 1 for images (N, C, ...), -1 for sequences (..., C).
+        inplace: Ignored. It exists because timm and torch pass it; the input is never overwritten.
+        save: Tensor that is kept for the backward pass: "auto", "input" or "output"; see `hf_gem.functional.egem`.
 
     Raises:
-        TypeError: n, eps, num_parameters or channel_dim is not a number, or learnable not a bool.
-        ValueError: one of them is out of range; when called, the input has another number of channels.
-        IndexError: when called, the input has no dimension `channel_dim`.
+        TypeError: n, eps, num_parameters or channel_dim is not a number, or learnable is not a bool.
+        ValueError: An argument is out of range, or a call gets an input with another number of channels.
+        IndexError: A call gets an input without the dimension `channel_dim`.
     """
 
     __jit_unused_properties__: ClassVar[list[str]] = ["eps", "spec"]
@@ -70,16 +73,25 @@ class GemActivation(nn.Module):
     ) -> None:
         super().__init__()
         check_save(save)
-        spec = GemSpec(family, n, eps, learnable)  # type: ignore[arg-type]  # None stands for the family's own
+        spec = GemSpec(family, n, eps, learnable)  # type: ignore[arg-type]  # None means the default of the family
         for name, value in (("num_parameters", num_parameters), ("channel_dim", channel_dim)):
             if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+                raise TypeError(
+                    f"got {name}={shown(value)} of type {type(value).__name__}. {name} must be an integer. Write for "
+                    f"example {name}=1."
+                )
         if num_parameters < 1:
-            raise ValueError(f"num_parameters must be 1 or the number of channels, got {num_parameters}")
+            raise ValueError(
+                f"got num_parameters={shown(num_parameters)}. It must be at least 1. Write 1 for one eps per layer, or "
+                "the number of channels for one per channel."
+            )
         if num_parameters != 1 and not learnable:
-            raise ValueError(f"num_parameters={num_parameters} needs learnable=True: a fixed eps has no parameters")
+            raise ValueError(
+                f"got num_parameters={shown(num_parameters)} with learnable=False. A fixed eps has no parameters. Set "
+                "learnable=True, or leave out num_parameters."
+            )
         self.family = spec.family
-        self.formula = spec.definition.value  # for TorchScript, which compiles a function that is an attribute
+        self.formula = spec.definition.value  # an attribute, so that TorchScript compiles it
         self.n = spec.n
         self.init_eps = spec.eps
         self.num_parameters = num_parameters
@@ -89,30 +101,30 @@ class GemActivation(nn.Module):
         self.re: float
         self.log_ratio: nn.Parameter | None
         if learnable:
-            self.log_ratio = nn.Parameter(torch.zeros(num_parameters))  # never 0-dim, which FSDP2 cannot shard
+            self.log_ratio = nn.Parameter(torch.zeros(num_parameters))  # not 0-dim, which FSDP2 cannot shard
         else:
             self.register_parameter("log_ratio", None)
 
     def reset_parameters(self) -> None:
-        """Sets a learnable eps back to its initial value."""
+        """Resets a learnable eps to its initial value."""
         if self.log_ratio is not None:
             nn.init.zeros_(self.log_ratio)
 
     @property
     def eps(self) -> float | Tensor:
-        """The current eps: a float, or a learnable one as a float32 or float64 tensor of shape (num_parameters,)."""
+        """The current eps: a float, or if learnable a float32 or float64 tensor of shape (num_parameters,)."""
         return self.init_eps if self.log_ratio is None else _eps_at(self.log_ratio, self.init_eps)
 
     @property
     def spec(self) -> GemSpec:
-        """Family, n, initial eps and learnability."""
+        """The family, n, the initial eps and whether it is learnable."""
         return GemSpec(self.family, self.n, self.init_eps, self.log_ratio is not None)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in ("n", "init_eps") and vars(self).keys() >= {"n", "init_eps"}:
             r, self.e = scale(self.init_eps, self.n)
-            self.re = r * self.e  # exact, as is the r = re / e that follows; for what it is good, see `captured`
+            self.re = r * self.e  # this product and r = re / e are exact; `captured` says why re is stored
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         if torch.jit.is_scripting():
@@ -130,11 +142,12 @@ class GemActivation(nn.Module):
         return functional.activation(x, self.family, self.n, eps, self.save).movedim(-1, self.channel_dim)
 
     def captured(self, x: Tensor, up: Tensor | None = None) -> Tensor:
-        """`forward` for a compiler, of a fixed eps; with `up`, times that, rounded once.
+        """`forward` with a fixed eps, for a compiler. If `up` is given, the result is multiplied by it before rounding.
 
-        Floats are inputs of its graph as soon as they differ, so that layers share one whatever their eps. An r that is
-        computed there from eps would be a constant, with a graph for each layer, up to the limit past which nothing is
-        compiled. And r is the same for many eps: it would cost one graph more when it first differs; r e does not.
+        Floats become inputs of the compiled graph once they differ, so all layers share one graph, whatever their eps.
+        If r were computed from eps in the graph, it would be a constant. Each layer would then need its own graph, up
+        to the limit beyond which nothing is compiled. r itself is the same for many eps, so passing it would cost one
+        more graph when it first differs. r e differs whenever eps does.
         """
         functional.check_tensor(x, "x")
         y = self.formula(working(x), self.n, self.re / self.e, self.e)
@@ -156,13 +169,13 @@ class GemActivation(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # Pickles of version 0.1.0 lack these.
+        # Pickles of version 0.1.0 lack these attributes.
         vars(self).setdefault("family", type(self).__name__.lower())
         vars(self).setdefault("formula", self.spec.definition.value)
-        self.n = self.n  # and e and re
+        self.n = self.n  # also sets e and re
 
     def _scripted(self, x: Tensor) -> Tensor:
-        """`forward` for TorchScript, which takes the formula as it is, with tensors for r and e."""
+        """`forward` for TorchScript: the formula, with r and e as tensors."""
         z = working(x)
         log_ratio = self.log_ratio
         if log_ratio is None:
@@ -182,9 +195,9 @@ class GEM(GemActivation):
     """GEM, `x^(2n+1) / (1 + x^(2n))` for x > 0, else 0; see `hf_gem.functional.gem`.
 
     Args:
-        n: The paper's N, 1 to 32.
-        inplace: Accepted for timm and torch signatures; the input is never overwritten.
-        save: What the backward pass keeps, "auto", "input" or "output"; see `hf_gem.functional.egem`.
+        n: The paper's N, from 1 to 32.
+        inplace: Ignored. It exists because timm and torch pass it; the input is never overwritten.
+        save: Tensor that is kept for the backward pass: "auto", "input" or "output"; see `hf_gem.functional.egem`.
     """
 
     def __init__(self, n: int = 1, inplace: bool = False, save: str = "auto") -> None:
@@ -194,7 +207,7 @@ class GEM(GemActivation):
 class EGEM(GemActivation):
     """E-GEM, `x t / (t + eps)` with `t = x^(2n)` for x > 0, else 0; see `hf_gem.functional.egem`.
 
-    Args and errors are those of `GemActivation`, without the family.
+    Arguments and errors are those of `GemActivation`, without `family`.
     """
 
     _name = "egem"
@@ -213,7 +226,10 @@ class EGEM(GemActivation):
 
 
 class SEGEM(EGEM):
-    """SE-GEM, `x` for x >= 0 and `x eps / (x^(2n) + eps)` for x < 0; see `hf_gem.functional.segem`. Args as EGEM."""
+    """SE-GEM, `x` for x >= 0 and `x eps / (x^(2n) + eps)` for x < 0; see `hf_gem.functional.segem`.
+
+    Arguments and errors are those of `GemActivation`, without `family`.
+    """
 
     _name = "segem"
 
@@ -222,7 +238,7 @@ _CLASSES: dict[str, type[GemActivation]] = {"egem": EGEM, "segem": SEGEM}
 
 
 def module_factory(spec: GemSpec) -> Callable[..., nn.Module]:
-    """A picklable callable that builds a new module for `spec`; takes `inplace` like the activation classes of timm."""
+    """Returns a picklable callable that builds a new module for `spec`. It accepts `inplace`, as timm's classes do."""
     if spec.family == "gem":
         return functools.partial(GEM, n=spec.n)
     cls = _CLASSES.get(spec.family) or functools.partial(GemActivation, spec.family)
@@ -230,5 +246,5 @@ def module_factory(spec: GemSpec) -> Callable[..., nn.Module]:
 
 
 def get_activation(name: str) -> nn.Module:
-    """Builds the module an activation name stands for; see `hf_gem.parse` for names and errors."""
+    """Builds the module for an activation name. `hf_gem.parse` documents names and errors."""
     return module_factory(parse(name))()

@@ -29,14 +29,14 @@ _SMALL: dict[str, Any] = {
     "mixed_precision": "bf16", "compile": True, "log_every": 20,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
-    # 1.0M parameters on the standard library's source: minutes on two CPU cores.
+    # 1.0M parameters, on the standard library's source: minutes on two CPU cores.
     "demo": {
         "n_layer": 2, "n_embd": 128, "n_head": 4, "n_inner": 512, "block_size": 64,
         "vocab_size": 4096, "validation_fraction": 0.02, "min_validation_tokens": 30_000,
         "steps": 300, "global_batch_size": 64, "micro_batch_size": 64, "warmup_steps": 18, "learning_rate": 3e-3,
         "eval_every": 100, "save_every": 100, "log_every": 10,
     },
-    # The size of google/bert_uncased_L-4_H-512_A-8, 28.8M parameters; 33k tokens a step.
+    # The size of google/bert_uncased_L-4_H-512_A-8, 28.8M parameters; 33k tokens per step.
     "bert-small": {
         **_SMALL, "steps": 100_000, "warmup_steps": 6000, "max_train_tokens": 2_000_000_000,
         "eval_every": 2000, "save_every": 5000,
@@ -51,7 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Config(TextConfig, TrainConfig):
-    """The fields of this recipe."""
+    """The config of this recipe."""
 
     runtime: ClassVar[frozenset[str]] = frozenset({"prompt"})
     special_tokens: ClassVar[dict[str, str]] = {
@@ -60,27 +60,27 @@ class Config(TextConfig, TrainConfig):
 
     adam_beta2: float = option(0.98, "AdamW beta 2.")
     lr_schedule: Literal["cosine", "linear", "step"] = option(
-        "linear", "Decay of the learning rate after the warm-up; step: a tenth from half of all steps on, then 3/4."
+        "linear", "Decay of the learning rate after the warm-up; step divides it by 10 at 1/2 and at 3/4 of all steps."
     )
-    min_lr_ratio: float = option(0.0, "Final learning rate, as a fraction of the peak.")
+    min_lr_ratio: float = option(0.0, "Final learning rate as a fraction of the peak.")
     weight_decay: float = option(0.01, "Weight decay of matrices; nothing else is decayed.")
 
-    n_layer: int = option(4, "Transformer blocks.")
-    n_embd: int = option(512, "Width.")
-    n_head: int = option(8, "Attention heads.")
+    n_layer: int = option(4, "Number of transformer blocks.")
+    n_embd: int = option(512, "Width of the hidden states.")
+    n_head: int = option(8, "Number of attention heads.")
     n_inner: int = option(2048, "Width of the feed-forward layers.")
-    dropout: float = option(0.0, "Dropout rate, everywhere.")
+    dropout: float = option(0.0, "Dropout rate of all layers.")
     own_gain: bool = option(
-        False, "Draw the weights around each activation, in the head too, so that it keeps the scale of what it gets."
+        False, "Draw the weights around each activation, also in the head, so that it preserves the scale of its input."
     )
     init_like_width: int = option(
-        0, "Draw the weights so that activations are given what a model of this width gives them; 0: std 0.02."
+        0, "Draw the weights so that activations get inputs of the scale in a model of this width; 0: std 0.02."
     )
     mask_probability: float = option(0.15, "Share of tokens to predict.")
     prompt: str = option("import [MASK]", "Text whose masked tokens are filled in at the end.")
 
     def validate(self) -> None:
-        """Raises ValueError, naming the field, when a value makes no sense."""
+        """Raises ValueError, naming the field, if a value makes no sense."""
         TextConfig.validate(self)
         TrainConfig.validate(self)
         at_least(self, 1, "n_layer", "n_embd", "n_head", "n_inner")
@@ -88,13 +88,13 @@ class Config(TextConfig, TrainConfig):
         at_least(self, 0, "init_like_width")
         require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
         both = self.own_gain and self.init_like_width
-        require(not both, "init_like_width", both, "0 with --own_gain, which draws the same weights in its own way")
+        require(not both, "init_like_width", self.init_like_width, "0 with --own_gain, which draws the same weights")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         require(0 < self.mask_probability < 1, "mask_probability", self.mask_probability, "between 0 and 1")
 
 
 def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> BertForMaskedLM:
-    """BERT, without the prediction of the next sentence."""
+    """Builds BERT without next-sentence prediction."""
     model = BertForMaskedLM(
         BertConfig(
             vocab_size=vocab_size,
@@ -115,14 +115,14 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: 
         for layer in layers:
             up, down = layer.intermediate.dense.weight, layer.output.dense.weight
             init_feed_forward_(up, down, config.n_embd, ACT2FN[config.hidden_act])
-        # Of the activation in the head too the inputs have a second moment of 1; a normalisation is behind it.
+        # The input of the activation in the head gets a second moment of 1 too. A normalisation follows it.
         torch.nn.init.normal_(model.cls.predictions.transform.dense.weight, std=config.n_embd**-0.5)
     return model
 
 
 @torch.no_grad()
 def fill_in(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The prompt with the likeliest tokens in place of its masks."""
+    """Replaces the masks in a prompt with the most likely tokens."""
     cls, sep, mask = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
     text = tokenizer(prompt, add_special_tokens=False)["input_ids"][: model.config.max_position_embeddings - 2]
     ids = torch.tensor([[cls, *text, sep]], device=model.device)
@@ -131,7 +131,7 @@ def fill_in(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
-    """What the model card says besides the record."""
+    """Returns the values of the model card that are not in the record."""
     return text_card(
         record,
         title=f"BERT {record['preset']}, {config.hidden_act}",
@@ -139,8 +139,8 @@ def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
         pipeline_tag="fill-mask",
         auto_class="AutoModelForMaskedLM",
         loss_unit="nats per masked token",
-        limits="An encoder that fills in masked tokens, trained without the prediction of the next sentence; for "
-        f"other tasks it has to be fine-tuned. It has seen sequences of {config.block_size} tokens.",
+        limits="This encoder fills in masked tokens. It was trained without next-sentence prediction, on sequences of "
+        f"{config.block_size} tokens. For other tasks it needs fine-tuning.",
     )
 
 

@@ -1,7 +1,7 @@
 """Compares activations by a plan: python recipes/compare.py --plan recipes/plans/smoke.yaml
 
-Runs what is missing of the study, one run after the other or --jobs at once, and writes its report. Started again
-after a crash, it goes on where it was; several machines may share the folder of a study.
+Runs the missing runs of a study, one after another or --jobs at once, and writes its report. After a crash, the same
+command continues where it stopped. Several machines may share the folder of a study.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ RECIPES = Path(__file__).resolve().parent
 
 
 def arguments_of(argv: list[str] | None) -> argparse.Namespace:
-    """What the command line says, with `set` parsed."""
+    """Parses the command line, including the flags in `--set`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", type=Path, required=True, help="file of the plan, YAML or Python")
+    parser.add_argument("--plan", type=Path, required=True, help="plan file, YAML or Python")
     parser.add_argument(
         "--set",
         nargs="+",
         action="extend",
         default=[],
         metavar="FLAG=VALUE",
-        help="flags of the recipe, in place of those of the plan",
+        help="flags of the recipe that override those of the plan",
     )
-    parser.add_argument(
-        "--note", default="", help="what the report is to say of your data, behind the plan's own notes"
-    )
-    parser.add_argument("--study", type=Path, help="folder of the study (default: studies/ and the name of the plan)")
+    parser.add_argument("--note", default="", help="remark on your data for the report, added to the plan's notes")
+    parser.add_argument("--study", type=Path, help="folder of the study (default: studies/NAME-OF-PLAN)")
     parser.add_argument(
         "--jobs",
         type=int,
         default=1,
-        help="runs at once (default: 1), one on each GPU in turn; a second driver needs a CUDA_VISIBLE_DEVICES; "
-        "0: one after the other in this process, which saves the start of others, where a run takes seconds",
+        help="number of runs at once (default: 1), assigned to the GPUs in turn; a second driver needs its own "
+        "CUDA_VISIBLE_DEVICES. 0 runs one after another in this process, which is faster if a run takes seconds",
     )
-    parser.add_argument("--dry_run", action="store_true", help="only say what would run")
+    parser.add_argument("--dry_run", action="store_true", help="only print what would run")
     parser.add_argument(
         "--estimate",
         action="store_true",
-        help="only say what the study takes, after two short runs of its baseline, --jobs of each at once",
+        help="only print how long the study takes, after two short runs of its baseline, --jobs of each at once",
     )
-    parser.add_argument("--allow_mixed", action="store_true", help="take records of other code, versions or data too")
+    parser.add_argument(
+        "--allow_mixed", action="store_true", help="accept records with different code, versions or data"
+    )
     arguments = parser.parse_args(argv)
     if arguments.jobs < 0:
         parser.error(f"--jobs must be at least 0, got {arguments.jobs}")

@@ -23,21 +23,21 @@ from hf_gem.training.task import Task
 from hf_gem.training.throughput import decoder_flops_per_token
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # 1.3M parameters on the standard library's source: minutes on two CPU cores.
+    # 1.3M parameters, on the standard library's source: minutes on two CPU cores.
     "demo": {
         "n_layer": 4, "n_embd": 128, "n_head": 4, "block_size": 128,
         "vocab_size": 4096, "validation_fraction": 0.02, "min_validation_tokens": 30_000,
         "steps": 400, "global_batch_size": 32, "micro_batch_size": 32, "warmup_steps": 50, "learning_rate": 3e-3,
         "eval_every": 100, "save_every": 100, "log_every": 10,
     },
-    # 0.14M parameters whose activations are given what those of GPT-2 small are given: for studies on CPUs.
+    # 0.14M parameters, with activation inputs of the same scale as in GPT-2 small: for studies on CPUs.
     "narrow": {
         "n_layer": 2, "n_embd": 64, "n_head": 2, "block_size": 64, "init_like_width": 768,
         "vocab_size": 512, "validation_fraction": 0.05, "test_fraction": 0.08,
         "steps": 600, "global_batch_size": 32, "micro_batch_size": 32, "warmup_steps": 60, "learning_rate": 5e-3,
         "eval_every": 300, "save_every": 0, "log_every": 20,
     },
-    # GPT-2 small as in nanoGPT: 0.5M tokens a step, dropout 0, vocabulary 50257 padded to 50304.
+    # GPT-2 small as in nanoGPT: 0.5M tokens per step, dropout 0, vocabulary 50257 padded to 50304.
     "gpt2-124m": {
         "n_layer": 12, "n_embd": 768, "n_head": 12, "block_size": 1024,
         "dataset": "HuggingFaceFW/fineweb-edu", "dataset_config": "sample-10BT", "tokenizer": "openai-community/gpt2",
@@ -50,40 +50,42 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Config(TextConfig, TrainConfig):
-    """The fields of this recipe."""
+    """The config of this recipe."""
 
     runtime: ClassVar[frozenset[str]] = frozenset({"loss_chunk_size", "prompt"})
 
-    n_layer: int = option(12, "Transformer blocks.")
-    n_embd: int = option(768, "Width.")
-    n_head: int = option(12, "Attention heads.")
-    dropout: float = option(0.0, "Dropout rate, everywhere.")
+    n_layer: int = option(12, "Number of transformer blocks.")
+    n_embd: int = option(768, "Width of the hidden states.")
+    n_head: int = option(12, "Number of attention heads.")
+    dropout: float = option(0.0, "Dropout rate of all layers.")
     own_gain: bool = option(
-        False, "Draw the weights of feed-forward layers so that each activation keeps the scale of what it is given."
+        False, "Draw the weights of feed-forward layers so that each activation preserves the scale of its input."
     )
     init_like_width: int = option(
-        0, "Draw the weights so that activations are given what a model of this width gives them; 0: std 0.02."
+        0, "Draw the weights so that activations get inputs of the scale in a model of this width; 0: std 0.02."
     )
-    pad_vocab_to_multiple_of: int = option(64, "Rows of the embedding are rounded up to this; 50257 becomes 50304.")
+    pad_vocab_to_multiple_of: int = option(
+        64, "Round the rows of the embedding up to a multiple of this; 50257 becomes 50304."
+    )
     loss_chunk_size: int | Literal["auto"] = option(
-        "auto", "Tokens whose logits are in memory at once; 0: all; auto: all where a GPU has room for them, else 4096."
+        "auto", "Tokens whose logits are in memory at once; 0: all; auto: all if a GPU has room for them, else 4096."
     )
-    prompt: str = option("def ", "Start of the sample that is generated at the end.")
+    prompt: str = option("def ", "Start of the text that is generated at the end.")
 
     def validate(self) -> None:
-        """Raises ValueError, naming the field, when a value makes no sense."""
+        """Raises ValueError, naming the field, if a value makes no sense."""
         TextConfig.validate(self)
         TrainConfig.validate(self)
         at_least(self, 1, "n_layer", "n_embd", "n_head", "pad_vocab_to_multiple_of")
         at_least(self, 0, "loss_chunk_size", "init_like_width")
         require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
         both = self.own_gain and self.init_like_width
-        require(not both, "init_like_width", both, "0 with --own_gain, which draws the same weights in its own way")
+        require(not both, "init_like_width", self.init_like_width, "0 with --own_gain, which draws the same weights")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
 
 
 def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> GPT2LMHeadModel:
-    """GPT-2 with residual projections initialised at 0.02 / sqrt(2 n_layer), which transformers does by itself."""
+    """Builds GPT-2. transformers initialises the residual projections with std 0.02 / sqrt(2 n_layer)."""
     multiple = config.pad_vocab_to_multiple_of
     model = GPT2LMHeadModel(
         GPT2Config(
@@ -112,7 +114,7 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: 
 
 @torch.no_grad()
 def sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> str:
-    """Text that continues `prompt`, drawn with a fixed seed."""
+    """Generates text that continues `prompt`, with a fixed seed."""
     torch.manual_seed(0)
     room = model.config.n_positions - length
     ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt")["input_ids"][:, -room:].to(model.device)
@@ -130,7 +132,7 @@ def sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, length: 
 
 
 def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
-    """What the model card says besides the record."""
+    """Returns the values of the model card that are not in the record."""
     return text_card(
         record,
         title=f"GPT-2 {record['preset']}, {config.hidden_act}",
@@ -138,8 +140,8 @@ def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
         pipeline_tag="text-generation",
         auto_class="AutoModelForCausalLM",
         loss_unit="nats per token",
-        limits="A base language model: it continues text, follows no instructions, and repeats what its data holds. "
-        f"Its context is {config.block_size} tokens.",
+        limits="This is a base language model. It continues text, does not follow instructions, and can repeat its "
+        f"training data. Its context is {config.block_size} tokens.",
     )
 
 

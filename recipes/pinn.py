@@ -1,4 +1,4 @@
-"""Solves differential equations by networks with any activation: accelerate launch recipes/pinn.py --preset demo"""
+"""Solves differential equations with networks with any activation: accelerate launch recipes/pinn.py --preset demo"""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from hf_gem.training.report import import_of, print_summary, save_results
 from hf_gem.training.signals import run_recipe
 from hf_gem.training.task import Task
 
-# Adam without weight decay and clipping, in float32, as is usual here, with a rate that falls to a hundredth.
+# The usual choice here: Adam in float32, without weight decay and clipping, with a rate that decays to a hundredth.
 _ADAM: dict[str, Any] = {
     "adam_beta2": 0.999, "weight_decay": 0, "grad_clip": 0, "min_lr_ratio": 0.01, "warmup_steps": 100,
     "global_batch_size": 128, "micro_batch_size": 512, "mixed_precision": "no",
     "eval_every": 500, "save_every": 500, "log_every": 100,
 }  # fmt: skip
-# Seconds each, on one thread of a CPU.
+# Each takes seconds on one CPU thread.
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         **_ADAM, "problem": "poisson", "steps": 800, "learning_rate": 0.02,
@@ -46,28 +46,28 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Config(TrainConfig):
-    """The fields of this recipe."""
+    """The config of this recipe."""
 
-    problem: Literal["poisson", "helmholtz", "burgers"] = option("poisson", "The equation; the preset has its steps.")
+    problem: Literal["poisson", "helmholtz", "burgers"] = option("poisson", "The equation; each has a preset.")
     width: int = option(32, "Width of hidden layers.")
-    depth: int = option(3, "Hidden layers.")
+    depth: int = option(3, "Number of hidden layers.")
     boundary_weight: float = option(
-        100.0, "Weight of squared errors where the solution is given, against squared residuals of the equation."
+        100.0, "Weight of squared errors on the boundary, relative to squared residuals of the equation."
     )
     own_gain: bool = option(
-        False, "Draw the weights behind each activation with its gain, and not with 1, which is Glorot's, for all."
+        False, "Draw the weights after each activation with its own gain; otherwise the gain is 1, as for Glorot's."
     )
 
     def validate(self) -> None:
-        """Raises ValueError, naming the field, when a value makes no sense."""
+        """Raises ValueError, naming the field, if a value makes no sense."""
         super().validate()
         at_least(self, 1, "width", "depth")
         at_least(self, 0, "boundary_weight")
-        require(not self.compile, "compile", True, "false: torch.compile has no derivatives of a backward pass")
+        require(not self.compile, "compile", True, "false, because torch.compile cannot differentiate a backward pass")
 
 
 def build_model(config: Config) -> CoordinateMLPModel:
-    """A network on the box of the problem, with new weights."""
+    """Builds a network for the box of the problem, with new weights."""
     problem = PROBLEMS[config.problem]
     own: Any = {"initializer_gain": gain(ACT2FN[config.hidden_act])} if config.own_gain else {}
     return CoordinateMLPModel(
@@ -83,20 +83,20 @@ def build_model(config: Config) -> CoordinateMLPModel:
 
 
 def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
-    """What the model card says besides the record."""
+    """Returns the values of the model card that are not in the record."""
     return {
         "title": f"{config.problem}, {config.hidden_act}",
         "architecture": f"A network of {config.depth} hidden layers of width {config.width}",
-        "problem": f"Its output is the solution of {PROBLEMS[config.problem].statement}. It was trained to satisfy the "
-        "equation and the conditions, at points that were drawn anew for each step, and saw no values of the solution "
-        "elsewhere.",
+        "problem": f"The output approximates the solution of {PROBLEMS[config.problem].statement}. The network was "
+        "trained to satisfy the equation and the conditions at new random points in each step. It saw no other values "
+        "of the solution.",
         "pipeline_tag": "other",
         "auto_class": "AutoModel",
         "processor_class": None,
         "loss_unit": "training: residual and boundary; validation: squared error",
         "imported": record["imported"],
         "on_hub": False,
-        "limits": "It is the solution of one equation with one set of conditions, on its domain alone.",
+        "limits": "The network solves one equation with one set of conditions, and only on its domain.",
     }
 
 
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     config, preset = parse_config(Config, PRESETS, "demo", argv)
     config.output_dir = config.output_dir or f"runs/pinn-{preset}-{config.act_label}-seed{config.seed}"
     accelerator = make_accelerator(config)
-    torch.set_float32_matmul_precision("highest")  # TF32 has three digits, and no solution would have more
+    torch.set_float32_matmul_precision("highest")  # TF32 would limit solutions to three digits
     problem = PROBLEMS[config.problem]
     data = prepare_points(problem, config.data_seed)
 

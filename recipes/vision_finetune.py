@@ -1,6 +1,6 @@
 """Fine-tunes a pretrained image classifier with its activations replaced: accelerate launch recipes/vision_finetune.py
 
-It reports the accuracy before the activations are replaced, right after, and after fine-tuning.
+It reports the accuracy before the activations are replaced, right after that, and after fine-tuning.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 100, "global_batch_size": 64, "micro_batch_size": 64, "warmup_steps": 20, "learning_rate": 1e-3,
         "eval_every": 50, "save_every": 50, "log_every": 10,
     },
-    # Ten epochs of ImageNet-1k from the weights of timm, with the augmentation of their training eased.
+    # Ten epochs of ImageNet-1k from timm's weights, with weaker augmentation than in their training.
     "resnet50-imagenet": {
         "model": "timm/resnet50.a1_in1k", "dataset": "ILSVRC/imagenet-1k", "hidden_act": "egem", "eps": "fit",
         "crop_min_scale": 0.35, "flip": True, "mixup": 0.1, "cutmix": 1.0, "label_smoothing": 0.1, "ema_decay": 0.9998,
@@ -55,50 +55,51 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Config(VisionConfig, TrainConfig):
-    """The fields of this recipe."""
+    """The config of this recipe."""
 
     eps_choices: ClassVar[tuple[str, ...]] = ("fit", "match")
 
-    hidden_act: str = option("egem", "What the activations become: a name of the family; or none, to leave them.")
-    min_lr_ratio: float = option(0.0, "Final learning rate, as a fraction of the peak.")
+    hidden_act: str = option("egem", "The new activation: a name of the family, or none to keep the old ones.")
+    min_lr_ratio: float = option(0.0, "Final learning rate as a fraction of the peak.")
     weight_decay: float = option(0.05, "Weight decay of matrices and filters; nothing else is decayed.")
     model: str = option(
         "", "timm/<name>, a Hub id, or the folder of an image classifier of transformers, timm or vision_train.py."
     )
     eps: str | None = option(
-        None, "A number in place of the eps in --hidden_act; or fit or match, to choose it as hf_gem.convert does."
+        None, "A number that replaces the eps in --hidden_act, or fit or match to choose it as hf_gem.convert does."
     )
-    fit_per_layer: bool = option(False, "With --eps fit or match, an eps for each activation.")
-    fit_batches: int = option(4, "Batches of training images for that.")
-    new_head: bool = option(False, "Start with a new last layer even where the number of classes is that of the model.")
-    head_lr_ratio: float = option(1.0, "Learning rate of the last layer, as a multiple of that of the others.")
-    mixup: float = option(0.0, "Alpha of mixup (arXiv 1710.09412); 0: none. Images mix within a micro-batch.")
-    cutmix: float = option(0.0, "Alpha of CutMix (arXiv 1905.04899); 0: none.")
+    fit_per_layer: bool = option(False, "With --eps fit or match: choose a separate eps for each activation.")
+    fit_batches: int = option(4, "With --eps fit or match: number of batches of training images to use.")
+    new_head: bool = option(False, "Start with a new last layer even if the model has the right number of classes.")
+    head_lr_ratio: float = option(1.0, "Learning rate of the last layer as a multiple of the others'.")
+    mixup: float = option(0.0, "Alpha of mixup (arXiv 1710.09412); 0: off. Images mix within a micro-batch.")
+    cutmix: float = option(0.0, "Alpha of CutMix (arXiv 1905.04899); 0: off.")
     label_smoothing: float = option(0.0, "Share of the target that is spread over all classes.")
 
     def validate(self) -> None:
-        """Raises ValueError, naming the field, when a value makes no sense."""
+        """Raises ValueError, naming the field, if a value makes no sense."""
         VisionConfig.validate(self)
         if self.hidden_act == "none":
             TrainConfig.validate(replace(self, hidden_act="relu", eps=None))  # for all the other fields
         else:
-            require(is_claimed(self.hidden_act), "hidden_act", self.hidden_act, "of the family, such as egem, or none")
+            allowed = "a name of the family, such as egem, or none"
+            require(is_claimed(self.hidden_act), "hidden_act", self.hidden_act, allowed)
             TrainConfig.validate(self)
-        require(bool(self.model), "model", "nothing", "timm/<name>, a Hub id or a folder")
+        require(bool(self.model), "model", self.model, "timm/<name>, a Hub id or a folder")
         chooses = self.eps in self.eps_choices
         require(chooses or not self.fit_per_layer, "fit_per_layer", True, "false without --eps fit or match")
         at_least(self, 1, "fit_batches")
         at_least(self, 0, "head_lr_ratio", "mixup", "cutmix")
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
         fits = not (self.mixup or self.cutmix) or fixed_micro_batch_size(self) % 2 == 0
-        require(fits, "micro_batch_size", self.micro_batch_size, "even, to mix")
+        require(fits, "micro_batch_size", self.micro_batch_size, "even with --mixup or --cutmix")
 
 
 def convert(model: PreTrainedModel, config: Config, data: ImageData, device: torch.device) -> str:
     """Replaces the activations in place and returns the report.
 
     Raises:
-        ConfigError: there are none that can be replaced, or none can be fitted.
+        ConfigError: The model has no activation that can be replaced, or none can be fitted.
     """
     order = SampleOrder(len(data.train), config.data_seed)
     batches = []
@@ -107,13 +108,13 @@ def convert(model: PreTrainedModel, config: Config, data: ImageData, device: tor
         check()
         indices = order.batch(k, fixed_micro_batch_size(config))
         batches.append({"pixel_values": data.train.batch(indices)["pixel_values"].to(device)})
-    fix = "choose another --model, or leave its activations with --hidden_act none"
+    fix = "Choose another --model, or keep its activations with --hidden_act none."
     how: Any = {"eps": chosen, "data": batches or None, "per_layer": config.fit_per_layer, "c": config.match_c}
     return replace_activations(model, config.model, config.hidden_act, fix, **how)
 
 
 def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
-    """What the model card says besides the record."""
+    """Returns the values of the model card that are not in the record."""
     return {
         **image_card(config.model, record),
         "title": f"{config.model}, {config.hidden_act}, {record['preset']}",
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     config, preset = parse_config(Config, PRESETS, "demo", argv)
     config.output_dir = config.output_dir or f"runs/finetune-{preset}-{config.hidden_act}-seed{config.seed}"
     accelerator = make_accelerator(config)
-    torch.manual_seed(config.seed)  # of a new last layer
+    torch.manual_seed(config.seed)  # for a new last layer
     data = prepare_images(config, config.data_seed, accelerator.device, preprocessing_of(config.model))
     model = load_classifier(config.model, data.classes, config.new_head).to(accelerator.device)
     targets: Any = {"label_smoothing": config.label_smoothing, "num_classes": len(data.classes)}
@@ -145,13 +146,13 @@ def main(argv: list[str] | None = None) -> None:
         metrics=("accuracy",),
         lr_ratios={last_layer(model): config.head_lr_ratio},
     )
-    with accelerator.autocast():  # as it is evaluated later
+    with accelerator.autocast():  # as in later evaluations
         size = fixed_micro_batch_size(config)
         before = evaluate(task.objective, task.validation, task.metrics, size, accelerator).values
     accelerator.print("before: " + ", ".join(f"{name} {value:.4f}" for name, value in before.items()))
     report = convert(model, config, data, accelerator.device) if config.hidden_act != "none" else ""
     accelerator.print(report)
-    # Each process has fitted by itself, and so does one that goes on from a checkpoint, which has no eps in it.
+    # Each process fits by itself. So does a resumed run, because checkpoints do not contain eps.
     activations = [module.spec.name for module in model.modules() if isinstance(module, GemActivation)]
     task.identity = {"activations": activations}
     task.facts = {"before_conversion": before, "conversion": report, "ours": bool(activations)}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from hf_gem.files import shown
 from hf_gem.init import gain
 from hf_gem.training.classifiers import class_names, depth_and_width, input_size, is_own, new_classifier
 from hf_gem.training.config import TrainConfig, option, parse_config, require
@@ -51,7 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_every": 400, "save_every": 400, "log_every": 20,
     },
     "cifar10": {**_CIFAR, "dataset": "uoft-cs/cifar10"},
-    # 8 epochs of a wide and shallow network, with a learning rate that falls linearly: seconds on a large GPU.
+    # 8 epochs of a wide and shallow network, with linear decay of the learning rate: seconds on a large GPU.
     "cifar10-fast": {
         **_CIFAR, "dataset": "uoft-cs/cifar10", "model": "resnet8x64-cifar", "label_smoothing": 0.1,
         "learning_rate": 0.4, "weight_decay": 5e-4, "lr_schedule": "linear", "steps": 782, "warmup_steps": 150,
@@ -63,13 +64,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Config(VisionConfig, TrainConfig):
-    """The fields of this recipe."""
+    """The config of this recipe."""
 
-    hidden_act: str = option("egem", "Activation: a name of the family or one that transformers knows, e.g. relu.")
+    hidden_act: str = option("egem", "Activation: a name of the family, or one of transformers, such as relu.")
     lr_schedule: Literal["cosine", "linear", "step"] = option(
-        "cosine", "Decay of the learning rate after the warm-up; step: a tenth from half of all steps on, then 3/4."
+        "cosine", "Decay of the learning rate after the warm-up; step divides it by 10 at 1/2 and at 3/4 of all steps."
     )
-    min_lr_ratio: float = option(0.0, "Final learning rate, as a fraction of the peak.")
+    min_lr_ratio: float = option(0.0, "Final learning rate as a fraction of the peak.")
     weight_decay: float = option(0.05, "Weight decay of matrices and filters; nothing else is decayed.")
     label_smoothing: float = option(0.0, "Share of the target that is spread over all classes.")
     model: str = option(
@@ -79,14 +80,14 @@ class Config(VisionConfig, TrainConfig):
     )
     widths: str = option("32,64,128", "Channels of each stage of a convnet.")
     own_gain: bool = option(
-        False, "Draw the filters of convnet and resnet-cifar with the gain of the activation, not sqrt(2) for all."
+        False, "Draw the filters of convnet and resnet-cifar with the activation's own gain instead of sqrt(2)."
     )
     act_after_add: Literal["same", "none"] = option(
-        "same", "Behind the addition of each block of a resnet-cifar: the same activation, or none."
+        "same", "Activation after the addition in each block of a resnet-cifar: the same one, or none."
     )
 
     def validate(self) -> None:
-        """Raises ValueError, naming the field, when a value makes no sense."""
+        """Raises ValueError, naming the field, if a value makes no sense."""
         VisionConfig.validate(self)
         TrainConfig.validate(self)
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
@@ -110,10 +111,10 @@ class Config(VisionConfig, TrainConfig):
 
 
 def build_model(config: Config, data: ImageData) -> PreTrainedModel:
-    """The model of `config` with new weights and its activation everywhere.
+    """Builds the model of `config` with new weights and the same activation everywhere.
 
     Raises:
-        ConfigError: there is no such model, it does not fit the images, or the activation does not get everywhere.
+        ConfigError: There is no such model, it does not fit the images, or the activation does not reach every place.
     """
     shared = class_names(data.classes)
     own: Any = {"initializer_gain": gain(ACT2FN[config.hidden_act])} if config.own_gain else {}
@@ -122,8 +123,8 @@ def build_model(config: Config, data: ImageData) -> PreTrainedModel:
         most = data.image_size.bit_length()
         if len(widths) > most:
             raise ConfigError(
-                f"--widths {config.widths} has {len(widths)} stages, each half as large as the one before, and images "
-                f"of {data.image_size} x {data.image_size} pixels allow {most}; give fewer widths or larger images"
+                f"--widths {shown(config.widths)} has {len(widths)} stages, and each halves the image. Images of "
+                f"{data.image_size} x {data.image_size} pixels allow {most}. Give fewer widths, or larger images."
             )
         return ConvNetForImageClassification(
             ConvNetConfig(widths=widths, hidden_act=config.hidden_act, **own, **shared)
@@ -135,11 +136,11 @@ def build_model(config: Config, data: ImageData) -> PreTrainedModel:
 
 
 def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
-    """What the model card says besides the record."""
+    """Returns the values of the model card that are not in the record."""
     return {
         **image_card(config.model, record),
         "title": f"{config.model} {record['preset']}, {config.hidden_act}",
-        # Older records do not say it.
+        # Older records lack this field.
         "imported": record.get("imported", f"hf_gem{'.training.image_models' if is_own(config.model) else ''}"),
     }
 

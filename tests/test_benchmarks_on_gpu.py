@@ -128,7 +128,7 @@ def test_what_a_study_found_is_on_the_page():
 def test_a_study_that_was_cut_off_in_its_tuning_says_so(tmp_path):
     freeze(load_plan(PLAN), tmp_path)
     found = findings(Study(tmp_path))
-    assert "not over" in report.evidence_table({"results": {"cost": {}, "study": "cifar10-fast", **found}})
+    assert "not finished" in report.evidence_table({"results": {"cost": {}, "study": "cifar10-fast", **found}})
 
 
 def test_parts_of_a_dataset_are_put_together(tmp_path):

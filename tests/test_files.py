@@ -15,6 +15,7 @@ from hf_gem.files import (
     read_json,
     redact,
     redacted,
+    shown,
 )
 
 MarkdownIt = pytest.importorskip("markdown_it", reason="pages are read by it").MarkdownIt
@@ -75,7 +76,28 @@ def test_a_missing_field_and_no_mapping():
 def test_messages_stay_short():
     with pytest.raises(ValueError, match="f:") as error:
         check_type({"name": "x" * 10**6, "values": {}}, Whole, "f:")
-    assert len(str(error.value)) < 100
+    assert len(str(error.value)) < 120
+
+
+@pytest.mark.parametrize("value", ["gem_n0", 3, None, [1, 2], {"a": 1}, 0.5])
+def test_a_short_value_is_shown_as_it_is(value):
+    assert shown(value) == repr(value)
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 10**6, ["x" * 70] * 10, {"k" * 90: 1}, 10**100, 10**10_000, [10**10_000], nested(10_000), b"x" * 99],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_long_value_is_cut(value):
+    assert 0 < len(shown(value)) <= 80
 
 
 @pytest.mark.parametrize(
@@ -145,23 +167,23 @@ def tokens(text):
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_text_stands_as_it_is(text):
-    shown = " ".join(text.split())
+    line = " ".join(text.split())
     found = list(tokens(f"{markdown_text(text)}\n"))
     assert {token.type for token in found} <= {
         *("paragraph_open", "inline", "text", "text_special", "paragraph_close"),
     }
-    assert "".join(token.content for token in found if token.type in ("text", "text_special")) == shown
+    assert "".join(token.content for token in found if token.type in ("text", "text_special")) == line
 
     codes = [token for token in tokens(f"x {markdown_code(text)} y") if token.type == "code_inline"]
-    assert [token.content.strip() for token in codes] == [shown]
+    assert [token.content.strip() for token in codes] == [line]
     (block,) = tokens(markdown_block(text, "bash"))
     assert (block.type, block.info, block.content) == ("fence", "bash", f"{text}\n".replace("\r\n", "\n"))
 
 
-@pytest.mark.parametrize("shown", [markdown_text, markdown_code, str])
+@pytest.mark.parametrize("render", [markdown_text, markdown_code, str])
 @pytest.mark.parametrize("text", HOSTILE)
-def test_cells_stay_in_their_places(text, shown):
-    table = markdown_table(["a", "b"], [[shown(text), "1"], ["2", "3"]])
+def test_cells_stay_in_their_places(text, render):
+    table = markdown_table(["a", "b"], [[render(text), "1"], ["2", "3"]])
     assert table.count("\n") == 3
     kinds = [token.type for token in tokens(table)]
     assert (kinds.count("tr_open"), kinds.count("td_open"), kinds.count("th_open")) == (3, 4, 2)

@@ -429,12 +429,12 @@ def test_glu_saves_its_inputs_and_nothing_else(family):
 
 def test_wrong_arguments_of_glu():
     x = torch.ones(2, 3)
-    with pytest.raises(TypeError, match=r"up must be a tensor of float16, .* got float"):
+    with pytest.raises(TypeError, match=r"got up of type float\. up must be a tensor of float16, "):
         gem_glu(x, 1.0)
     for up, got in ((x[0], r"\(3,\)"), (x.double(), "torch.float64"), (x.to("meta"), "meta")):
-        with pytest.raises(ValueError, match=f"one shape, dtype and device, got .* and .*{got}"):
+        with pytest.raises(ValueError, match=f"got gate .* and up .*{got}.*the same shape, dtype and device"):
             gem_glu(x, up)
-    with pytest.raises(ValueError, match="got 'silu'"):
+    with pytest.raises(ValueError, match="got family='silu'"):
         gem_glu(x, x, "silu")
     with pytest.raises(ValueError, match="eps"):
         gem_glu(x, x, "egem", 1, -1.0)
@@ -604,7 +604,7 @@ def _nested(layout):
 )
 def test_the_advice_for_a_tensor_that_is_not_taken_works(make):
     x = make()
-    with pytest.raises(TypeError, match=r"x must be a .*; convert it with ") as raised:
+    with pytest.raises(TypeError, match=r"x must be a .*\. Convert it with ") as raised:
         gem(x)
-    converted = eval(str(raised.value).rpartition("convert it with ")[2], {"x": x, "torch": torch})
+    converted = eval(str(raised.value).rpartition("Convert it with ")[2].rstrip("."), {"x": x, "torch": torch})
     assert gem(converted).shape == converted.shape

@@ -1,7 +1,7 @@
-"""What computes the family: one forward and one backward for all of it, by backend.
+"""The kernels: one forward and one backward pass for all families, with several backends.
 
-`dispatch` chooses, `formulas` is plain torch, `cpu` (with `cpu.cpp` and `build`) C++, `gpu` (with `triton_kernels`)
-Triton. `symbols` and `printer` write the formulas of a family in both languages.
+`dispatch` chooses the backend: `formulas` is plain torch, `cpu` (with `cpu.cpp` and `build`) is C++, and `gpu` (with
+`triton_kernels`) is Triton. `symbols` and `printer` translate the formulas of a family into C++ and Triton.
 """
 
 from .dispatch import BACKENDS, check_save, keeps_output, kernels, run

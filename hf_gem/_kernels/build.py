@@ -1,8 +1,9 @@
-"""Compiles C++ kernels: `python build.py TARGET SECONDS`, with the source on standard input and the flags of Inductor.
+"""Compiles C++ kernels: `python build.py TARGET SECONDS` reads the source from standard input.
 
-`cpu.py` starts it as a process of its own, so that neither Inductor nor the compiler slows the program down. Nothing of
-hf_gem is imported but three files, and torch only where there is something to build. All files are in the folder of the
-target, which nobody else can write to: the default ones of Inductor have names that another user can guess and take.
+It uses the compiler flags of Inductor. `cpu.py` runs it as a separate process, so that neither Inductor nor the
+compiler slows the program down. It loads only three files of hf_gem, and torch only if there is something to build. All
+files go into the folder of the target, which nobody else can write to: another user could guess and occupy Inductor's
+default paths.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ _HERE = Path(__file__).resolve().parent
 
 
 def main(target: Path, source: str, seconds: float) -> None:
-    """Builds a library, and ends this process where that takes more than some seconds, whatever it hangs in."""
-    from filelock import FileLock  # which torch depends on
+    """Builds a library. Kills this process if that takes longer than `seconds`, wherever it hangs."""
+    from filelock import FileLock  # a dependency of torch
 
     trust = runpy.run_path(str(_HERE / "trust.py"))
     target = trust["make_private"](target.parent) / target.name
@@ -30,7 +31,7 @@ def main(target: Path, source: str, seconds: float) -> None:
     watch = threading.Timer(seconds, _give_up, reason)
     watch.daemon = True
     watch.start()
-    # Of several processes that start at once, one builds; the lock goes with the process that holds it.
+    # If several processes start at once, one of them builds. The lock is released when its process exits.
     with FileLock(lock):
         reason[0] = f"the compiler had not finished after {seconds:g} seconds"
         if not trust["is_intact"](target):
@@ -41,7 +42,7 @@ def _build(target: Path, source: str, trust: dict[str, Any]) -> None:
     torch = runpy.run_path(str(_HERE.parent / "_torch.py"))
     files = runpy.run_path(str(_HERE.parent / "files.py"))
     work = target.with_suffix(".build")
-    shutil.rmtree(work, ignore_errors=True)  # left behind by a build that was killed
+    shutil.rmtree(work, ignore_errors=True)  # remains of a build that was killed
     work.mkdir(mode=0o700)
     try:
         os.environ["TMPDIR"] = str(work)
@@ -59,15 +60,15 @@ def _build(target: Path, source: str, trust: dict[str, Any]) -> None:
 def _give_up(reason: str) -> None:
     print(reason, flush=True)
     if hasattr(os, "killpg"):
-        os.killpg(0, signal.SIGKILL)  # the compiler too
+        os.killpg(0, signal.SIGKILL)  # kills the compiler too
     os._exit(1)
 
 
 if __name__ == "__main__":
-    sys.path[:] = [path for path in sys.path if path != str(_HERE)]  # its files are no modules of their own
-    os.umask(os.umask(0o077) | 0o022)  # what others can write to is not loaded
+    sys.path[:] = [path for path in sys.path if path != str(_HERE)]  # the files here are not top-level modules
+    os.umask(os.umask(0o077) | 0o022)  # files that others can write to would not be loaded
     if hasattr(os, "setsid") and os.getpgrp() != os.getpid():
-        os.setsid()  # Ctrl-C is meant for the program, and `_give_up` for this process and what it has started
+        os.setsid()  # so that Ctrl-C only reaches the program, and `_give_up` only kills this process and its children
     if hasattr(os, "nice"):
         os.nice(5)
     main(Path(sys.argv[1]), sys.stdin.read(), float(sys.argv[2]))

@@ -1,8 +1,8 @@
-"""The C++ kernels for CPUs: found, built where that pays, loaded, launched.
+"""The C++ kernels for CPUs: finds them, builds them if that pays off, loads and launches them.
 
-A library holds all kernels of a family for one n. It is built once for a machine, by a process of its own, into a cache
-of the user; programs load it from there with ctypes. Its results are those of the formulas to the bit, so it does not
-matter when a program changes over from one to the other.
+A library holds all kernels of a family for one n. A separate process builds it once per machine, into the user's cache,
+and programs load it from there with ctypes. Its results equal those of the formulas bit for bit, so a program may
+switch from one to the other at any time.
 """
 
 from __future__ import annotations
@@ -33,22 +33,23 @@ from . import build
 from .printer import DTYPES, cpp_source
 from .trust import checked, is_intact, make_private
 
-# Elements through backward passes of the formulas before a build is started for an n: a second or so of their time,
-# against some ten seconds of one core, once. Forward passes count less (`dispatch`): a few inferences never start it.
+# A build for an n starts after the formulas have processed this many elements in backward passes. That takes about a
+# second, and a build takes some ten seconds of one core, once. Forward passes count less (see `dispatch`), so that a
+# few inferences do not start a build.
 WORTH_BUILDING = 2**26
-PATIENCE = 300.0  # seconds that a call waits for a build at most
-LIMIT = 3600.0  # seconds after which a build ends itself
-_PARALLEL = 2**15  # elements from which on several threads pay, as for the operations of torch
+PATIENCE = 300.0  # the longest time in seconds that a call waits for a build
+LIMIT = 3600.0  # the time in seconds after which a build gives up
+_PARALLEL = 2**15  # the number of elements above which several threads are faster, as for the operations of torch
 NUM_TENSORS = {"forward": 2, "backward": 3, "backward_at": 3, "glu": 3, "glu_backward": 5}
 
 
-# One thread looks and builds at a time; those that would not wait for it go on with the formulas.
+# Only one thread at a time looks for a library and builds it. Threads that do not want to wait use the formulas.
 _lock = threading.Lock()
 
 
 def _after_fork() -> None:
     global _lock
-    _lock = threading.Lock()  # the thread that held it is not there
+    _lock = threading.Lock()  # the thread that held the old one does not exist in the child
 
 
 if hasattr(os, "register_at_fork"):
@@ -56,7 +57,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Library:
-    """The kernels of a family for one n, whether they are there, being built, or not to be had."""
+    """The kernels of a family for one n: loaded, being built, or unavailable."""
 
     def __init__(self, family: Family, n: int) -> None:
         self.family = family
@@ -70,7 +71,7 @@ class Library:
         self._failed = False
 
     def ready(self, work: float, wait: bool) -> bool:
-        """Whether the kernels can run now. If not, counts `work` more elements, or with `wait` builds them first."""
+        """Whether the kernels can run now. If not, adds `work` to the count of elements, or with `wait` builds them."""
         if self._functions is not None:
             return True
         lock = _lock
@@ -78,16 +79,16 @@ class Library:
             return False
         try:
             return self._functions is not None or (not self._failed and self._find_or_build(work, wait))
-        except (OSError, RuntimeError) as error:  # RuntimeError: of pathlib, where a user has no home
+        except (OSError, RuntimeError) as error:  # pathlib raises RuntimeError for a user without a home folder
             return self._fail(
-                f"their folder cannot be used: {error}; set HF_GEM_CACHE to one that you can write to, and nobody else"
+                f"the cache folder cannot be used: {error}. Set HF_GEM_CACHE to a folder that only you can write to"
             )
         finally:
             lock.release()
 
     def _find_or_build(self, work: float, wait: bool) -> bool:
         if self._process is not None and self._started_by != os.getpid():
-            # A fork cannot tell how a build of its parent ends, and looks for itself.
+            # A forked process cannot see how a build of its parent ends, so it looks for the library itself.
             self._process, self._looked = None, False
         if not self._looked:
             self._looked = True
@@ -98,10 +99,10 @@ class Library:
             self._start()
         if self._process is None or not self._has_ended(self._process, wait):
             return False
-        # The library tells, not the exit status, which is lost where a program collects those of all its children.
+        # Whether the library exists decides, not the exit status, since a program may have reaped all its children.
         if self._load() or self._failed:
             return not self._failed
-        return self._fail(f"building them failed: {self._last_words()}")
+        return self._fail(f"building the kernels failed: {self._last_words()}")
 
     def _has_ended(self, process: subprocess.Popen[bytes], wait: bool) -> bool:
         if wait and not self._waited:
@@ -109,11 +110,11 @@ class Library:
                 process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 self._waited = True
-                _warn(f"they are still being built after {PATIENCE:g} seconds, and will be used once they are there")
+                _warn(f"the kernels are still being built after {PATIENCE:g} seconds, and will be used once finished")
         return process.poll() is not None
 
     def function(self, operation: str, dtype: torch.dtype) -> Callable[..., None]:
-        """The kernel, once `ready`."""
+        """Returns the kernel. Call this only if `ready`."""
         assert self._functions is not None
         return self._functions[operation, dtype]
 
@@ -123,7 +124,7 @@ class Library:
 
     def _start(self) -> None:
         if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
-            self._fail("this machine has no C++ compiler: neither $CXX nor g++ nor clang++ is found")
+            self._fail("no C++ compiler was found: install g++ or clang++, or set CXX")
             return
         folder = make_private(self.path.parent)
         path = folder / self.path.name
@@ -136,7 +137,7 @@ class Library:
                 stdin=source,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is meant for the program; the build is done in seconds
+                start_new_session=True,  # so that Ctrl-C stops the program but not the build, which takes seconds
             )
 
     def _last_words(self) -> str:
@@ -147,7 +148,7 @@ class Library:
         return f"exit status {self._process and self._process.returncode}"
 
     def _load(self) -> bool:
-        """Loads the library where it is there and whole; a damaged one counts as none, and is built again."""
+        """Loads the library if it exists and is intact. A damaged one counts as missing and is built again."""
         if not self.path.exists():
             return False
         path = checked(self.path.parent) / self.path.name
@@ -160,9 +161,9 @@ class Library:
                 (name, dtype): _function(library, name, dtype) for name in operations for dtype in DTYPES
             }
         except (OSError, AttributeError) as error:
-            return self._fail(f"{path} cannot be loaded: {error}; delete it to have it built again")
+            return self._fail(f"{path} cannot be loaded: {error}. Delete it to build it again")
         self._process = None
-        with contextlib.suppress(OSError):  # none there, or a folder that can only be read
+        with contextlib.suppress(OSError):  # there is no log, or the folder is read-only
             path.with_suffix(".log").unlink()
         return True
 
@@ -174,8 +175,9 @@ class Library:
 
 def _warn(reason: str) -> None:
     warnings.warn(
-        f"hf_gem computes with its plain formulas on the CPU, several times slower than with its compiled kernels: "
-        f'{reason}. HF_GEM_KERNELS=eager, or `with hf_gem.kernels("eager"):`, asks for that without this warning.',
+        "hf_gem uses its plain formulas on the CPU, which are several times slower than its compiled kernels: "
+        f"{reason}. To use the formulas without this warning, set HF_GEM_KERNELS=eager, or write "
+        '`with hf_gem.kernels("eager"):`.',
         stacklevel=2,
     )
 
@@ -195,7 +197,7 @@ def _function(library: ctypes.CDLL, operation: str, dtype: torch.dtype) -> Calla
 
 @functools.cache
 def _fingerprint(family: Family, n: int) -> str:
-    """Of all that a library depends on: the source, torch, the compiler and the processor."""
+    """A hash of everything that a library depends on: the source, torch, the compiler and the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
@@ -218,14 +220,14 @@ def _library(kernels: str, n: int) -> Library:
 
 
 def library(family: Family, n: int) -> Library:
-    """The library of a family for one n, always the same one; GEM and E-GEM share theirs."""
+    """Returns the one library of a family for an n. GEM and E-GEM share theirs."""
     return _library(family.kernels, n)
 
 
 def launch(
     operation: str, family: Family, n: int, eps: float, outputs: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> None:
-    """Runs one kernel; the tensors are dense, of one shape, layout and dtype, and on the CPU."""
+    """Runs one kernel. The tensors must be dense CPU tensors of the same shape, layout and dtype."""
     numel = inputs[0].numel()
     threads = torch.get_num_threads() if numel >= _PARALLEL else 1
     function = _library(family.kernels, n).function(operation, inputs[0].dtype)

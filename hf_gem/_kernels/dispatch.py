@@ -1,8 +1,8 @@
-"""The one choice of what computes: the formulas, the C++ kernels or the Triton kernels.
+"""Chooses what computes an activation: the formulas, the C++ kernels or the Triton kernels.
 
-Kernels take plain, real tensors on a device that they know. All else goes to the formulas, whose operations other tools
-can see and take over: subclasses such as DTensor, dispatch modes (fake tensors, counters, `hf_gem.audit`), the
-transforms of torch.func, float64.
+Kernels take plain, real tensors on a device that they support. Everything else goes to the formulas, whose operations
+other tools can see and replace: subclasses such as DTensor, dispatch modes (fake tensors, counters, `hf_gem.audit`),
+the transforms of torch.func, and float64.
 """
 
 from __future__ import annotations
@@ -20,18 +20,22 @@ from torch.nn import Parameter
 
 from .._torch import in_dispatch_mode, in_functorch_transform, lacks_own_memory
 from ..family.table import Family
+from ..files import shown
 from . import cpu, formulas
 from .printer import DTYPES
 
 BACKENDS = ("auto", "eager", "compiled", "triton")
 _GPUS = ("cuda", "xpu")
-# The input whose strides the results have.
+# Operation -> the index of the input that determines the strides of the results.
 _LIKE = {"forward": 0, "backward": 1, "backward_at": 1, "glu": 0, "glu_backward": 1}
 
 
 def _check(backend: str, where: str) -> str:
     if backend not in BACKENDS:
-        raise ValueError(f"{where} must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+        raise ValueError(
+            f"got {where}={shown(backend)}. {where} must be one of {', '.join(map(repr, BACKENDS))}. Write for example "
+            "'auto'."
+        )
     return backend
 
 
@@ -45,32 +49,36 @@ _triton_fails = False
 
 def check_save(save: str, where: str = "save") -> str:
     if save not in ("auto", "input", "output"):
-        raise ValueError(f"{where} must be 'auto', 'input' or 'output', got {save!r}")
+        raise ValueError(
+            f"got {where}={shown(save)}. {where} must be 'auto', 'input' or 'output'. Write 'auto' if unsure."
+        )
     return save
 
 
-# What `save="auto"` means. With "output", a test on a CPU finds what overwrites outputs, which a GPU keeps.
+# The meaning of `save="auto"`. Set it to "output" to find, on a CPU, code that overwrites outputs that a GPU keeps.
 _DEFAULT_SAVE = check_save(os.environ.get("HF_GEM_SAVE", "").lower() or "auto", "HF_GEM_SAVE")
 
 
 @contextlib.contextmanager
 def kernels(backend: str) -> Iterator[None]:
-    """Chooses what computes the activations inside a `with` block, for the whole process.
+    """Selects the backend of the activations inside a `with` block, for the whole process.
 
-    The environment variable `HF_GEM_KERNELS` sets it from the start.
+    The environment variable `HF_GEM_KERNELS` selects the backend from the start.
+
+    If the kernels are not available, you get one warning, and the formulas are used instead. Inputs that no kernel
+    supports, such as float64, tensor subclasses and a learnable eps, always use the formulas, without a warning.
 
     Args:
-        backend: `"auto"`: Triton kernels on CUDA, ROCm and XPU; on a CPU the C++ kernels where they have been built,
-            and until then the formulas, which give the same bits. Building starts in the background once a process has
-            put 2^26 elements through backward passes of the formulas, or 2^30 through forward passes, takes some ten
-            seconds of one core, and is done once for a machine. `"eager"`: the formulas, in plain operations of torch.
-            `"compiled"`: the C++ kernels on a CPU, waiting for them to be built; on other devices as auto. `"triton"`:
-            the Triton kernels, also for CPU tensors where Triton interprets (TRITON_INTERPRET=1). Where the kernels
-            cannot be had, a warning says so once, and the formulas go on. What no kernel takes, such as float64,
-            tensor subclasses and a learnable eps, goes to the formulas whatever is chosen, without a warning.
+        backend: One of four backends. `"auto"` uses the Triton kernels on CUDA, ROCm and XPU. On a CPU it uses the C++
+            kernels if they have been built, and until then the formulas, which give the same bits. A build starts in
+            the background once a process has put 2^26 elements through backward passes of the formulas, or 2^30 through
+            forward passes. It takes some ten seconds of one core, once per machine. `"eager"` uses the formulas, in
+            plain torch. `"compiled"` uses the C++ kernels on a CPU and waits until they are built; on other devices it
+            is the same as `"auto"`. `"triton"` uses the Triton kernels, for CPU tensors too if Triton's interpreter is
+            on (TRITON_INTERPRET=1).
 
     Raises:
-        ValueError: another backend.
+        ValueError: The backend is unknown.
     """
     global _selected
     _check(backend, "backend")
@@ -86,15 +94,15 @@ def run(operation: str, family: Family, n: int, eps: float | Tensor, *inputs: Te
 
     Args:
         operation: `forward` (x), `backward` (grad, x), `backward_at` (grad, y) for a family with `slope_at`, `glu`
-            (gate, up) or `glu_backward` (grad, gate, up).
-        family: Any.
+            (gate, up) or `glu_backward` (grad, gate, up). The parentheses give its inputs.
+        family: The family.
         n: The paper's N.
-        eps: A positive number, or a tensor, which the formulas take.
-        inputs: Tensors of one shape.
+        eps: A positive number or a tensor. The formulas compute with a tensor.
+        inputs: Tensors of the same shape.
 
     Returns:
-        One tensor; of `glu_backward`, the gradients of gate and up. Strides are those that torch gives to elementwise
-        results.
+        One tensor, or for `glu_backward` the gradients of gate and up. The strides are those that torch gives to
+        elementwise results.
     """
     backend = _kernels_for(operation, family, n, eps, inputs)
     if backend is None:
@@ -113,7 +121,7 @@ def run(operation: str, family: Family, n: int, eps: float | Tensor, *inputs: Te
     outputs: tuple[Tensor, ...] = (y, torch.empty_like(y)) if operation == "glu_backward" else (y,)
     if strides is not None:
         outputs = tuple(y.as_strided(y.shape, stride) for y, stride in zip(outputs, strides, strict=True))
-    # A dense tensor is one run of memory. Others are copied into one first: the buffer of a result has such strides.
+    # Kernels read a dense tensor as one block of memory. Other tensors are first copied into the layout of the result.
     y = outputs[0]
     dense = [x if x.stride() == y.stride() or _runs_like(x, y) else torch.empty_like(y).copy_(x) for x in inputs]
     try:
@@ -126,12 +134,12 @@ def run(operation: str, family: Family, n: int, eps: float | Tensor, *inputs: Te
     return outputs if operation == "glu_backward" else y
 
 
-# What strides the formulas give to dimensions with one element, for layouts in which that follows from every operation.
+# The strides of results with a dimension of size 1. For such layouts, they depend on every operation of the formulas.
 _strides: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
 
 
 def _noted(key: tuple[Any, ...], results: Any) -> Any:
-    """Keeps the strides of some results, for the kernels to give them the next time."""
+    """Records the strides of some results, so that the kernels can return the same ones next time."""
     if len(_strides) >= 1024:
         _strides.clear()
     _strides[key] = [y.stride() for y in (results if isinstance(results, tuple) else (results,))]
@@ -139,15 +147,15 @@ def _noted(key: tuple[Any, ...], results: Any) -> Any:
 
 
 def _runs_like(x: Tensor, y: Tensor) -> bool:
-    """Whether the elements of x are in memory in the order of those of a dense y."""
+    """Whether x has its elements in memory in the same order as a dense y."""
     return all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), y.stride(), strict=True))
 
 
 def keeps_output(family: Family, n: int, eps: float | Tensor, x: Tensor, save: str) -> bool:
-    """Whether the backward pass is to keep the output of `forward`, by the rule of `hf_gem.functional.egem`.
+    """Whether the backward pass keeps the output of `forward`; `hf_gem.functional.egem` documents the rule.
 
     Raises:
-        ValueError: `save` is not known, or not possible here.
+        ValueError: `save` is unknown, or not available for this function.
     """
     check_save(save)
     if save == "input":
@@ -155,18 +163,18 @@ def keeps_output(family: Family, n: int, eps: float | Tensor, x: Tensor, save: s
     possible = family.slope_at is not None and family.invertible(n, eps, x.dtype)
     if save == "output" and not possible:
         raise ValueError(
-            f"save='output' is not available for {family.name}, n={n}, eps={eps!r}, {x.dtype}. It requires a family "
-            "that can be inverted, such as GEM and E-GEM with n <= 4; in float16 their eps must also be a plain "
-            "number, at least 7e-5 for n=1. Use save='auto' or 'input'"
+            f"save='output' is not available for {family.name}, n={n}, eps={shown(eps)}, {x.dtype}. It requires a "
+            "family that can be inverted, such as GEM and E-GEM with n <= 4; in float16 their eps must also be a plain "
+            "number, at least 7e-5 for n=1. Use save='auto' or 'input'."
         )
     if save == "output":
         return True
-    # A compiler decides by itself what to keep, and cannot trace the choice of kernels.
+    # A compiler decides itself what to keep, and cannot trace the choice of a kernel.
     if not possible or torch.compiler.is_compiling():
         return False
     if _DEFAULT_SAVE != "auto":
         return _DEFAULT_SAVE == "output"
-    # On a CPU, the arithmetic costs more than the pass over memory that it saves.
+    # On a CPU, the extra arithmetic takes longer than the pass over memory that it saves.
     return x.device.type in _GPUS and _kernels_for("forward", family, n, eps, (x,)) is not None
 
 
@@ -185,24 +193,25 @@ def _kernels_for(operation: str, family: Family, n: int, eps: float | Tensor, in
     if x.is_cpu:
         if _selected == "triton":
             return _interpreter() if not _triton_fails else None
-        # Training is known by its backward passes. Inference has to go on for longer before a build pays.
+        # Backward passes show that this is training. With inference alone, a build pays off later.
         work = numel if "backward" in operation else numel / 16
         return cpu if cpu.library(family, n).ready(work, wait=_selected == "compiled") else None
     return _triton() if x.device.type in _GPUS and not _triton_fails else None
 
 
 def _give_up_triton(error: Exception) -> None:
-    """Where Triton is there and cannot launch: an image without a C compiler, which it needs on NVIDIA, an old driver.
+    """Switches to the formulas if Triton is installed but cannot launch kernels.
 
-    An error of the device that has nothing to do with it comes again, from the formulas.
+    This happens with an old driver, or if there is no C compiler, which Triton needs on NVIDIA GPUs. If the error came
+    from the device and not from Triton, the formulas raise it again.
     """
     global _triton_fails
     _triton_fails = True
     reason = (str(error).strip().splitlines() or [""])[0][:200]
     warnings.warn(
-        f"hf_gem computes with its plain formulas on GPUs from now on, in several passes over memory: Triton cannot "
-        f"launch its kernels ({type(error).__name__}: {reason}). It needs a C compiler and a driver as new as torch's "
-        "CUDA",
+        "hf_gem uses its plain formulas on GPUs from now on, which take several passes over memory: Triton cannot "
+        f"launch the kernels ({type(error).__name__}: {reason}). Triton needs a C compiler, and a driver as new as "
+        "the CUDA version of torch.",
         stacklevel=3,
     )
 
@@ -213,8 +222,8 @@ def _triton() -> Any:
         from . import gpu
     except ImportError as error:
         warnings.warn(
-            f"hf_gem computes with its plain formulas on GPUs, in several passes over memory: Triton is not there "
-            f"({error}). `pip install triton` brings it",
+            "hf_gem uses its plain formulas on GPUs, which take several passes over memory: Triton cannot be imported "
+            f"({error}). Install it with `pip install triton`.",
             stacklevel=2,
         )
         return None
@@ -227,8 +236,8 @@ def _interpreter() -> Any:
     if gpu is None or gpu.interpreted:
         return gpu
     warnings.warn(
-        "hf_gem computes tensors on the CPU with its plain formulas: Triton kernels were asked for, and Triton runs "
-        "on a CPU only where TRITON_INTERPRET=1 is set from the start",
+        "hf_gem uses its plain formulas on the CPU: the Triton kernels were selected, but Triton's interpreter is off. "
+        "Set TRITON_INTERPRET=1 before the program starts.",
         stacklevel=2,
     )
     return None

@@ -1,4 +1,4 @@
-"""The formulas of a family behind the interface of the kernels: any device, dtype and kind of tensor."""
+"""The formulas of a family with the interface of the kernels, for any device, dtype and kind of tensor."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..family.table import Family
 
 
 def run(operation: str, family: Family, n: int, eps: float | Tensor, *inputs: Tensor) -> Any:
-    """See `dispatch.run`; eps may be a tensor here, and the results can be differentiated.
+    """Like `dispatch.run`, but eps may be a tensor, and the results can be differentiated.
 
-    The first operand decides the strides of a result where the inputs have several: what is made of x, or of gate.
+    If the inputs have different strides, the first operand determines those of the result: the one made from x or gate.
     """
     return _OPERATIONS[operation](family, n, eps, *inputs)
 

@@ -1,7 +1,7 @@
-"""The kernels on GPUs, in Triton: CUDA, ROCm and XPU alike, and any device through Triton's interpreter.
+"""The Triton kernels for GPUs (CUDA, ROCm and XPU), and for any device through Triton's interpreter.
 
-They compute in float32, with the quick division of the hardware, which counts as two more roundings, for divisors from
-2^-126 to 2^126.
+They compute in float32 with the fast division of the hardware, which adds two roundings for divisors from 2^-126 to
+2^126.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .triton_kernels import forward
 
 _BYTES_A_PROGRAM = 4096  # of each tensor: two loads of 16 bytes for each of 128 threads
 NUM_WARPS = 4
-ALIGNMENT = 16  # bytes, of pointers for which Triton compiles wide loads
+ALIGNMENT = 16  # bytes: Triton compiles wide loads for pointers with this alignment
 interpreted = not isinstance(forward, triton.runtime.jit.JITFunction)
-# Triton takes longer to find what it has compiled, by all arguments, than a small kernel runs.
+# Triton looks up compiled kernels by all their arguments, which takes longer than a small kernel runs.
 _compiled: dict[tuple[str, str, int, torch.dtype, torch.device], Any] = {}
 
 
 @functools.cache
 def kernels(name: str, n: int) -> dict[str, Any]:
-    """The kernels of a family for one n, by operation. Triton reads the source of a function, which is kept for it."""
+    """The kernels of a family for one n, by operation. Their source goes into `linecache`, where Triton reads it."""
     source = triton_source(family_named(name), n)
     file = f"<hf_gem {name} n={n}>"
     linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
@@ -43,7 +43,7 @@ def kernels(name: str, n: int) -> dict[str, Any]:
 
 @functools.cache
 def constants(operation: str, dtype: torch.dtype) -> dict[str, int]:
-    """What a kernel is compiled for, besides types, in the order of its arguments."""
+    """The compile-time constants of a kernel, in the order of its arguments."""
     wanted = {"DIGITS": digits(dtype)} if operation == "backward_at" else {}
     return {**wanted, "BLOCK": _BYTES_A_PROGRAM // dtype.itemsize}
 
@@ -51,7 +51,7 @@ def constants(operation: str, dtype: torch.dtype) -> dict[str, int]:
 def launch(
     operation: str, family: Family, n: int, eps: float, outputs: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> None:
-    """Runs one kernel; the tensors are dense, of one shape, layout, dtype and device."""
+    """Runs one kernel. The tensors must be dense, with the same shape, layout, dtype and device."""
     x = inputs[0]
     numel, device = x.numel(), x.device
     key = operation, family.kernels, n, x.dtype, device
@@ -72,8 +72,8 @@ def launch(
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    if device.type == "cpu":  # interpreted
+    """A context that makes the device of the tensors the current one, since Triton launches there."""
+    if device.type == "cpu":  # the interpreter
         return contextlib.nullcontext()
     module = torch.get_device_module(device)
     return contextlib.nullcontext() if module.current_device() == device.index else module.device(device.index)

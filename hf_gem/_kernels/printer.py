@@ -1,4 +1,4 @@
-"""Writes the formulas of a family as C++ (`at::vec`) and as Triton, each distinct operation once."""
+"""Translates the formulas of a family into C++ (`at::vec`) and Triton, and prints each distinct operation once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..family.table import Family
 from ..files import replace_between
 from .symbols import Symbol, Traced, trace
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that kernels take
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes that kernels support
 
 
 class _Printer:
-    """Statements for some symbols, in the order in which they are asked for.
+    """Prints statements for symbols, in the order in which they are requested.
 
     Attributes:
         operations: Operation -> its text for vectors, with operands as {0}, {1} ...
@@ -34,19 +34,19 @@ class _Printer:
         self._count = itertools.count()
 
     def operand(self, x: Any, like: Symbol) -> str:
-        """A symbol or number as operand of an operation on vectors of the type of `like`."""
+        """Prints a symbol or number as the operand of an operation on vectors of the type of `like`."""
         if not isinstance(x, Symbol):
             return self.literal(x, like.dtype)
         return self.broadcast(self.scalar(x)) if x.scalar else self.name(x)
 
     def scalar(self, x: Any) -> str:
-        """A number made of r and e, as an expression in double precision."""
+        """Prints a number made of r and e as an expression in double precision."""
         if not isinstance(x, Symbol):
             return repr(float(x))
         return f"({f' {x.op} '.join(map(self.scalar, x.args))})" if x.args else x.op
 
     def name(self, x: Symbol) -> str:
-        """The variable that holds a symbol, made if need be."""
+        """Returns the variable that holds a symbol, and prints its definition if there is none yet."""
         if x not in self._printed:
             self._printed[x] = self._assign(x)
         return self._printed[x]
@@ -67,10 +67,10 @@ class _Printer:
         return self._names[text]
 
     def key(self, x: Symbol) -> str:
-        """Of `operations`."""
+        """The key of a symbol in `operations`."""
         return f"bits {_NAMES[x.dtype]}" if x.op == "bits" else x.op
 
-    # ---- what languages differ in
+    # ---- differences between the languages
 
     def literal(self, value: float, dtype: torch.dtype) -> str:
         raise NotImplementedError
@@ -90,7 +90,7 @@ _BINARY = {op: f"({{0}} {op} {{1}})" for op in ("+", "-", "*", "/", "<", "<=", "
 
 
 def _single(value: float) -> float:
-    """The float32 that torch makes of a number beside a tensor."""
+    """The float32 to which torch rounds a number that is combined with a tensor."""
     return float(torch.tensor(value, dtype=torch.float32))
 
 
@@ -98,8 +98,8 @@ class _Cpp(_Printer):
     """C++ of `at::vec`.
 
     Attributes:
-        constants: Expression of r and e -> the member of `Constants` that holds it, in all lanes.
-        rare: What is needed rarely, of all that will be printed.
+        constants: Expression of r and e -> the member of `Constants` that holds its value, in all lanes.
+        rare: The `rarely` symbols among all that will be printed.
     """
 
     operations: ClassVar[dict[str, str]] = {
@@ -107,7 +107,7 @@ class _Cpp(_Printer):
         "neg": "{0}.neg()",
         "abs": "{0}.abs()",
         "where": "V::blendv({2}, {1}, {0})",
-        # Those of at::vec make a NaN of which every bit is set; this one is an operand's.
+        # at::vec's own functions return a NaN with every bit set. This returns the NaN of an operand.
         "max": "V::blendv(at::vec::clamp_min({0}, {1}), {1}, {1} != {1})",
         "min": "V::blendv(at::vec::clamp_max({0}, {1}), {1}, {1} != {1})",
         "clamp_min": "at::vec::clamp_min({0}, {1})",
@@ -131,7 +131,7 @@ class _Cpp(_Printer):
         return f"const {'VInt' if x.dtype == torch.int32 else 'V'} {name} = {text};"
 
     def rarely(self, x: Symbol) -> str:
-        """A branch, in which all stands that has the same condition."""
+        """Prints a branch. All symbols with the same condition go into one branch."""
         mask = self.name(x.args[0])
         together = [x, *(y for y in self.rare if y is not x and y not in self._printed and self._can_join(y, x))]
         for y in together:
@@ -144,7 +144,7 @@ class _Cpp(_Printer):
             inside = self.operand(y.args[1], y)
             self.lines.append(f"{printed[y]} = V::blendv({printed[y]}, {inside}, {mask});")
         body, self.lines = self.lines, outside
-        self._names, self._printed = names, printed  # what stands in the branch is not there behind it
+        self._names, self._printed = names, printed  # variables of the branch do not exist after it
         self.lines += _block(f"if ({mask}.zero_mask() != (1 << V::size()) - 1) {{", body, "}")
         return self._printed[x]
 
@@ -153,7 +153,7 @@ class _Cpp(_Printer):
 
 
 def _below(*symbols: Symbol) -> dict[Symbol, None]:
-    """Some symbols and all that they are made of."""
+    """The given symbols and everything that they are computed from."""
     found: dict[Symbol, None] = {}
     todo = list(symbols)
     while todo:
@@ -200,7 +200,7 @@ def _traced(family: Family, n: int) -> Traced:
 
 
 def cpp_source(family: Family, n: int) -> str:
-    """The C++ file of all kernels of a family for one n: `cpu.cpp` with the formulas in their place."""
+    """The C++ source of all kernels of a family for one n: `cpu.cpp` with the formulas inserted."""
     found = _traced(family, n)
     constants: dict[str, str] = {}
     functions = []
@@ -221,7 +221,7 @@ def cpp_source(family: Family, n: int) -> str:
 
 
 def _functions(found: Traced) -> dict[str, dict[str, Symbol]]:
-    """Name of a function -> its outputs."""
+    """The functions to print: name -> outputs."""
     slopes_at = {f"slope_at_{count}": {"slope": symbol} for count, symbol in found.slope_at.items()}
     return {"value_and_slope": {"value": found.value, "slope": found.slope}, **slopes_at}
 
@@ -231,7 +231,7 @@ def _block(head: str, lines: list[str], tail: str = "") -> list[str]:
 
 
 def triton_source(family: Family, n: int) -> str:
-    """The Python file of all kernels of a family for one n: `triton_kernels.py` with the formulas in their place."""
+    """The Python source of all kernels of a family for one n: `triton_kernels.py` with the formulas inserted."""
     found = _traced(family, n)
     parts = []
     for name, outputs in _functions(found).items():
@@ -250,5 +250,5 @@ def triton_source(family: Family, n: int) -> str:
 
 
 def check(family: Family, n: int) -> None:
-    """Raises TypeError where a formula of a family, which need not be in the table, cannot be written as kernels."""
+    """Raises TypeError if a formula cannot be translated into kernels. The family need not be in the table."""
     trace(family, n, [digits(torch.float32)])

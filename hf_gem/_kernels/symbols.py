@@ -1,7 +1,7 @@
-"""Reads a formula: it is run on symbols in place of tensors, which record the operations of torch that it applies.
+"""Traces a formula: runs it on symbols instead of tensors, and the symbols record the torch operations that it applies.
 
-What comes out is a graph for `printer` to write as C++ or Triton. Only operations that both languages compute with the
-bits of torch are recorded; any other is an error that names it.
+The result is a graph that `printer` translates into C++ or Triton. Only operations that give the same bits in torch and
+in both languages are allowed. Any other operation is an error that names it.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from typing import Any
 import torch
 
 from ..family.table import Family
+from ..files import shown
 
 Operand = Any  # a Symbol or a number
 
 
 @dataclass(frozen=True, eq=False)
 class Symbol:
-    """One value for each lane, or one number for all of them.
+    """A value in a formula: one per lane, or a scalar for all lanes.
 
     Attributes:
-        op: `z`, `r` or `e` for what a formula is given, otherwise the operation.
-        args: Its operands.
-        dtype: float32, int32 for bits, or bool.
-        scalar: Whether this is one number, made of r and e alone, in double precision.
+        op: `z`, `r` or `e` for an argument of the formula, otherwise the operation.
+        args: Operands of the operation.
+        dtype: Data type: float32, int32 for bits, or bool.
+        scalar: Whether this is a single double-precision number, computed from r and e alone.
     """
 
     op: str
@@ -60,7 +61,7 @@ class Symbol:
         if self.scalar:
             return _make("/", other, self)
         inverse = _make("/", 1.0, self)
-        return inverse if other == 1 else inverse * other  # as torch divides a number by a tensor
+        return inverse if other == 1 else inverse * other  # the way torch divides a number by a tensor
 
     def __lshift__(self, other: Operand) -> Symbol:
         return _make("<<", self, other)
@@ -84,7 +85,10 @@ class Symbol:
         return _make(">=", self, other, dtype=torch.bool)
 
     def __bool__(self) -> bool:
-        raise TypeError("a formula cannot branch on the values of a tensor; use torch.where")
+        raise TypeError(
+            "a formula branches on the value of a tensor. It must apply the same operations to every value. Use "
+            "torch.where."
+        )
 
     def __getattr__(self, name: str) -> Any:
         raise TypeError(_unknown(name))
@@ -129,8 +133,9 @@ _FUNCTIONS: dict[Any, Callable[..., Symbol]] = {
 
 def _unknown(name: str) -> str:
     return (
-        f"kernels have no operation {name!r}. A formula can use + - * /, comparisons, abs, clamp, torch.where, "
-        "torch.maximum, torch.minimum, and what hf_gem.family.arithmetic has"
+        f"a formula uses the operation {shown(name)}, which kernels do not have. A formula can use + - * /, "
+        "comparisons, abs, clamp, torch.where, torch.maximum, torch.minimum and hf_gem.family.arithmetic. Rewrite it "
+        "with these."
     )
 
 
@@ -139,9 +144,9 @@ class Traced:
     """The formulas of a family for one n.
 
     Attributes:
-        value: Of the input z.
-        slope: Likewise.
-        slope_at: Digits -> the slope of the output z; empty where a family has none.
+        value: The value at the input z.
+        slope: The slope at the input z.
+        slope_at: Number of digits -> the slope at the output z. Empty for a family without `slope_at`.
     """
 
     value: Symbol
@@ -150,15 +155,15 @@ class Traced:
 
 
 def trace(family: Family, n: int, digits: Sequence[int]) -> Traced:
-    """Reads the formulas of a family.
+    """Traces the formulas of a family.
 
     Args:
-        family: Any.
+        family: The family.
         n: The paper's N.
-        digits: Of the dtypes for which the slope at an output is wanted.
+        digits: The numbers of significant bits for which to trace `slope_at`.
 
     Raises:
-        TypeError: a formula uses an operation that kernels do not have.
+        TypeError: A formula uses an operation that kernels do not have.
     """
     z = Symbol("z")
     r, e = Symbol("r", scalar=True), Symbol("e", scalar=True)
@@ -167,7 +172,8 @@ def trace(family: Family, n: int, digits: Sequence[int]) -> Traced:
         result = formula(z, n, r, e, *more)
         if not isinstance(result, Symbol) or result.dtype != torch.float32:
             raise TypeError(
-                f"a formula of {family.name!r} does not compute a tensor from its input, but {result!r:.60}"
+                f"a formula of {shown(family.name)} returned {shown(result)}. It must return a floating-point tensor "
+                "that depends on its input. Use torch.where to select between constants."
             )
         return result
 

@@ -1,6 +1,6 @@
-"""Folders and files that nobody else can have written: code is loaded from nowhere else.
+"""Checks that nobody else can have written a folder or file. Code is only loaded from such places.
 
-Python's own library is all that it needs, so that the build of the kernels can load this file by itself.
+This file imports only the standard library, so that the build of the kernels can load it by itself.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 
 
 def make_private(folder: Path) -> Path:
-    """Makes a folder where it is missing, with mode 0700 as those around it, and returns `checked` of it.
+    """Creates a folder and its missing parents with mode 0700, and returns `checked(folder)`.
 
     Raises:
-        OSError: it cannot be made, or others could write to it.
+        OSError: The folder cannot be created, or others can write to it.
     """
-    folder = Path(os.path.abspath(folder))  # noqa: PTH100  # Path.resolve would follow links that dangle
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100  # Path.resolve would follow dangling links
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
         path.mkdir(mode=0o700, exist_ok=True)
@@ -25,38 +25,38 @@ def make_private(folder: Path) -> Path:
 
 
 def checked(folder: Path) -> Path:
-    """The real path of a folder, once it is certain that only its user and the system can change what is in it.
+    """Returns the real path of a folder, after checking that only its user and the system can change its contents.
 
-    Folders above it count too, since who can rename one can put another in its place. In those with the sticky bit,
-    such as /tmp, only owners can do that.
+    Parent folders are checked too: someone who can rename a folder can put another one in its place. In a folder with
+    the sticky bit, such as /tmp, only the owner can rename it.
 
     Raises:
-        OSError: the folder is not there, or others could write to it.
+        OSError: The folder does not exist, or others can write to it.
     """
-    folder = folder.resolve(strict=True)  # and no links from here on
+    folder = folder.resolve(strict=True)  # the resolved path contains no links
     for path in (folder, *folder.parents):
         status = path.lstat()
         shared = _others_write(status) and (path == folder or not status.st_mode & stat.S_ISVTX)
         if shared or _is_strangers(status):
             raise PermissionError(
                 f"others can write to {path}, which has mode {stat.S_IMODE(status.st_mode):04o} and belongs to user "
-                f"{status.st_uid}; code is loaded from folders that nobody else can write to"
+                f"{status.st_uid}. Code is only loaded from folders that nobody else can write to"
             )
     return folder
 
 
 def seal(file: Path) -> str:
-    """What the checksum beside a file, `FILE.sha256`, has to say."""
+    """The expected content of `FILE.sha256`, the checksum next to a file."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def seal_of(file: Path) -> Path:
-    """The file with the checksum of a file."""
+    """The path of the checksum of a file."""
     return file.with_name(file.name + ".sha256")
 
 
 def is_intact(file: Path) -> bool:
-    """Whether a file in a folder that is `checked` is there, no link, nobody else's, and whole by its checksum."""
+    """Whether a file in a `checked` folder exists, is not a link, belongs to this user and matches its checksum."""
     try:
         status = file.lstat()
         own = stat.S_ISREG(status.st_mode) and not _is_strangers(status) and not _others_write(status)
@@ -66,10 +66,12 @@ def is_intact(file: Path) -> bool:
 
 
 def _is_strangers(status: os.stat_result) -> bool:
-    """Whether something belongs to neither this user nor the system. Who has `/` owns the system: in a container the
-    user's number of root may be another one."""
+    """Whether a file belongs to neither this user nor the system.
+
+    The owner of `/` counts as the system too, since root may have another user number in a container.
+    """
     if not hasattr(os, "geteuid"):
-        return False  # Windows, where a home is its user's alone
+        return False  # on Windows, only the user can access a home folder
     return status.st_uid not in (os.geteuid(), 0, Path("/").stat().st_uid)
 
 
@@ -80,7 +82,7 @@ def _others_write(status: os.stat_result) -> bool:
 
 
 def _is_own_group(status: os.stat_result) -> bool:
-    """Whether a group is the one that many systems give to each user, with nobody else in it."""
+    """Whether a group is the user's private group, which has no other members."""
     import grp
     import pwd
 

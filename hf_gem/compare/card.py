@@ -1,11 +1,11 @@
-"""Model cards that say how a checkpoint's activation compares with others, from a study."""
+"""Adds to a model card how the activation compares with others, according to a study."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from ..files import markdown_code, replace_between
+from ..files import markdown_code, replace_between, shown
 from ..training.config import TrainConfig
 from ..training.errors import ConfigError
 from .sample import sample_of
@@ -17,30 +17,37 @@ _NEXT = "\n## Use\n"
 
 
 def add_comparison(card: Path, record: dict[str, Any], study: Study) -> None:
-    """Puts what a study found about the activation of a checkpoint into its card; what stood there before is replaced.
+    """Adds the results of a study about a checkpoint's activation to its card, replacing earlier ones.
 
-    The card's figures in machine-readable form stay those of the checkpoint.
+    The machine-readable numbers of the card remain those of the checkpoint.
 
     Args:
-        card: The `README.md` that a recipe has written.
-        record: Of the run.
-        study: One of the same recipe, in which an arm has chosen the activation.
+        card: The `README.md` that a recipe wrote.
+        record: The record of the run.
+        study: A study of the same recipe in which an arm chose the activation.
 
     Raises:
-        ConfigError: it is a study of something else, or the card is not that of a run.
+        ConfigError: The study is about something else, or the card is not that of a run.
     """
     act, plan = record["config"].get("hidden_act"), study.plan
     if record.get("recipe") != plan.recipe:
-        raise ConfigError(f"the run is one of {record.get('recipe')}, and {plan.name} is a study of {plan.recipe}")
+        raise ConfigError(
+            f"the run is one of the recipe {shown(record.get('recipe'))}, but {plan.name} is a study of {plan.recipe}. "
+            "Name a study of the same recipe."
+        )
     if missing := study.missing():
-        raise ConfigError(f"{plan.name} is not finished: {len(missing)} runs are missing, such as {missing[0].name}")
+        raise ConfigError(
+            f"{plan.name} is not finished: {len(missing)} runs are missing, such as {missing[0].name}. Finish it first."
+        )
     chosen = {arm: chosen for arm, (chosen, _) in study.choices().items()}
     arms = [arm for arm in chosen if chosen[arm] == act]
     if not arms:
-        raise ConfigError(f"{plan.name} has not compared {act!r}; it has compared {', '.join(chosen.values())}")
+        raise ConfigError(
+            f"{plan.name} did not compare {shown(act)}. It compared {', '.join(chosen.values())}. Name another study."
+        )
     content = card.read_text(encoding="utf-8") if card.exists() else ""
     if _NEXT not in content:
-        raise ConfigError(f"{card} is not the card of a run: it has no section `Use`")
+        raise ConfigError(f"{card} is not the card of a run: it has no section `Use`. Name the folder of a run.")
     if _HEADING not in content:
         content = content.replace(_NEXT, _HEADING + _NEXT, 1)
     section = _section(record, study, arms)
@@ -51,7 +58,7 @@ def _section(record: dict[str, Any], study: Study, arms: list[str]) -> str:
     plan, choices, outcomes = study.plan, study.choices(), study.outcomes()
     runs = [found for arm in arms for run in study.final_runs()[arm] if (found := study.record(run))]
     here, there = record["config"], runs[0]["config"]
-    same = TrainConfig.runtime | {"seed", "data_seed", "prompt"}  # or of no consequence
+    same = TrainConfig.runtime | {"seed", "data_seed", "prompt"}  # differences here do not matter
     other = [
         f"{key} {there.get(key)} (here {here[key]})" for key in here if key not in same and here[key] != there.get(key)
     ]

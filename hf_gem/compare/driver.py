@@ -1,11 +1,11 @@
-"""Runs what a study lacks, through the command lines of the recipes.
+"""Runs the missing runs of a study, through the command lines of the recipes.
 
-Any number of processes and machines may work on the folder of one study: each run has a lock. Whatever is killed goes
-on where it was when the command is started again.
+Any number of processes and machines may work on the folder of a study, because each run has a lock. After a kill, the
+same command continues where the runs stopped.
 
-A driver is one thread. A signal sets a flag and changes nothing else; the driver starts runs, waits for them and draws
-the progress bar, and looks at the flag several times a second. An exception from a signal handler could hit while the
-bar holds its lock, or between the start of a process and the note of it.
+A driver is one thread. A signal only sets a flag. The driver starts runs, waits for them, draws the progress bar, and
+checks the flag several times a second. An exception from a signal handler could interrupt the bar while it holds its
+lock, or hit after a process has started but before the driver has noted it.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..files import write_atomically
+from ..files import shown, write_atomically
 from ..training.checkpoint import remove_all
 from ..training.errors import Interrupted, TrainingError
 from ..training.record import environment, read_record
-from ..training.signals import Caught, catch_signals
+from ..training.signals import STOPPED, Caught, catch_signals
 from .executors import Child, Executor, InProcess, Processes, environment_of, last_lines
 from .plan import PlanError, Run, parse_flags
 from .progress import StudyProgress
 from .study import Study, StudyError
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")  # as transformers saves them
-_TICK = 0.1  # seconds between looks at the flag
-_LOOK_AGAIN = 2.0  # seconds between looks at runs that others work on
+_TICK = 0.1  # seconds between checks of the flag
+_LOOK_AGAIN = 2.0  # seconds between checks of runs that other drivers work on
 _STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}  # exit statuses
 
 
 @dataclass
 class _Job:
-    """A run under way: its lock, its device, and when the record of an earlier attempt was written."""
+    """A running run: its lock, its device, and the time at which an earlier attempt wrote its record."""
 
     run: Run
     lock: FileLock
@@ -49,18 +49,18 @@ class _Job:
 
 
 class Driver:
-    """Runs all that a study lacks: tuning, with the extensions of the grid that it asks for, and then the final seeds.
+    """Runs the missing runs of a study: tuning, including extensions of the grid, and then the final seeds.
 
     Args:
-        study: What to run.
+        study: The study to run.
         recipes: The folder of the recipes.
-        jobs: Runs at once, each in a process of its own; on a machine with GPUs, one for each of them is a good number.
-            0: one after the other, in this process.
-        allow_mixed: Takes records together whose code, versions or data differ.
-        executor: Where runs take place; by default, as `jobs` says.
+        jobs: Number of runs at once, each in a separate process. On a machine with GPUs, use one per GPU. 0 runs one
+            after another in this process.
+        allow_mixed: Whether to accept records with different code, versions or data.
+        executor: The executor of the runs; by default the one that fits `jobs`.
 
     Raises:
-        PlanError: there is no such recipe.
+        PlanError: There is no such recipe.
     """
 
     def __init__(
@@ -73,7 +73,9 @@ class Driver:
     ) -> None:
         known = sorted(path.stem for path in recipes.glob("*.py") if path.stem != "compare")
         if study.plan.recipe not in known:
-            raise PlanError(f"no recipe {study.plan.recipe!r} in {recipes}; there are {', '.join(known)}")
+            raise PlanError(
+                f"{recipes} has no recipe {shown(study.plan.recipe)}. It has {', '.join(known)}. Name one in the plan."
+            )
         self.study, self.recipes, self.allow_mixed = study, recipes, allow_mixed
         self._executor = executor or (Processes(jobs) if jobs else InProcess())
         self._free = deque(range(max(1, jobs)))  # devices
@@ -81,17 +83,17 @@ class Driver:
         self._here: dict[str, Any] = {}
 
     def run(self) -> None:
-        """Runs what is missing.
+        """Runs the missing runs.
 
         Raises:
-            StudyError: a run failed for another reason than a loss that is not finite, or records do not fit together.
-            PlanError: the recipe does not have the metric of the plan.
-            Interrupted: a signal asked to stop; runs under way have been stopped too, and go on next time.
+            StudyError: A run failed for a reason other than a loss that is not finite, or records do not fit together.
+            PlanError: The recipe does not have the metric of the plan.
+            Interrupted: A signal arrived. Active runs were stopped too, and will resume next time.
         """
         study = self.study
         with catch_signals() as caught:
             self._here = environment(self.recipes.resolve())
-            caught.raise_if_requested()  # git, which was asked there, may have got the signal too, and have no answer
+            caught.raise_if_requested()  # the signal may also have stopped git, so the commit may be missing
             self._refuse_mixed()
             with StudyProgress(study) as self._progress:
                 while todo := study.missing():
@@ -99,22 +101,22 @@ class Driver:
         self._refuse_unpaired()
 
     def command(self, run: Run) -> list[str]:
-        """The command line of a run: a script and its arguments."""
+        """Returns the command line of a run: a script and its arguments."""
         plan = self.study.plan
         act, *own = run.act.split()
         ours = {"preset": plan.preset, "hidden_act": act, "learning_rate": run.learning_rate, "seed": run.seed}
         ours |= {"data_seed": run.seed, "output_dir": self._folder(run)}
         tuning = plan.tuning_flags if run.seed in plan.tuning_seeds else {}
         flags = {"report_to": "none", "project": plan.name, **plan.flags, **parse_flags(own), **tuning, **ours}
-        text = {True: "yes", False: "no"}  # YAML's for what may be a word of its own, such as mixed_precision: no
+        text = {True: "yes", False: "no"}  # YAML turns words such as mixed_precision: no into booleans
         return [
             str(self.recipes / f"{plan.recipe}.py"),
             *(f"--{name}={text[value] if isinstance(value, bool) else value}" for name, value in flags.items()),
         ]
 
     def _work_off(self, todo: Sequence[Run], caught: Caught) -> None:
-        """Sees to it that all of these are done, here or by another driver."""
-        waiting = dict.fromkeys(todo, 0.0)  # the time before which there is no use in looking at each
+        """Waits until all of these runs are done, here or by another driver."""
+        waiting = dict.fromkeys(todo, 0.0)  # the earliest time to check each run
         failure: TrainingError | None = None
         try:
             while waiting or self._under_way:
@@ -133,8 +135,8 @@ class Driver:
                     caught.raise_if_requested()
                     if not isinstance(error, TrainingError):
                         raise
-                    if failure is None and self._under_way:  # what is raised is seen when all of them have ended
-                        self._progress.write(f"{error}\nWaiting for the runs that are under way")
+                    if failure is None and self._under_way:  # the error is only raised when all of them have ended
+                        self._progress.write(f"{error}\nWaiting for the other active runs to finish")
                     failure = failure or error
                     waiting.clear()
         finally:
@@ -143,7 +145,7 @@ class Driver:
             raise failure
 
     def _start_some(self, waiting: dict[Run, float]) -> int:
-        """Starts runs on the devices that are free, and returns how many others have done meanwhile."""
+        """Starts runs on free devices, and returns how many runs other drivers have finished meanwhile."""
         done = 0
         for run in [run for run, time_to_look in waiting.items() if time_to_look <= time.monotonic()]:
             if not self._free:
@@ -166,10 +168,10 @@ class Driver:
         return done
 
     def _start(self, run: Run, lock: FileLock) -> None:
-        """Starts a run; raises Timeout where its folder is in use."""
+        """Starts a run, or raises Timeout if its folder is in use."""
         folder = self._folder(run)
-        if folder.exists():  # a run whose driver was killed keeps it until it has saved
-            with FileLock(folder / ".lock", blocking=False):  # as the recipes have it
+        if folder.exists():  # a run whose driver was killed holds the lock until it has saved
+            with FileLock(folder / ".lock", blocking=False):  # the lock of the recipes
                 pass
         record = folder / "record.json"
         before = record.stat().st_mtime_ns if record.exists() else None
@@ -180,7 +182,7 @@ class Driver:
         self._free.popleft()
 
     def _end(self, job: _Job) -> None:
-        """Keeps the record of a run that has ended, and gives its lock and device back."""
+        """Stores the record of a run that has ended, and releases its lock and device."""
         try:
             self._under_way.remove(job)
             self._progress.leave(job.run)
@@ -196,22 +198,24 @@ class Driver:
         run, plan, status = job.run, self.study.plan, job.child.exitcode
         folder, log = self._folder(run), self._log(run)
         record = folder / "record.json"
-        new = record.exists() and record.stat().st_mtime_ns != job.before  # or it is one of an earlier attempt
+        new = record.exists() and record.stat().st_mtime_ns != job.before  # otherwise it is from an earlier attempt
         if status in _STOPPED:
-            raise Interrupted(f"{run.name} was stopped; the same command goes on", signal.SIGTERM)
+            raise Interrupted(f"{run.name} was {STOPPED}", signal.SIGTERM)
         try:
             found = read_record(record) if new else {}
         except ValueError as error:
-            raise StudyError(f"the run {run.name} ended with status {status}, and {error}") from error
+            raise StudyError(
+                f"the run {run.name} exited with status {status}, and its record is invalid: {error}. Its output is in "
+                f"{log}."
+            ) from error
         outcome = found.get("status")
         if outcome not in ("finished", "diverged"):
-            raise StudyError(
-                f"the run {run.name} ended with status {status}: {last_lines(log)}. Its output is in {log}"
-            )
+            printed = last_lines(log).rstrip(".") or "it printed nothing"
+            raise StudyError(f"the run {run.name} exited with status {status}: {printed}. Its output is in {log}.")
         if outcome == "finished" and plan.metric not in found["result"]:
             raise PlanError(
-                f"{plan.recipe} has no {plan.metric}; it has {', '.join(found['result'])}. Test samples are asked for "
-                "by the flag test_split or test_fraction"
+                f"{plan.recipe} has no {plan.metric}. It has {', '.join(found['result'])}. For a test metric, set the "
+                "flag test_split or test_fraction."
             )
         write_atomically(self.study.folder / "records" / f"{run.name}.json", record.read_text(encoding="utf-8"))
         remove_all(folder / "checkpoints")
@@ -220,8 +224,8 @@ class Driver:
                 weights.unlink()
 
     def _stop(self) -> None:
-        """Stops what is under way, and returns when it has saved and ended."""
-        for job in self._under_way:  # from a terminal they have got the signal too, and take this for the same
+        """Stops the active runs, and returns when they have saved and ended."""
+        for job in self._under_way:  # from a terminal they got the signal too, and treat this as the same one
             job.child.terminate()
         while self._under_way:
             self._executor.wait([job.child for job in self._under_way], _TICK)
@@ -233,17 +237,17 @@ class Driver:
     def _refuse_mixed(self) -> None:
         if not self.allow_mixed and (mixed := self.study.mixtures(self._here)):
             raise StudyError(
-                f"runs that do not belong into one study: {'; '.join(mixed)}. Go back to the same code, versions and "
-                f"data, start another study, remove from {self.study.folder / 'records'} what is to be run anew, or "
-                "--allow_mixed"
+                f"the runs of this study differ: {'; '.join(mixed)}. They must share code, versions and data. Restore "
+                f"these, start another study, delete the records to rerun from {self.study.folder / 'records'}, or "
+                "pass --allow_mixed."
             )
 
     def _refuse_unpaired(self) -> None:
         for seed, keys in self.study.unequal_hashes().items():
-            raise StudyError(f"the runs are not paired: of seed {seed} the arms differ in {', '.join(keys)}")
+            raise StudyError(f"the runs are not paired: the arms of seed {seed} differ in {', '.join(keys)}")
 
     def _folder(self, run: Run) -> Path:
         return self.study.folder / "runs" / run.name
 
     def _log(self, run: Run) -> Path:
-        return self.study.folder / "runs" / f"{run.name}.txt"  # no suffix: a learning rate has a point
+        return self.study.folder / "runs" / f"{run.name}.txt"  # not with_suffix: a learning rate contains a point

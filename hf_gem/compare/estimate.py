@@ -1,4 +1,4 @@
-"""What a study will take, from two short runs of its baseline arm."""
+"""Estimates how long a study will take, from two short runs of its baseline arm."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from .preview import occupied
 from .study import Study, StudyError, freeze
 from .words import render
 
-_SECONDS = 20.0  # that the longer run spends on its steps, about
-_TICK = 0.1  # seconds between looks at a signal
+_SECONDS = 20.0  # the approximate time that the longer run spends on its steps
+_TICK = 0.1  # seconds between checks for a signal
 
 
 @dataclass(frozen=True)
 class Short:
-    """A short run, or the mean of some at once; times in seconds.
+    """A short run, or the mean of several simultaneous ones. Times are in seconds.
 
     Attributes:
-        steps: How many it took.
-        wall: From its start to its end.
-        training: Of that, in the loop, with evaluations and checkpoints.
-        saving: The last checkpoint.
-        first: The first step, in an unknown unit: a step's tokens or images.
-        all_steps: All steps, likewise.
+        steps: Number of steps.
+        wall: Time from start to end.
+        training: Time in the training loop, including evaluations and checkpoints.
+        saving: Time to write the last checkpoint.
+        first: Time of the first step, in an unknown unit: the tokens or images of a step.
+        all_steps: Time of all steps, in the same unit.
     """
 
     steps: int
@@ -50,22 +50,22 @@ class Short:
 
     @property
     def step_at_most(self) -> float:
-        """No step after the first takes longer: evaluations are in it too."""
+        """An upper bound for the time of a step after the first. It includes evaluations."""
         later = (self.all_steps - self.first) / max(1, self.steps - 1) or self.first
         return self.training / self.all_steps * later
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run of a study takes, in seconds.
+    """The time of one run of a study, in seconds.
 
     Attributes:
-        around: What comes before and after the loop: start of a process, data, model, what is written at the end.
-        first: What the first step takes more than the others: compilation, for example.
-        step: A step.
-        evaluation: An evaluation.
-        saving: A checkpoint.
-        counts: Steps, evaluations and checkpoints of a run.
+        around: Time before and after the loop: starting the process, data, model, and writing the results.
+        first: Extra time of the first step, for example for compilation.
+        step: Time of a step.
+        evaluation: Time of an evaluation.
+        saving: Time of a checkpoint.
+        counts: Numbers of steps, evaluations and checkpoints in a run.
     """
 
     around: float
@@ -77,13 +77,13 @@ class Cost:
 
     @property
     def run(self) -> float:
-        """A whole run."""
+        """The time of a whole run."""
         parts = zip(self.counts, (self.step, self.evaluation, self.saving), strict=True)
         return self.around + self.first + sum(count * seconds for count, seconds in parts)
 
 
 def counts(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Steps, evaluations and checkpoints of a run. It ends with both of these, and begins with an evaluation."""
+    """Counts steps, evaluations and checkpoints of a run, which starts with an evaluation and ends with both."""
     steps = config["steps"]
 
     def times(every: int) -> int:
@@ -93,16 +93,17 @@ def counts(config: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def cost_of(short: Short, long: Short, config: Mapping[str, Any]) -> Cost:
-    """What a run takes with the fields of `config`, from two with fewer steps, two evaluations and one checkpoint.
+    """Estimates the cost of a run with `config` from two shorter runs with two evaluations and one checkpoint each.
 
-    The log of a run says how long its steps took, but for the unit, in which the two runs differ:
+    The log of a run gives the time of its steps in an unknown unit. Two runs with different numbers of steps determine
+    the unit:
 
         training - saving = unit * all_steps + 2 * evaluation
     """
     rest = [part.training - part.saving for part in (short, long)]
     unit = (rest[1] - rest[0]) / (long.all_steps - short.all_steps)
     evaluation = (rest[0] - unit * short.all_steps) / 2
-    if evaluation < 0:  # it takes less than what steps vary by
+    if evaluation < 0:  # it takes less than the variation of the steps
         unit, evaluation = sum(rest) / (short.all_steps + long.all_steps), 0.0
     step = unit * (long.all_steps - long.first) / (long.steps - 1)
     return Cost(
@@ -116,26 +117,26 @@ def cost_of(short: Short, long: Short, config: Mapping[str, Any]) -> Cost:
 
 
 def estimate(plan: Plan, recipes: Path, jobs: int) -> str:
-    """What a study takes, without extensions of its grid, on this machine as busy as it is now.
+    """Estimates the time of a study without extensions of its grid, on this machine under its current load.
 
-    A first run prepares the data, and stops at its first step. Two short ones follow, of which as many run at once as
-    in the study.
+    A first run prepares the data and stops at its first step. Two short runs follow, each with as many copies at once
+    as in the study.
 
     Args:
-        plan: Of the study.
+        plan: The plan of the study.
         recipes: The folder of the recipes.
-        jobs: Runs at once; see `Driver`.
+        jobs: Number of runs at once; see `Driver`.
 
     Raises:
-        PlanError: its runs have one step.
-        StudyError: a run failed.
-        Interrupted: a signal asked to stop.
+        PlanError: The runs of the plan have only one step.
+        StudyError: A run failed.
+        Interrupted: A signal arrived.
     """
     with tempfile.TemporaryDirectory() as folder, catch_signals() as caught:
         pilot = _Pilot(plan, recipes, jobs, Path(folder), caught)
         config, hardware = pilot.prepare()
         if config["steps"] < 2:
-            raise PlanError(f"an estimate takes runs of two steps or more, and those of {plan.name} have one")
+            raise PlanError(f"the runs of {plan.name} have one step. An estimate needs at least two. Set more steps.")
         few = max(1, min(10, config["steps"] // 4))
         short = pilot.measure(few, config)
         many = max(4 * few, math.ceil(_SECONDS / short.step_at_most))
@@ -157,7 +158,7 @@ def estimate(plan: Plan, recipes: Path, jobs: int) -> str:
 
 
 class _Pilot:
-    """Short runs of a plan's baseline arm, at its lowest learning rate, in a folder of their own."""
+    """Short runs of a plan's baseline arm, at its lowest learning rate, in a separate folder."""
 
     def __init__(self, plan: Plan, recipes: Path, jobs: int, folder: Path, caught: Caught) -> None:
         freeze(plan, folder)
@@ -170,9 +171,9 @@ class _Pilot:
         self.ready = 0.0  # seconds until the first process can start
 
     def prepare(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Has the data made; returns the fields of a run, and its hardware."""
+        """Prepares the data, and returns the config and the hardware of a run."""
         stop, over, output = self.folder / "stop", threading.Event(), self.folder / "prepared"
-        record = output / "record.json"  # which is there when training begins
+        record = output / "record.json"  # it appears when training begins
         watch = threading.Thread(target=_touch, args=(stop, record, over), daemon=True)
         watch.start()
         try:
@@ -184,7 +185,7 @@ class _Pilot:
         return found["config"], found["sessions"][0]["hardware"]
 
     def measure(self, steps: int, config: Mapping[str, Any]) -> Short:
-        """Runs of some steps, as many at once as in the study; their mean."""
+        """Runs some steps, with as many runs at once as in the study, and returns the mean."""
         shorter = {"steps": steps, "warmup_steps": min(steps, config["warmup_steps"]), "eval_every": 0, "save_every": 0}
         outputs = [self.folder / f"{steps}-{job}" for job in range(len(self.commands))]
         walls = self._run(
@@ -197,11 +198,11 @@ class _Pilot:
         return Short(steps, *map(float, np.mean(found, axis=0)))
 
     def _run(self, commands: Sequence[list[str]], env: Mapping[str, str] | None = None) -> list[float]:
-        """Runs some commands at once; returns the seconds that each takes.
+        """Runs commands at the same time, and returns the seconds that each takes.
 
         Args:
-            commands: What to run.
-            env: Environment variables that have it stop before its end.
+            commands: The commands to run.
+            env: Environment variables that make them stop before the end.
         """
         began: list[tuple[Child, float]] = []
         took: dict[int, float] = {}
@@ -224,11 +225,11 @@ class _Pilot:
         self.caught.raise_if_requested()
         for (child, _), log in zip(began, logs, strict=True):
             if child.exitcode not in (0, 128 + signal.SIGTERM if env else 0):
-                raise StudyError(f"a short run ended with status {child.exitcode}: {last_lines(log)}")
+                raise StudyError(f"a short run exited with status {child.exitcode}: {last_lines(log)}")
         return [took[job] for job in range(len(began))]
 
     def _wait(self, began: Sequence[tuple[Child, float]], took: dict[int, float]) -> None:
-        """Waits a moment, and notes what has ended."""
+        """Waits a moment, and notes the commands that have ended."""
         self.executor.wait([child for job, (child, _) in enumerate(began) if job not in took], _TICK)
         for job, (child, before) in enumerate(began):
             if job not in took and child.exitcode is not None:
@@ -236,7 +237,7 @@ class _Pilot:
 
 
 def _touch(stop: Path, record: Path, over: threading.Event) -> None:
-    """Makes one file when another is there."""
+    """Creates the file `stop` as soon as `record` exists."""
     while not over.wait(_TICK):
         if record.exists():
             stop.touch()
@@ -247,14 +248,14 @@ def _record(path: Path) -> dict[str, Any]:
     try:
         return read_record(path)
     except ValueError as error:
-        raise StudyError(f"a short run has left no record: {error}") from error
+        raise StudyError(f"a short run left no valid record: {error}") from error
 
 
 def _read(output: Path, wall: float) -> tuple[float, ...]:
-    """The fields of `Short`, but for the first, of a run that took `wall` seconds."""
+    """Reads the fields of `Short` except `steps`, for a run that took `wall` seconds."""
     record, log = output / "record.json", output / "log.jsonl"
     found = _record(record)
-    saving = record.stat().st_mtime - log.stat().st_mtime  # in between, the last checkpoint was written
+    saving = record.stat().st_mtime - log.stat().st_mtime  # the last checkpoint was written in between
     rate = f"{found['result']['unit']}_per_second"
     entries = [entry for line in log.read_text().splitlines() if rate in (entry := json.loads(line))]
     steps = np.diff([0, *(entry["step"] for entry in entries)])

@@ -1,4 +1,4 @@
-"""Where the runs of a study take place: in processes of their own, or in this one."""
+"""Executes the runs of a study, in separate processes or in this one."""
 
 from __future__ import annotations
 
@@ -27,15 +27,18 @@ from accelerate.state import AcceleratorState, GradientState
 
 from ..training import signals
 
-# Runs are forked where possible from a process that has imported what all recipes do: that takes longer than a small
-# run trains.
+# If possible, runs are forked from a process that has already imported what all recipes import. The imports take longer
+# than a small run trains.
 _CONTEXT: Any = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
 IMPORTED = (
     *(f"hf_gem.training.{module}" for module in ("data.text", "data.vision", "evaluate", "loop", "report")),
     *("timm", "matplotlib.pyplot"),
-    *("hf_gem.compare.driver", "hf_gem.compare.report"),  # by recipes/compare.py, which each process imports as well
+    *(
+        "hf_gem.compare.driver",
+        "hf_gem.compare.report",
+    ),  # imports of recipes/compare.py, which each process imports too
 )
-# What a recipe may change for the whole process: how to ask for it, and how to set it.
+# Settings that a recipe may change for the whole process, each with its getter and setter.
 _Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
 _SETTINGS: tuple[_Setting, ...] = (
     (os.getcwd, os.chdir),
@@ -47,7 +50,7 @@ _SETTINGS: tuple[_Setting, ...] = (
 
 
 def environment_of(device: int) -> dict[str, str]:
-    """The environment variables that give a run a GPU, where there are any."""
+    """Returns the environment variables that assign a GPU to a run, if there are GPUs."""
     if not torch.cuda.is_available():
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -56,57 +59,57 @@ def environment_of(device: int) -> dict[str, str]:
 
 
 def last_lines(log: Path) -> str:
-    """The end of what a command has printed, in one line; nothing, where it has not begun."""
+    """Returns the end of a command's output in one line; empty if it has not started."""
     return " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:]) if log.exists() else ""
 
 
 class Child(Protocol):
-    """A command that an executor has started; a `multiprocessing.Process` is one."""
+    """A command that an executor has started, such as a `multiprocessing.Process`."""
 
     @property
     def exitcode(self) -> int | None:
-        """Its status, negative for a signal; None until it has ended."""
+        """The exit status, negative for a signal; None while the command runs."""
 
     def terminate(self) -> None:
-        """Asks it to save and stop."""
+        """Asks the command to save and stop."""
 
 
 class Executor(Protocol):
-    """Where commands run."""
+    """Runs commands."""
 
     def start(self, command: list[str], log: Path, env: Mapping[str, str]) -> Child:
         """Starts a script.
 
         Args:
             command: The script and its arguments.
-            log: A file for all that it prints.
+            log: A file for its output.
             env: Further environment variables.
 
         Raises:
-            OSError: no process can be started.
-            EOFError: likewise.
+            OSError: No process can be started.
+            EOFError: The server that starts processes is gone.
         """
 
     def wait(self, children: Sequence[Child], seconds: float) -> None:
-        """Returns when one of them has ended, or after some seconds; at once, where one had ended before."""
+        """Waits until one of the commands has ended, or for some seconds. Returns at once if one has already ended."""
 
 
 class Processes:
-    """Runs each command in a process of its own.
+    """Runs each command in a separate process.
 
     Args:
-        jobs: How many there are to be at once.
+        jobs: Number of commands that run at once.
     """
 
     def __init__(self, jobs: int) -> None:
-        if not torch.cuda.is_available():  # before the first process, which has to know when it imports torch
+        if not torch.cuda.is_available():  # before the first process imports torch
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
         _CONTEXT.set_forkserver_preload(list(IMPORTED))
         self._ready = False
 
     def start(self, command: list[str], log: Path, env: Mapping[str, str]) -> Child:
-        if not self._ready:  # the first process starts when all is imported
-            signals.wait_for(_start_nothing, "stopped; the same command goes on")
+        if not self._ready:  # the first process starts after all imports
+            signals.wait_for(_start_nothing, signals.STOPPED)
             self._ready = True
         process: BaseProcess = _CONTEXT.Process(target=_run_process, args=(command, log, env))
         process.start()
@@ -117,7 +120,7 @@ class Processes:
 
 
 def _start_nothing() -> None:
-    """Has the server of processes import all; a signal may have killed the one before, which can still seem alive."""
+    """Makes the fork server do its imports. A signal may have killed a previous server that still seems alive."""
     for pause in (0.1, 1.0, 0.0):
         process = _CONTEXT.Process(target=os.getpid, daemon=True)
         try:
@@ -132,8 +135,8 @@ def _start_nothing() -> None:
 
 
 def _run_process(command: list[str], log: Path, env: Mapping[str, str]) -> None:
-    """Runs a script as the main program of this process, which stops and saves when the study's is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the recipe catches it, there is nothing to save
+    """Runs a script as the main program of this process. It saves and stops if the study's process dies."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save until the recipe catches signals
     with log.open("w") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
@@ -159,7 +162,7 @@ class Ended:
     """A command that has ended.
 
     Args:
-        exitcode: Its status.
+        exitcode: The exit status.
     """
 
     def __init__(self, exitcode: int) -> None:
@@ -170,10 +173,10 @@ class Ended:
 
 
 class InProcess:
-    """Runs each command in this process, to its end, when it is started. No process has to be started for it.
+    """Runs each command to its end in this process, as soon as it is started, without starting another process.
 
-    What it changes for the whole process is set back when it has ended. Its results are, bit for bit, those of a
-    process of its own with as many threads.
+    Afterwards, settings that it changed for the whole process are restored. Its results are bit for bit those of a
+    separate process with the same number of threads.
     """
 
     def start(self, command: list[str], log: Path, env: Mapping[str, str]) -> Child:
@@ -197,9 +200,9 @@ class InProcess:
 
 @contextlib.contextmanager
 def _output_to(descriptor: int) -> Iterator[None]:
-    """Sends to an open file all that this process and its children write to their standard output and error.
+    """Redirects standard output and error of this process and its children to an open file.
 
-    The streams here are new ones, and stay open: a handler of a logger that is made meanwhile keeps one of them.
+    The new streams stay open, because a log handler that is created meanwhile keeps one of them.
     """
     streams = [open(number, "w", encoding="utf-8", buffering=1, closefd=False) for number in (1, 2)]  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -222,7 +225,7 @@ def _output_to(descriptor: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _restored() -> Iterator[None]:
-    """Sets back, on leaving, what a recipe changes for the whole process."""
+    """Restores, at the end, what a recipe changes for the whole process."""
     known = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
     levels: list[_Setting] = [(partial(getattr, logger, "level"), logger.setLevel) for logger in (logging.root, *known)]
     matplotlib = sys.modules.get("matplotlib")
@@ -239,7 +242,7 @@ def _restored() -> Iterator[None]:
             later(matplotlib.use, matplotlib.get_backend())
         for get, put in (*_SETTINGS, *levels):
             later(_set_back, get, put, get())
-        gc.freeze()  # or to collect would look at all that has been imported, which takes longer than some runs
+        gc.freeze()  # otherwise collections would scan all imported objects, which takes longer than some runs
         later(gc.unfreeze)
         later(gc.collect)
         later(_forget)
@@ -248,7 +251,7 @@ def _restored() -> Iterator[None]:
 
 
 def _set_back(get: Callable[[], Any], put: Callable[[Any], Any], value: Any) -> None:
-    if get() != value:  # to set the number of threads changes what MKL does, even where the number stays
+    if get() != value:  # setting the number of threads changes MKL's behaviour even if the number is the same
         put(value)
 
 
@@ -259,7 +262,7 @@ def _set_environment(variables: Mapping[str, str]) -> None:
 
 
 def _forget() -> None:
-    """Drops what libraries keep of a run: accelerate its settings, the compiler the code of a model that is gone."""
+    """Drops the state that libraries keep after a run: accelerate's settings, and compiled code of old models."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    torch.compiler.reset()  # or it would give up after some models of one class
+    torch.compiler.reset()  # otherwise it would give up after some models of one class

@@ -1,4 +1,4 @@
-"""How many seeds find which differences."""
+"""Power analysis: how many seeds are needed to find a difference."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ _MOST_SEEDS = 10_000
 def further_seeds(
     differences: np.ndarray, smallest_effect: float, min_seeds: int, arms: int = 1, floor: float = 0.0
 ) -> int | None:
-    """How many more seeds settle it with power 0.8, one way or the other, if mean and spread are those that were seen.
+    """Computes how many more seeds would settle a comparison with power 0.8, if mean and spread stay as observed.
 
     Args:
-        differences: So far.
-        smallest_effect: A mean inside it can be shown equivalent, any but zero to be different from that.
-        min_seeds: Fewer than these in all settle nothing.
-        arms: How many share alpha; the first step of Holm's adjustment is assumed.
-        floor: The part of the mean's variance that no seeds make smaller; see `Components.groups`.
+        differences: Differences so far.
+        smallest_effect: The smallest effect of interest. A smaller mean can be shown to be equivalent, and any mean
+            other than zero to be different.
+        min_seeds: Smallest total number of seeds for a verdict.
+        arms: Number of arms that share alpha. The first step of Holm's adjustment is assumed.
+        floor: The part of the mean's variance that more seeds do not reduce; see `Components.groups`.
 
     Returns:
-        None where 10,000 would not do.
+        The number of further seeds, or None if 10,000 would not be enough.
     """
     mean, spread, have = abs(float(differences.mean())), float(differences.std(ddof=1)), len(differences)
     alpha = ALPHA / arms
@@ -53,15 +54,15 @@ def further_seeds(
 
 
 def power(seeds: int, effect: float, alpha: float) -> float:
-    """How often the sign-flip test rejects, for normal differences.
+    """Computes how often the sign-flip test rejects for normal differences.
 
-    By simulation up to 12 seeds, where its p cannot be below 2 / 2^seeds and it is weaker than Student's t test; from
-    there on by that.
+    Up to 12 seeds it is simulated, because its p cannot be below 2 / 2^seeds and it is weaker than Student's t test.
+    Above, the power of Student's t test is used.
 
     Args:
-        seeds: Pairs.
-        effect: True mean of the differences, in their standard deviations.
-        alpha: Rejected where p is not above it.
+        seeds: Number of pairs.
+        effect: True mean of the differences, in units of their standard deviation.
+        alpha: Level of the test, which rejects if p <= alpha.
     """
     if 2 / 2**seeds > alpha:
         return 0.0
@@ -75,15 +76,15 @@ def power(seeds: int, effect: float, alpha: float) -> float:
 
 @functools.lru_cache
 def _drawn(seeds: int) -> tuple[np.ndarray, np.ndarray]:
-    """Standard normal differences, (2000, seeds), and their sums by all flips, (2000, 2^(seeds - 1))."""
+    """Draws standard normal differences (2000, seeds), and their sums under all flips (2000, 2^(seeds - 1))."""
     drawn = np.random.default_rng(0).normal(size=(2000, seeds))
     return drawn, drawn @ sign_flips(seeds).T
 
 
 def _t_power(seeds: int, shift: float, alpha: float) -> float:
-    """How often the one-sided t test rejects, for a true mean of `shift` standard errors.
+    """Computes how often the one-sided t test rejects, for a true mean of `shift` standard errors.
 
-    By scipy, and normal where that is good to three digits and scipy's series does not converge.
+    It uses scipy, or the normal approximation where scipy's series does not converge. There it is good to three digits.
     """
     stats, degrees = scipy_stats(), seeds - 1
     quantile = stats.t.ppf(1 - alpha, degrees)
@@ -93,14 +94,14 @@ def _t_power(seeds: int, shift: float, alpha: float) -> float:
 
 
 def minimum_detectable_effect(seeds: int, arms: int = 1) -> float:
-    """The true difference that is found with power 0.8, in standard deviations of the differences of a pair.
+    """Computes the true difference that is found with power 0.8, in standard deviations of paired differences.
 
     Args:
-        seeds: Pairs.
-        arms: How many share alpha; the first step of Holm's adjustment is assumed.
+        seeds: Number of pairs.
+        arms: Number of arms that share alpha. The first step of Holm's adjustment is assumed.
 
     Returns:
-        Infinity where the sign-flip test cannot reject, whatever it is given.
+        The difference, or infinity if the sign-flip test can never reject.
     """
     low, high = 0.0, 100.0
     if power(seeds, high, ALPHA / arms) < POWER:

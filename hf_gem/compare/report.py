@@ -1,4 +1,4 @@
-"""The report of a study, made from its records; its words are in `templates/report.md.j2`."""
+"""Makes the report of a study from its records. The text is in `templates/report.md.j2`."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ def write_report(study: Study, baseline: str | None = None) -> Path:
     """Writes `report.md`, `report.html`, `results.json` and the pictures into the folder of a study.
 
     Args:
-        study: With a finished tuning.
-        baseline: Another arm than that of the plan; the report then goes into the folder `against-<baseline>` there.
+        study: A study whose tuning is finished.
+        baseline: An arm to use as the baseline instead of the plan's. The report then goes into the subfolder
+            `against-<baseline>`.
 
     Returns:
-        The HTML page.
+        The path of the HTML page.
 
     Raises:
-        PlanError: the baseline is no arm.
-        ConfigError: a package that reports need is not installed.
+        PlanError: The baseline is not an arm.
+        ConfigError: A package that reports need is not installed.
     """
     plan, folder = study.plan, study.folder
-    with needed_for(f"the runs are kept in {folder}, and their report"):
+    with needed_for(f"the runs are saved in {folder}, but their report"):
         from . import figures, pages
     if baseline is not None and baseline != plan.baseline:
         plan.require_arm(baseline)
@@ -77,12 +78,12 @@ def write_report(study: Study, baseline: str | None = None) -> Path:
 
 @dataclass(frozen=True)
 class _Family:
-    """All other arms against one baseline: the hypotheses that one adjustment is for.
+    """All other arms against one baseline: a family of hypotheses, adjusted together.
 
     Attributes:
-        baseline: An arm.
-        comparisons: Of the others with it.
-        picture: The file of its forest plot.
+        baseline: The baseline arm.
+        comparisons: Comparisons of the other arms with the baseline.
+        picture: File name of its forest plot.
     """
 
     baseline: str
@@ -91,11 +92,11 @@ class _Family:
 
     @property
     def counts_sample(self) -> bool:
-        """Whether its intervals count the evaluation sample."""
+        """Whether the intervals count the evaluation sample."""
         return any(c.components for c in self.comparisons)
 
     def verdicts(self) -> list[list[str]]:
-        """Rows of a table: what is concluded."""
+        """Returns the rows of the table of verdicts."""
         return [
             [
                 c.arm, f"**{c.verdict}**", signed(c.difference), span(c.interval), span(c.adjusted_interval),
@@ -106,7 +107,7 @@ class _Family:
         ]  # fmt: skip
 
     def details(self) -> list[list[str]]:
-        """Rows of a table: from what."""
+        """Returns the rows of the table of details."""
         return [
             [
                 c.arm, f"{c.p:.4g}", *([cell(c.p_two_way, ".4g")] if self.counts_sample else []),
@@ -117,7 +118,7 @@ class _Family:
         ]  # fmt: skip
 
     def variances(self, unit: str) -> list[list[str]]:
-        """Rows of a table: of what the variance of each difference is made."""
+        """Returns the rows of the table of variance components."""
         rows = []
         for c in self.comparisons:
             if c.components and c.components.variance:
@@ -150,7 +151,7 @@ def _tuning_spread(study: Study, arm: str) -> float | None:
 
 
 def _by_chance(study: Study, arm: str) -> bool:
-    """Whether the second best of an arm in tuning was nearer than the seeds of the best were to each other."""
+    """Whether the gap between an arm's best and second best in tuning is smaller than the spread of the seeds."""
     second, apart = study.runner_up(arm), _tuning_spread(study, arm)
     return second is not None and apart is not None and abs(second[1] - study.trials(arm)[study.choices()[arm]]) < apart
 
@@ -175,7 +176,7 @@ def _trials(study: Study) -> list[list[str]]:
 
 
 def _finalists(study: Study) -> list[list[str]]:
-    """Rows of a table, where arms have run at two rates on the final seeds: what decided between these."""
+    """Returns the rows of the table that compares the two rates of each arm that ran on the final seeds."""
     plan, rows = study.plan, []
     for arm, trials in study.finalists().items() if plan.final_rates > 1 else ():
         for act, rate in trials:
@@ -221,7 +222,7 @@ def _facts(study: Study) -> list[list[str]]:
         ],
         ["versions", all_of(", ".join(text(f"{name} {v}") for name, v in s["versions"].items()) for s in sessions)],
         ["hardware", all_of(text(", ".join(s["hardware"]["gpus"]) or s["hardware"]["cpu"]) for s in sessions)],
-        ["cost", f"{len(seconds)} runs, {sum(seconds) / 3600:.2f} hours in all"],
+        ["cost", f"{len(seconds)} runs, {sum(seconds) / 3600:.2f} hours in total"],
     ]
 
 

@@ -1,4 +1,4 @@
-"""What the runs of a study are evaluated on, and how much of what is uncertain that is."""
+"""The evaluation sample of a study, and the part of the uncertainty that comes from it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Sample:
     """The samples over which the metric is a mean.
 
     Attributes:
-        data: `validation` or `test`.
-        size: Tokens whose loss is counted, or images.
+        data: The data, `validation` or `test`.
+        size: Number of tokens whose loss is counted, or of images.
         counted: What `size` counts: tokens or images.
-        unit: What the samples are, such as documents; None where records have no parts of them.
-        num_units: How many there are.
+        unit: What a sample is, such as documents, or None if the records have no sums by sample.
+        num_units: Number of samples.
     """
 
     data: str
@@ -33,7 +33,7 @@ class Sample:
 
 
 def sample_of(study: Study) -> Sample | None:
-    """By the first record that says so; None where none does."""
+    """Reads the evaluation sample from the first record that describes it; None if none does."""
     runs = [run for runs in study.final_runs().values() for run in runs]
     samples = (_sample(study.plan.metric, record) for run in runs if (record := study.record(run)))
     return next((sample for sample in samples if sample), None)
@@ -50,9 +50,9 @@ def _sample(metric: str, record: Mapping[str, Any]) -> Sample | None:
 
 
 def tuning_components(study: Study) -> dict[str, Components]:
-    """Arm -> the variance of its mean difference from the baseline at the tuning seeds, as far as these have run.
+    """Computes arm -> the variance of its mean difference from the baseline, on the tuning seeds that have run.
 
-    Both at what is best so far; without arms of which fewer than two pairs with parts have finished.
+    Arm and baseline are compared at their best trials so far. Arms with fewer than two finished pairs are left out.
     """
     plan = study.plan
     trials = {arm: study.trials(arm) for arm in plan.arms if plan.tunes}

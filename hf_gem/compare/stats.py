@@ -1,11 +1,12 @@
-"""What a study says of an arm against its baseline, from the outcomes of each seed.
+"""Compares the arms of a study with the baseline, from the outcomes of each seed.
 
-Arms of a seed share initial weights, data order and all other randomness, so their outcomes are compared seed by seed.
-The unpaired comparison stands beside it, since pairing helps only as far as the outcomes are correlated. Differences
+Arms with the same seed share initial weights, data order and all other randomness, so their outcomes are compared seed
+by seed. The unpaired comparison is reported too, since pairing only helps if the outcomes are correlated. Differences
 are arm minus baseline, in the unit of the metric.
 
 All runs are evaluated on the same documents or images. The sign-flip test over seeds asks whether an arm is better on
-these; with the parts of the outcomes that each of them has, a two-way test asks the same of all such documents.
+these documents. If the outcomes of each document are known, a two-way test asks whether it is better on all such
+documents.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..files import shown
 from .estimates import ALPHA, bca_interval, holm, over_seeds, scipy_stats, sign_flip_p
 from .power import further_seeds
 from .two_way import Components, components
@@ -27,37 +29,37 @@ Verdict = Literal["better", "worse", "equivalent", "inconclusive", "pending"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm against the baseline. Where fewer than two seeds finished at both, most numbers are NaN.
+    """The comparison of an arm with the baseline. With fewer than two finished pairs, most numbers are NaN.
 
     Attributes:
-        arm: Its name.
-        seeds: Those at which both finished.
-        values: Outcomes of the arm at them.
-        baseline: Outcomes of the baseline at them.
-        pairs: Seeds at which both have ended, diverged or not.
-        diverged: Runs of the arm, and of the baseline, that did not finish with a finite outcome.
-        p: Of the exact sign-flip test, two-sided; a run that diverged counts as worse than any that did not.
-        p_two_way: That the difference is zero for all seeds and all evaluation samples there could be, of Student's t
-            with the variance of `components`; NaN where the records have no parts.
+        arm: Name of the arm.
+        seeds: Seeds at which both runs finished.
+        values: Outcomes of the arm at these seeds.
+        baseline: Outcomes of the baseline at these seeds.
+        pairs: Number of seeds at which both runs ended, diverged or not.
+        diverged: Number of runs of the arm, and of the baseline, that did not end with a finite outcome.
+        p: Two-sided p of the exact sign-flip test. A diverged run counts as worse than any other.
+        p_two_way: p of the hypothesis that the difference is zero over all possible seeds and evaluation samples, by
+            Student's t with the variance of `components`. NaN if the records have no outcomes by group.
         p_holm: The larger of the two, adjusted by Holm for the number of arms.
-        verdict: See `verdict`; pending, as long as runs are missing.
-        further_seeds: How many more would settle an inconclusive comparison, if what was seen is the truth; None where
-            it is settled, or no number is enough.
-        barred: Whether the one with the better mean of the two diverged more often, which no number of seeds undoes.
+        verdict: The verdict; see `verdict`. It is "pending" while runs are missing.
+        further_seeds: Number of seeds that would settle an inconclusive comparison, if the observed effect is the true
+            one. None if it is settled, or if no number is enough.
+        barred: Whether the one with the better mean diverged more often. More seeds cannot settle that.
         difference: Mean of the differences.
-        interval: 95 % interval of that: with `components` the means that the two-way test does not reject; without,
-            over seeds alone by the BCa bootstrap.
-        adjusted_interval: The intervals of all arms cover together in 95 % (Bonferroni); by Student's t.
-        t_interval: 95 % interval over seeds alone by Student's t, which is exact for normal differences.
-        components: What the variance of the difference is made of; None where the records have no parts.
-        d_z: Mean over standard deviation of the differences.
-        correlation: Of the outcomes of the two, over seeds.
-        superiority: Share of seeds at which the arm is better; a tie is half.
-        p_equivalence: The larger p of the two one-sided t tests against the smallest effect of interest; their standard
-            error is that of `components` where there are any.
-        p_equivalence_holm: The same, adjusted by Holm for the number of arms; 1 with too few pairs that finished.
-        welch_interval: 95 % interval of the difference of means without pairing.
-        welch_p: Its p.
+        interval: 95 % interval of the mean difference. With `components`, it holds the means that the two-way test does
+            not reject; otherwise it is a BCa bootstrap over seeds.
+        adjusted_interval: Interval by Student's t. Those of all arms cover jointly with 95 % (Bonferroni).
+        t_interval: 95 % interval over seeds by Student's t, which is exact for normal differences.
+        components: Components of the variance of the difference, or None if the records have no outcomes by group.
+        d_z: Mean of the differences divided by their standard deviation.
+        correlation: Correlation over seeds between the outcomes of arm and baseline.
+        superiority: Share of seeds at which the arm is better. A tie counts half.
+        p_equivalence: The larger p of the two one-sided t tests against the smallest effect of interest. Their standard
+            error comes from `components`, if there are any.
+        p_equivalence_holm: `p_equivalence`, adjusted by Holm for the number of arms; 1 with too few finished pairs.
+        welch_interval: 95 % interval of the difference of means without pairing, by Welch's test.
+        welch_p: p of Welch's test.
     """
 
     arm: str
@@ -91,11 +93,11 @@ class _Pairs:
     """The runs of an arm and of the baseline at the seeds where both have ended.
 
     Attributes:
-        seeds: These.
-        outcomes: Of both, (seeds, 2).
-        gains: What the arm is better by at each; see `_gains`.
-        by_group: Differences of finished runs, summed in each group of evaluation samples, (seeds, groups), and what
-            these sums are over, (groups,); None where records have no parts.
+        seeds: The seeds.
+        outcomes: Outcomes of both, (seeds, 2).
+        gains: How much the arm is better at each seed; see `_gains`.
+        by_group: Differences of finished runs, summed over each group of evaluation samples, (seeds, groups), and the
+            number of summands, (groups,). None if the records have no outcomes by group.
     """
 
     seeds: list[int]
@@ -105,26 +107,26 @@ class _Pairs:
 
     @property
     def finished(self) -> np.ndarray:
-        """At which seeds both have finished."""
+        """A mask of the seeds at which both have finished."""
         found: np.ndarray = np.isfinite(self.outcomes).all(1)
         return found
 
     @property
     def differences(self) -> np.ndarray:
-        """Of finished runs, arm minus baseline."""
+        """Differences of finished runs, arm minus baseline."""
         found: np.ndarray = self.outcomes[self.finished] @ (1, -1)
         return found
 
     def values(self) -> dict[str, Any]:
-        """Seeds and outcomes of finished runs, as a `Comparison` has them."""
+        """Returns seeds and outcomes of finished runs, as fields of `Comparison`."""
         values, base = self.outcomes[self.finished].T.tolist()
         seeds = np.array(self.seeds, dtype=int)[self.finished].tolist()
         return {"seeds": tuple(seeds), "values": tuple(values), "baseline": tuple(base)}
 
     def two_way_p(self, sign: int) -> float:
-        """That the arm is no better and no worse, for all seeds and evaluation samples.
+        """Computes p of the hypothesis that the arm is neither better nor worse over all seeds and evaluation samples.
 
-        A run that diverged is worse in all samples alike, by what the sign-flip test takes.
+        A diverged run is equally worse on all samples, by the same amount as in the sign-flip test.
         """
         if self.by_group is None:
             return math.nan
@@ -145,25 +147,25 @@ def compare(
     """Compares every arm with the baseline.
 
     Args:
-        outcomes: Arm -> seed -> outcome; NaN or infinite where the run diverged.
+        outcomes: Arm -> seed -> outcome, which is NaN or infinite if the run diverged.
         baseline: The arm that the others are compared with.
-        smallest_effect: Differences smaller than this are of no interest, in the unit of the metric.
-        higher_is_better: Whether the metric is to be large.
+        smallest_effect: Smallest effect of interest, in the unit of the metric.
+        higher_is_better: Whether a higher metric is better.
         min_seeds: With fewer pairs than this, no arm is called better or worse.
-        parts: Arm -> seed -> sums and counts of each group of evaluation samples, (2, groups), with outcome =
-            sums.sum() / counts.sum(); needed of all finished runs for an arm's interval to count them.
+        parts: Arm -> seed -> sums and counts of each group of evaluation samples, (2, groups), so that the outcome is
+            sums.sum() / counts.sum(). An arm's interval only counts samples if all finished runs have them.
 
     Raises:
-        ValueError: the baseline is no arm, or parts are not those of the outcomes or not of the same samples.
+        ValueError: The baseline is not an arm, or parts do not match the outcomes or come from different samples.
     """
     if baseline not in outcomes:
-        raise ValueError(f"baseline {baseline!r} is no arm; the arms are {', '.join(outcomes)}")
+        raise ValueError(f"the baseline must be one of the arms {', '.join(outcomes)}, got {shown(baseline)}")
     sign = 1 if higher_is_better else -1
     pairs = {arm: _pairs_of(arm, baseline, outcomes, parts or {}, sign) for arm in outcomes if arm != baseline}
     p = {arm: (sign_flip_p(found.gains), found.two_way_p(sign)) for arm, found in pairs.items()}
     p_holm = _holm({arm: float(np.fmax(*both)) for arm, both in p.items()})
     numbers = {arm: _numbers(found, sign, smallest_effect, len(pairs)) for arm, found in pairs.items()}
-    # Of finished pairs alone, of which there have to be enough: two that agree are no ground for "equivalent".
+    # Only finished pairs count, and there must be enough of them: two that agree do not show equivalence.
     equivalence = _holm({arm: numbers[arm].get("p_equivalence", 1.0) if found.finished.sum() >= min_seeds else 1.0
                          for arm, found in pairs.items()})  # fmt: skip
     compared = []
@@ -207,7 +209,9 @@ def _pairs_of(arm: str, baseline: str, outcomes: Mapping[str, Mapping[int, float
     if len(seeds) > 1 and finished and all(parts.get(n, {}).keys() >= set(finished) for n in (arm, baseline)):
         sums, counts = zip(*(_sums_of(name, outcomes, parts, finished) for name in (arm, baseline)), strict=True)
         if not np.array_equal(*counts):
-            raise ValueError(f"{arm} and {baseline} were evaluated on different samples: their counts by group differ")
+            raise ValueError(
+                f"{arm} and {baseline} were evaluated on different samples: their counts by group differ. Rerun one."
+            )
         if np.count_nonzero(counts[0]) > 1:
             by_group = sums[0] - sums[1], counts[0]
     return _Pairs(seeds, values, _gains(sign * values), by_group)
@@ -216,27 +220,31 @@ def _pairs_of(arm: str, baseline: str, outcomes: Mapping[str, Mapping[int, float
 def _sums_of(
     arm: str, outcomes: Mapping[str, Mapping[int, float]], parts: Parts, seeds: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sums by seed and group, (seeds, groups), and counts by group, (groups,).
+    """Returns sums by seed and group, (seeds, groups), and counts by group, (groups,).
 
     Raises:
-        ValueError: outcomes are not sums over counts, or counts differ over seeds.
+        ValueError: Outcomes are not sums divided by counts, or counts differ between seeds.
     """
     first = parts[arm][seeds[0]][1]
     for seed in seeds:
         sums, counts = parts[arm][seed]
         if not np.array_equal(counts, first):
-            raise ValueError(f"the seeds {seeds[0]} and {seed} of {arm} were evaluated on different samples")
+            raise ValueError(
+                f"the seeds {seeds[0]} and {seed} of {arm} were evaluated on different samples. Rerun one of them."
+            )
         made, outcome = sums.sum() / counts.sum(), outcomes[arm][seed]
-        if not math.isclose(made, outcome, rel_tol=1e-5):  # losses are summed in float32 and in another order
-            raise ValueError(f"the parts of {arm}, seed {seed}, make {made:.6g}; its outcome is {outcome:.6g}")
+        if not math.isclose(made, outcome, rel_tol=1e-5):  # losses are summed in float32 and in a different order
+            raise ValueError(
+                f"the groups of {arm}, seed {seed}, give {made:.6g}, but its outcome is {outcome:.6g}. Rerun it."
+            )
     return np.array([parts[arm][seed][0] for seed in seeds]), first
 
 
 def _gains(pairs: np.ndarray) -> np.ndarray:
-    """What an arm is better by at each seed; a run that diverged is worse by the largest difference of finished ones.
+    """Computes how much an arm is better at each seed. A diverged run is worse by the largest finished difference.
 
-    Under the hypothesis that arm and baseline are alike, each sign of these is as likely as the other, whatever their
-    size, which is all that the sign-flip test asks for.
+    If arm and baseline are equivalent, both signs of each gain are equally likely, whatever its size. The sign-flip
+    test requires nothing else.
     """
     finished = np.isfinite(pairs)
     both = finished.all(1)
@@ -248,7 +256,7 @@ def _gains(pairs: np.ndarray) -> np.ndarray:
 
 
 def _numbers(pairs: _Pairs, sign: int, smallest_effect: float, arms: int) -> dict[str, Any]:
-    """Those of a `Comparison` that are made from finished pairs; empty with fewer than two."""
+    """Computes the fields of `Comparison` that need finished pairs; empty with fewer than two."""
     values, base = pairs.outcomes[pairs.finished].T
     if len(values) < 2:
         return {}
@@ -284,19 +292,19 @@ def _diverged(outcomes: Mapping[int, float]) -> int:
 
 
 def verdict(gains: np.ndarray, p: float, p_equivalence: float, enough: bool, diverged: tuple[int, int]) -> Verdict:
-    """The one word for an arm.
+    """Returns the verdict on an arm in one word.
 
-    Equivalent, where both one-sided tests put the difference inside the smallest effect of interest, also if it is
-    surely not zero. Otherwise better or worse, where the sign-flip test rejects, and the two-way test where there is
-    one, with enough seeds; of the two, the one that diverged more often is never the better one. Otherwise
-    inconclusive.
+    It is "equivalent" if both one-sided tests put the difference inside the smallest effect of interest, even if the
+    difference is certainly not zero. Otherwise it is "better" or "worse" if the sign-flip test rejects, and also the
+    two-way test if there is one. The one that diverged more often is never the better one. In all other cases, and with
+    too few seeds, it is "inconclusive".
 
     Args:
-        gains: Differences, positive where the arm is better.
-        p: Of the difference, adjusted for the number of arms.
-        p_equivalence: Of equivalence, adjusted likewise.
-        enough: Whether there are as many seeds as planned for a verdict.
-        diverged: Runs of the arm and of the baseline.
+        gains: Differences, positive if the arm is better.
+        p: p of the difference, adjusted for the number of arms.
+        p_equivalence: p of equivalence, adjusted for the number of arms.
+        enough: Whether there are enough seeds for a verdict.
+        diverged: Number of diverged runs of the arm and of the baseline.
     """
     if not enough:
         return "inconclusive"

@@ -1,10 +1,10 @@
-"""Studies: a frozen plan, the records of its runs, and what the tuning chose from them.
+"""Studies: a frozen plan, the records of its runs, and the choices of the tuning.
 
 A study is a folder:
 
     plan.json           the frozen plan and its hash
     records/NAME.json   the record of each finished run
-    runs/NAME/          the run itself, while it is under way; its log stays
+    runs/NAME/          the output of each run; when it has finished, its checkpoints and weights are deleted
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from ..files import check_type, read_json, write_atomically
+from ..files import check_type, read_json, shown, write_atomically
 from ..training.errors import TrainingError
 from ..training.record import read_record
 from .plan import Plan, PlanError, Run, plan_of
@@ -34,10 +34,10 @@ class StudyError(TrainingError, RuntimeError):
 
 
 def freeze(plan: Plan, folder: Path) -> None:
-    """Makes a folder the study of a plan.
+    """Freezes a plan in the folder of its study.
 
     Raises:
-        PlanError: it is that of another plan.
+        PlanError: The folder holds a study of another plan.
     """
     frozen = folder / PLAN
     if not frozen.exists():
@@ -49,8 +49,8 @@ def freeze(plan: Plan, folder: Path) -> None:
     if saved["hash"] != plan.hash:
         differ = ", ".join(name for name, value in asdict(plan).items() if saved["plan"].get(name) != value)
         raise PlanError(
-            f"{folder} is a study of another plan (other {differ}), frozen when its first run started; a changed plan "
-            "is a new study: give it another name or --study folder"
+            f"{folder} is a study of another plan, which differs in {differ}. A plan is frozen when its first run "
+            "starts. Give the changed plan another name, or choose another --study folder."
         )
 
 
@@ -63,32 +63,32 @@ def _frozen(folder: Path) -> _Frozen:
     try:
         found: _Frozen = read_json(folder / PLAN, _Frozen)
     except ValueError as error:
-        raise PlanError(f"{error}; restore it, or start another study") from error
+        raise PlanError(f"{error}. Restore the file, or start another study.") from error
     return found
 
 
 class Study:
-    """The study in a folder, by the plan that is frozen there.
+    """The study in a folder, with the plan that is frozen there.
 
     Args:
-        folder: Of the study.
+        folder: The folder of the study.
 
     Raises:
-        PlanError: the folder is that of no study.
+        PlanError: The folder does not hold a study.
     """
 
     def __init__(self, folder: Path) -> None:
         if not (folder / PLAN).exists():
-            raise PlanError(f"{folder} is no study: it has no {PLAN}; recipes/compare.py makes one")
+            raise PlanError(f"{folder} is not a study, because it has no {PLAN}. Run recipes/compare.py to make one.")
         frozen = _frozen(folder)
         self.plan = plan_of(frozen["plan"], folder / PLAN)
         if self.plan.hash != frozen["hash"]:
-            raise PlanError(f"{folder / PLAN} was changed after it was frozen; restore it, or start another study")
+            raise PlanError(f"{folder / PLAN} was changed after it was frozen. Restore it, or start another study.")
         self.folder = folder
-        self._loaded: dict[str, dict[str, Any]] = {}  # the records, which nobody writes twice
+        self._loaded: dict[str, dict[str, Any]] = {}  # records never change once they are written
 
     def record(self, run: Run) -> dict[str, Any] | None:
-        """The record of a run, once it has finished or diverged."""
+        """Returns the record of a run that has finished or diverged, or None."""
         return self._record(run.name)
 
     def _record(self, name: str) -> dict[str, Any] | None:
@@ -105,43 +105,43 @@ class Study:
         try:
             record = read_record(path)
             if record["status"] not in ("finished", "diverged"):
-                raise ValueError(f"{path}: status must be finished or diverged, got {record['status']}")
+                raise ValueError(f"{path}: status must be finished or diverged, got {shown(record['status'])}")
             for metric in metrics if record["status"] == "finished" else ():
                 check_type(record["result"].get(metric, "nothing"), float | None, f"{path}: result.{metric}")
         except ValueError as error:
-            raise StudyError(f"{error}; restore it, or remove it, and the run is done anew") from error
+            raise StudyError(f"{error}. Restore the record, or delete it to run it again.") from error
         return record
 
     def seconds(self) -> list[float]:
-        """What each run took that there is a record of, tuning and all."""
+        """Returns the time of each run that has a record, including tuning runs."""
         return [sum(session["seconds"] for session in record["sessions"]) for _, record in self._records()]
 
     def hardware(self) -> dict[str, Any]:
-        """That of one of the runs; empty where there are no records."""
+        """Returns the hardware of one of the runs; empty if there are no records."""
         return next((record["sessions"][-1]["hardware"] for _, record in self._records()), {})
 
     def num_records(self) -> int:
-        """Of how many runs there are records."""
+        """Returns the number of records."""
         return len(self._names())
 
     def _names(self) -> list[str]:
-        """Of all runs that there are records of."""
+        """Returns the names of all runs that have a record."""
         paths = (path for path in (self.folder / "records").glob("*.json") if not path.name.startswith("."))
         for path in (found := sorted(paths)):
             if not _RECORD.fullmatch(path.name):
-                raise StudyError(f"{path} is not the record of a run, whose names end in -lrRATE-seedN; move it away")
+                raise StudyError(f"{path} is not named like a record of a run, NAME-lrRATE-seedN.json. Move it away.")
         return [path.stem for path in found]
 
     def _records(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Name and record of every run that there is one of."""
+        """Yields name and record of every run that has one."""
         return ((name, record) for name in self._names() if (record := self._record(name)))
 
     def outcome(self, run: Run) -> float:
-        """What a run is judged by at its end, validation in tuning; NaN where the run diverged."""
+        """Returns the final metric of a run, or its validation version in tuning; NaN if the run diverged."""
         return self.value(run, self._metric(run))
 
     def value(self, run: Run, metric: str) -> float:
-        """A metric of a run at its end; NaN where it diverged."""
+        """Returns a metric of a run at its end; NaN if the run diverged."""
         record = self.record(run)
         assert record is not None, run
         return _outcome(record, metric)
@@ -150,9 +150,10 @@ class Study:
         return self.plan.tuning_metric if run.seed in self.plan.tuning_seeds else self.plan.metric
 
     def parts(self, run: Run) -> np.ndarray | None:
-        """Sums and counts of the outcome in each group of evaluation samples, (2, groups), whose ratio is the outcome.
+        """Returns sums and counts for each group of evaluation samples, (2, groups).
 
-        None where the run diverged or is missing, the outcome is no mean over samples, or the record is older.
+        The ratio of their totals is the outcome. None if the run diverged or is missing, the outcome is not a mean over
+        samples, or the record is too old.
         """
         record, (data, _, mean) = self.record(run) or {}, self._metric(run).partition("_")
         sums = {"loss": "losses", "accuracy": "correct"}.get(mean, "")
@@ -160,8 +161,9 @@ class Study:
         return np.array([found[sums], found["counts"]], dtype=float) if sums in found else None
 
     def missing(self) -> list[Run]:
-        """What can be run next: first the tuning, as `_missing_in_tuning` has it, then the final seeds, seed by seed:
-        what changes over time or between machines is then no difference between arms.
+        """Returns the runs that can be run next: first the tuning runs, then the final runs, seed by seed.
+
+        Running seed by seed keeps changes over time or between machines from looking like differences between arms.
         """
         if tuning := self._missing_in_tuning():
             return tuning
@@ -170,8 +172,10 @@ class Study:
         return [run for run in final if self.record(run) is None]
 
     def _missing_in_tuning(self) -> list[Run]:
-        """What the grid lacks and, once that is full for all activations, one more rate for all of them where the best
-        of one lies at its edge: one that had fewer trials than another would be at a loss.
+        """Returns the missing tuning runs, including extensions of the grid.
+
+        A complete grid is extended if the best rate of an activation is at its edge. The extension is for all
+        activations, since one with fewer trials than another would be at a disadvantage.
         """
         plan = self.plan
         missing = [run for run in plan.tuning_runs(self.rates()) if self.record(run) is None]
@@ -181,24 +185,24 @@ class Study:
         return missing
 
     def left(self) -> int:
-        """How many runs are left, as far as it is known: a grid that is full may be extended."""
+        """Returns how many runs are left, without possible extensions of the grid."""
         missing = self.missing()
         tuning = bool(missing) and missing[0].seed in self.plan.tuning_seeds
         return len(missing) + (self.plan.num_runs()[1] if tuning else 0)
 
     def finalists(self) -> dict[str, list[tuple[str, float]]]:
-        """Arm -> the activations and learning rates that run on the final seeds: the best in tuning, best first.
+        """Returns arm -> the best activations and learning rates in tuning, best first, which run on the final seeds.
 
-        Where all of an arm's runs diverged, that is its first activation at the lowest rate: it has had its chance.
+        If all runs of an arm diverged, this is its first activation at the lowest rate.
 
         Raises:
-            StudyError: the tuning is not over.
+            StudyError: The tuning is not finished.
         """
         plan = self.plan
         if missing := self._missing_in_tuning():
             raise StudyError(
-                f"{self.folder} lacks {len(missing)} runs of its tuning, such as {missing[0].name}; the command that "
-                "started it goes on"
+                f"{self.folder} lacks {len(missing)} tuning runs, such as {missing[0].name}. Run the command that "
+                "started the study again."
             )
         if not plan.tunes:
             return {arm: [(acts[0], plan.learning_rates[0])] for arm, acts in plan.arms.items()}
@@ -209,17 +213,17 @@ class Study:
         return ranked
 
     def final_trials(self) -> list[tuple[str, float]]:
-        """The finalists of all arms, each once: arms may share one."""
+        """Returns the finalists of all arms, without duplicates. Arms may share one."""
         return list(dict.fromkeys(trial for trials in self.finalists().values() for trial in trials))
 
     def choices(self) -> dict[str, tuple[str, float]]:
-        """Arm -> the activation and learning rate that it is judged at.
+        """Returns arm -> the activation and learning rate at which it is compared.
 
-        Of several finalists, that is the one that is best by validation over tuning and final seeds, once all of these
-        are done, and in tuning before. The one that diverged less often is better than another.
+        If an arm has several finalists, this is the best one by validation over tuning and final seeds, or in tuning
+        until all runs are done. A finalist that diverged less often is better.
 
         Raises:
-            StudyError: the tuning is not over.
+            StudyError: The tuning is not finished.
         """
         finalists, plan = self.finalists(), self.plan
 
@@ -234,13 +238,14 @@ class Study:
         return {arm: min(trials, key=rank) if decided else trials[0] for arm, trials in finalists.items()}
 
     def rates(self) -> list[float]:
-        """The grid of learning rates, as far as it has been extended, ascending."""
+        """Returns the grid of learning rates with its extensions so far, ascending."""
         tuning = [name.rpartition("-seed")[0] for name in self._names() if self._tunes(name)]
         return sorted({*self.plan.learning_rates, *(float(name.rpartition("-lr")[2]) for name in tuning)})
 
     def tuned(self, act: str) -> dict[float, float]:
-        """Learning rate, ascending -> mean outcome over the tuning seeds, of rates with records of all of these; the
-        worst there is, where one of them diverged.
+        """Returns learning rate, ascending -> mean outcome over the tuning seeds, for rates with all records.
+
+        If a run diverged, the mean is the worst possible outcome.
         """
         runs = {rate: [Run(act, rate, seed) for seed in self.plan.tuning_seeds] for rate in self.rates()}
         done = {rate: part for rate, part in runs.items() if part and all(self.record(run) for run in part)}
@@ -248,30 +253,31 @@ class Study:
         return {rate: mean if math.isfinite(mean) else self.plan.worst for rate, mean in means.items()}
 
     def trials(self, arm: str) -> dict[tuple[str, float], float]:
-        """Activation and learning rate -> mean outcome, of all that an arm chooses from; see `tuned`."""
+        """Returns activation and learning rate -> mean outcome, for all trials of an arm; see `tuned`."""
         return {(act, rate): mean for act in self.plan.arms[arm] for rate, mean in self.tuned(act).items()}
 
     def runner_up(self, arm: str) -> tuple[tuple[str, float], float] | None:
-        """The second best activation and learning rate of an arm in tuning, and its mean; None where none finished."""
+        """Returns an arm's second best activation and learning rate in tuning, with its mean; None if none finished."""
         chosen = self.choices()[arm]
         others = {key: mean for key, mean in self.trials(arm).items() if key != chosen and math.isfinite(mean)}
         return self.plan.best(others.items(), key=lambda item: item[1]) if others else None
 
     def final_runs(self) -> dict[str, list[Run]]:
-        """Arm -> its runs on the final seeds."""
+        """Returns arm -> its runs on the final seeds."""
         chosen = self.choices()
         return {arm: [Run(*chosen[arm], seed) for seed in self.plan.final_seeds] for arm in self.plan.arms}
 
     def outcomes(self) -> dict[str, dict[int, float]]:
-        """Arm -> seed -> outcome, of the final runs that there are records of."""
+        """Returns arm -> seed -> outcome, for the final runs that have a record."""
         return {
             arm: {run.seed: self.outcome(run) for run in runs if self.record(run)}
             for arm, runs in self.final_runs().items()
         }
 
     def set_aside(self) -> dict[tuple[str, float], list[float]]:
-        """Activation and learning rate -> outcomes on the final seeds that are compared with nothing: the tuning chose
-        these once, and does not any more.
+        """Returns activation and learning rate -> outcomes on the final seeds that are not part of any comparison.
+
+        The tuning chose these earlier, but does not choose them any more.
         """
         final = {Run(*trial, seed).name for trial in self.final_trials() for seed in self.plan.final_seeds}
         found: dict[tuple[str, float], list[float]] = {}
@@ -282,8 +288,10 @@ class Study:
         return found
 
     def comparisons(self, baseline: str | None = None) -> list[Comparison]:
-        """Every arm against the plan's baseline, or another arm, by the plan's terms; no verdicts before all runs are
-        done: who looks every time at more seeds finds a difference in the end.
+        """Compares every arm with the plan's baseline, or with another arm, by the terms of the plan.
+
+        There are no verdicts until all runs are done. Looking again after each new seed would eventually find a
+        difference by chance.
         """
         plan = self.plan
         terms = plan.smallest_effect, plan.higher_is_better, plan.min_seeds
@@ -295,23 +303,21 @@ class Study:
         return found
 
     def check_pairing(self) -> list[str]:
-        """What is wrong with the claim that the arms of a seed differ in their activation alone."""
+        """Returns reasons why the arms of a seed differ in more than their activation."""
         wrong = []
         for seed, records in self._by_seed().items():
             wrong += [f"seed {seed}: the arms differ in {key}" for key in self._unequal(records)]
             if any(record.get("nonfinite", {}).get("skipped_batches") for record in records):
-                wrong.append(f"seed {seed}: an arm skipped batches, for its loss was not finite")
+                wrong.append(f"seed {seed}: an arm skipped batches because its loss was not finite")
         return wrong
 
     def unequal_hashes(self) -> dict[int, list[str]]:
-        """Final seed -> the hashes in which its arms differ, of seeds where they do: that is wrong with the code and no
-        outcome.
-        """
+        """Returns final seed -> the hashes in which its arms differ. Such a difference is an error in the code."""
         found = {seed: self._unequal(records) for seed, records in self._by_seed().items()}
         return {seed: keys for seed, keys in found.items() if keys}
 
     def hashes(self) -> list[str]:
-        """The keys that show pairing, of those that records have: older ones lack `samples_hash`."""
+        """Returns the hashes that show pairing, as far as the records have them. Older ones lack `samples_hash`."""
         keys = ["init_signs_hash" if self.plan.own_gains else "init_hash", "order_hash", "samples_hash"]
         return [key for key in keys if any(record.get(key) for _, record in self._records())]
 
@@ -319,7 +325,7 @@ class Study:
         return [key for key in self.hashes() if len({record.get(key) for record in records}) > 1]
 
     def hardware_differs(self) -> list[int]:
-        """The final seeds of which not all arms ran on the same hardware."""
+        """Returns the final seeds whose arms did not all run on the same hardware."""
         found = {
             seed: {json.dumps(session["hardware"], sort_keys=True) for r in records for session in r["sessions"]}
             for seed, records in self._by_seed().items()
@@ -327,7 +333,7 @@ class Study:
         return [seed for seed, hardware in found.items() if len(hardware) > 1]
 
     def _by_seed(self) -> dict[int, list[dict[str, Any]]]:
-        """Final seed -> the records of its runs."""
+        """Returns final seed -> the records of its runs."""
         trials = self.final_trials()
         return {
             seed: [record for trial in trials if (record := self.record(Run(*trial, seed)))]
@@ -335,10 +341,10 @@ class Study:
         }
 
     def mixtures(self, here: Mapping[str, Any] | None = None) -> list[str]:
-        """In what code, versions, precision or data the records differ, where they should not.
+        """Returns the differences in code, versions, precision or data between records that should not differ.
 
         Args:
-            here: `environment()` of a process whose runs are to join them.
+            here: The `environment()` of a process that will add runs.
         """
         seen: dict[str, dict[str, list[str]]] = {}
 
@@ -364,12 +370,12 @@ class Study:
 
 
 def _code(session: Mapping[str, Any]) -> dict[str, Any]:
-    """What has to be the same for all sessions of a study."""
+    """Returns the facts that must be the same for all sessions of a study."""
     return {
         "commit": session["commit"],
         "uncommitted changes": session.get("diff_hash", session["dirty"]),
         **session["versions"],
-        # Records of earlier versions do not say it, which makes them no mixture.
+        # Records of earlier versions lack this, which does not count as a difference.
         **{f"launcher, {key}": value for key, value in session.get("launcher", {}).items()},
     }
 

@@ -1,4 +1,4 @@
-"""What several studies say together of the activations that they share; its words are in `templates/summary.md.j2`."""
+"""Summarises several studies of the same activations. The text is in `templates/summary.md.j2`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .words import cell, render, span
 
 @dataclass(frozen=True)
 class Finding:
-    """An activation in one study.
+    """The result of an activation in one study.
 
     Attributes:
-        comparison: With the common baseline.
-        gains: What it is better by at each seed that both finished, in the study's smallest effect of interest.
-        interval: 95 % BCa interval of their mean.
+        comparison: Comparison with the common baseline.
+        gains: Improvement at each seed that both finished, in multiples of the study's smallest effect of interest.
+        interval: 95 % BCa interval of the mean gain.
     """
 
     comparison: Comparison
@@ -38,14 +38,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Summary:
-    """An activation over all studies in which an arm has chosen it.
+    """The results of an activation in all studies in which an arm chose it.
 
     Attributes:
-        act: Its name.
-        findings: Study -> what came out there.
-        pooled: Interquartile mean of the gains at all seeds of all studies, and its 95 % interval by drawing seeds anew
-            within each study; None where there is one study, or where studies point in different directions: that
-            mean would be one that none of them has.
+        act: Name of the activation.
+        findings: Study -> the result there.
+        pooled: Interquartile mean of the gains over all seeds of all studies, and its 95 % interval by resampling seeds
+            within each study. None if there is only one study, or if studies point in different directions: no study
+            would have such a mean.
     """
 
     act: str
@@ -54,32 +54,32 @@ class Summary:
 
 
 def summarise(studies: Sequence[Study], baseline: str) -> list[Summary]:
-    """Compares every activation that an arm has chosen with one baseline, in every study that has both.
+    """Compares each activation that an arm chose with one baseline, in every study that has both.
 
-    Differences of losses and of accuracies become comparable as multiples of the smallest effect of interest that each
-    plan has named before its study ran. Pairs of which one diverged have no gain, and count in the verdict.
+    Losses and accuracies become comparable as multiples of the smallest effect of interest, which each plan set before
+    its study ran. A pair with a diverged run has no gain, but counts in the verdict.
 
     Args:
-        studies: With different names.
-        baseline: An arm of each.
+        studies: Studies with different names.
+        baseline: An arm of every study.
 
     Raises:
-        PlanError: a study has no such arm, is not finished or not paired, or two have one name.
+        PlanError: A study lacks the arm, is not finished or not paired, or two studies have the same name.
     """
     names = [study.plan.name for study in studies]
     if len(set(names)) < len(names):
-        raise PlanError(f"studies must differ in name, got {', '.join(names)}")
+        raise PlanError(f"studies must have different names, got {', '.join(names)}. Name each study once.")
     found: dict[str, dict[str, Finding]] = {}
     for study in studies:
         plan = study.plan
         plan.require_arm(baseline)
         if problems := [*(run.name for run in study.missing()), *study.check_pairing()]:
-            raise PlanError(f"{plan.name} is not finished, or not paired: {problems[0]}; its report says more")
+            raise PlanError(f"{plan.name} is not finished, or not paired: {problems[0]}. See its report for details.")
         choices, unit = study.choices(), plan.smallest_effect * (1 if plan.higher_is_better else -1)
         for c in study.comparisons(baseline):
             act = choices[c.arm][0]
             low, high = sorted(end / unit for end in c.interval)
-            # arms that have chosen the same activation are the same runs
+            # arms that chose the same activation share their runs
             found.setdefault(SAME.get(act, act), {})[plan.name] = Finding(
                 c, np.subtract(c.values, c.baseline) / unit, (low, high)
             )
@@ -96,12 +96,12 @@ def write_summary(studies: Sequence[Study], baseline: str, folder: Path) -> Path
     """Writes `summary.md`, `summary.html`, `summary.png` and `summary.svg`.
 
     Args:
-        studies: As in `summarise`.
-        baseline: Likewise.
-        folder: Where to; it is made.
+        studies: Studies with different names.
+        baseline: An arm of every study.
+        folder: The output folder, which is created if needed.
 
     Returns:
-        The HTML page.
+        The path of the HTML page.
     """
     summaries = summarise(studies, baseline)
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def write_summary(studies: Sequence[Study], baseline: str, folder: Path) -> Path
 
 
 def _rows(summary: Summary) -> Iterator[list[str]]:
-    """The rows of an activation in the table."""
+    """Yields the rows of an activation in the table."""
     for name, f in summary.findings.items():
         c, middle = f.comparison, float(f.gains.mean()) if len(f.gains) else math.nan
         yield [

@@ -1,12 +1,12 @@
-"""How far a mean difference is uncertain because of the seeds, and how far because of the evaluation sample.
+"""Splits the uncertainty of a mean difference into parts from the seeds and from the evaluation sample.
 
-The difference of a pair of runs is a mean over documents (or images). Seed s and group of samples g, of which a share
-h_g of all tokens (or images) is, have the difference
+The difference of a pair of runs is a mean over documents (or images). For seed s and a group g of samples, which holds
+a share h_g of all tokens (or images), the difference is
 
-    d_sg = mean + seed_s + group_g + rest_sg,
+    d_sg = mean + seed_s + group_g + rest_sg.
 
-and the mean difference over S seeds is that of all d_sg with the weights h_g. Other seeds would have given another one,
-and so would other documents.
+The mean difference over S seeds is the mean of all d_sg with weights h_g. Other seeds would have given a different
+mean, and so would other documents.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from .estimates import Estimate
 
 @dataclass(frozen=True)
 class Components:
-    """What the variance of a mean difference is made of.
+    """The components of the variance of a mean difference.
 
     Attributes:
-        mean: The difference itself.
-        seeds: The part that only more seeds make smaller: Var(seed_s) / S.
-        groups: The part that only a larger evaluation sample makes smaller: Var(group_g) sum h_g^2.
-        both: The part that either makes smaller: Var(rest_sg) sum h_g^2 / S.
-        num_seeds: S.
-        num_groups: Of samples.
-        group_degrees: Degrees of freedom of the mean squares of groups; num_groups - 1 where all are alike in size.
+        mean: The mean difference.
+        seeds: The part that only more seeds reduce: Var(seed_s) / S.
+        groups: The part that only a larger evaluation sample reduces: Var(group_g) sum h_g^2.
+        both: The part that either reduces: Var(rest_sg) sum h_g^2 / S.
+        num_seeds: Number of seeds, S.
+        num_groups: Number of groups of samples.
+        group_degrees: Degrees of freedom of the mean squares of groups. This is num_groups - 1 if all have equal size.
     """
 
     mean: float
@@ -42,16 +42,16 @@ class Components:
 
     @property
     def variance(self) -> float:
-        """Of the mean difference."""
+        """The variance of the mean difference."""
         return self.seeds + self.groups + self.both
 
     @property
     def estimate(self) -> Estimate:
-        """Mean, standard error, and Satterthwaite's degrees of freedom.
+        """The mean with its standard error and Satterthwaite's degrees of freedom.
 
-        The variance is V_s + V_g - V_e, with V_s = seeds + both, V_g = groups + both, V_e = both: each a mean square
-        with degrees of freedom of its own. It is never below V_s or V_g, so that the fewer of their degrees of freedom
-        are enough where the formula, which was made for sums, has fewer still.
+        The variance is V_s + V_g - V_e, with V_s = seeds + both, V_g = groups + both and V_e = both. Each is a mean
+        square with its own degrees of freedom. Satterthwaite's formula was made for sums, and can give too few degrees
+        here. The variance is never below V_s or V_g, so the degrees never need to be below the smaller of theirs.
         """
         one, other = self.num_seeds - 1, self.group_degrees
         spread = (self.seeds + self.both) ** 2 / one + (self.groups + self.both) ** 2 / other
@@ -61,11 +61,11 @@ class Components:
 
     @property
     def limited_by(self) -> str:
-        """Of what more would help most: "seeds" or "groups"."""
+        """What would help most if there were more of it: "seeds" or "groups"."""
         return "seeds" if self.seeds >= self.groups else "groups"
 
     def planned(self, num_seeds: int, num_groups: int) -> Components:
-        """The same with other numbers of seeds and groups, which are expected to be like these."""
+        """Predicts the components for other numbers of seeds and groups, assuming they behave like these."""
         seeds, groups = self.num_seeds / num_seeds, self.num_groups / num_groups
         return replace(
             self,
@@ -79,30 +79,32 @@ class Components:
 
 
 def components(differences: np.ndarray, counts: np.ndarray) -> Components:
-    """The variance of a mean difference, by analysis of variance of two crossed factors.
+    """Estimates the components by an analysis of variance of two crossed factors.
 
-    With means d_s. of seeds, d_.g of groups and d of all, each with the weights h_g = counts_g / sum counts,
+    Let d_s. be the means of seeds, d_.g the means of groups and d the mean of all, each with weights
+    h_g = counts_g / sum counts. Then
 
         V_s = sum_s (d_s. - d)^2 / (S (S - 1))
         V_g = sum_g a_g (d_.g - d)^2
         V_e = sum_sg a_g (d_sg - d_s. - d_.g + d)^2 / (S (S - 1)),    a_g = h_g^2 / (1 - 2 h_g + sum h^2),
 
-    are unbiased for seeds + both, groups + both, and both, where groups are alike in variance; with groups of one size
-    they are the mean squares of the textbooks. A part that comes out below zero is zero. Groups of very different size
-    leave few degrees of freedom (Bell and McCaffrey 2002): (sum h^2)^2 / sum_gk a_g a_k M_gk^2, with
+    are unbiased for seeds + both, groups + both, and both, if all groups have the same variance. With groups of equal
+    size they are the usual mean squares. A negative part is set to zero. Groups of very different size leave few
+    degrees of freedom (Bell and McCaffrey 2002): (sum h^2)^2 / sum_gk a_g a_k M_gk^2, with
     M_gk = [g = k] - h_g - h_k + sum h^2.
 
-    In simulated studies without a difference, of 8 to 20 seeds and 40 or 350 documents, Student's t with this variance
-    found one in 2 to 5 %, and in 1 to 3 % where `both` is most of it. The two-way bootstrap (Owen 2007, arXiv
-    0712.1111), whose variance counts `both` three times, found one in 8 % where seeds are all of it, and in less than
-    1 % where `both` is half. docs/comparing.md has the table.
+    In simulated studies without a true difference, with 8 to 20 seeds and 40 or 350 documents, Student's t with this
+    variance found a difference in 2 to 5 % of studies, and in 1 to 3 % where `both` is most of the variance. The
+    two-way bootstrap (Owen 2007, arXiv 0712.1111) counts `both` three times. It found a difference in 8 % of studies
+    where seeds are all of the variance, and in less than 1 % where `both` is half of it. docs/comparing.md has the
+    table.
 
     Args:
-        differences: Sums of each seed and group, (seeds, groups): arm minus baseline. Two seeds at least.
-        counts: What the sums are over, (groups,), such as tokens; two groups at least that are not empty.
+        differences: Sums of arm minus baseline for each seed and group, (seeds, groups), with at least two seeds.
+        counts: Number of summands of each group, (groups,), such as tokens. At least two groups must not be empty.
 
     Returns:
-        The parts, with the mean difference sum(differences) / (seeds * sum(counts)).
+        The components, with the mean difference sum(differences) / (seeds * sum(counts)).
     """
     counted = counts > 0
     sums, sizes = differences[:, counted], counts[counted]

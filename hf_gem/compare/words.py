@@ -1,4 +1,4 @@
-"""Words and numbers: templates in `templates/`, and how a number is written in them."""
+"""Fills in the text templates in `templates/`, and formats their numbers."""
 
 from __future__ import annotations
 
@@ -16,45 +16,44 @@ from ..files import markdown_code, markdown_table, markdown_text
 def render(template: str, **values: Any) -> str:
     """Fills in a template.
 
-    Text that is not for HTML is Markdown, whose paragraphs stand one empty line apart however many the template leaves
-    between them.
+    Templates other than HTML are Markdown. Several empty lines between paragraphs become one.
 
     Args:
-        template: A file of `templates/`.
-        values: What it names.
+        template: Name of a file in `templates/`.
+        values: The values that the template uses.
     """
     text = _templates.get_template(template).render(**values)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def number(value: float | None) -> str:
-    """An outcome: a dash where there is none."""
+    """Formats an outcome, or a dash if there is none."""
     return "-" if value is None else "diverged" if not math.isfinite(value) else f"{value:.4f}"
 
 
 def cell(value: float, form: str) -> str:
-    """A number in a format of Python: a dash for NaN."""
+    """Formats a number with a Python format, or a dash for NaN."""
     return "-" if math.isnan(value) else format(value, form)
 
 
 def signed(value: float) -> str:
-    """A difference."""
+    """Formats a difference with its sign."""
     return cell(value, "+.4g")
 
 
 def span(interval: tuple[float, float]) -> str:
-    """An interval."""
+    """Formats an interval."""
     return "-" if math.isnan(interval[0]) else f"{interval[0]:+.4g} to {interval[1]:+.4g}"
 
 
 def mean(found: Mapping[int, float]) -> float | None:
-    """The mean of the runs that finished."""
+    """Computes the mean of the finished runs."""
     finished = _finite(found)
     return float(np.mean(finished)) if finished else None
 
 
 def spread(found: Mapping[int, float]) -> float | None:
-    """The standard deviation of the runs that finished."""
+    """Computes the standard deviation of the finished runs."""
     finished = _finite(found)
     return float(np.std(finished, ddof=1)) if len(finished) > 1 else None
 
@@ -64,12 +63,12 @@ def _finite(found: Mapping[int, float]) -> list[float]:
 
 
 def _listed(words: list[str]) -> str:
-    """Some words with commas, and "and" before the last."""
+    """Joins words with commas, and "and" before the last."""
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def _one_line(text: str) -> str:
-    """A paragraph that takes several lines in a template."""
+    """Joins the lines of a paragraph."""
     return " ".join(text.split())
 
 

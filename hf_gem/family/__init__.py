@@ -1,7 +1,7 @@
-"""The families of activations: what they are called, and what they compute. One file for each.
+"""The families of activations: their names and their formulas, one file per family.
 
-`egem` and `segem` are ours. A family of your own is one file too: a `Family` made of functions that use `arithmetic`,
-and a call of `hf_gem.register_family`.
+`egem` and `segem` come with the package. To add your own family, write one file: define a `Family` from functions that
+use `arithmetic`, and call `hf_gem.register_family`.
 """
 
-from . import egem, segem  # noqa: F401  # put their families into the table
+from . import egem, segem  # noqa: F401  # importing them adds their families to the table

@@ -1,4 +1,4 @@
-"""Whether what a family says of itself agrees: its formulas with its exact definition, on fractions."""
+"""Checks a family: compares its formulas with its exact definition, evaluated on fractions."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
+from ..files import shown
 from . import formulas
 from .table import Family
 
 _POINTS = [Fraction(k, 8) for k in (-4000, -24, -9, -8, -3, -1, 0, 1, 3, 8, 9, 24, 4000)]
 _MEMBERS = [(1, 1.0), (2, 1.0), (1, 2.0**-10), (3, 4.0)]
-_TOLERANCE = 1e-9  # of float64, whose formulas are some twenty roundings from the exact value
+_TOLERANCE = 1e-9  # for float64 formulas, which are some twenty roundings away from the exact value
 
 
 class Dual:
-    """A number with its derivative: arithmetic on these differentiates `exact` exactly (a + b d, with d^2 = 0)."""
+    """A dual number a + b d with d^2 = 0: arithmetic on dual numbers differentiates `exact` exactly."""
 
     def __init__(self, value: Any, slope: Any = 0) -> None:
         self.value, self.slope = value, slope
@@ -74,16 +75,16 @@ def _dual(x: Any) -> Dual:
 
 
 def exact_slope(family: Family, x: Fraction, n: int, eps: Fraction) -> Fraction:
-    """The derivative of `exact` in x."""
+    """The derivative of `exact` with respect to x."""
     slope = _dual(family.exact(Dual(x, Fraction(1)), n, eps)).slope
     return Fraction(slope)
 
 
 def check(family: Family) -> None:
-    """Compares the formulas of a family, in float64, with its exact definition.
+    """Compares the float64 formulas of a family with its exact definition.
 
     Raises:
-        ValueError: they disagree; the message says which, at which x, n and eps.
+        ValueError: They disagree. The message names the formula and gives x, n and eps.
     """
     for n, eps in _members(family):
         x = torch.tensor([float(point) for point in _POINTS], dtype=torch.float64)
@@ -119,12 +120,12 @@ def _compare(
 ) -> None:
     if found.shape != (len(points),):
         raise ValueError(
-            f"family {family.name!r} contradicts itself: {what} made shape {tuple(found.shape)} of {(len(points),)}; "
-            "it must compute each element by itself"
+            f"{what} of family {shown(family.name)} returned shape {tuple(found.shape)} for an input of shape "
+            f"{(len(points),)}. It must be elementwise. Use only elementwise operations in it."
         )
     for x, got, right in zip(points, found.tolist(), wanted, strict=True):
         if not abs(got - float(right)) <= _TOLERANCE * max(abs(float(right)), 1e-6):
             raise ValueError(
-                f"family {family.name!r} contradicts itself: at x = {float(x):g}, n = {n}, eps = {eps:g} its {what} is "
-                f"{got:.12g}, and {of} is {float(right):.12g}; correct one of them"
+                f"{what} of family {shown(family.name)} is {got:.12g} at x = {float(x):g}, n = {n}, eps = {eps:g}. It "
+                f"must equal {of}, which is {float(right):.12g}. Fix whichever is wrong."
             )

@@ -1,8 +1,8 @@
-"""GEM and E-GEM: with t = x^(2n) and the gate s = t / (t + eps),
+"""GEM and E-GEM. With t = x^(2n) and the gate s = t / (t + eps):
 
     egem(x) = x s   for x > 0, else 0          slope s (1 + 2n (1 - s)) for x > 0, else 0
 
-and GEM is E-GEM with eps = 1.
+GEM is E-GEM with eps = 1.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from .arithmetic import Real, bound, gate_power, positive, power, remainder, rough_root
 from .table import Family, add
 
-MAX_INVERTIBLE_N = 4  # the iteration of _preimage reaches the accuracy of each dtype up to here
+MAX_INVERTIBLE_N = 4  # up to this n, the iteration of _preimage reaches the accuracy of every dtype
 
 
 def exact(x: Any, n: int, eps: Any) -> Any:
@@ -28,7 +28,7 @@ def exact(x: Any, n: int, eps: Any) -> Any:
 def value(z: Tensor, n: int, r: Real, e: Real) -> Tensor:
     t = gate_power(z * r, n)
     if isinstance(e, Tensor):
-        # Past the bound x s rounds to x, but its derivative in eps does not round to zero.
+        # Past the bound, x s rounds to x, but its derivative in eps does not round to zero.
         far = z - remainder(z, n, r, e)
         return torch.where(z * r > bound(n, z.dtype), far, positive(z) * (t / (t + e)))
     return z.clamp(min=0.0) * (t / (t + e))
@@ -47,10 +47,10 @@ def eps_slope(z: Tensor, n: int, r: Real, e: Real) -> Tensor:
 
 
 def slope_at(y: Tensor, n: int, r: Real, e: Real, digits: int) -> Tensor:
-    """The slope where the function is y; 0 for y <= 0. For n up to MAX_INVERTIBLE_N.
+    """The slope at the x whose output is y, and 0 for y <= 0. Requires n <= MAX_INVERTIBLE_N.
 
-    E-GEM is strictly increasing for x > 0 and d log x / d log y <= 1, so what a rounded y says of the slope is as good
-    as what a rounded x says. y below 2^-40 eps^(1/2n) counts with a slope that is too small, by less than 2^-25.
+    E-GEM is strictly increasing for x > 0 and d log x / d log y <= 1, so a rounded y determines the slope as accurately
+    as a rounded x. For y below 2^-40 eps^(1/2n), the slope comes out too small, by less than 2^-25.
     """
     w, a, b = _preimage(y, n, r, e, digits)
     s = w * b / a
@@ -58,9 +58,9 @@ def slope_at(y: Tensor, n: int, r: Real, e: Real, digits: int) -> Tensor:
 
 
 def inverse(y: Tensor, n: int, r: Real, e: Real) -> Tensor:
-    """The x > 0 where the function is y; 0 for y <= 0. For n up to MAX_INVERTIBLE_N."""
+    """The x > 0 whose output is y, and 0 for y <= 0. Requires n <= MAX_INVERTIBLE_N."""
     w, a, b = _preimage(y, n, r, e, 53 if y.dtype == torch.float64 else 24)
-    # Far below the gate's scale y is x^(2n+1) / eps, far above it is x.
+    # y is x^(2n+1) / eps far below the scale of the gate, and x far above it.
     k = 1 / (2 * n + 1)
     near_zero = y.clamp(min=0.0).pow(k) * (e**k * r ** (k - 1))
     x = torch.where(w < _smallest(w.dtype), near_zero, a / b / r)
@@ -68,11 +68,12 @@ def inverse(y: Tensor, n: int, r: Real, e: Real) -> Tensor:
 
 
 def invertible(n: int, eps: float | Tensor, dtype: torch.dtype) -> bool:
-    """Whether the slope can be had from the output to within a rounding of `dtype`.
+    """Whether the slope can be recovered from the output to within a rounding of `dtype`.
 
-    Within MAX_INVERTIBLE_N it can, where outputs do not underflow too early: one that errs by half the smallest
-    subnormal, h, has a slope that errs by 2n h / x, most where y is h itself and x = (eps h)^(1/(2n+1)). Only float16
-    has so little range that it matters, at n = 1 with eps below 7e-5. A tensor eps counts as of that kind.
+    This requires n <= MAX_INVERTIBLE_N and outputs that do not underflow too early. An output with an error of half the
+    smallest subnormal, h, gives a slope with an error of 2n h / x. The error is largest at y = h, where
+    x = (eps h)^(1/(2n+1)). It only matters in float16, whose range is small: at n = 1, with eps below 7e-5. A tensor
+    eps is treated like such a small eps, since its values are not read.
     """
     if n > MAX_INVERTIBLE_N:
         return False
@@ -83,11 +84,14 @@ def invertible(n: int, eps: float | Tensor, dtype: torch.dtype) -> bool:
 
 
 def _preimage(y: Tensor, n: int, r: Real, e: Real, digits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The scaled y, kept in [0, bound], and the v = a / b > 0 with v^(2n+1) = w (v^2n + e), w being that kept above 0.
+    """Solves v^(2n+1) = w (v^2n + e) for v > 0, where w is the scaled y, clamped to [0, bound].
 
-    The equation has one solution, between max(w, rho) and w + rho with rho = (e w)^(1/(2n+1)). From a start within 10 %
-    of it, Halley's iteration on v - w - e w v^-2n = 0 cubes the error. The division of the last step is left to the
-    caller, who divides anyway.
+    The equation has one solution, between max(w, rho) and w + rho with rho = (e w)^(1/(2n+1)). Starting within 10 % of
+    it, Halley's iteration on v - w - e w v^-2n = 0 cubes the error in each step.
+
+    Returns:
+        w, and a and b with v = a / b. The caller divides anyway, so the last division is left to it. For v, w is also
+        clamped from below, to a positive number.
     """
     w = (y * r).clamp(0.0, bound(n, y.dtype))
     u = w.clamp(min=_smallest(y.dtype))
@@ -108,9 +112,9 @@ def _preimage(y: Tensor, n: int, r: Real, e: Real, digits: int) -> tuple[Tensor,
 
 
 def _num_steps(n: int, digits: int) -> int:
-    """How many steps of `_preimage` leave less than a quarter of a rounding to `digits` in the slope.
+    """The number of steps after which `_preimage` gives the slope to a quarter of a rounding to `digits`.
 
-    One leaves 1e-4 for n = 1, 5e-4 for n = 2 and 9e-4 for n = 3 and 4; two leave 1e-9.
+    The error after one step is 1e-4 for n = 1, 5e-4 for n = 2 and 9e-4 for n = 3 and 4. After two steps it is 1e-9.
     """
     if digits > 24:
         return 3
@@ -118,7 +122,7 @@ def _num_steps(n: int, digits: int) -> int:
 
 
 def _smallest(dtype: torch.dtype) -> float:
-    """The scaled y from which on `_preimage` solves: the squares in it stay normal, and the slope there is nothing."""
+    """The smallest scaled y that `_preimage` solves for: its squares stay normal, and the slope is negligible there."""
     return 2.0**-200 if dtype == torch.float64 else 2.0**-40
 
 
@@ -134,6 +138,6 @@ EGEM = Family(
     invertible=invertible,
     eps_slope=eps_slope,
 )
-# GEM stands first, where names are listed.
+# GEM comes first in lists of names.
 GEM = add(EGEM.fixed(eps=1.0, name="gem", title="GEM", formula="x^(2n+1) / (1 + x^(2n)) for x > 0, else 0"))
 add(EGEM)

@@ -1,7 +1,7 @@
-"""The formulas of a family on tensors of any floating-point dtype, in plain torch.
+"""The formulas of a family in plain torch, for tensors of any shape and floating-point dtype.
 
-Any shape. float16 and bfloat16 are computed in float32 and rounded once at the end, float32 and float64 in themselves.
-eps is a positive number, or a tensor that broadcasts against x.
+float16 and bfloat16 are computed in float32 and rounded once at the end. float32 and float64 are computed in their own
+dtype. eps is a positive number, or a tensor that broadcasts against x.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from .arithmetic import digits, saturated, scale, scale_tensor, working
 from .table import Family
 
-# For kernels, at every launch; compilers trace `scale` itself.
+# Kernels use this at every launch; compilers trace `scale` itself.
 cached_scale = functools.lru_cache(maxsize=4096)(scale)
 
 
@@ -31,21 +31,21 @@ def slope(family: Family, n: int, eps: float | Tensor, x: Tensor) -> Tensor:
 
 
 def slope_at(family: Family, n: int, eps: float | Tensor, y: Tensor) -> Tensor:
-    """df/dx where f is y, in the working dtype of y."""
+    """df/dx at the x where f(x) = y, in the working dtype of y."""
     assert family.slope_at is not None
     z = working(y)
     return family.slope_at(z, n, *_scale(eps, n, z), digits(y.dtype))
 
 
 def inverse(family: Family, n: int, eps: float | Tensor, y: Tensor) -> Tensor:
-    """The x where f is y, in the working dtype of y."""
+    """The x where f(x) = y, in the working dtype of y."""
     assert family.inverse is not None
     z = working(y)
     return family.inverse(z, n, *_scale(eps, n, z))
 
 
 def eps_slope(family: Family, n: int, eps: Tensor, x: Tensor) -> Tensor:
-    """df/d(eps), in the working dtype of x; 0 where eps has saturated."""
+    """df/d(eps), in the working dtype of x, and 0 where eps is outside LEARNABLE_RANGE."""
     assert family.eps_slope is not None
     z = working(x)
     eps = eps.to(z.dtype)

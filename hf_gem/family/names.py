@@ -1,10 +1,10 @@
-"""Names and parameters of the families: one string names one function completely.
+"""Names of activations. One string determines the function and its parameters completely.
 
 Grammar (case-insensitive)::
 
     gem[_n<N>]    egem[_n<N>][_eps<E>][_learnable]    segem[_n<N>][_eps<E>][_learnable]
 
-and like the last two for every family that is registered.
+Names of registered families follow the same pattern as the last two.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ import re
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from ..files import shown
 from .arithmetic import LEARNABLE_RANGE
 from .table import FAMILIES, Family, family_named
 
 MAX_N = 32
-# The gate's scale eps**(1/2n) stays inside 2**±100, where float32 holds it and its reciprocal.
+# The scale of the gate, eps**(1/2n), stays inside 2**±100, so that float32 can hold it and its reciprocal.
 MAX_LOG2_SCALE = 100
 
-_LONGEST = 200  # characters of a name, several times those of any that means something
+_LONGEST = 200  # characters of a name, several times the length of any meaningful one
 
 _NUMBER = r"\d+(?:\.\d*)?(?:em?[+-]?\d+)?"
 
 
 @functools.cache
 def _patterns(names: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """What a name of some families looks like, and what can only have been meant as one."""
-    # "E-GEM" may be written e_gem, and gem2 is a slip; gemma and gems are other words.
+    """Two patterns for the given families: valid names, and strings that were clearly meant as one."""
+    # e_gem and gem2 count as misspelled names. gemma and gems are other words.
     titles = (re.sub("-", r"[\\W_]?", FAMILIES[name].title.lower()) for name in names)
     name = re.compile(rf"({'|'.join(names)})(?:_n(\d{{1,9}}))?(?:_eps({_NUMBER}))?(_learnable)?", re.ASCII)
     return name, re.compile(rf"(?:{'|'.join(titles)})(?:n?\d.*|[\W_].*)?", re.DOTALL)
@@ -42,7 +43,7 @@ def _match(name: str) -> re.Match[str] | None:
 
 
 def grammar(family: Family) -> str:
-    """What the names of a family look like."""
+    """The form of the names of a family."""
     return family.name + ("[_n<N>]" if family.fixed_eps is not None else "[_n<N>][_eps<E>][_learnable]")
 
 
@@ -52,43 +53,43 @@ def _grammar() -> str:
 
 def check_n(n: int) -> int:
     """Returns `n` as an int, or raises TypeError (not an integer) or ValueError (outside 1..32)."""
-    if type(n) is int and 1 <= n <= MAX_N:  # at every call of an activation
+    if type(n) is int and 1 <= n <= MAX_N:  # fast path, since every call of an activation checks n
         return n
-    if isinstance(n, bool):
-        raise TypeError(f"n must be an integer from 1 to {MAX_N}, got {n!r} of type bool; write n=1 or n=2")
+    allowed = f"n must be an integer from 1 to {MAX_N}. The paper uses n=1, 2 and 3."
     try:
-        n = operator.index(n)
+        if isinstance(n, bool):
+            raise TypeError
+        order = operator.index(n)
     except TypeError:
-        raise TypeError(
-            f"n must be an integer from 1 to {MAX_N}, got {n!r} of type {type(n).__name__}; write n=1 or n=2"
-        ) from None
-    if not 1 <= n <= MAX_N:
-        got = n if n.bit_length() < 200 else f"one of {n.bit_length()} bits"  # Python does not print any integer
-        raise ValueError(f"n must be an integer from 1 to {MAX_N}, got {got}; the paper uses 1, 2 and 3")
-    return n
+        raise TypeError(f"got n={shown(n)} of type {type(n).__name__}. {allowed}") from None
+    if not 1 <= order <= MAX_N:
+        raise ValueError(f"got n={shown(order)}. {allowed}")
+    return order
 
 
 def check_eps(eps: float, n: int = 1) -> float:
     """Returns `eps` as a float, or raises TypeError (not a number) or ValueError (not positive, not finite)."""
-    if type(eps) is float and 1e-60 < eps < 1e60:  # at every call of an activation; allowed for every n
+    if type(eps) is float and 1e-60 < eps < 1e60:  # fast path for every call of an activation; valid for every n
         return eps
-    if isinstance(eps, (bool, str, bytes)):
-        raise TypeError(f"eps must be a positive number, got {eps!r} of type {type(eps).__name__}; write eps=1e-4")
+    fix = "Write for example eps=1e-4."
     try:
+        if isinstance(eps, (bool, str, bytes)):
+            raise TypeError
         value = float(eps)
-    except OverflowError:
-        raise ValueError("eps must be positive and finite, got an integer beyond all floats; write eps=1e-4") from None
     except (TypeError, ValueError):
         raise TypeError(
-            f"eps must be a positive number, got {eps!r} of type {type(eps).__name__}; write eps=1e-4"
+            f"got eps={shown(eps)} of type {type(eps).__name__}. eps must be a positive number. {fix}"
         ) from None
+    except OverflowError:
+        value = math.inf
     if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"eps must be positive and finite, got {value!r}; write for example eps=1e-4")
+        raise ValueError(f"got eps={shown(eps)}. eps must be positive and finite. {fix}")
     if abs(math.log2(value)) > 2 * n * MAX_LOG2_SCALE:
         limit = min(2 * n * MAX_LOG2_SCALE * math.log10(2), 307)
         raise ValueError(
-            f"eps must lie between 1e-{limit:.0f} and 1e{limit:.0f} for n={n}, got {value!r}; beyond that the gate's "
-            "scale is not a float32, and for all common inputs the function is ReLU or zero; name that instead"
+            f"got eps={value!r}. eps must be between 1e-{limit:.0f} and 1e{limit:.0f} for n={n}. Outside this range, "
+            "float32 cannot hold the scale of the gate, and the function is ReLU or zero for all common inputs: use "
+            "that function instead."
         )
     return value
 
@@ -98,19 +99,20 @@ class GemSpec:
     """One member of the family.
 
     Attributes:
-        family: `gem`, `egem`, `segem` or one that was registered.
-        n: The paper's N, 1 to 32; our functions are C^(2n).
-        eps: Scale of the gate, `t / (t + eps)` with `t = x^(2n)`; 1 for `gem`. For a learnable one, its initial value.
-        learnable: Whether eps is a Parameter, owned by each layer.
+        family: `gem`, `egem`, `segem`, or the name of a registered family.
+        n: The paper's N, from 1 to 32. The functions of this package are C^(2n).
+        eps: The eps of the gate `t / (t + eps)` with `t = x^(2n)`. It is always 1 for `gem`. If eps is learnable, this
+            is its initial value.
+        learnable: Whether each layer trains its own eps, as a Parameter.
 
     Raises:
-        TypeError: n or eps is not a number, or learnable not a bool.
-        ValueError: unknown family, n or eps out of range, or `gem` with an eps of its own.
+        TypeError: n or eps is not a number, or learnable is not a bool.
+        ValueError: The family is unknown, n or eps is out of range, or `gem` was given another eps.
     """
 
     family: str
     n: int = 1
-    eps: float = None  # type: ignore[assignment]  # what None stands for depends on the family
+    eps: float = None  # type: ignore[assignment]  # None means the default of the family
     learnable: bool = False
 
     def __post_init__(self) -> None:
@@ -118,20 +120,27 @@ class GemSpec:
         n = check_n(self.n)
         eps = family.default_eps if self.eps is None else check_eps(self.eps, n)
         if family.fixed_eps is not None and (eps != family.fixed_eps or self.learnable):
+            other = "" if family.kernels == family.name else f", or use the family {shown(family.kernels)}"
             raise ValueError(
-                f"{self.family} has eps = {family.fixed_eps:g}, fixed; got eps={eps!r}, learnable={self.learnable}. "
-                f"The family {family.kernels!r} has others"
+                f"got eps={eps!r} and learnable={shown(self.learnable)} for {family.name}. {family.name} has a fixed "
+                f"eps of {family.fixed_eps:g}. Leave out eps and learnable{other}."
             )
         if not isinstance(self.learnable, bool):
-            raise TypeError(f"learnable must be True or False, got {self.learnable!r}")
+            raise TypeError(
+                f"got learnable={shown(self.learnable)}. learnable must be True or False. Write learnable=True to "
+                "train eps."
+            )
         if self.learnable and not LEARNABLE_RANGE[0] <= eps <= LEARNABLE_RANGE[1]:
-            raise ValueError(f"a learnable eps must start between 1e-37 and 1e37, which float32 holds; got {eps!r}")
+            raise ValueError(
+                f"got eps={eps!r} with learnable=True. A learnable eps must start between 1e-37 and 1e37, which fit "
+                "into float32. Choose an eps in that range."
+            )
         object.__setattr__(self, "n", n)
         object.__setattr__(self, "eps", eps)
 
     @property
     def name(self) -> str:
-        """The canonical name: defaults left out, no hyphen; `parse(spec.name) == spec`."""
+        """The canonical name. It omits defaults and contains no hyphen, and `parse(spec.name) == spec`."""
         default_eps = self.eps == self.definition.default_eps
         return (
             self.family
@@ -150,37 +159,36 @@ class GemSpec:
 
 
 def parse(name: str) -> GemSpec:
-    """Reads an activation name.
+    """Parses an activation name.
 
     Args:
-        name: For example `gem_n2`, `egem`, `egem_n2_eps1em6`, `segem_eps0.01_learnable`, in any case. `1e-6`, `1e-06`,
-            `1em6` and `0.000001` are the same number.
+        name: A name such as `gem_n2`, `egem`, `egem_n2_eps1em6` or `segem_eps0.01_learnable`. Upper and lower case are
+            the same. `1e-6`, `1e-06`, `1em6` and `0.000001` are the same number.
 
     Returns:
-        The parameters it stands for.
+        The family and its parameters.
 
     Raises:
         TypeError: `name` is not a string.
-        ValueError: the name is malformed; the message gives the grammar and the nearest valid name.
+        ValueError: The name is malformed. The message gives the grammar and the nearest valid name.
     """
     if not isinstance(name, str):
         raise TypeError(
-            f"an activation name must be a string such as 'gem_n2', got {name!r} of type {type(name).__name__}"
+            f"got activation name {shown(name)} of type {type(name).__name__}. It must be a string. Write for example "
+            "'gem_n2'."
         )
     match = _match(name)
     if match is None:
-        raise _malformed(name, "it does not follow the grammar")
+        raise _malformed(name)
     family, n, eps, learnable = match.groups()
-    if FAMILIES[family].fixed_eps is not None and (eps or learnable):
-        raise _malformed(name, f"{family} has eps = {FAMILIES[family].fixed_eps:g}, fixed, and its names carry none")
     try:
         return GemSpec(family, int(n or 1), _read_eps(eps), learnable is not None)
     except ValueError as error:
-        raise _malformed(name, str(error)) from None
+        raise _malformed(name, f" {str(error).split('. ')[1]}.") from None  # the sentence that says what is allowed
 
 
 def is_name(name: object) -> bool:
-    """Whether `name` is a well-formed name of the family."""
+    """Whether `name` is a valid name of the family."""
     if not isinstance(name, str) or _match(name) is None:
         return False
     try:
@@ -191,7 +199,7 @@ def is_name(name: object) -> bool:
 
 
 def is_claimed(name: object) -> TypeGuard[str]:
-    """Whether `name` can only have been meant as one of ours: `gem_n0`, `egem-n2`, but not `gemma` or `gelu`."""
+    """Whether `name` was clearly meant as a name of the family: `gem_n0` and `egem-n2`, but not `gemma` or `gelu`."""
     return isinstance(name, str) and _patterns(tuple(FAMILIES))[1].fullmatch(name.lower()) is not None
 
 
@@ -207,26 +215,25 @@ def _read_eps(text: str | None) -> Any:
     return text and float(text.replace("em", "e-"))
 
 
-def _malformed(name: str, reason: str) -> ValueError:
-    name = name[:_LONGEST]
+def _malformed(name: str, reason: str = "") -> ValueError:
+    got, name = shown(name), name[:_LONGEST]
     letters = re.sub(r"[\W_]", "", name.lower())
     if name and not any(family in letters for family in FAMILIES):
         return ValueError(
-            f"got activation name {name!r:.80}, which is none of the family. Allowed: {_grammar()}. For others, such "
-            "as a baseline's, there are hf_gem.set_activation and timm's act_layer; hf_gem.gain takes a function"
+            f"got activation name {got}, which is not one of the family. Allowed names: {_grammar()}. For another "
+            "activation, use hf_gem.set_activation or timm's act_layer, and pass hf_gem.gain the function itself."
         )
-    return ValueError(
-        f"got activation name {name!r:.80}: {reason}. Allowed: {_grammar()}. Did you mean {_nearest(name)!r}?"
-    )
+    allowed = f"{reason} Allowed names: {_grammar()}."
+    return ValueError(f"got activation name {got}.{allowed} Did you mean {_nearest(name)!r}?")
 
 
 def _nearest(name: str) -> str:
-    """The valid name that keeps what can be understood of `name`."""
+    """The valid name that keeps the recognizable parts of `name`."""
     text = name.lower()
     letters = re.sub(r"[\W_]", "", text)
     family = next((f for f in FAMILIES if letters.startswith(f)), "gem")
     n = re.search(r"n\W*_?(\d{1,3})", text)
-    # Past the family's own letters, so that the "e" of "egem" is not taken for an eps.
+    # The lookbehind keeps the "e" of "egem" from being read as an eps.
     eps = re.search(rf"(?<![a-z])e(?:ps(?:ilon)?)?[\s_=:]*({_NUMBER})", text)
     learnable = "learn" in text
     if FAMILIES[family].fixed_eps is not None and (eps or learnable):

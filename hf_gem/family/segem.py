@@ -1,9 +1,9 @@
-"""SE-GEM: with t = x^(2n) and the gate s = t / (t + eps),
+"""SE-GEM. With t = x^(2n) and the gate s = t / (t + eps):
 
     segem(x) = x            for x >= 0          slope 1
                x (1 - s)    for x < 0           slope (1 - s) (1 - 2n s)
 
-It equals x + egem(-x).
+SE-GEM equals x + egem(-x).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a family of activations is, and the table of families."""
+"""The definition of a family of activations, and the table of families."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import shown
 from .arithmetic import Real
 
 Formula = Callable[[Tensor, int, Real, Real], Tensor]
@@ -24,23 +25,26 @@ def _by_digits(n: int, eps: float | Tensor, dtype: torch.dtype) -> bool:
 class Family:
     """A family of activations with the parameters n and eps, rational in x.
 
-    Everything else follows from it: names, autograd, kernels, modules, registration, conversion.
-    `hf_gem.family.arithmetic` says what the formulas take: `value(z, n, r, e)`.
+    Names, autograd, kernels, modules, registration and conversion are all derived from it. The formulas have the
+    signature `value(z, n, r, e)`; `hf_gem.family.arithmetic` explains these arguments.
 
     Attributes:
-        name: As in `egem_n2_eps1em6`: lower-case letters.
-        title: As people write it; without hyphens and in lower case, the name.
-        formula: One line for readers.
-        exact: The definition, of x, n and eps, for any type of number: fractions, dual numbers, floats.
-        value: The same in floating-point arithmetic that neither overflows nor cancels.
-        slope: Its derivative in x.
-        slope_at: The derivative where the function is y, of y, n, r, e and the digits to which it is wanted. For a
-            family that is strictly increasing wherever its slope is not 0: its backward pass may keep the output.
-        inverse: The x where the function is y > 0; goes with `slope_at`.
-        invertible: Of n, eps and the dtype of y: whether `slope_at` is as accurate as that dtype allows.
-        eps_slope: The derivative in log(eps). Without it a learnable eps is differentiated through `value`.
-        fixed_eps: The eps of every member, where the name carries none.
-        kernels: The family whose formulas these are, if they are those of another one.
+        name: Name in lower-case letters, such as the `egem` of `egem_n2_eps1em6`.
+        title: Name as people write it, such as `E-GEM`. In lower case and without hyphens it must equal `name`.
+        formula: The definition as one line of text, for readers.
+        exact: The definition as a function of x, n and eps. It works for any type of number: fractions, dual numbers,
+            floats.
+        value: The definition in floating-point arithmetic that neither overflows nor cancels.
+        slope: The derivative of `value` with respect to x.
+        slope_at: The derivative at the x whose output is y, as a function of y, n, r, e and the number of digits
+            required. It exists only for a family that is strictly increasing wherever its slope is not 0. With it, the
+            backward pass can keep the output instead of the input.
+        inverse: The x whose output is y > 0. Required if there is a `slope_at`.
+        invertible: A function of n, eps and the dtype of y that says whether `slope_at` is as accurate as the dtype
+            allows.
+        eps_slope: The derivative with respect to log(eps). Without it, autograd differentiates `value`.
+        fixed_eps: The eps of every member of a family without a free eps, such as GEM.
+        kernels: Name of the family whose kernels this family uses. By default its own.
     """
 
     name: str
@@ -58,27 +62,34 @@ class Family:
 
     def __post_init__(self) -> None:
         if not re.fullmatch("[a-z]+", self.name):
-            raise ValueError(f"the name of a family must be lower-case letters, got {self.name!r}; write 'dgem'")
+            raise ValueError(
+                f"got the family name {shown(self.name)}. It must consist of lower-case letters. Write for example "
+                "'dgem'."
+            )
         if self.title.replace("-", "").lower() != self.name:
             raise ValueError(
-                f"title must spell the name of the family, hyphens and capitals apart, got title={self.title!r} for "
-                f"name={self.name!r}; write for example title='D-GEM' for name='dgem'"
+                f"got title={shown(self.title)} for name={shown(self.name)}. The title must equal the name, except for "
+                "hyphens and capitals. Write for example title='D-GEM' for name='dgem'."
             )
         if (self.slope_at is None) != (self.inverse is None):
-            raise ValueError(f"family {self.name!r} must give both slope_at and inverse, or neither")
+            given, missing = ("slope_at", "inverse") if self.inverse is None else ("inverse", "slope_at")
+            raise ValueError(
+                f"got {given} without {missing} for family {shown(self.name)}. A family needs both or neither. Add "
+                f"{missing}, or leave out {given}."
+            )
         if not self.kernels:
             object.__setattr__(self, "kernels", self.name)
 
     @property
     def default_eps(self) -> float:
-        """The eps of a name that carries none."""
+        """The eps of a name that does not give one."""
         return DEFAULT_EPS if self.fixed_eps is None else self.fixed_eps
 
     def fixed(self, eps: float, name: str, title: str, formula: str) -> Family:
-        """The family of this one's members with one eps, under another name and with the same kernels."""
+        """Returns this family with a fixed eps, under another name. It uses the same kernels."""
         return replace(self, name=name, title=title, formula=formula, fixed_eps=eps, kernels=self.kernels)
 
-    def __reduce__(self) -> Any:  # functions of the table, not of the pickle
+    def __reduce__(self) -> Any:  # a pickle holds the name only, and the table provides the functions
         return family_named, (self.name,)
 
 
@@ -86,27 +97,29 @@ FAMILIES: dict[str, Family] = {}
 
 
 def family_named(name: str) -> Family:
-    """The family with a name.
+    """Looks up a family by its name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is no family of this name.
     """
     if name not in FAMILIES:
         raise ValueError(
-            f"family must be one of {', '.join(FAMILIES)}, got {name!r:.80}; hf_gem.register_family adds others"
+            f"got family={shown(name)}. family must be one of {', '.join(FAMILIES)}. To add another one, use "
+            "hf_gem.register_family."
         )
     return FAMILIES[name]
 
 
 def add(family: Family) -> Family:
-    """Puts a family into the table.
+    """Adds a family to the table.
 
     Raises:
-        ValueError: the name is that of another family.
+        ValueError: Another family has this name.
     """
     if FAMILIES.get(family.name, family) is not family:
         raise ValueError(
-            f"the name {family.name!r} is taken by the family {FAMILIES[family.name].formula!r}; choose another"
+            f"the name {shown(family.name)} is taken by the family {shown(FAMILIES[family.name].formula)}. Names must "
+            "be unique. Choose another one."
         )
     FAMILIES[family.name] = family
     return family

@@ -1,4 +1,4 @@
-"""Registration into other libraries: `register()` and `unregister()`."""
+"""Integration with other libraries: `register()` and `unregister()`."""
 
 from .hooks import register, unregister
 

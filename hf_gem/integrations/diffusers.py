@@ -1,4 +1,4 @@
-"""diffusers: the plan of a conversion is a key of a model's config, and repeated where a model is built from it."""
+"""diffusers: the config of a model stores its conversion, and building a model from the config restores it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _from_config(original: Any, cls: Any, config: Any = None, *args: Any, **kwar
     plan = config.get(PLAN) if isinstance(config, dict) else None
     if plan is None:
         return original(cls, config, *args, **kwargs)
-    # diffusers calls a key that no argument of a class has unexpected.
+    # Without the key, since diffusers warns about keys that are not arguments of the class.
     result = original(cls, {key: value for key, value in config.items() if key != PLAN}, *args, **kwargs)
     model = result[0] if isinstance(result, tuple) else result
     if isinstance(model, nn.Module):
@@ -26,7 +26,7 @@ def _from_config(original: Any, cls: Any, config: Any = None, *args: Any, **kwar
 
 
 def _save_config(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    if isinstance(model, nn.Module):  # no scheduler
+    if isinstance(model, nn.Module):  # schedulers are saved in the same way
         write_plan_of_diffusers(model)
     return original(model, *args, **kwargs)
 

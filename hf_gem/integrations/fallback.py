@@ -1,6 +1,6 @@
-"""What a checkpoint takes along to be loaded where hf_gem is not installed: the formulas as they are, unfused.
+"""Lets a checkpoint be loaded without hf_gem, with the formulas in plain torch.
 
-`hf_gem.save_for_hub` copies this file and the ones it imports, with `gem_` before their names, into the checkpoint.
+`hf_gem.save_for_hub` copies this file and the files that it imports into the checkpoint, with the prefix `gem_`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..family.egem import EGEM  # noqa: F401  # puts itself into the table
+from ..family.egem import EGEM  # noqa: F401  # importing it adds it to the table
 from ..family.formulas import forward
 from ..family.names import parse
 from ..family.segem import SEGEM  # noqa: F401
@@ -23,11 +23,11 @@ from ..surgery.plans import apply_plans, complete
 
 
 class Activation(nn.Module):
-    """The activation with a name of the family, its state as in hf_gem.
+    """An activation of the family, with the same state as in hf_gem.
 
     Args:
-        name: For example `egem_n2_eps1em6`.
-        inplace: Accepted, and the input never overwritten.
+        name: Name of the activation, such as `egem_n2_eps1em6`.
+        inplace: Ignored. The input is never overwritten.
     """
 
     def __init__(self, name: str, inplace: bool = False) -> None:
@@ -50,9 +50,10 @@ _names: set[str] = set()
 
 
 def register(*names: str) -> None:
-    """Makes names known while the classes that `base` returns build a model, and no longer.
+    """Registers names, but only while a class returned by `base` builds a model.
 
-    Elsewhere transformers has to stop at them: a converted checkpoint holds one where it would load another function.
+    At other times transformers must stop at these names. A converted checkpoint contains one so that transformers alone
+    does not silently load another function.
     """
     _names.update(names)
 
@@ -65,7 +66,7 @@ def _registered() -> Iterator[None]:
         (ACT2FN, lambda name: (Activation, {"name": name})),
         (ACT2CLS, lambda name: functools.partial(Activation, name)),
     ]
-    if (timm := sys.modules.get("timm.layers.create_act")) is not None:  # which the wrappers of timm have imported
+    if (timm := sys.modules.get("timm.layers.create_act")) is not None:  # transformers' timm wrappers import it
         registries.append((timm._ACT_LAYER_DEFAULT, lambda name: functools.partial(Activation, name)))
     added = [(registry, name, make) for registry, make in registries for name in _names if name not in registry]
     for registry, name, make in added:
@@ -78,21 +79,21 @@ def _registered() -> Iterator[None]:
 
 
 def base(cls: Any) -> Any:
-    """A class of transformers that does what hf_gem adds to the building of a model, conversions above all."""
+    """Returns a subclass of a transformers class that builds a model as it is built with hf_gem, with conversions."""
 
-    class Converted(cls):  # type: ignore[misc]  # a class that is not known before
+    class Converted(cls):  # type: ignore[misc]  # mypy does not know the base class
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             unmask(config)
             with _registered():
                 super().__init__(config, *args, **kwargs)
             complete(self, Activation)
             apply_plans(self, Activation)
-            mask(config)  # for when it is saved again
+            mask(config)  # so that it can be saved again
 
         def initialize_weights(self) -> None:
             for module in self.modules():
-                eps = getattr(module, "log_ratio", None)  # of this file or, by the same name, of another checkpoint's
-                # What the checkpoint lacks and transformers does not know, it would leave as memory came.
+                eps = getattr(module, "log_ratio", None)  # from this file, or from the file of another checkpoint
+                # transformers would leave an eps that is missing in the checkpoint uninitialised.
                 if eps is not None and not any(getattr(x, "_is_hf_initialized", False) for x in (module, eps)):
                     nn.init.zeros_(eps)
             super().initialize_weights()

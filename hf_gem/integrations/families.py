@@ -1,4 +1,4 @@
-"""A family of one's own: `register_family`, and $HF_GEM_FAMILIES for programs that know nothing of it."""
+"""Your own families: `register_family`, and $HF_GEM_FAMILIES for programs that do not import them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from .._kernels import printer
 from ..family.check import check
 from ..family.table import FAMILIES, Family, add
+from ..files import shown
 from .registry import refuse_conflicts
 
-# Where a name of a stock activation could stand already: module -> its registries.
+# Module -> the registries that may already contain the name of a new family.
 _REGISTRIES = {
     "transformers.activations": ("ACT2FN", "ACT2CLS"),
     "timm.layers.create_act": ("_ACT_LAYER_DEFAULT", "_ACT_FN_DEFAULT", "_ACT_LAYER_ME", "_ACT_FN_ME"),
@@ -23,27 +24,32 @@ _REGISTRIES = {
 
 
 def register_family(family: Family) -> Family:
-    """Gives a family of activations everything that ours have.
+    """Registers your own family of activations, which then has all the features of the built-in ones.
 
-    From then on, `<name>[_n<N>][_eps<E>][_learnable]` names its members in transformers, timm, `get_activation` and
-    wherever else hf_gem takes a name, with kernels for CPUs and GPUs, conversion, audit, recipes and comparison. Call
-    it in a module that is imported before such a name is used. Registering the same family again changes nothing.
+    You can use `<name>[_n<N>][_eps<E>][_learnable]` in transformers, timm, `get_activation` and everywhere else that
+    hf_gem takes a name. The family gets kernels for CPUs and GPUs, and works in conversion, audit, recipes and
+    comparison. Call this in a module that is imported before such a name is used. Registering the same family again has
+    no effect.
 
     Args:
-        family: See `hf_gem.family.table.Family` for what it says, `hf_gem.family.arithmetic` for what formulas take.
+        family: The family. `hf_gem.family.table.Family` documents its fields, and `hf_gem.family.arithmetic` the
+            arguments of its formulas.
 
     Returns:
         The family.
 
     Raises:
-        TypeError: a formula uses an operation that kernels do not have.
-        ValueError: the name is taken, or the family contradicts itself: `value` is not `exact`, or `slope` not its
-            derivative; the message says where.
+        TypeError: A formula uses an operation that kernels do not have.
+        ValueError: The name is taken, `value` does not equal `exact`, or `slope` is not its derivative. The message
+            says where they differ.
     """
     if FAMILIES.get(family.name) is family:
         return family
     if hasattr(F, family.name):
-        raise ValueError(f"the name {family.name!r} is taken by torch.nn.functional.{family.name}; choose another")
+        raise ValueError(
+            f"the name {shown(family.name)} is taken by torch.nn.functional.{family.name:.80}. Names must be unique. "
+            "Choose another one."
+        )
     check(family)
     for n in (1, 2):
         printer.check(family, n)
@@ -60,12 +66,12 @@ def register_family(family: Family) -> Family:
 
 
 def load_families() -> None:
-    """Imports the modules in $HF_GEM_FAMILIES, names or paths of `.py` files with `os.pathsep` between them.
+    """Imports the modules in $HF_GEM_FAMILIES: module names or paths of `.py` files, separated by `os.pathsep`.
 
-    Importing hf_gem does this, so that recipes, studies and the processes that they start know their families.
+    Importing hf_gem calls this, so that recipes, studies and the processes that they start know your families.
 
     Raises:
-        ImportError: there is no such module or file.
+        ImportError: There is no such module or file.
     """
     for entry in filter(None, os.environ.get("HF_GEM_FAMILIES", "").split(os.pathsep)):
         path = Path(entry)
@@ -74,6 +80,9 @@ def load_families() -> None:
         elif path.stem not in sys.modules:
             found = importlib.util.spec_from_file_location(path.stem, path)
             if found is None or found.loader is None or not path.is_file():
-                raise ImportError(f"HF_GEM_FAMILIES names {entry}, which is no file; give the path of a Python file")
+                raise ImportError(
+                    f"HF_GEM_FAMILIES contains {shown(entry)}, which does not exist. Entries must be Python files or "
+                    "modules. Correct the path."
+                )
             module = sys.modules[path.stem] = importlib.util.module_from_spec(found)
             found.loader.exec_module(module)

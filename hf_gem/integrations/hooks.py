@@ -1,4 +1,4 @@
-"""When registration happens: at once for a library that is loaded, at its import for one that is not."""
+"""Registers with other libraries: immediately if a library is already loaded, otherwise when it is imported."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from types import ModuleType
 import torch
 import wrapt
 
-from . import diffusers, peft, sentence_transformers, timm, transformers, weights
+from . import diffusers, peft, sentence_transformers, timm, transformers, vllm, weights
 from .registry import Installer
 
-# The module that, once imported, makes a registration possible -> what to do and undo. One row for each place we hook.
-_LIBRARIES = (transformers, timm, peft, diffusers, sentence_transformers, weights)
+# Module -> the functions that hook into it after its import, and undo that.
+_LIBRARIES = (transformers, timm, peft, diffusers, sentence_transformers, vllm, weights)
 _INSTALLERS: dict[str, Installer] = {}
 for _library in _LIBRARIES:
     _INSTALLERS |= _library.INSTALLERS
 _hooked: set[str] = set()
 _active = False
-_KEPT = "_hf_gem_unregister"  # an attribute of torch, which stays where hf_gem is imported anew
+_KEPT = "_hf_gem_unregister"  # an attribute of torch, which survives a new import of hf_gem
 
 
 def register() -> None:
-    """Makes every well-formed name available in transformers and timm, now or as soon as they are imported.
+    """Makes every valid name available in transformers and timm, now or as soon as they are imported.
 
-    Importing hf_gem does this. Calling it again changes nothing.
+    Importing hf_gem calls this. Calling it again has no effect.
 
     Raises:
-        ValueError: a name of the family is already registered there by something else, which is left as it is.
+        ValueError: Something else has already registered a name of the family there. Its entry is not changed.
     """
     global _active
-    # A copy of hf_gem that was imported before, and taken out of sys.modules since, hands over: it would not know the
-    # modules of this one, and write no conversion into what is saved.
+    # An earlier copy of hf_gem may have been imported and removed from sys.modules. Unregister it, since it does not
+    # know the modules of this copy and would not save their conversions.
     before = vars(torch).get(_KEPT, unregister)
     if before is not unregister:
         before()
@@ -46,7 +46,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Takes all of it back; models already built go on working. `register()` brings it back."""
+    """Undoes `register`. Models that were built before still work. Call `register()` to register again."""
     global _active
     _active = False
     for name, (_, uninstall) in _INSTALLERS.items():

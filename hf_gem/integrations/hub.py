@@ -15,51 +15,52 @@ from torch import nn
 from .._torch import uncompiled
 from ..family.names import is_claimed, parse
 from ..family.table import Family
-from ..files import markdown_code, replace_between
+from ..files import markdown_code, replace_between, shown
 from ..surgery.fields import activation_fields, plain_name
 from ..surgery.plans import unnamed
 from ..surgery.slots import spec_of
 
 _ROOT = Path(__file__).parent.parent
-# Of hf_gem they import each other only; so they have no private torch, which another version may lack.
+# These files of hf_gem only import each other. They use no private torch APIs, which another version may not have.
 _FALLBACK = (
+    "files.py",
     *(f"family/{name}.py" for name in ("arithmetic", "table", "egem", "segem", "formulas", "names")),
     *(f"surgery/{name}.py" for name in ("slots", "plans", "fields", "configs")),
     "integrations/fallback.py",
 )
 _IMPORT = re.compile(r"^from (?:\.+|hf_gem\.)(?:\w+\.)*(\w+) import", re.MULTILINE)
 _CODE = "modeling_gem"
-# The files of hf_gem.training with models that transformers does not have, and the Auto class that builds them.
+# Files of hf_gem.training with models that transformers does not have -> the Auto class that builds them.
 _OWN = {"image_models": "AutoModelForImageClassification", "coordinate_models": "AutoModel"}
 _START, _END = "<!-- loading: written by hf_gem -->", "<!-- /loading -->"
 
 
 def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
-    """Saves a transformers model so that it loads where nobody has imported hf_gem.
+    """Saves a transformers model so that it can be loaded without importing hf_gem.
 
-    Beside what `save_pretrained` writes, the folder gets a small module, named in the config's `auto_map`, which
-    `trust_remote_code=True` runs: it imports hf_gem where that is installed, and otherwise the files `gem_*.py` that
-    come along, the formulas in plain torch, which compute the same without any kernels. The card says what each way of
-    loading needs; an existing README.md keeps the rest of its text.
+    In addition to the files of `save_pretrained`, the folder gets a small module that the config's `auto_map` names and
+    that `trust_remote_code=True` runs. It imports hf_gem if that is installed. Otherwise it imports the files
+    `gem_*.py`, which are saved too: the formulas in plain torch, which compute the same without kernels. The model card
+    says what each way of loading needs. An existing README.md keeps the rest of its text.
 
     Args:
-        model: A transformers model, converted or not; of a class that transformers has itself, or hf_gem.
-        folder: Where to, made if need be. Push it with `huggingface_hub.upload_folder`.
-        kwargs: For `save_pretrained`.
+        model: A transformers model, converted or not, whose class is from transformers or hf_gem.
+        folder: Folder to save to, which is created if needed. Push it with `huggingface_hub.upload_folder`.
+        **kwargs: Further arguments of `save_pretrained`.
 
     Returns:
-        The files written beside those of `save_pretrained`.
+        The files written in addition to those of `save_pretrained`.
 
     Raises:
-        TypeError: not a transformers model.
-        ValueError: its class is neither of transformers nor of hf_gem or not built by an Auto class, it has no
-            activation of the family, or `push_to_hub` is asked for.
+        TypeError: `model` is not a transformers model.
+        ValueError: The class of the model is not from transformers or hf_gem, no Auto class builds it, the model has no
+            activation of the family, or you passed `push_to_hub`.
     """
-    model = uncompiled(model) or model  # torch.compile's wrapper saves what it wraps too
+    model = uncompiled(model) or model  # the wrapper of torch.compile would be saved too
     if kwargs.get("push_to_hub"):
         raise ValueError(
-            "save_for_hub got push_to_hub=True, which would push the weights before the files that it writes; push the "
-            "folder with huggingface_hub.upload_folder"
+            "got push_to_hub=True. save_for_hub cannot push, because the weights would be pushed before its own files. "
+            "Leave it out, and push the folder with huggingface_hub.upload_folder."
         )
     names, auto_map = _check(model)
     folder = Path(folder)
@@ -92,29 +93,29 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
 
 
 def loading_notes(auto: str, location: str, stops: bool = True, own: bool = False) -> str:
-    """What a card says about the ways to load a checkpoint of `save_for_hub`, in Markdown.
+    """The section of a model card that explains how to load a checkpoint of `save_for_hub`, in Markdown.
 
     Args:
-        auto: The Auto class.
-        location: A folder or repository.
-        stops: Whether a field of its config names the activation, which transformers alone does not know.
-        own: Whether the model is one of hf_gem.
+        auto: Name of the Auto class.
+        location: Folder or repository of the checkpoint.
+        stops: Whether a field of its config names the activation, so that transformers alone stops at it.
+        own: Whether the class of the model is from hf_gem.
     """
     otherwise = (
         "Without either, loading stops with an error, since transformers does not know the model."
         if own
         else "Without either, loading stops with a `KeyError` that names the activation."
         if stops
-        else "Without either, transformers loads the weights into a model with its original activations, **another "
-        "function**: the config has no field that could name one."
+        else "Without either, transformers loads the weights into a model with its original activations, which "
+        "computes **another function**, because the config has no field for the activation."
     )
-    # A line is not broken within the location, which then could begin with a mark of Markdown.
+    # Lines are not broken inside the location, because the new line could then start with a Markdown marker.
     named = json.dumps(location, ensure_ascii=False).replace(" ", "\0")
     call = f"{auto}.from_pretrained({named}, trust_remote_code=True)"
     text = (
-        f"Without the import, {markdown_code(call)} runs `{_CODE}.py`, which "
-        "imports hf_gem where it is installed. Where it is not, the files `gem_*.py` take its place: the same function "
-        "in plain torch, slower. They come with the checkpoint and need transformers 5.17 or newer. "
+        f"Without the import, {markdown_code(call)} runs `{_CODE}.py`, which imports hf_gem if it is installed. "
+        "Otherwise it uses the files `gem_*.py` in the checkpoint, which compute the same function in plain torch, "
+        "more slowly. They need transformers 5.17 or newer. "
     )
     filled = textwrap.fill(text + otherwise, 120, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
     return f"{_START}\n{filled}\n{_END}"
@@ -123,14 +124,13 @@ def loading_notes(auto: str, location: str, stops: bool = True, own: bool = Fals
 def _check(model: Any) -> tuple[list[str], dict[str, str]]:
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
-        raise TypeError(
-            f"save_for_hub takes a transformers model, got {type(model).__name__}"
-            + ("; save a timm model with timm.models.save_for_hf" if isinstance(model, nn.Module) else "")
-        )
+        fix = "Save a timm model with timm.models.save_for_hf." if isinstance(model, nn.Module) else "Pass the model."
+        raise TypeError(f"got {type(model).__name__}. save_for_hub takes a transformers model. {fix}")
     if _origin(type(model)) is None:
         raise ValueError(
-            f"{type(model).__module__}.{type(model).__name__} is not a class of transformers, so its own code has to "
-            "come along: use register_for_auto_class and save_pretrained, and import hf_gem in that code"
+            f"{type(model).__module__}.{type(model).__name__} is not a class of transformers. Its own code must be "
+            "saved too, which save_for_hub does not do. Use register_for_auto_class and save_pretrained, and import "
+            "hf_gem in that code."
         )
     if (problem := unnamed(model)) is not None:
         raise ValueError(problem)
@@ -139,21 +139,24 @@ def _check(model: Any) -> tuple[list[str], dict[str, str]]:
     fields = {plain_name(field.value) for field in activation_fields(model.config)}
     names = sorted(modules | {parse(name).name for name in fields if is_claimed(name)})
     if not names:
-        raise ValueError(f"{type(model).__name__} has no activation of the family; save it with save_pretrained")
+        raise ValueError(
+            f"{type(model).__name__} has no activation of the family. save_for_hub is only needed for these. Save it "
+            "with save_pretrained."
+        )
     if own is not None:
         return names, {"AutoConfig": type(model.config).__name__, _OWN[_own_name(own)]: type(model).__name__}
     auto_map = _auto_map(model)
     if type(model).__name__ not in auto_map.values():
         raise ValueError(
-            f"no Auto class builds a {type(model).__name__} from a {type(model.config).__name__}, and "
-            f"trust_remote_code works through them alone; save it with save_pretrained, or as one of "
-            f"{', '.join(sorted(set(auto_map.values()))) or 'another class'}"
+            f"no Auto class builds a {type(model).__name__} from a {type(model.config).__name__}. trust_remote_code "
+            "only works with Auto classes. Save it with save_pretrained, or as one of "
+            f"{', '.join(sorted(set(auto_map.values()))) or 'another class'}."
         )
     return names, auto_map
 
 
 def _origin(cls: type) -> type | None:
-    """The class of transformers or of hf_gem that a model is of, also where a checkpoint of ours derives from it."""
+    """The transformers or hf_gem class of a model, also if the code of a checkpoint derives from it."""
     home = cls.__module__
     if home.startswith("transformers.") or _is_own(home):
         return cls
@@ -162,28 +165,28 @@ def _origin(cls: type) -> type | None:
 
 
 def _is_own(module: str) -> bool:
-    """Whether a module is one of hf_gem with models, or a checkpoint's copy of that."""
+    """Whether a module of hf_gem defines models, or is a checkpoint's copy of such a module."""
     return any(module == f"hf_gem.training.{name}" or _is_copy(module, f"gem_{name}") for name in _OWN)
 
 
 def _is_copy(module: str, name: str) -> bool:
-    """Whether a module is a file of that name in a checkpoint: transformers alone imports under such names."""
+    """Whether a module is a file of this name in a checkpoint. Only transformers imports under such module names."""
     return module.startswith("transformers_modules.") and module.endswith(f".{name}")
 
 
 def _own_code(model: Any) -> Path | None:
-    """The file that defines a model of hf_gem, or of a checkpoint that has a copy of that file."""
+    """The file that defines a model of hf_gem, or the copy of that file in a checkpoint."""
     origin = _origin(type(model))
     return Path(str(sys.modules[origin.__module__].__file__)) if origin and _is_own(origin.__module__) else None
 
 
 def _own_name(file: Path) -> str:
-    """What a file that `_own_code` has found is called in hf_gem."""
+    """The name in hf_gem of a file found by `_own_code`."""
     return file.stem.removeprefix("gem_")
 
 
 def _auto_map(model: Any) -> dict[str, str]:
-    """Auto class -> the class it builds for this config."""
+    """Auto class -> the class that it builds for the config of this model."""
     from transformers.models.auto import modeling_auto
 
     config_class = type(model.config)
@@ -197,7 +200,7 @@ def _auto_map(model: Any) -> dict[str, str]:
 
 
 def _code(auto_map: dict[str, str], names: list[str], own: Path | None) -> dict[str, str]:
-    """File -> source: all the code of a checkpoint, the files of hf_gem among it with imports from beside them."""
+    """File name -> source of all code in a checkpoint. Files of hf_gem import from the files next to them."""
     families = {parse(name).family: parse(name).definition for name in names}
     foreign = {name: family for name, family in families.items() if not family.value.__module__.startswith("hf_gem.")}
     homes = {name: _home(family) for name, family in foreign.items()}
@@ -214,10 +217,10 @@ def _code(auto_map: dict[str, str], names: list[str], own: Path | None) -> dict[
 
 
 def _home(family: Family) -> tuple[str, str]:
-    """What somebody's family is called in the file that defines it, and that file with imports from the checkpoint.
+    """The variable of a user's own family in its file, and that file with its imports changed for a checkpoint.
 
     Raises:
-        ValueError: there is no such file, or it needs more of hf_gem than a checkpoint takes along.
+        ValueError: There is no such file, or it imports more of hf_gem than a checkpoint contains.
     """
     name = family.value.__module__
     module = sys.modules.get(name)
@@ -225,8 +228,8 @@ def _home(family: Family) -> tuple[str, str]:
     file = getattr(module, "__file__", None)
     if key is None or file is None:
         raise ValueError(
-            f"the family {family.name!r} is defined in {name}, of which no file can go into the checkpoint; define it "
-            "in a file of its own, as a variable of a module that is imported"
+            f"the family {shown(family.name)} is defined in {name}. A checkpoint needs the file that defines it. "
+            "Define it as a variable of an imported module, in its own file."
         )
     source = Path(file).read_text(encoding="utf-8")
     source = re.sub(r"^(?:import hf_gem|from hf_gem import register_family)\n", "", source, flags=re.MULTILINE)
@@ -235,38 +238,38 @@ def _home(family: Family) -> tuple[str, str]:
     source = _IMPORT.sub(r"from .gem_\1 import", source)
     if "hf_gem" in "".join(line for line in source.splitlines() if "import" in line):
         raise ValueError(
-            f"{file} imports more of hf_gem than a checkpoint takes along; the file of a family may import Family, "
-            "register_family, and from hf_gem.family"
+            f"{file} imports more of hf_gem than a checkpoint contains. The file of a family may only import Family, "
+            "register_family and modules of hf_gem.family. Move the rest to another file."
         )
     return key, source
 
 
 def _modeling(auto_map: dict[str, str], names: list[str], own: str | None, families: dict[str, str]) -> str:
-    """The module that a checkpoint is loaded by.
+    """The source of the module that loads a checkpoint.
 
     Args:
         auto_map: Auto class -> class.
-        names: Of the activations.
-        own: The file of hf_gem that defines the model, if one does.
-        families: Name of a family that is not ours -> what it is called in its file.
+        names: Names of the activations.
+        own: Name of the hf_gem file that defines the model, or None.
+        families: Name of a user's own family -> its variable in its file.
     """
     classes = sorted({name for auto, name in auto_map.items() if auto != "AutoConfig"})
     origin = "" if own else "transformers."
     subclasses = "\n\n".join(f"class {name}(base({origin}{name})):\n    pass\n" for name in classes)
     library = f"from .gem_{own} import {', '.join(sorted(auto_map.values()))}" if own else "import transformers"
-    # Where hf_gem is installed, a family that is not ours may still be one that nobody has registered there.
+    # Even if hf_gem is installed, a user's own family may not be registered there.
     asked = "".join(f"    family_named({name!r})\n" for name in families)
     added = "".join(
         f"    from .gem_family_{name} import {key}\n    from .gem_table import add\n\n    add({key})\n"
         for name, key in families.items()
     )
     registered = ", ".join(f'"{name}"' for name in names)
-    return f'''"""Loads this checkpoint with trust_remote_code=True, by hf_gem where it is installed."""
+    return f'''"""Loads this checkpoint with trust_remote_code=True, using hf_gem if it is installed."""
 
 {library}
 
 try:
-    # With a name, since any folder hf_gem beside a script can be imported. It takes part in building the model.
+    # Imports a name, because an unrelated folder called hf_gem can be imported too. hf_gem hooks into model building.
     from hf_gem.family.table import family_named{"" if families else "  # noqa: F401"}
 
 {asked}

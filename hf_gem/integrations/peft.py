@@ -1,7 +1,7 @@
-"""PEFT: an adapter takes along the activations that it was trained with, and gives them to the base that it is put on.
+"""PEFT: an adapter stores the activations that it was trained with, and applies them to the base model it is loaded on.
 
-The base is loaded by its name, where nobody has converted it. So their plan stands in `adapter_config.json`, as a key
-that PEFT without hf_gem calls unexpected, in a warning.
+PEFT loads the base model by its name, and that model is not converted. So `adapter_config.json` contains the plan of
+the conversion. Without hf_gem, PEFT warns about an unexpected key.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from ..surgery.plans import PLAN, apply_plan, plan_of
 from .registry import Installer, both, patch
 
 _loading: ContextVar[bool] = ContextVar("hf_gem_loading_adapter", default=False)
-_COPIES = re.compile(r"\.modules_to_save\.[^.]+")  # of a module that is trained whole, beside the original one
+_COPIES = re.compile(r"\.modules_to_save\.[^.]+")  # the copy of a fully trained module, next to the original
 
 
 @contextlib.contextmanager
 def _while_loading() -> Iterator[None]:
-    """A config read from a file is also one to train a new adapter by, which is none of ours to convert a model for."""
+    """Marks that an adapter is being loaded.
+
+    A config from a file may also be used to train a new adapter, and must not convert the model then.
+    """
     token = _loading.set(True)
     try:
         yield
@@ -37,7 +40,7 @@ def _while_loading() -> Iterator[None]:
 
 
 def write_adapter_plan(model: nn.Module, configs: dict[str, Any]) -> None:
-    """Gives the configs of the adapters in a model the plan of its activations."""
+    """Writes the plan of a model's activations into the configs of its adapters."""
     plan = plan_of(model, built=True)
     if plan is not None:
         clean = {name: [_COPIES.sub("", path) for path in paths] for name, paths in plan["activations"].items()}
@@ -57,8 +60,8 @@ def write_adapter_plan(model: nn.Module, configs: dict[str, Any]) -> None:
     ]
     if plan is not None and lost:
         warnings.warn(
-            f"the eps at {lost[0]!r} is trained, and is no part of the adapter: loaded, it starts from its name; name "
-            f"it in the adapter's config, modules_to_save=[{lost[0].rpartition('.')[2]!r}]",
+            f"the learnable eps at {lost[0]!r} is not part of the adapter, so loading will reset it to its initial "
+            f"value. Set modules_to_save=[{lost[0].rpartition('.')[2]!r}] in the config of the adapter.",
             stacklevel=4,
         )
 
@@ -76,7 +79,7 @@ def _from_peft_type(original: Any, cls: Any, **kwargs: Any) -> Any:
     plan = kwargs.pop(PLAN, None)
     config = original(cls, **kwargs)
     if plan is not None:
-        config.hf_gem = plan  # no field, so that it is in no copy made by fields
+        config.hf_gem = plan  # not a field, so that copies made from fields do not contain it
     return config
 
 
@@ -116,7 +119,7 @@ def _load(original: Any, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
 
 
-_patch = functools.partial(patch, lost="an adapter does not take along the activations that it was trained with")
+_patch = functools.partial(patch, lost="adapters do not store the activations that they were trained with")
 
 INSTALLERS: dict[str, Installer] = {
     "peft.config": both(
@@ -131,6 +134,6 @@ INSTALLERS: dict[str, Installer] = {
         _patch("PeftModel.load_adapter", _load),
         _patch("PeftModel.save_pretrained", _save),
     ),
-    # `load_adapter` of a model of transformers, which `from_pretrained` calls for the folder of an adapter.
+    # A transformers model's `load_adapter`, which `from_pretrained` calls for the folder of an adapter.
     "transformers.integrations.peft": _patch("PeftAdapterMixin.load_adapter", _load),
 }

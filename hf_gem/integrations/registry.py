@@ -1,4 +1,4 @@
-"""What the registries of both libraries need: mappings that know every well-formed name, and reversible patches."""
+"""Tools for hooking into libraries: registries that know every valid name, and reversible patches."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from types import ModuleType
 from typing import Any
 
 from ..family.names import GemSpec, is_claimed, is_name, parse
+from ..files import shown
 
-# What registers with a module that has just been imported, and what takes it back.
+# A function that hooks into a module that has just been imported, and one that undoes it.
 Installer = tuple[Callable[[ModuleType], None], Callable[[ModuleType], None]]
 
 
 class NameLookup(dict[str, Any]):
-    """Mixin for a dict of activations: a missing key that is a name of the family is made on the fly.
+    """Mixin for a dict of activations. It creates the entry for a name of the family when the name is looked up.
 
-    Subclasses set `make`. Keys that are there always win, so what the library registers itself is untouched; iteration
-    and length show them only.
+    Subclasses set `make`. Existing keys always win, so the library's own entries do not change. Iteration and length
+    only cover existing keys.
     """
 
     make: Callable[[GemSpec], Any]
 
     def __missing__(self, key: object) -> Any:
         if is_claimed(key):
-            return type(self).make(parse(key))  # a malformed name raises, saying the nearest
+            return type(self).make(parse(key))  # for a malformed name, the error names the nearest valid one
         raise KeyError(key)
 
     def get(self, key: Any, default: Any = None) -> Any:
@@ -37,22 +38,25 @@ class NameLookup(dict[str, Any]):
         )
 
     def __contains__(self, key: object) -> bool:
-        # A malformed name counts too: the lookup that follows explains it, which "not found" would not.
+        # A malformed name counts too, because the lookup that follows explains the problem better than "not found".
         return super().__contains__(key) or is_claimed(key)
 
 
 def refuse_conflicts(registry: dict[str, Any], where: str) -> None:
-    """Raises ValueError where `registry` itself holds one of our names."""
+    """Raises ValueError if `registry` itself contains a name of the family."""
     for key in list(registry):
         if is_name(key):
             raise ValueError(
-                f"{where}[{key!r}] is already {dict.get(registry, key)!r}; hf_gem does not overwrite it. "
-                f"Remove it with `del {where}[{key!r}]`, then import hf_gem again"
+                f"{where}[{shown(key)}] is already {shown(dict.get(registry, key))}. hf_gem does not overwrite it. "
+                f"Remove it with `del {where}[{shown(key)}]`, then import hf_gem again."
             )
 
 
 def lookups(where: str, dicts: dict[str, type[NameLookup]], beside: tuple[str, ...] = ()) -> Installer:
-    """The pair that replaces dicts of the module `where` by lookups, unless they or those `beside` hold our names."""
+    """Returns functions that replace dicts of the module `where` by lookups, and that undo it.
+
+    Replacing raises ValueError if these dicts, or those in `beside`, already contain a name of the family.
+    """
 
     def install(module: Any) -> None:
         for name in (*dicts, *beside):
@@ -69,10 +73,11 @@ def lookups(where: str, dicts: dict[str, type[NameLookup]], beside: tuple[str, .
 
 
 def patch(path: str, wrapper: Callable[..., Any], lost: str) -> Installer:
-    """The pair that makes `function` or `Class.method` of a module call `wrapper(original, ...)`, and undoes it.
+    """Returns functions that make `function` or `Class.method` of a module call `wrapper(original, ...)`, and undo it.
 
-    The arguments follow, with `self` for a method and the class for a class method. A function is replaced wherever it
-    has been imported to. `lost` is what a version of the library without it lacks.
+    The arguments of the call follow `original`, with `self` for a method and the class for a class method. A function
+    is replaced in every module that imported it. `lost` tells the user what does not work if the library does not have
+    the function.
     """
     owner, _, name = path.rpartition(".")
     patches: dict[Any, tuple[Any, Any]] = {}  # module or class -> original, ours
@@ -82,7 +87,8 @@ def patch(path: str, wrapper: Callable[..., Any], lost: str) -> Installer:
         place = getattr(module, owner, None) if owner else module
         original = vars(place).get(name) if place is not None else None
         if original is None:
-            warnings.warn(f"hf_gem finds no {module.__name__}.{path} in this version: {lost}", stacklevel=2)
+            missing = f"{module.__name__}.{path}"
+            warnings.warn(f"hf_gem did not find {missing} in the installed version: {lost}", stacklevel=2)
             return
         active.add(place)
         if place not in patches:
@@ -96,7 +102,7 @@ def patch(path: str, wrapper: Callable[..., Any], lost: str) -> Installer:
         def ours(*args: Any, **kwargs: Any) -> Any:
             if place in active:
                 return wrapper(function, *args, **kwargs)
-            return function(*args, **kwargs)  # uninstalled, but wrapped or kept by somebody else in the meantime
+            return function(*args, **kwargs)  # uninstalled, but someone else still holds or wraps this function
 
         return classmethod(ours) if isinstance(original, classmethod) else ours
 
@@ -118,7 +124,7 @@ def patch(path: str, wrapper: Callable[..., Any], lost: str) -> Installer:
 
 
 def both(*installers: Installer) -> Installer:
-    """Several pairs as one."""
+    """Combines several installers into one."""
 
     def install(module: ModuleType) -> None:
         for do, _ in installers:
@@ -132,8 +138,8 @@ def both(*installers: Installer) -> Installer:
 
 
 def replace_everywhere(name: str, old: object, new: object) -> None:
-    """Rebinds `name` in every module that holds `old` by this name, as `from ... import name` leaves it."""
+    """Rebinds `name` in every module where it is `old`, which includes modules that ran `from ... import name`."""
     for module in list(sys.modules.values()):
-        # vars, not getattr: a lazy module would import half of its package to answer.
+        # Uses vars instead of getattr, for which a lazy module would import half of its package.
         if isinstance(module, ModuleType) and vars(module).get(name) is old:
             setattr(module, name, new)

@@ -1,4 +1,7 @@
-"""sentence-transformers: its `Dense` saves the class of its activation, which does not say n and eps; a name does."""
+"""sentence-transformers: `Dense` layers save the name of their activation.
+
+Without this, they save its class, which does not determine n and eps.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def _get_config(original: Any, module: Any) -> dict[str, Any]:
 
 def _load_config(original: Any, cls: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     config: dict[str, Any] = original(cls, *args, **kwargs)
-    _name.set(config.pop(_KEY) if is_claimed(config.get(_KEY)) else None)  # its loader would import a class by it
+    _name.set(config.pop(_KEY) if is_claimed(config.get(_KEY)) else None)  # the loader would import it as a class
     return config
 
 

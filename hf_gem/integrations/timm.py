@@ -1,8 +1,8 @@
-"""timm: its activation registries, the arguments of models, and the configs of saved ones.
+"""timm: hooks into its activation registries, the arguments of models, and the configs of saved models.
 
-Names that the memory-efficient (`_ME`) dicts of `timm.layers.create_act` do not hold are looked up in the `_DEFAULT`
-ones, and scriptable and exportable modes read only these, so these two are all there is to replace there. Every model
-is built by `build_model_with_cfg`, which is where a name becomes an `ActName` and where a conversion is repeated.
+If a name is not in the memory-efficient (`_ME`) dicts of `timm.layers.create_act`, timm looks it up in the `_DEFAULT`
+dicts. Scriptable and exportable modes only read these. So it is enough to replace the two `_DEFAULT` dicts. Every model
+is built by `build_model_with_cfg`, so a name becomes an `ActName` there, and saved conversions are restored there.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..family.names import GemSpec, is_claimed, parse
+from ..files import shown
 from ..init import gain
 from ..modules import GemActivation, get_activation, module_factory
 from ..surgery.convert import Conversion, convert
@@ -26,9 +27,9 @@ from .registry import Installer, NameLookup, lookups, patch
 
 
 class ActName(str):
-    """A name that is also called like what it stands for: given a tensor it is the function, else it builds the layer.
+    """A name that can also be called: with a tensor it applies the activation, otherwise it builds the layer.
 
-    Some models look `act_layer` up and others call it; this serves both, and a config can still be saved as JSON.
+    Some models look up `act_layer` and others call it. This works for both, and a config can still be saved as JSON.
     """
 
     __slots__ = ()
@@ -37,13 +38,13 @@ class ActName(str):
         spec = parse(self)
         if args and not isinstance(args[0], bool):
             return _make_function(spec)(*args, **kwargs)
-        return module_factory(spec)(**kwargs)  # without a positional `inplace`, which has no effect
+        return module_factory(spec)(**kwargs)  # drops a positional `inplace`, which has no effect
 
 
 def _function(x: Tensor, n: int, eps: float, family: str, inplace: bool = False) -> Tensor:
-    """An activation function as timm calls it: `inplace` is accepted, and the input never overwritten.
+    """An activation function with the signature of timm's. `inplace` is ignored, and the input is never overwritten.
 
-    The backward pass keeps the input: nfnet multiplies the result in place, and there is no module to say so to.
+    The backward pass keeps the input, because nfnet multiplies the result in place.
     """
     return functional.activation(x, family, n, eps, save="input")
 
@@ -52,8 +53,8 @@ def _make_function(spec: GemSpec) -> Callable[..., Tensor]:
     if spec.learnable:
         fixed = spec.name.removesuffix("_learnable")
         raise ValueError(
-            f"{spec.name!r} has a parameter, which a function cannot own; use get_act_layer instead, or {fixed!r} in a "
-            "model that takes a function"
+            f"got {spec.name!r} for get_act_fn. A function cannot own the parameter of a learnable eps. Use "
+            f"get_act_layer, or use {fixed!r} in a model that takes a function."
         )
     return functools.partial(_function, n=spec.n, eps=spec.eps, family=spec.family)
 
@@ -71,9 +72,9 @@ class _Gammas(NameLookup):
 
 
 def _build_model(original: Any, model_cls: Any, *args: Any, **kwargs: Any) -> nn.Module:
-    """Builds with names that can be called, and repeats a saved conversion before weights are loaded into it.
+    """Builds a model with names that can be called, and restores a saved conversion before weights are loaded.
 
-    The conversion is an argument of the model, which timm without hf_gem refuses by its key.
+    The conversion is stored as an argument of the model. Without hf_gem, timm rejects this argument.
     """
     plan = kwargs.pop(PLAN, None)
     names = {key: parse(value).name for key, value in kwargs.items() if "act_layer" in key and is_claimed(value)}
@@ -86,30 +87,30 @@ def _build_model(original: Any, model_cls: Any, *args: Any, **kwargs: Any) -> nn
             model: nn.Module = model_cls(**kwargs)
         except TypeError as error:
             if "act_layer" in names and "act_layer" in str(error):
-                raise TypeError(f"{error}; use hf_gem.create_timm_model, or convert the stock model") from error
+                raise TypeError(f"{error}. Use hf_gem.create_timm_model, or convert the original model.") from error
             raise
         if plan is not None:
             apply_plan(plan, model, get_activation)
         for module in model.modules():
-            if isinstance(module, GemActivation):  # timm gives its device to every layer but activations
+            if isinstance(module, GemActivation):  # timm passes the device to every layer except activations
                 module.to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
                 if "replaces" not in vars(module) and module.spec.name in names.values():
-                    vars(module)[BUILT] = True  # not by a class as act_layer, which no config holds
-        if plan is None:  # else it is as it was when it was saved
+                    vars(module)[BUILT] = True  # not if act_layer is a class, which no config can store
+        if plan is None:  # a saved model is in the state in which it was saved
             _warn_of_what_is_left(names, model)
         return model
 
     model: Any = original(build, *args, **kwargs)
     if names:
-        # As create_model of timm 1.0.31 records arguments; this does it for older versions and without create_model.
+        # create_model of timm 1.0.31 records arguments in this way. Older versions and direct calls do not.
         model._model_args = {**getattr(model, "_model_args", {}), **names}
     return model  # type: ignore[no-any-return]
 
 
 def _unfix(kwargs: dict[str, Any]) -> None:
-    """Lets `act_layer` reach the blocks of an EfficientNet whose definition names another activation."""
+    """Makes `act_layer` reach EfficientNet blocks whose definition names another activation."""
     stages = kwargs.get("block_args")
-    if isinstance(stages, list):  # elsewhere, a dict of another meaning
+    if isinstance(stages, list):  # in other models this is a dict with another meaning
         kwargs["block_args"] = [[{**block, "act_layer": None} for block in stage] for stage in stages]
     se_layer = kwargs.get("se_layer")
     if isinstance(se_layer, functools.partial) and "force_act_layer" in se_layer.keywords:
@@ -118,15 +119,15 @@ def _unfix(kwargs: dict[str, Any]) -> None:
 
 def _warn_of_what_is_left(names: dict[str, str], model: nn.Module) -> None:
     if not names:
-        return  # a model without our names, to be built no slower than timm builds it
+        return  # keeps building as fast as in plain timm if no name of the family is used
     modules = list(model.modules())
     used = {module.spec.name for module in modules if isinstance(module, GemActivation)}
     used |= {value for module in modules for value in vars(module).values() if isinstance(value, ActName)}  # functions
     for key, name in names.items():
         if name not in used:
             warnings.warn(
-                f"{type(model).__name__} takes {key}={name!r} and uses it nowhere: its activations are part of its "
-                "normalisation layers, or not there",
+                f"{type(model).__name__} accepts {key}={name!r} but does not use it: its activations are part of its "
+                "normalisation layers, or it has none. List them with hf_gem.audit(model).",
                 stacklevel=2,
             )
     if "act_layer" not in names:
@@ -134,8 +135,8 @@ def _warn_of_what_is_left(names: dict[str, str], model: nn.Module) -> None:
     left = [f"{kind(slot.occupant)} at {slot.path}" for slot in stock_slots(model) if is_stock(slot.occupant)]
     if left:
         warnings.warn(
-            f"act_layer={names['act_layer']!r} does not reach {len(left)} of the activations of "
-            f"{type(model).__name__}, such as {left[0]}, which stay as they are; hf_gem.convert replaces them",
+            f"{len(left)} activations of {type(model).__name__} do not pick up act_layer={names['act_layer']!r}, such "
+            f"as {left[0]}. Replace them with hf_gem.convert(model, {names['act_layer']!r}).",
             stacklevel=2,
         )
 
@@ -149,11 +150,11 @@ def _save_config(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """Saves the names that a model was built with, and how it has been changed since."""
+    """Saves the names that a model was built with, and its conversion."""
     if (problem := unnamed(model)) is not None:
         warnings.warn(problem, stacklevel=2)
     recorded: Any = getattr(model, "_model_args", {})
-    recorded.pop(PLAN, None)  # the conversion it was loaded with; what counts is the one it has now
+    recorded.pop(PLAN, None)  # the conversion it was loaded with, which may have changed since
     ours: dict[str, Any] = {key: value for key, value in recorded.items() if is_claimed(value)}
     plan = plan_of(model)
     if plan is not None:
@@ -163,32 +164,36 @@ def _save_config(
 
 
 def create_timm_model(name: str, act: str, **kwargs: Any) -> tuple[nn.Module, Conversion]:
-    """`timm.create_model` with every activation of the family, whether or not the model takes an `act_layer`.
+    """Creates a timm model in which every activation is one of the family, whether or not it takes an `act_layer`.
 
-    A model with random weights is built with `act_layer=act` where it takes that, and the rest is converted. With
-    `pretrained=True` all of it is converted once the weights are in. Saved with timm, the model is rebuilt the same.
+    A model with random weights is built with `act_layer=act` if it accepts that, and its other activations are
+    converted. With `pretrained=True`, all activations are converted after the weights are loaded. If you save the model
+    with timm, loading restores its activations.
 
     Args:
-        name: Of a timm model.
-        act: Of the family.
-        kwargs: For `timm.create_model`.
+        name: Name of a timm model.
+        act: Name of an activation of the family.
+        **kwargs: Further arguments of `timm.create_model`.
 
     Returns:
-        The model, and the report of `hf_gem.convert` on what `act_layer` left: print it.
+        The model, and the report of `hf_gem.convert` on the activations that `act_layer` did not reach. Print it.
 
     Raises:
-        ValueError: the name of the activation is malformed, or the model has none to replace.
+        ValueError: The name of the activation is malformed, or the model has no activation to replace.
     """
     import timm
 
     parse(act)
     if "act_layer" in kwargs:
-        raise ValueError(f"got act={act!r} and act_layer={kwargs['act_layer']!r}, which set the same thing; give act")
+        raise ValueError(
+            f"got act={shown(act)} and act_layer={shown(kwargs['act_layer'])}. Both set the same activation. Pass only "
+            "act."
+        )
     model = None
     if not kwargs.get("pretrained"):
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "act_layer=.* does not reach|.* uses it nowhere", module="hf_gem")
+                warnings.filterwarnings("ignore", ".* not pick up act_layer=|.* does not use it", module="hf_gem")
                 model = timm.create_model(name, act_layer=act, **kwargs)
         except TypeError as error:
             if "act_layer" not in str(error):
@@ -208,7 +213,9 @@ INSTALLERS: dict[str, Installer] = {
     "timm.models._builder": patch(
         "build_model_with_cfg",
         _build_model,
-        "some models take the class of an activation only, none a saved conversion",
+        "some models then only accept the class of an activation, and no model restores a saved conversion",
     ),
-    "timm.models._hub": patch("save_config_for_hf", _save_config, "pass the activation of a saved model as model_args"),
+    "timm.models._hub": patch(
+        "save_config_for_hf", _save_config, "pass the activation of a model as model_args when you save it"
+    ),
 }

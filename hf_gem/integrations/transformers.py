@@ -1,7 +1,7 @@
-"""transformers: `ACT2FN`, `ACT2CLS`, configs, the building and saving of models, and a learnable eps.
+"""transformers: hooks into `ACT2FN`, `ACT2CLS`, configs, and the building, training and saving of models.
 
-`ACT2FN` is shared by every importer, so it is given a class that knows our names. `ACT2CLS` is a plain dict, whose
-class cannot be changed: it is replaced by a dict of ours in every module that holds it.
+All importers share one `ACT2FN`, so it gets a class that knows the names of the family. `ACT2CLS` is a plain dict. The
+class of a plain dict cannot be changed, so every module that holds `ACT2CLS` gets a new dict.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from ..family.names import is_claimed, parse
+from ..files import shown
 from ..modules import CALLED, GemActivation, get_activation, module_factory
 from ..surgery.audit import say_what_did_not_run
 from ..surgery.configs import mask, unmask, write_plan
@@ -49,9 +50,9 @@ def _install_activations(module: ModuleType) -> None:
         return
     refuse_conflicts(module.ACT2FN, "transformers.activations.ACT2FN")
     refuse_conflicts(module.ACT2CLS, "transformers.activations.ACT2CLS")
-    instantier = type(module.ACT2FN)  # its __getitem__ builds what a lookup returns
+    instantier = type(module.ACT2FN)  # its __getitem__ instantiates the class that a lookup returns
 
-    def reduced(self: dict[str, Any]) -> Any:  # pickle finds no class that is made here
+    def reduced(self: dict[str, Any]) -> Any:  # pickle cannot find a class that is created in a function
         return _instantier_with_names, (instantier,), None, None, iter(self.items())
 
     ours = {"make": _Act2Cls.make, "__reduce__": reduced}
@@ -60,9 +61,9 @@ def _install_activations(module: ModuleType) -> None:
 
 
 def _instantier_with_names(instantier: Any) -> Any:
-    """An empty dict like `ACT2FN`, for a copy of it or a pickle, whose process imports hf_gem to find this."""
+    """An empty dict of the type of `ACT2FN`, for copies and pickles. Unpickling imports hf_gem to find this."""
     copied, shared = instantier(), sys.modules["transformers.activations"].ACT2FN
-    if issubclass(type(shared), instantier):  # else registered by nobody, or of another version
+    if issubclass(type(shared), instantier):  # otherwise nothing is registered, or transformers has another version
         copied.__class__ = type(shared)
     return copied
 
@@ -74,36 +75,37 @@ def _uninstall_activations(module: ModuleType) -> None:
     replace_everywhere("ACT2CLS", module.ACT2CLS, dict(module.ACT2CLS))
 
 
-# ---- configs: `hidden_act` where a config calls its activation otherwise
+# ---- configs: `hidden_act` for configs whose field has another name
 
-# Types whose configs put "silu" in place of any `hidden_act`, when they are made and when they are loaded.
+# Model types whose configs replace any `hidden_act` by "silu" whenever they are created or loaded.
 _OVERWRITTEN = {"minimax_m3_vl_text", "step3p5"}
 
 
 def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
-    """One of our names under a keyword for an activation that is no field of this config sets what it really reads."""
+    """If a keyword for an activation is not a field of this config, applies its name to the field the config reads."""
     from_file = config.transformers_version is not None
     if type(config) is sys.modules["transformers.configuration_utils"].PreTrainedConfig:
-        original(config, **kwargs)  # the bare base class, as which any file can be read
+        original(config, **kwargs)  # the base class, which can read any file
         return
-    # A file's other keys may be only what a config made of its fields; and `pooling="gem"` is generalised-mean pooling.
+    # Other keys in a file may have been derived from fields. `pooling="gem"` means generalised-mean pooling.
     asked = (key for key, value in kwargs.items() if is_claimed(value) and is_activation_key(key))
     keys = [key for key in asked if key == "hidden_act" or not from_file]
     names = {key: kwargs.pop(key) for key in keys}
     original(config, **kwargs)
     if config.model_type in _OVERWRITTEN and is_claimed(config.hidden_act):
         warnings.warn(
-            f"{type(config).__name__} replaces hidden_act={config.hidden_act!r} by 'silu' whenever it is made or "
-            "loaded; set it afterwards with hf_gem.set_activation(config, name), or convert the model",
+            f"{type(config).__name__} replaces hidden_act={shown(config.hidden_act)} by 'silu' whenever it is created "
+            "or loaded. Set it afterwards with hf_gem.set_activation(config, name), or convert the model.",
             stacklevel=2,
         )
     for key, name in names.items():
         if from_file or not is_body(key):
-            fields = ", ".join(f"{field.path}={field.value!r}" for field in activation_fields(config))
+            fields = ", ".join(f"{field.path}={shown(field.value)}" for field in activation_fields(config))
             warnings.warn(
-                f"ignoring {key}={name!r}, which is no field of {type(config).__name__}"
-                + (", in a saved config: its model was built without it" if from_file else "")
-                + f". The config has {fields or 'no activation to select'}; set one, or use hf_gem.set_activation",
+                f"ignoring {key}={shown(name)}, which is not a field of {type(config).__name__}"
+                + (". The saved model was built without it" if from_file else "")
+                + f". The config has {fields or 'no field that selects an activation'}. "
+                + ("Set one of these, or use hf_gem.set_activation." if fields else "Use hf_gem.convert."),
                 stacklevel=2,
             )
             continue
@@ -113,14 +115,14 @@ def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
             own = field.owner is config and field.is_body
             if own and plain_name(field.value) != name and field.value != defaults.get(field.key, ""):
                 raise ValueError(
-                    f"{type(config).__name__} got {field.key}={field.value!r} and {key}={name!r}, which set the same "
-                    "thing; give one"
+                    f"{type(config).__name__} got {field.key}={shown(field.value)} and {key}={name!r}. Both set the "
+                    f"same activation. Pass only {field.key}={field.prefixed(name)!r}."
                 )
         _redirect(config, name)
 
 
 def _config_from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-    """`from_pretrained(..., hidden_act=name)`: the loaded config would drop a keyword it does not know."""
+    """Supports `from_pretrained(..., hidden_act=name)`. The config would drop a keyword that it does not know."""
     name = kwargs.get("hidden_act")
     result = original(cls, config_dict, **kwargs)
     config, unused = result if isinstance(result, tuple) else (result, {})
@@ -131,7 +133,7 @@ def _config_from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kw
 
 
 def _redirect(config: Any, name: str) -> None:
-    """Sets every activation of the body; where there is none, keeps `hidden_act`, and building the model says so."""
+    """Sets every activation field of the body. If there is none, keeps `hidden_act`, and building the model warns."""
     try:
         set_activation(config, name)
     except ValueError:
@@ -141,11 +143,11 @@ def _redirect(config: Any, name: str) -> None:
             vars(config).pop("hidden_act", None)
 
 
-# ---- models: what their config asks for and their code leaves out
+# ---- models: applying configs and conversions, and warning about activations that do not pick up a name
 
 
 def _model_init(original: Any, model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-    """What was assigned to a config after it was made takes effect before any layer is built from it."""
+    """Applies names that were assigned to a config after its creation, before any layer is built from it."""
     if is_config(config):
         name = vars(config).get("hidden_act")
         if is_claimed(name) and not declares(config, "hidden_act"):
@@ -155,11 +157,11 @@ def _model_init(original: Any, model: Any, config: Any, *args: Any, **kwargs: An
 
 
 def _model_post_init(original: Any, model: Any) -> None:
-    """Conversions are part of building a model: weights are loaded, or initialised, after them."""
+    """Applies conversions as part of building a model, before its weights are initialised or loaded."""
     constructors = _constructors()
     _mark_built(model)
     outermost = all(built is model for built in constructors)
-    unfinished = len(constructors) > 1  # a subclass goes on when this constructor returns
+    unfinished = len(constructors) > 1  # the constructor of a subclass continues when this one returns
     if outermost:
         complete(model, get_activation)
         _expect(model, apply_plans(model, get_activation, unfinished))
@@ -170,9 +172,9 @@ def _model_post_init(original: Any, model: Any) -> None:
 
 
 def _mark_built(model: Any) -> None:
-    """Tells the activations that a model comes with from those that are put in by hand later.
+    """Marks the activations that a model is built with, but not those that are put in by hand later.
 
-    A part with a config of its own was marked by its own `post_init`, and may have been changed before it got here.
+    A part with its own config was marked by its own `post_init`, and may have been changed since.
     """
     inner = parts_inside(parts_of(model), "")
     for path, module in model.named_modules():
@@ -181,7 +183,7 @@ def _mark_built(model: Any) -> None:
 
 
 def _expect(model: Any, missing: dict[str, str]) -> None:
-    """Stops a model from running while its conversion is incomplete: its class adds parts and never says it is done."""
+    """Prevents a model from running while its conversion is incomplete: its class adds parts after `post_init`."""
     handle = vars(model).pop("_hf_gem_missing", None)
     if handle is not None:
         handle.remove()
@@ -193,11 +195,12 @@ def _refuse(missing: dict[str, str], model: Any, _: Any) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, name in missing.items():
         module = modules.get(path)
-        if not isinstance(module, GemActivation) or module.spec.name != name:  # unless its own code put it there
+        if not isinstance(module, GemActivation) or module.spec.name != name:  # its own code may have put it there
+            cls = type(model).__name__
             raise ValueError(
-                f"{type(model).__name__} was converted at {path!r} when it was saved, and built again without it: call "
-                f"self.post_init() at the end of {type(model).__name__}.__init__, after the parts it adds, and load it "
-                "again"
+                f"{cls} was saved with {shown(name)} at {shown(path)}, but was built without it. Only self.post_init() "
+                f"restores a conversion. Call that at the end of {cls}.__init__, after the parts it adds, and load the "
+                "model again."
             )
     _expect(model, {})
 
@@ -205,7 +208,7 @@ def _refuse(missing: dict[str, str], model: Any, _: Any) -> None:
 def _constructors() -> list[Any]:
     """The models whose `__init__` is running, innermost first.
 
-    Read off the call stack, the one thing that knows: a model and its parts share a config.
+    Only the call stack shows this, since a model and its parts share a config.
     """
     base = sys.modules["transformers.modeling_utils"].PreTrainedModel
     models = []
@@ -220,7 +223,7 @@ def _constructors() -> list[Any]:
 
 
 def _say_what_is_left(model: Any) -> None:
-    """Warns of names in the configs that their part of the model does not use, or not for all of its activations."""
+    """Warns if a part of the model does not use the name in its config, or not for all of its activations."""
     from transformers.activations import ACT2FN
 
     parts = parts_of(model)
@@ -234,14 +237,14 @@ def _say_what_is_left(model: Any) -> None:
         named = {key: value for key, value in named.items() if is_claimed(value)}
         if not named:
             continue
-        used = specs(part, replaced=True)  # what a conversion replaced had taken effect before
+        used = specs(part, replaced=True)  # a name that a conversion replaced was used before
         for key, value in named.items():
             if parse(value) not in used:
-                name = value
-                unused.append(f"{type(part.config).__name__} has {key}={value!r}")
-            elif is_body(key) and PLAN not in vars(part.config):  # else it is as it was when it was saved
-                name = value
-                # A part inside this one answers for itself, and what another field selects was left to that.
+                name = parse(value).name
+                unused.append(f"{type(part.config).__name__} has {key}={shown(value)}")
+            elif is_body(key) and PLAN not in vars(part.config):  # a saved model is in the state in which it was saved
+                name = parse(value).name
+                # Inner parts are checked on their own, and activations that another field selects are intended.
                 inner = parts_inside(parts, path)
                 spared = {kind(ACT2FN[field.value]) for field in fields if field.path not in named}
                 slots = {slot.path: kind(slot.occupant) for slot in stock_slots(part) if is_stock(slot.occupant)}
@@ -252,20 +255,20 @@ def _say_what_is_left(model: Any) -> None:
                 ]
     if unused:
         warnings.warn(
-            f"{'; '.join(unused)}, and {type(model).__name__} does not take its activation from there: it runs its "
-            f"own. Replace them with hf_gem.convert(model, {name!r}), and see with hf_gem.audit(model) which they are",
+            f"{'; '.join(unused)}, but {type(model).__name__} does not read it and runs its own activations. List them "
+            f"with hf_gem.audit(model), and replace them with hf_gem.convert(model, {name!r}).",
             stacklevel=2,
         )
     elif left:
         warnings.warn(
-            f"{name!r} in the config does not reach {len(set(left))} of the activations of {type(model).__name__}, "
-            f"such as {left[0]}, which stay as they are; hf_gem.convert(model, {name!r}) replaces them",
+            f"{len(set(left))} activations of {type(model).__name__} do not pick up {name!r} from the config, such as "
+            f"{left[0]}. Replace them with hf_gem.convert(model, {name!r}).",
             stacklevel=2,
         )
 
 
 def _say_what_a_plan_leaves(model: Any) -> None:
-    """Warns of activations in a head that the converted model did not have."""
+    """Warns about activations in a head that the converted model did not have."""
     parts = parts_of(model)
     for path, part in parts.items():
         plan, base = vars(part.config).get(PLAN), part.base_model_prefix
@@ -276,9 +279,9 @@ def _say_what_a_plan_leaves(model: Any) -> None:
         if slots:
             name = min(plan["activations"])
             warnings.warn(
-                f"{plan['model']} was converted, and {type(part).__name__} has {len(slots)} more of other activations, "
-                f"such as {kind(slots[0].occupant)} at {join(path, slots[0].path)}, which stay as they are; "
-                f"hf_gem.convert(model, {name!r}) replaces them",
+                f"{type(part).__name__} has {len(slots)} activations that were not in the converted "
+                f"{plan['model']:.80}, such as {kind(slots[0].occupant)} at {join(path, slots[0].path)}. Replace them "
+                f"with hf_gem.convert(model, {name!r}).",
                 stacklevel=2,
             )
 
@@ -295,9 +298,9 @@ def _config_to_dict(original: Any, config: Any) -> dict[str, Any]:
 
 
 def _save_pretrained(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Saved from the model as it is: a part of a converted model has no plan in its config yet."""
+    """Writes the plan from the current model before saving, since a part of a converted model has none yet."""
     if (problem := unnamed(model)) is not None:
-        warnings.warn(problem, stacklevel=2)  # no error: this may be the end of a training run
+        warnings.warn(problem, stacklevel=2)  # not an error, which could lose a finished training run
     inner = nested_configs(model.config).values()
     before = [vars(config).get(PLAN) for config in inner]
     write_plan(model)
@@ -315,19 +318,19 @@ def _save_pretrained(original: Any, model: Any, *args: Any, **kwargs: Any) -> An
 
 
 def _initialize_weights(original: Any, model: Any, module: Any, *args: Any, **kwargs: Any) -> None:
-    """A learnable eps that the checkpoint lacks starts from its name; transformers would leave memory as it came."""
+    """Initialises a learnable eps that is not in the checkpoint. transformers would leave its memory uninitialised."""
     if isinstance(module, GemActivation) and not getattr(module, "_is_hf_initialized", False):
-        module.reset_parameters()  # under transformers' guard, which skips what the checkpoint had
+        module.reset_parameters()  # transformers' guard skips parameters that were in the checkpoint
     original(model, module, *args, **kwargs)
 
 
 def _training_step(original: Any, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Once, after the first step: which activations of the family took no part in it."""
+    """After the first step, warns about activations of the family that did not run in it."""
     loss = original(trainer, model, *args, **kwargs)
     if not vars(trainer).get(CALLED):
         vars(trainer)[CALLED] = True
         if (problem := shared_eps(model)) is not None:
-            warnings.warn(problem, stacklevel=3)  # not at the first checkpoint, hours later
+            warnings.warn(problem, stacklevel=3)  # now rather than at the first checkpoint, hours later
         say_what_did_not_run(model)
     return loss
 
@@ -335,12 +338,12 @@ def _training_step(original: Any, trainer: Any, model: Any, *args: Any, **kwargs
 def _trainer_save(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
     original(trainer, *args, **kwargs)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    if not hasattr(model, "save_pretrained"):  # neither of transformers nor of PEFT
+    if not hasattr(model, "save_pretrained"):  # neither a transformers nor a PEFT model
         warn_of_weights_alone(model, "transformers.Trainer")
 
 
 def _decay_parameter_names(original: Any, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> list[str]:
-    """A learnable eps is not decayed, as biases are not: weight decay would pull it to where its name puts it."""
+    """Excludes a learnable eps from weight decay, like biases. Decay would pull it back to its initial value."""
     names = original(trainer, model, *args, **kwargs)
     activations = {f"{path}.log_ratio" for path, module in model.named_modules() if isinstance(module, GemActivation)}
     return [name for name in names if name not in activations]
@@ -348,14 +351,14 @@ def _decay_parameter_names(original: Any, trainer: Any, model: Any, *args: Any, 
 
 _method = functools.partial(
     patch,
-    lost="transformers has it from 5.17 on. Without it, names of the family work in every activation field, but "
-    "`hidden_act` is not passed on to the field that a config reads, a learnable eps needs to be in the checkpoint, "
-    "and conversions are not replayed",
+    lost="it was added in transformers 5.17. Without it, names of the family work in every activation field, but "
+    "`hidden_act` is not passed on to the field that a config reads, a learnable eps must be in the checkpoint, and "
+    "conversions are not restored. Upgrade transformers.",
 )
 
 INSTALLERS: dict[str, Installer] = {
     "transformers.activations": (_install_activations, _uninstall_activations),
-    # Has a dict of its own, from which its `afn` is looked up.
+    # This model has its own dict, in which it looks up `afn`.
     "transformers.models.openai.modeling_openai": lookups(
         "transformers.models.openai.modeling_openai", {"ACT_FNS": _Instances}
     ),

@@ -1,7 +1,7 @@
-"""Files of weights that can hold a conversion: those of `safetensors.torch.save_model`, by which the mixin of the Hub
-saves, and the checkpoints of Lightning.
+"""Weight files that can store a conversion: `safetensors.torch.save_model` and Lightning checkpoints.
 
-Such a file goes into a model that its own code has built, and a member of the family that stands there stays.
+The Hub's mixin saves with `save_model` too. Such files are loaded into a model that its own code has built. Members of
+the family that this model already has stay in place.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .registry import Installer, both, patch
 
 
 def warn_of_weights_alone(model: nn.Module, what: str) -> None:
-    """Says that a conversion is not saved where weights are all that is."""
+    """Warns that a conversion is not saved, because only weights are."""
     slots = list(converted(model))
     if slots:
         module: Any = slots[0].occupant
         warnings.warn(
-            f"{what} saves the weights of {type(model).__name__} and not its conversion: before they are loaded into a "
-            f"new model, convert it in the same way (there is {module.spec.name!r} at {slots[0].path!r}), or they "
-            "compute another function",
+            f"{what} saves the weights of {type(model).__name__}, but not its conversion. Before you load them into a "
+            f"new model, convert it in the same way: it has {module.spec.name!r} at {slots[0].path!r}. Otherwise it "
+            "computes another function.",
             stacklevel=4,
         )
 
@@ -55,7 +55,7 @@ def _load_model(original: Any, model: nn.Module, filename: Any, *args: Any, **kw
         try:
             plan = json.loads(written)
         except ValueError:
-            plan = written  # which is none, and said to be
+            plan = written  # not a plan, so `apply_plan` raises an error
         apply_plan(plan, model, get_activation, keep="the file")
     return original(model, filename, *args, **kwargs)
 
@@ -90,7 +90,7 @@ def _with(checkpoint: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _load_state_dict(model: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-    """Of LightningModule, which has none of its own: the one moment between building and loading."""
+    """`load_state_dict` for LightningModule, which runs after a model is built and before its weights are loaded."""
     plan = (_checkpoint.get() or {}).get(PLAN)
     if plan is not None:
         _checkpoint.set(None)
@@ -108,12 +108,12 @@ def _uninstall_loading(module: ModuleType) -> None:
         del module.LightningModule.load_state_dict
 
 
-_lightning = functools.partial(patch, lost="a checkpoint of Lightning does not take conversions along")
+_lightning = functools.partial(patch, lost="Lightning checkpoints do not store conversions")
 
 INSTALLERS: dict[str, Installer] = {
     "safetensors.torch": both(
-        patch("save_model", _save_model, lost="`save_model` does not take conversions along"),
-        patch("load_model", _load_model, lost="`load_model` does not repeat conversions"),
+        patch("save_model", _save_model, lost="`save_model` does not store conversions"),
+        patch("load_model", _load_model, lost="`load_model` does not restore conversions"),
     ),
 }
 for _package in ("lightning.pytorch", "pytorch_lightning"):

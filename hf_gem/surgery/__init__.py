@@ -1,1 +1,1 @@
-"""Everything that looks at a finished model or changes one."""
+"""Everything that inspects or changes a model that has already been built."""

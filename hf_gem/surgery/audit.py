@@ -1,7 +1,7 @@
-"""Which activations a model really runs: one forward pass, every activation counted, named and located.
+"""Audit: runs one forward pass, and counts, names and locates every activation that really runs.
 
-A config says which activation was asked for, not which one runs: blocks hard-code `F.gelu`, and some layers never see
-the field. So this looks at the operations themselves, through a `TorchDispatchMode`.
+A config says which activation was requested, not which one runs: some blocks hard-code `F.gelu`, and some layers never
+read the field. So the audit watches the operations themselves, with a `TorchDispatchMode`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .tracer import ActivationCall, is_activation, trace
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """What `audit` found; `print` it for a table.
+    """The result of `audit`. Print it for a table.
 
     Attributes:
-        calls: All calls, in the order of the first ones.
-        not_run: Paths of the activation modules that the forward pass did not reach.
-        stock_not_run: Those among them that are not of the family, and no gates.
-        overwritten: Operations in place on the output of an activation.
+        calls: All activation calls, in the order in which each first ran.
+        not_run: Paths of the activation modules that did not run.
+        stock_not_run: Paths in `not_run` of activations outside the family, without gates.
+        overwritten: In-place operations on the output of an activation.
     """
 
     calls: tuple[ActivationCall, ...]
@@ -43,31 +43,31 @@ class Audit:
 
     @property
     def others(self) -> tuple[ActivationCall, ...]:
-        """The activations that are not GEM."""
+        """The calls of activations that are not GEM."""
         return self._of_kind("activation")
 
     @property
     def gates(self) -> tuple[ActivationCall, ...]:
-        """Sigmoid, tanh and the like, which are no activations where they stand."""
+        """The calls of sigmoid, tanh and similar functions that are used as gates, not as activations."""
         return self._of_kind("gate")
 
     @property
     def num_gem(self) -> int:
-        """Number of GEM calls."""
+        """The number of GEM calls."""
         return sum(call.count for call in self._of_kind("gem"))
 
     @property
     def num_other(self) -> int:
-        """Number of calls of other activations, gates not among them."""
+        """The number of calls of other activations, not counting gates."""
         return sum(call.count for call in self.others)
 
     @property
     def complete(self) -> bool:
-        """Whether every activation that was seen was GEM, one ran, and none of another kind might on other inputs."""
+        """Whether an activation ran, all that ran are GEM, and no other module holds an activation that is not."""
         return self.num_gem > 0 and self.num_other == 0 and not self.stock_not_run
 
     def to_dict(self) -> dict[str, Any]:
-        """The counts and calls, ready for json."""
+        """Returns the counts and calls as JSON values."""
         totals = {"num_gem": self.num_gem, "num_other": self.num_other, "complete": self.complete}
         return {**totals, **dataclasses.asdict(self)}
 
@@ -86,57 +86,64 @@ class Audit:
             places = path_patterns(list(self.not_run))
             lines.append(f"{len(self.not_run)} activation modules did not run{stock}: {places}")
         if self.overwritten:
-            lines.append("Outputs that are overwritten in place, which stops a backward pass that has kept them:")
+            lines.append("Outputs overwritten in place; the backward pass fails if it keeps them:")
             lines += _table(self.overwritten, "overwrites")
         return "\n".join(lines)
 
 
 def audit(model: nn.Module, *args: Any, **inputs: Any) -> Audit:
-    """Runs one forward pass and reports which activations ran: how many calls were GEM, and which others, and where.
+    """Runs one forward pass and reports which activations ran: how many calls were GEM, which were not, and where.
 
-    It sees the operations, not the modules: `F.gelu` in a block, `x.relu_()`, autograd Functions, scripted functions.
-    Formulas written by hand are recognised where a sigmoid, tanh, erf, softplus, hardsigmoid or relu6 multiplies its
-    own input (`x * sigmoid(a * x)` is called silu whatever a is), and where a float is clamped at zero from below only.
-    One written with comparisons, `maximum`, `where` or `exp`, or fused into a custom kernel, is not seen, and the audit
-    is `complete` without it. Modules that the inputs do not reach do not run; the report lists those that are
-    activations. It also lists what overwrites the output of an activation in place, such as `x += y` or
-    `nn.Dropout(inplace=True)` right behind it: the backward pass then stops where the output was kept, as
-    `save="auto"` does on a GPU.
+    The audit sees operations, not modules: `F.gelu` in a block, `x.relu_()`, autograd Functions and scripted functions.
+    It recognises hand-written formulas in which a sigmoid, tanh, erf, softplus, hardsigmoid or relu6 multiplies its own
+    input (it calls `x * sigmoid(a * x)` silu, whatever a is), and floats that are clamped at zero from below only.
 
-    The model is left as it was: training flags, buffers, hooks and the random state. A compiled one runs uncompiled.
+    It does not see a formula that is written with comparisons, `maximum`, `where` or `exp`, or fused into a custom
+    kernel. The audit may then be `complete` even though such a formula ran. Modules that the inputs do not reach do not
+    run; the report lists those that are activations.
+
+    The report also lists operations that overwrite the output of an activation in place, such as `x += y` or
+    `nn.Dropout(inplace=True)` right after it. The backward pass fails there if the output is kept, as `save="auto"`
+    does on a GPU.
+
+    The audit restores training flags, buffers, hooks and the random state. A compiled model runs uncompiled.
 
     Args:
-        model: Any module; a model of transformers or timm needs no inputs.
-        *args: What to call the model with, on its device.
-        **inputs: The same by keyword. Without any inputs they are made up, and the forward pass runs on the meta
-            device, without memory or arithmetic; where that is not possible, on the model's own.
+        model: Any module. A transformers or timm model needs no inputs.
+        *args: Positional arguments of the model, on its device.
+        **inputs: Keyword arguments of the model. If you pass no arguments at all, inputs are made up, and the forward
+            pass runs on the meta device, without memory or arithmetic. If that is not possible, it runs on the device
+            of the model.
 
     Returns:
-        The calls; `print` it for a table.
+        The calls. Print it for a table.
 
     Raises:
-        TypeError: `model` is not a module, or is or contains a scripted one, whose calls cannot be told apart.
-        ValueError: no inputs were given, and none can be made up for such a model.
-        RuntimeError: the model does not run on made-up inputs.
+        TypeError: `model` is not a module, or it is scripted or contains a scripted module, whose calls cannot be seen.
+        ValueError: You passed no inputs, and none can be made up for this model.
+        RuntimeError: The model does not run on made-up inputs.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"audit takes a torch.nn.Module, got {type(model).__name__}; pass the model itself")
+        raise TypeError(f"got {type(model).__name__}. audit takes a torch.nn.Module. Pass the model itself.")
     model = unwrapped(model)
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            place = f"its submodule {path!r}" if path else "it"
-            raise TypeError(f"got a model to audit of which {place} is scripted; audit the model before torch.jit does")
+            what = f"submodule {path!r} is" if path else "model is"
+            raise TypeError(
+                f"the {what} scripted. The calls in a scripted module cannot be told apart. Audit the model before you "
+                "script it."
+            )
     if args or inputs:
         return _run(model, copied_buffers(model), args, inputs)
     made_up = example_inputs(model)
     reasons: list[Exception] = []
-    for dtype in (None, torch.bfloat16):  # some operations, such as the grouped products of experts, need it on meta
+    for dtype in (None, torch.bfloat16):  # on meta, some operations, such as grouped products of experts, need bfloat16
         try:
             return _run(model, _on_meta(_state(model), dtype), (), _on_meta(made_up.items(), dtype))
-        except Exception as error:  # values shape the tensors, or a tensor is no parameter and no buffer
+        except Exception as error:  # shapes depend on values, or a tensor is neither a parameter nor a buffer
             reasons.append(error)
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise _no_forward(model, made_up, reasons[0], "and its parameters hold no values") from reasons[0]
+        raise _no_forward(model, made_up, reasons[0], "on the meta device") from reasons[0]
     try:
         return _run(model, copied_buffers(model), (), made_up)
     except Exception as error:
@@ -144,10 +151,10 @@ def audit(model: nn.Module, *args: Any, **inputs: Any) -> Audit:
 
 
 def say_what_did_not_run(model: nn.Module) -> None:
-    """Warns, once for a model, of modules of the family in one that has trained which have never been called.
+    """Warns once about modules of the family that were never called although the model has trained.
 
-    Something else computes in their place, as Liger's kernels do, which replace the forward of a gated MLP, while the
-    config and the printed model go on naming them. Of what is compiled, or runs in copies, nothing is known.
+    Something else runs instead. For example, Liger's kernels replace the forward of a gated MLP, while the config and
+    the printed model still name the activation. Nothing is known about models that are compiled or run in copies.
     """
     modules = dict(model.named_modules())
     copied = isinstance(model, nn.DataParallel)
@@ -158,18 +165,17 @@ def say_what_did_not_run(model: nn.Module) -> None:
     if not idle:
         return
     for module in idle.values():
-        vars(module)[CALLED] = False  # said
+        vars(module)[CALLED] = False  # marks that the warning was given
     warnings.warn(
-        f"{len(idle)} of {len(ours)} activations of the family have not run in {type(model).__name__}, which has "
-        f"trained: {path_patterns(list(idle))}. Something may compute another one in their place, as "
-        "TrainingArguments(use_liger_kernel=True) does for a gated MLP, where there is hf_gem.patch_glu; see what runs "
-        "with hf_gem.audit(model)",
+        f"{len(idle)} of {len(ours)} activations of the family in {type(model).__name__} did not run in training: "
+        f"{path_patterns(list(idle))}. Something else may have run instead: TrainingArguments(use_liger_kernel=True), "
+        "for example, replaces gated MLPs (use hf_gem.patch_glu for these). Check with hf_gem.audit(model).",
         stacklevel=4,
     )
 
 
 def _run(model: nn.Module, state: dict[str, Tensor], args: tuple[Any, ...], inputs: Mapping[str, Any]) -> Audit:
-    """One forward pass with `state` in place of parameters and buffers."""
+    """Runs one forward pass, with `state` instead of the model's parameters and buffers."""
     calls, ran = trace(model, state, args, inputs)
     modules = {path: module for path, module in model.named_modules() if is_activation(module)}
     not_run = tuple(path for path, module in modules.items() if module not in ran)
@@ -181,8 +187,8 @@ def _run(model: nn.Module, state: dict[str, Tensor], args: tuple[Any, ...], inpu
 def _no_forward(model: nn.Module, inputs: Mapping[str, Tensor], error: Exception, where: str) -> RuntimeError:
     shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
     return RuntimeError(
-        f"{type(model).__name__} does not run on the made-up inputs {shapes}, {where} "
-        f"({type(error).__name__}: {error}); pass real ones: audit(model, ...)"
+        f"{type(model).__name__} does not run on made-up inputs {shapes} {where} ({type(error).__name__}: {error}). "
+        "It needs real ones. Pass them: audit(model, ...)."
     )
 
 
@@ -198,7 +204,7 @@ def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _table(calls: tuple[ActivationCall, ...], title: str) -> list[str]:
-    """Lines of a table, one for each function and place; none without calls."""
+    """The lines of a table, one per function and location. Empty if there are no calls."""
     groups: dict[tuple[str, str], list[ActivationCall]] = {}
     for call in calls:
         groups.setdefault((call.function, call.location), []).append(call)

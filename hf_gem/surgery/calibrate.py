@@ -1,4 +1,4 @@
-"""Choosing n and eps for a whole model: what its activations receive, and what each choice does to its output."""
+"""Chooses n and eps for a whole model, from the inputs of its activations and the change of its output."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from .kinds import describe
 from .running import outputs, run
 from .slots import Slot, match_nested_tensors, replace
 
-_STEP = 10**0.5  # between the eps that are tried on the model
+_STEP = 10**0.5  # the ratio of neighbouring eps that are tried on the model
 _Sample = tuple[Histogram, Callable[..., Tensor]]
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Root mean squares of what activations are given; NaN where a value of it was NaN or infinite.
+    """Root mean squares of the inputs of activations. NaN if any value was NaN or infinite.
 
     Attributes:
-        rms: Over all of them: the root of the mean square of all values, so that an activation counts by their number.
-        layers: Path -> that of one activation, where it ran; those that share a module have one for all.
+        rms: Root mean square of all values that enter any activation. Activations with more values weigh more.
+        layers: Path -> root mean square of the inputs of that activation, if it ran. Activations that share a module
+            share one value.
     """
 
     rms: float
@@ -41,16 +42,17 @@ class Scales:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was chosen for a model, and by what.
+    """The members chosen for a model, and the measurements behind the choice.
 
     Attributes:
-        members: Path -> the member.
-        fits: Path -> the member, with its error in place of the activation there; None where the data did not reach it.
-        unfitted_errors: Path -> the error of the given member.
-        output_change: Relative root-mean-square change of the model's output on the first batch; None where outputs
+        members: Path -> chosen member.
+        fits: Path -> chosen member with its error compared to the old activation. None if the data did not reach the
+            activation.
+        unfitted_errors: Path -> error of the member that the caller gave.
+        output_change: Relative root-mean-square change of the model's output on the first batch. None if the outputs
             before and after cannot be compared.
-        unfitted_output_change: The same for the given member everywhere.
-        scales: Of what the activations are given, where that was looked at.
+        unfitted_output_change: Relative change of the output if the given member is used everywhere.
+        scales: Measured scales of the inputs, if `eps="match"` measured them.
     """
 
     members: dict[str, GemSpec]
@@ -70,26 +72,30 @@ def calibrate(
     per_layer: bool,
     fit_to: str,
 ) -> Calibration:
-    """The members of a family that change a model least in place of its activations, which stay where they are.
+    """Finds the members of a family that change a model least if they replace its activations. Replaces nothing itself.
 
-    To `"activations"`: those with the smallest expected squared difference from what they replace, over the values that
-    arrive there. These errors may add up through the layers, so to `"output"`: what changes the output on the first
-    batch least among these, the given member, and members of every n with eps from 1e-6 to 10 in steps of sqrt(10); and
-    then, per layer, that with each activation's own closest member, or its neighbours in eps, one after the other.
+    `fit_to="activations"` minimises the expected squared difference between the new and the old activation, over the
+    values that arrive there. These errors may add up through the layers. So `fit_to="output"` minimises the change of
+    the model's output on the first batch. Its candidates are the member found above, the given member, and members for
+    every n with eps from 1e-6 to 10 in steps of sqrt(10). With `per_layer`, it then tries for one activation after the
+    other the member closest to it, the given member, and both neighbours in eps.
 
     Args:
         model: The model.
-        slots: Path -> place of an activation.
-        given: The family, and the member to compare with.
-        ns: The values of n to choose from.
-        batches: As `convert` takes them; at least one.
-        per_layer: Whether every activation gets a member of its own.
-        fit_to: "activations" or "output".
+        slots: Path -> slot of an activation.
+        given: Member that gives the family, and to which the results are compared.
+        ns: Values of n to choose from.
+        batches: Batches as for `hf_gem.convert`, at least one.
+        per_layer: Whether each activation gets its own member.
+        fit_to: Either "activations" or "output".
+
+    Returns:
+        The chosen members and their errors.
 
     Raises:
-        ValueError: the model does not run on a batch, or an activation is not one function of a number.
+        ValueError: The model does not run on a batch, or an activation is not elementwise.
     """
-    given = dataclasses.replace(given, learnable=False)  # what it starts as
+    given = dataclasses.replace(given, learnable=False)  # its initial state
     batches = iter(batches)
     first = next(batches)
     before = outputs(model, first)
@@ -127,7 +133,7 @@ def _settle(
     own: dict[str, GemSpec],
     groups: list[list[str]],
 ) -> dict[str, GemSpec]:
-    """The members for which `change` was seen to be smallest; groups of paths may differ from each other."""
+    """Returns the members with the smallest `change` among those tried. Each group of paths may get its own."""
 
     def cost(members: dict[str, GemSpec]) -> float:
         found = change(members)
@@ -149,7 +155,7 @@ def _settle(
 
 
 def _member(family: str, n: int, eps: float) -> GemSpec:
-    """The member with an eps near this one: of three digits and in the range, or the one that the family has fixed."""
+    """The member with this eps, rounded to three digits and clamped to the range, or with the family's fixed eps."""
     low, high = EPS_RANGE
     if family_named(family).fixed_eps is not None:
         return GemSpec(family, n)
@@ -162,7 +168,7 @@ def _as_fit(member: GemSpec, sample: _Sample) -> Fit:
 
 
 def replace_all(model: nn.Module, slots: dict[str, Slot], members: dict[str, GemSpec]) -> None:
-    """Puts a module for each member into its slot."""
+    """Replaces the activation in each slot by its member."""
     by_name: dict[str, list[Slot]] = {}
     for path, member in members.items():
         by_name.setdefault(member.name, []).append(slots[path])
@@ -170,7 +176,7 @@ def replace_all(model: nn.Module, slots: dict[str, Slot], members: dict[str, Gem
 
 
 def _samples(recorders: dict[str, Recorder], given: GemSpec) -> tuple[dict[str, _Sample], dict[str, float]]:
-    """Path -> what arrived there, with the function that it entered; and path -> the error of the given member."""
+    """Returns path -> (recorded values, old activation as a function), and path -> error of the given member."""
     samples: dict[str, _Sample] = {}
     unfitted: dict[str, float] = {}
     for path, recorder in recorders.items():
@@ -181,18 +187,21 @@ def _samples(recorders: dict[str, Recorder], given: GemSpec) -> tuple[dict[str, 
             except Exception as cause:
                 what = describe(recorder.recorded[0])
                 raise ValueError(
-                    f"the {what} at {path} is not one function of a number, and no other can be fitted "
-                    f"to it ({type(cause).__name__}: {cause}); leave it out with skip={path!r}, or give a number as eps"
+                    f"cannot fit an activation to the {what} at {path} ({type(cause).__name__}: {cause}). Only "
+                    f"elementwise activations can be fitted. Exclude it with skip={path!r}, or pass a number as eps."
                 ) from cause
     if not samples:
-        raise ValueError("none of the activations ran on data=, or on NaN only; give batches that reach them")
+        raise ValueError(
+            "none of the activations ran on data=, or they only received NaN. eps='fit' needs at least one finite "
+            "input. Pass batches that reach the activations."
+        )
     return samples, unfitted
 
 
 def record_inputs(
     model: nn.Module, chosen: Mapping[str, Slot], batches: Iterable[Any], batch_statistics: bool = False
 ) -> dict[str, Recorder]:
-    """Runs the batches, as `run` does; path -> what was recorded there, in one recorder where one module is shared."""
+    """Runs the batches, and returns path -> a recorder of the inputs. Slots that share a module share a recorder."""
     recorders: dict[str, Recorder] = {}
     shared: dict[int, Recorder] = {}
     for path, slot in chosen.items():
@@ -201,7 +210,7 @@ def record_inputs(
     modes = {recorder: getattr(recorder.recorded[0], "training", False) for recorder in recorders.values()}
     with put_back(model, chosen.values()) as stack:
         for recorder, training in modes.items():
-            if training:  # out of the model, it does not follow the model's mode
+            if training:  # outside the model, it does not follow the model's mode
                 stack.callback(setattr, recorder.recorded[0], "training", True)
                 recorder.recorded[0].training = False  # type: ignore[attr-defined]
         for path, slot in chosen.items():
@@ -212,9 +221,9 @@ def record_inputs(
 
 
 def _pooled(recorders: dict[str, Recorder], samples: dict[str, _Sample]) -> Iterable[_Sample]:
-    """The samples, those of equal functions as one: it takes less time, and nothing else changes."""
+    """Merges the samples of equal functions, which saves time and changes nothing else."""
     probe = torch.arange(-(2**15), 2**15, dtype=torch.int16, device="cpu").view(torch.bfloat16).double()
-    distinct = {id(recorders[path]): sample for path, sample in samples.items()}  # one for a shared module
+    distinct = {id(recorders[path]): sample for path, sample in samples.items()}  # a shared module counts once
     pooled: dict[bytes, _Sample] = {}
     for histogram, target in distinct.values():
         with torch.no_grad():
@@ -227,17 +236,17 @@ def _pooled(recorders: dict[str, Recorder], samples: dict[str, _Sample]) -> Iter
 def _as_function(activation: Callable[..., Tensor]) -> Callable[..., Tensor]:
     if not isinstance(activation, nn.Module):
         return activation
-    return copy.deepcopy(activation).to("cpu", torch.float64).eval().forward  # not its hooks
+    return copy.deepcopy(activation).to("cpu", torch.float64).eval().forward  # `forward` bypasses hooks
 
 
 def relative_change(before: list[Tensor], after: list[Tensor]) -> float | None:
-    """Root mean square of the change over that of `before`, where that is finite; None if the shapes differ."""
+    """Root mean square of the change relative to that of `before`, over finite values. None if the shapes differ."""
     if [b.shape for b in before] != [a.shape for a in after]:
         return None
     change = size = 0.0
     for b, a in zip(before, after, strict=True):
         kept = b.isfinite()
-        if not kept.all():  # masked scores
+        if not kept.all():  # for example, masked scores are infinite
             a, b = a[kept], b[kept]
         wide = torch.promote_types(b.dtype, torch.float32)
         change += float((a.to(wide) - b.to(wide)).square().sum(dtype=torch.float64))
@@ -247,7 +256,7 @@ def relative_change(before: list[Tensor], after: list[Tensor]) -> float | None:
 
 @contextlib.contextmanager
 def put_back(model: nn.Module, slots: Iterable[Slot]) -> Iterator[contextlib.ExitStack]:
-    """Puts the occupants of slots back on leaving, unless the stack is emptied."""
+    """A context that restores the occupants of slots when it ends, unless the stack is emptied."""
     with contextlib.ExitStack() as stack:
         stack.callback(match_nested_tensors, model)
         for slot in slots:
@@ -256,11 +265,11 @@ def put_back(model: nn.Module, slots: Iterable[Slot]) -> Iterator[contextlib.Exi
 
 
 class Recorder(nn.Module):
-    """Stands in for an activation and counts what enters it, in `histogram`."""
+    """Replaces an activation temporarily, and counts its inputs in `histogram`."""
 
     def __init__(self, activation: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.recorded = (activation,)  # in a tuple, so that it is put back as it was
+        self.recorded = (activation,)  # in a tuple, so that it does not become a submodule
         self.histogram = Histogram()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Conversions in the configs of transformers models: how they get there, and what a converted config selects."""
+"""Stores conversions in the configs of transformers models, and controls which activation such a config selects."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..family.names import GemSpec, is_claimed, parse
+from ..files import shown
 from .fields import activation_fields, declares, nested_configs, plain_name
 from .plans import PLAN, check_plan, parts_inside, parts_of, plan_of, specs
 
 
 def own_config(model: Any) -> None:
-    """Gives a model a config of its own, for its plan not to reach the next model built from the same object."""
+    """Gives a model its own copy of its config, so that its plan does not affect other models built from it."""
     copies: dict[int, Any] = {}
     copy.deepcopy(model.config, copies)
     for module in model.modules():
@@ -22,16 +23,16 @@ def own_config(model: Any) -> None:
 
 
 def write_plan(model: Any) -> None:
-    """Writes the conversion of a transformers model into its config, or takes it out where there is none.
+    """Writes the conversion of a transformers model into its config, or removes it if there is none.
 
-    A part built from a config inside the config, such as a vision tower, has its own there, for it to be loaded alone.
+    A part built from a sub-config, such as a vision tower, has its own plan there, so that it can be loaded alone.
     """
     inner = {id(config): (prefix, config) for prefix, config in nested_configs(model.config).items()}
     parts = {path: part for path, part in parts_of(model).items() if id(part.config) in inner}
     for _, config in inner.values():
         vars(config).pop(PLAN, None)
         if is_claimed(vars(config).get("hidden_act")) and not declares(config, "hidden_act"):
-            del config.hidden_act  # it had no effect, and what was asked with it may be done now
+            del config.hidden_act  # undeclared, so it had no effect; the conversion may now do what it asked for
     for path, part in parts.items():
         plan = plan_of(part, parts_inside(parts, path))
         if plan is None:
@@ -55,21 +56,21 @@ def _names_one_of(value: str, used: set[GemSpec]) -> bool:
 
 
 def write_plan_of_diffusers(model: Any) -> None:
-    """Writes the conversion of a model of diffusers into its config, or takes it out where there is none."""
+    """Writes the conversion of a diffusers model into its config, or removes it if there is none."""
     config = {key: value for key, value in model._internal_dict.items() if key != PLAN}
     if (plan := plan_of(model)) is not None:
         config[PLAN] = plan
     model._internal_dict = type(model._internal_dict)(config)
 
 
-# In memory a converted config selects what its model is built from, before the plan is applied. Saved, it selects a
-# name of the plan instead (the first in the alphabet), so that transformers alone stops at a name it does not know,
-# where it would have loaded another function. The parts of a composite model keep plans in their own configs, which
-# they may be loaded from alone.
+# In memory, a converted config selects the original activation: the model is built with it, then the plan is applied. A
+# saved config selects a name of the plan instead (the first in alphabetical order). Without hf_gem, transformers then
+# stops at this unknown name instead of silently loading another function. The parts of a composite model have plans in
+# their own configs, since they may be loaded alone.
 
 
 def mask(config: Any) -> None:
-    """Makes a converted config, or what is converted in it, select its converted name where its class allows that."""
+    """Sets the fields of a converted config, and of sub-configs, to the converted name if their class allows it."""
     for part, plan in _plans(config):
         for field in activation_fields(part):
             old = field.value
@@ -77,15 +78,15 @@ def mask(config: Any) -> None:
                 try:
                     field.set(min(plan["activations"]))
                     getattr(part, "validate", lambda: None)()
-                except Exception:  # huggingface_hub's validation: this field is for some values only
+                except Exception:  # validation by huggingface_hub: this field only allows some values
                     field.set(old)
 
 
 def unmask(config: Any) -> None:
-    """Makes a converted config, or what is converted in it, select again what its model is built from.
+    """Sets the fields of a converted config, and of sub-configs, back to the original activation.
 
     Raises:
-        ValueError: an activation was set since it was saved, which the conversion would replace.
+        ValueError: An activation was set after the config was saved, and the conversion would replace it.
     """
     for part, plan in _plans(config):
         name = min(plan["activations"])
@@ -93,11 +94,11 @@ def unmask(config: Any) -> None:
         for field, value in stock:
             if plain_name(field.value) != name and field.value != value:
                 raise ValueError(
-                    f"{type(part).__name__} got {field.path}={field.value!r} for a model that was converted to "
-                    f"{name!r}; remove the conversion first with `del config.{PLAN}`, or convert the model after it is "
-                    "built"
+                    f"got {field.path}={shown(field.value)} in a {type(part).__name__} of a model that was converted "
+                    f"to {name!r}. The conversion would replace that activation. Remove the conversion first with "
+                    f"`del config.{PLAN}`, or call hf_gem.convert on the model after it is built."
                 )
-        for field, value in stock:  # one may set another, which comes after it
+        for field, value in stock:  # setting one field may change another that comes later
             field.set(value)
 
 

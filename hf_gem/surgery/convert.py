@@ -1,4 +1,4 @@
-"""Replacing the activations of a model that is already built: `convert` and `revert`."""
+"""Replaces the activations of a model that has already been built: `convert` and `revert`."""
 
 from __future__ import annotations
 
@@ -6,33 +6,30 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..family.names import GemSpec, is_name, parse
-from ..files import to_json
+from ..files import shown, to_json
 from ..fit import MATCH_C, Fit
 from .audit import Audit, audit
 from .calibrate import Calibration, calibrate, replace_all
+from .checks import check_arguments, check_wrappers
 from .configs import own_config, write_plan, write_plan_of_diffusers
 from .kinds import describe, is_elementwise, is_gate, kind, stock_slots
 from .reports import places
 from .running import arguments
-from .scales import check_match, match
+from .scales import match
 from .slots import Slot, spec_of, undo
 from .tracer import ActivationCall
 
 _Wanted = tuple[str | type, ...]  # names or patterns, and classes
-_ALREADY = "there already"
-_MOST = 5  # lines of a kind in a report
-_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
-_QUANTISED = ("torch.ao.nn.quantized.modules", "torch.ao.nn.intrinsic.quantized.modules")
-_NOT_QUANTISED = ("FloatFunctional", "PackedParams", "Embedding", "EmbeddingBag")  # the last two are so in storage only
+_ALREADY = "already converted"
+_MOST = 5  # the most lines of one kind in a report
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,12 @@ class Replacement:
 
     Attributes:
         path: Dotted path of the module or attribute.
-        old: What it was, such as `relu`.
-        new: The name that is there now.
-        fit: With `eps="fit"`, how well the new one matches the old one on the data; None where these did not reach it.
-        unfitted_error: With `eps="fit"`, the expected squared difference at the n and eps of the given name.
-        rms: With `eps="match"`, root mean square of what it was given; None where the data did not reach it.
+        old: Kind of the old activation, such as `relu`.
+        new: Name of the new activation.
+        fit: With `eps="fit"`, how well the new activation matches the old one on the data. None if the data did not
+            reach it.
+        unfitted_error: With `eps="fit"`, the expected squared difference for the n and eps of the given name.
+        rms: With `eps="match"`, the root mean square of its inputs. None if the data did not reach it.
     """
 
     path: str
@@ -58,17 +56,18 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did.
+    """The report of `convert`.
 
     Attributes:
-        replaced: One entry for each path.
-        left: (path, kind, reason) of the activations that were found and not replaced.
-        audit: One forward pass of the converted model, or None where none could be run.
-        not_audited: The reason for None.
-        output_change: With `eps="fit"`: relative root-mean-square change of the model's output on the first batch;
-            None where the two outputs cannot be compared.
-        unfitted_output_change: The same with the given name everywhere.
-        rms: With `eps="match"`, root mean square of what all activations were given.
+        model: Name of the model's class.
+        replaced: The replaced activations, one entry per path.
+        left: The activations that were found but not replaced, as (path, kind, reason).
+        audit: Audit of the converted model, or None if no forward pass was possible.
+        not_audited: Reason why there is no audit.
+        output_change: With `eps="fit"`, the relative root-mean-square change of the model's output on the first batch.
+            None if the outputs before and after cannot be compared.
+        unfitted_output_change: With `eps="fit"`, the relative change if the given name is used everywhere.
+        rms: With `eps="match"`, the root mean square of the inputs of all activations.
         c: With `eps="match"`, the half point of the gate in units of the rms.
     """
 
@@ -84,11 +83,11 @@ class Conversion:
 
     @property
     def unreached(self) -> tuple[ActivationCall, ...]:
-        """The activations that still ran: hard-coded calls, and those in `left`. Known only after an audit."""
+        """The other activations that ran in the audit: hard-coded calls, and those in `left`."""
         return self.audit.others if self.audit is not None else ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values; NaN and infinity, which JSON lacks, as None."""
+        """Returns the report as JSON values. NaN and infinity become None, since JSON has neither."""
         report = {
             **dataclasses.asdict(dataclasses.replace(self, audit=None)),
             "replaced": [
@@ -101,7 +100,7 @@ class Conversion:
         return values
 
     def _about_eps(self) -> list[str]:
-        """What eps was chosen by, for the activations with the largest of it; no lines where it was given."""
+        """Lines that explain the choice of eps, largest errors or rms first. Empty if the caller gave eps."""
         rows: list[tuple[float, str]] = []
         for r in self.replaced:
             if r.rms is not None:
@@ -110,15 +109,15 @@ class Conversion:
                 rows.append((r.fit.error, f"{r.path}: {r.unfitted_error:.3g} -> {r.fit.error:.3g} {_edge(r.fit)}"))
         if not rows:
             return []
-        title = "expected squared difference from the old activation, at the given name -> fitted:"
+        title = "expected squared difference from the old activation, for the given name -> fitted:"
         if self.c is not None:
-            title = f"eps = (c rms)^(2n) with c = {self.c:g} and the rms of what is given, {self.rms:.3g} over all:"
+            title = f"eps = (c rms)^(2n) with c = {self.c:g} and the rms of the inputs, {self.rms:.3g} over all:"
         rows.sort(key=lambda row: -row[0])
         lines = [title, *(f"  {row}" for _, row in rows[:_MOST])]
         if len(rows) > _MOST:
-            lines.append(f"  and {len(rows) - _MOST} more, none larger; to_dict() has all")
+            lines.append(f"  and {len(rows) - _MOST} more, none larger; to_dict() lists all")
         unseen = [r.path for r in self.replaced if r.fit is None and r.rms is None]
-        return lines + ([f"not reached by data=, so given the eps of all: {places(unseen)}"] if unseen else [])
+        return lines + ([f"not reached by data=, so they got the common eps: {places(unseen)}"] if unseen else [])
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.replaced)} activations replaced"]
@@ -130,7 +129,7 @@ class Conversion:
         lines += [f"  {line}" for line in self._about_eps()]
         if self.output_change is not None:
             lines.append(
-                "  relative change of the output on the first batch, at the given name -> fitted: "
+                "  relative change of the output on the first batch, for the given name -> fitted: "
                 f"{self.unfitted_output_change:.3g} -> {self.output_change:.3g}"
             )
         left: dict[tuple[str, str], list[str]] = {}
@@ -138,7 +137,7 @@ class Conversion:
             left.setdefault((what, reason), []).append(path)
         lines += [f"  left alone, {reason}: {what}, {places(paths)}" for (what, reason), paths in left.items()]
         if self.audit is None:
-            lines.append(f"  what else runs is unknown, no forward pass was possible: {self.not_audited}")
+            lines.append(f"  other activations are unknown, because no forward pass was possible: {self.not_audited}")
         else:
             lines.append(str(self.audit))
         return "\n".join(lines)
@@ -157,61 +156,66 @@ def convert(
     c: float = MATCH_C,
     inputs: Any = None,
 ) -> Conversion:
-    """Replaces the activations of a model, in place, and reports which, and what it could not reach.
+    """Replaces the activations of a model in place. Reports what it replaced, and what it could not reach.
 
-    Found are submodules, in containers too, and attributes that hold a function, such as `self.act = F.gelu`. A call
-    that is written into a forward method cannot be replaced; the audit at the end lists it. Layers that share a module
-    go on sharing one, except that a learnable eps belongs to one place. `hf_gem.revert` undoes all of it.
-    Hooks of a module that is replaced stay with it. What stands in its place never overwrites its input: a model that
-    ignores the output of `ReLU(inplace=True)` and goes on with the input computes something else.
+    It finds submodules, also in containers, and attributes that hold a function, such as `self.act = F.gelu`. It cannot
+    replace a call that is written into a forward method; the audit at the end lists these calls. Layers that share an
+    activation still share one afterwards, unless its eps is learnable. `hf_gem.revert` undoes the conversion.
 
-    A transformers model takes the conversion along in its config: saved with `save_pretrained`, it is converted again
-    when it is loaded, before its weights are. So does a timm model through `save_for_hf`.
+    Hooks stay on the replaced module. The new module never overwrites its input. So the result changes if a model
+    ignores the output of `ReLU(inplace=True)` and continues with the input.
+
+    The config of a transformers model stores the conversion: a model saved with `save_pretrained` is converted again
+    when it is loaded, before its weights are loaded. The same holds for a timm model saved with `save_for_hf`.
 
     Args:
-        model: Any model, of transformers and timm too; before it is scripted, and for a learnable eps before it is
-            wrapped by DDP or FSDP and before its optimizer is made.
-        name: Of the family.
-        replace: Which activations to replace: names such as `"relu"` or module classes, any of your own too, one or
-            several. By default all with a usual name, except gates (sigmoid, tanh, softplus and their like).
-        skip: Which to leave: patterns of paths such as `"*.pooler.*"`, or module classes, one or several.
-        eps: A number in place of the one in the name; or `"fit"`, to choose it, and n unless the name gives one, such
-            that the model changes least on `data`; or `"match"`, for a model that is still to be trained:
-            `(c rms)^(2n)`, rms being the root mean square of what the activations are given on `data`.
-        data: Batches for `eps="fit"` and `"match"`: tensors, tuples of positional or dicts of keyword arguments of the
-            model, on its device; any iterable, which is read once. They are run in evaluation mode, without gradients;
-            for `"match"`, batch normalisation takes the statistics of the batch, as in training.
-        per_layer: With `eps="fit"` or `"match"`, a member for each activation; otherwise one for the whole model, with
-            the rms of all values that all activations are given.
-        fit_to: What `eps="fit"` makes smallest. `"output"`: the change of the model's output, all the floating-point
-            tensors in it, on the first batch, over some 50 runs of it; with `per_layer` and 4 more for each layer,
-            starting from one member for all. `"activations"`: the expected squared difference from what is replaced,
-            over the values that reach it in all batches, which takes 5 runs of the first one and can change the output
-            more than the given name would; the report has both changes.
-        c: With `eps="match"`, where the gate is half open, in units of the rms.
-        inputs: A batch for the forward pass of the audit; by default the first one of `data`, or one made up on the
-            meta device where the model allows it.
+        model: Any model. Convert it before you script it. For a learnable eps, convert it before you wrap it in DDP or
+            FSDP and before you create the optimizer.
+        name: A name of the family.
+        replace: Activations to replace: one or several names such as `"relu"`, or module classes, including your own.
+            By default all that have a usual name, except gates (sigmoid, tanh, softplus and similar functions).
+        skip: Activations to leave alone: one or several patterns of paths such as `"*.pooler.*"`, or module classes.
+        eps: Number that replaces the eps of the name, or a way to choose it. `"fit"` chooses eps so that the model
+            changes least on `data`, and also n unless the name gives it. `"match"` is for a model that you are going to
+            train: it sets `(c rms)^(2n)`, where rms is the root mean square of the inputs of the activations on `data`.
+        data: Batches for `eps="fit"` and `"match"`: tensors, tuples of positional arguments or dicts of keyword
+            arguments, on the device of the model. Any iterable will do; it is read once. The batches run in evaluation
+            mode without gradients, but with `"match"`, batch normalisation uses the statistics of the batch, as in
+            training.
+        per_layer: Whether `eps="fit"` and `"match"` choose for each activation separately. By default all activations
+            get the same, chosen from the inputs of all of them.
+        fit_to: Quantity that `eps="fit"` minimises. `"output"` is the change of the model's output on the first batch,
+            over all its floating-point tensors. This takes some 50 runs of the batch, and 4 more per layer with
+            `per_layer`, which starts from one choice for all layers. `"activations"` is the expected squared difference
+            between the new and the old activation, over its inputs in all batches. This takes 5 runs of the first
+            batch, and may change the output more than the given name would; the report has both changes.
+        c: Half point of the gate for `eps="match"`, in units of the rms.
+        inputs: Batch for the audit. By default the first batch of `data`, or inputs that are made up on the meta
+            device, if the model allows that.
 
     Returns:
         The report. Print it.
 
     Raises:
-        TypeError: an argument is of the wrong kind.
-        ValueError: the name is malformed, nothing was found to replace, `replace` or `skip` matches nothing, the model
-            does not run on `data`, an activation cannot be fitted, what it is given has no scale to match, or the model
-            is one that cannot be converted (scripted, computing with quantised tensors, ...). Nothing is changed then.
+        TypeError: An argument has the wrong type.
+        ValueError: The name is malformed, there is nothing to replace, `replace` or `skip` matches nothing, the model
+            does not run on `data`, an activation cannot be fitted, its inputs have no scale to match, or the model
+            cannot be converted, for example because it is scripted or computes with quantised tensors. Nothing is
+            changed then.
     """
-    spec = _check(model, name, eps, data, per_layer, fit_to, c)
+    spec = check_arguments(model, name, eps, data, per_layer, fit_to, c)
     if inputs is not None:
-        arguments(inputs)  # or an error
+        arguments(inputs)  # raises TypeError
     chosen, left = _choose(model, None if isinstance(eps, str) else spec, _as_tuple(replace), _as_tuple(skip))
     if not chosen and not any(reason == _ALREADY for *_, reason in left):
         raise ValueError(_nothing_to_replace(model, left, replace, skip, inputs))
-    _check_wrappers(model, spec, chosen)
+    check_wrappers(model, spec, chosen)
     batches = iter(()) if data is None else iter(data)
     first = next(batches, None)
     if first is None and data is not None:
-        raise ValueError("data= holds no batch; a generator can be read only once")
+        raise ValueError(
+            "data= contains no batches. At least one is required. Note that a generator can only be read once."
+        )
     batches = itertools.chain([] if first is None else [first], batches)
     found = Calibration(dict.fromkeys(chosen, spec))
     if eps == "fit":
@@ -233,88 +237,35 @@ def convert(
 
 
 def revert(model: nn.Module) -> list[str]:
-    """Puts back every activation that `convert` replaced, the same objects, and returns their paths.
+    """Undoes `convert`: restores the original activation objects, and returns their paths.
 
-    One with weights of its own, such as PReLU, comes back on the device and in the dtype that it was replaced on.
+    An activation with weights, such as PReLU, has the device and dtype that it had when it was replaced.
+
+    Args:
+        model: The converted model.
+
+    Returns:
+        The paths of the restored activations.
+
+    Raises:
+        TypeError: `model` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model that was converted"
+            f"got {type(model).__name__} as model. model must be a torch.nn.Module. Pass the model that you converted."
         )
     paths = undo(model)
     _write_plans(model)
     return paths
 
 
-# ---- what may be converted
-
-
-def _check(
-    model: nn.Module, name: str, eps: float | str | None, data: Any, per_layer: bool, fit_to: str, c: float
-) -> GemSpec:
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}"
-            + (" (a class: build it first)" if isinstance(model, type) else "")
-            + "; a config is changed with hf_gem.set_activation"
-        )
-    spec = parse(name)
-    if fit_to not in ("output", "activations"):
-        raise ValueError(f"fit_to must be 'output' or 'activations', got {fit_to!r}")
-    chooses = isinstance(eps, str)
-    if chooses and eps not in ("fit", "match"):
-        raise ValueError(f"eps must be a number, 'fit' or 'match', got {eps!r}")
-    if chooses and data is None:
-        raise ValueError(f"eps={eps!r} needs data=, batches to run the model on; a few dozen examples will do")
-    if eps == "match":
-        check_match(spec, c)
-    if per_layer and not chooses:
-        raise ValueError(f"per_layer=True needs an eps that is chosen by data=: 'fit' or 'match', got eps={eps!r}")
-    if c != MATCH_C and eps != "match":
-        raise ValueError(f"c={c!r} needs eps='match', got eps={eps!r}; leave it out")
-    if isinstance(data, (Tensor, Mapping, str)) or (data is not None and not isinstance(data, Iterable)):
-        raise TypeError(f"data must be an iterable of batches, got {type(data).__name__}; write data=[batch] for one")
-    if eps is not None and not chooses:
-        spec = GemSpec(spec.family, spec.n, eps, spec.learnable)  # type: ignore[arg-type]
-    for path, module in model.named_modules():
-        home = type(module).__module__
-        where = f"{path or 'the model'} is {home}.{type(module).__name__}"
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(f"{where}, whose code is fixed; convert the model before scripting or tracing it")
-        if "ReLU" in type(module).__name__ and ".ao.nn." in home:
-            raise ValueError(f"{where}, a ReLU fused with its layer; convert the model before fusing and quantising it")
-        if home.startswith(_QUANTISED) and not type(module).__name__.endswith(_NOT_QUANTISED):
-            raise ValueError(f"{where}, which makes quantised tensors; convert the model before quantising it")
-        if spec.learnable and getattr(getattr(module, "_hf_hook", None), "offload", False):
-            raise ValueError(
-                f"the weights of {path or 'the model'} are offloaded, where new parameters cannot go; "
-                "convert the model before dispatching it"
-            )
-    return spec
-
-
-def _check_wrappers(model: nn.Module, spec: GemSpec, chosen: dict[str, Slot]) -> None:
-    """Wrappers that keep account of the parameters: none may come, as a learnable eps, or go, with a PReLU."""
-    going = [path for path, slot in chosen.items() if _has_weights(slot)]
-    if not spec.learnable and not going:
-        return
-    for path, module in model.named_modules():
-        if {cls.__name__ for cls in type(module).__mro__} & _WRAPPERS:
-            what = "the new parameters" if spec.learnable else f"that the parameters of {going[0]} are gone"
-            raise ValueError(
-                f"{path or 'the model'} is {type(module).__module__}.{type(module).__name__}, which would not know "
-                f"{what}; convert the model before wrapping it"
-            )
-
-
-def _has_weights(slot: Slot) -> bool:
-    return isinstance(slot.occupant, nn.Module) and any(True for _ in slot.occupant.parameters())
+# ---- what is replaced
 
 
 def _choose(
     model: nn.Module, spec: GemSpec | None, only: _Wanted, skip: _Wanted
 ) -> tuple[dict[str, Slot], list[tuple[str, str, str]]]:
-    """The slots to replace by path, and (path, name, reason) of the others."""
+    """Returns path -> slot for the activations to replace, and (path, name, reason) for the others."""
     chosen: dict[str, Slot] = {}
     left = []
     unused = {*only, *skip}
@@ -325,13 +276,13 @@ def _choose(
         by_name = [s for s in only if (_plain(s) == what if isinstance(s, str) else _matches(s, slot))]
         unused.difference_update(by_skip, by_name)
         if by_skip:
-            reason = "as asked for by skip="
+            reason = "excluded by skip="
         elif only and not by_name:
-            reason = "not among replace="
+            reason = "not in replace="
         elif not only and is_gate(what):
             reason = "a gate"
         elif not only and not is_elementwise(slot.occupant):
-            reason = "which does more than its name says, unless replace= asks for it"
+            reason = "not elementwise, so only replaced if it is in replace="
         elif spec is not None and spec_of(slot.occupant) == spec:
             reason = _ALREADY
         else:
@@ -341,8 +292,9 @@ def _choose(
     if unused and found:
         kinds = sorted({kind(slot.occupant) or "" for slot in found})
         raise ValueError(
-            f"{', '.join(sorted(map(repr, unused)))} matches no activation of {type(model).__name__}; replace= takes "
-            f"{', '.join(kinds)} or classes, skip= patterns of paths such as {found[0].path!r}"
+            f"got {', '.join(sorted(map(shown, unused)))}, which matches no activation in {type(model).__name__}. "
+            f"replace= takes {', '.join(kinds)}, skip= takes patterns of paths such as {found[0].path!r}, and both "
+            "take classes. Correct it, or leave it out."
         )
     return chosen, left
 
@@ -353,7 +305,10 @@ def _as_tuple(wanted: Any) -> _Wanted:
     several = tuple(wanted) if isinstance(wanted, (list, tuple, set, frozenset)) else (wanted,)
     for one in several:
         if not isinstance(one, (str, type)):
-            raise TypeError(f"replace= and skip= take strings and classes, one or several, got {one!r}")
+            raise TypeError(
+                f"got {shown(one)} of type {type(one).__name__} in replace= or skip=. Both take strings and classes, "
+                "one or several. Write for example replace='relu'."
+            )
     return several
 
 
@@ -372,27 +327,37 @@ def _nothing_to_replace(
 ) -> str:
     name = type(model).__name__
     if kind(model) is not None:
-        return f"{name} is an activation itself, with nothing around it; build the other with hf_gem.get_activation"
+        return (
+            f"{name} is itself an activation. convert replaces activations inside a model. Build the new activation "
+            "with hf_gem.get_activation."
+        )
     if left:
         found = ", ".join(sorted({f"{what} ({reason})" for _, what, reason in left}))
-        return f"nothing to replace in {name}: it has {found}; got replace={replace!r}, skip={skip!r}"
-    seen, reason = _audit(model, inputs)
-    if seen is None:
         return (
-            f"{name} has no activation modules and no attributes that hold one; what it hard-codes is unknown: {reason}"
+            f"nothing to replace in {name} with replace={shown(replace)} and skip={shown(skip)}. It has {found}. "
+            "Change replace= or skip=."
         )
-    calls = ", ".join(f"{call.function} at {call.location}" for call in seen.others) or "none that runs"
-    return f"{name} has no activation modules and no attributes that hold one; its own code calls {calls}"
+    seen, reason = _audit(model, inputs)
+    nothing = f"{name} has no activation modules, and no attributes that hold an activation."
+    fix = "Edit the model's code so that it calls an activation module."
+    if seen is None:
+        return f"{nothing} Calls in its own code are unknown ({reason}). {fix}"
+    calls = ", ".join(f"{call.function} at {call.location}" for call in seen.others)
+    return (
+        f"{nothing} Its own code calls {calls}, which convert cannot replace. {fix}"
+        if calls
+        else (f"{nothing} Its own code calls none either. There is nothing to convert.")
+    )
 
 
-# ---- what goes with a conversion
+# ---- storing the conversion
 
 
 def _write_plans(model: nn.Module) -> None:
-    """Into the config of every model of diffusers in here, and of transformers that is not a part of another."""
+    """Writes the plan into the config of every diffusers model, and of every outermost transformers model."""
     if (diffusers := sys.modules.get("diffusers.configuration_utils")) is not None:
         for module in model.modules():
-            if isinstance(module, diffusers.ConfigMixin):  # also read where a copy is built, such as an average
+            if isinstance(module, diffusers.ConfigMixin):  # its config is also read to build a copy, such as an average
                 write_plan_of_diffusers(module)
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is None:
@@ -410,7 +375,7 @@ def _audit(model: nn.Module, batch: Any) -> tuple[Audit | None, str]:
     args, kwargs = arguments(batch) if batch is not None else ((), {})
     try:
         return audit(model, *args, **kwargs), ""
-    except Exception as error:  # the model is converted whether or not it runs here
+    except Exception as error:  # the conversion is complete even if the model does not run here
         return None, f"{type(error).__name__}: {error}"
 
 
@@ -419,6 +384,6 @@ def _edge(found: Fit) -> str:
 
 
 def _families(names: list[str]) -> list[str]:
-    """The names, those of the family as `egem_*` where there are many, as after a fit for each layer."""
+    """The names. If there are many, as after a fit per layer, those of the family are shortened to `egem_*`."""
     many = len(set(names)) > _MOST
     return [f"{parse(name).family}_*" if many and is_name(name) else name for name in names]

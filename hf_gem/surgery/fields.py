@@ -1,7 +1,7 @@
-"""The fields of a transformers config that select an activation: `set_activation`.
+"""The fields of a transformers config that select an activation, and `set_activation`.
 
-Found from what a config declares, not from a list of models: a field whose name holds a word for activation and whose
-value is the name of one, in the config, its sub-configs and its dicts.
+Fields are found from what a config declares, not from a list of models. A field selects an activation if its name
+contains a word for activation and its value is the name of one. Sub-configs and dicts are searched too.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from ..family.names import is_claimed, parse
+from ..files import shown
 
 _ACTIVATION_WORDS = {"act", "activation", "afn"}
-# Fields named otherwise, and the attribute, declared nowhere, in which the config keeps what it made of the field.
+# Fields with other names -> the undeclared attribute that the config derives from the field.
 _DERIVED = {"feed_forward_proj": "dense_act_fn"}
-# Words for parts that are not the body of the network; `mamba` fields go to kernels that know nothing but silu.
+# Words for parts outside the body of the network. Kernels that read `mamba` fields only support silu.
 _OTHER_PARTS = {"pooler", "projector", "projection", "classifier", "summary", "head", "readout", "mamba"}
 _GATES = {"sigmoid", "hardsigmoid", "tanh", "hardtanh", "softmax", "linear"}
 _GATED = "gated-"  # T5's prefix for a gated MLP
 
 
 class FieldChange(NamedTuple):
-    """One field that was set: dotted path in the config, value before, value after."""
+    """A field that was set: its dotted path in the config, the old value and the new value."""
 
     path: str
     old: str
@@ -39,10 +40,10 @@ class ActivationField:
     """A place in a config, or in a dict of it, that names an activation.
 
     Attributes:
-        path: Dotted, from the config that was searched.
-        owner: The config or dict that holds it.
-        key: Its name there.
-        is_body: Whether it is an activation of the network's body; not a pooler's, a head's, a gate's ...
+        path: Dotted path from the config that was searched.
+        owner: The config or dict that holds the field.
+        key: Name of the field in its owner.
+        is_body: Whether the activation belongs to the body of the network, not to a pooler, a head, a gate etc.
     """
 
     path: str
@@ -55,40 +56,43 @@ class ActivationField:
         value: str = self.owner[self.key] if isinstance(self.owner, dict) else getattr(self.owner, self.key)
         return value
 
+    def prefixed(self, name: str) -> str:
+        """Returns a name with T5's prefix `gated-` if the field has it now."""
+        return _GATED + name if self.value.startswith(_GATED) and not name.startswith(_GATED) else name
+
     def set(self, name: str) -> FieldChange:
-        """Writes a name, keeping T5's prefix; `name` may have it already."""
-        old = self.value
-        prefix = _GATED if old.startswith(_GATED) and not name.startswith(_GATED) else ""
-        new = prefix + name
+        """Sets the field to a name. T5's prefix `gated-` is kept; `name` may include it."""
+        old, new = self.value, self.prefixed(name)
         if isinstance(self.owner, dict):
             self.owner[self.key] = new
             return FieldChange(self.path, old, new)
         setattr(self.owner, self.key, new)
         derived = _DERIVED.get(self.key)
         if derived is not None and hasattr(self.owner, derived):
-            # As T5Config has it: its gated "gelu" has always been the tanh approximation.
+            # This is what T5Config does: "gated-gelu" has always meant the tanh approximation.
             setattr(self.owner, derived, "gelu_new" if new == "gated-gelu" else plain_name(new))
         return FieldChange(self.path, old, new)
 
 
 def set_activation(config: Any, name: str, *, fields: str | Iterable[str] | None = None) -> list[FieldChange]:
-    """Makes a transformers config select an activation, in every field that selects one.
+    """Sets the activation of a transformers config, in every field that selects one.
 
-    Sub-configs, dicts (`ffn_act_fn["name"]`), prefixes (`gated-`) and T5's `feed_forward_proj` are included. Left alone
-    are poolers, projectors, summaries and heads, and whatever is set to a gate such as sigmoid or tanh, unless
-    `fields` asks for them.
+    This includes sub-configs, dicts (`ffn_act_fn["name"]`), prefixes (`gated-`) and T5's `feed_forward_proj`. Fields of
+    poolers, projectors, summaries and heads stay as they are, and so do fields set to a gate such as sigmoid or tanh,
+    unless `fields` selects them.
 
     Args:
-        config: A transformers config; of a model that is still to be built, since a config is read then.
-        name: Of the family, or any that transformers knows.
-        fields: Patterns such as `"*projector*"` or `"text_config.*"` for the dotted paths to set instead.
+        config: A transformers config. Call this before you build the model, which reads the config then.
+        name: A name of the family, or any name that transformers knows.
+        fields: Patterns of the dotted paths to set instead, such as `"*projector*"` or `"text_config.*"`.
 
     Returns:
-        What was set, as (path, old, new).
+        The fields that were set, as (path, old, new).
 
     Raises:
-        TypeError: `config` is not a config, or `name` not a string.
-        ValueError: the name is malformed or unknown, or the config has no such field; it says what there is.
+        TypeError: `config` is not a config, or `name` is not a string.
+        ValueError: The name is malformed or unknown, or the config has no matching field. The message lists the fields
+            that it has.
     """
     found = list(activation_fields(config))
     name = _known_name(name)
@@ -96,61 +100,69 @@ def set_activation(config: Any, name: str, *, fields: str | Iterable[str] | None
         chosen = [field for field in found if field.is_body]
     else:
         if not isinstance(fields, (str, list, tuple, set)):
-            raise TypeError(f"fields must be patterns of paths such as '*projector*', got {fields!r}")
+            raise TypeError(
+                f"got fields={shown(fields)}. It must be a pattern or a list of patterns. Write for example "
+                "'*projector*'."
+            )
         patterns = [fields] if isinstance(fields, str) else list(fields)
         chosen = [field for field in found if any(fnmatchcase(field.path, pattern) for pattern in patterns)]
     if not chosen:
-        others = ", ".join(f"{field.path}={field.value!r}" for field in found)
-        raise ValueError(
-            f"{type(config).__name__} has no field that selects an activation"
-            + (
-                f" of the network's body; it has {others}, which fields= can ask for"
-                if fields is None and others
-                else ""
-            )
-            + (f" and matches {fields!r}; it has {others or 'none'}" if fields is not None else "")
-            + f". Build the model and replace its activations with hf_gem.convert(model, {name!r})"
-        )
+        raise ValueError(_no_field(config, name, found, fields))
     changes: list[FieldChange] = []
     for field in chosen:
         try:
             changes.append(field.set(name))
-        except Exception as error:  # huggingface_hub's validation, which some fields restrict to one value
+        except Exception as error:  # validation by huggingface_hub, which limits some fields to one value
             for done, change in zip(chosen, changes, strict=False):
                 done.set(change.old)
             raise ValueError(
-                f"{type(config).__name__} does not accept {name!r} as {field.path}: {error}. Nothing was set; leave "
-                "the field out by naming the others with fields=, or use hf_gem.convert on the model that is built"
+                f"{type(config).__name__} does not accept {name!r} as {field.path} ({error}). Nothing was set. Select "
+                f"the other fields with fields=, or build the model and call hf_gem.convert(model, {name!r})."
             ) from error
     return changes
 
 
+def _no_field(config: Any, name: str, found: list[ActivationField], wanted: Any) -> str:
+    """The message for a config without a field to set."""
+    others = ", ".join(f"{field.path}={shown(field.value)}" for field in found)
+    if wanted is not None:
+        problem, fix = f" that matches fields={shown(wanted)}. It has {others or 'none'}.", ""
+    elif others:
+        problem, fix = f" in the body of the network. It has {others}.", "Select one of these with fields=, or build"
+    else:
+        problem, fix = ".", ""
+    return (
+        f"{type(config).__name__} has no field that selects an activation{problem} {fix or 'Build'} the model and call "
+        f"hf_gem.convert(model, {name!r})."
+    )
+
+
 def activation_fields(config: Any) -> Iterator[ActivationField]:
-    """Every field that names an activation, of the body or not, depth first.
+    """All fields that name an activation, inside and outside the body, depth first.
 
     Raises:
         TypeError: `config` is not a transformers config.
     """
     if not is_config(config):
         raise TypeError(
-            f"expected a transformers config, got {type(config).__name__}; a model that is already built is changed "
-            "with hf_gem.convert(model, name)"
+            f"got {type(config).__name__}. config must be a transformers config. For a model that is already built, "
+            "use hf_gem.convert(model, name)."
         )
     yield from _search(config, "", set(), set())
 
 
 def declares(config: Any, name: str) -> bool:
-    """Whether a config's class has a field of this name, under its own name or as an alias."""
+    """Whether the class of a config has a field with this name or alias."""
     return name in config.attribute_map or name in _parameters(type(config))  # type: ignore[arg-type]
 
 
 @functools.cache
 def _parameters(config_class: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(config_class).parameters)  # a dataclass's fields, or a custom __init__'s
+    return frozenset(inspect.signature(config_class).parameters)  # fields of a dataclass, or of a custom __init__
 
 
 def nested_configs(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Prefix of its fields (`""`, `"text_config."` ...) -> config, for a config and those in it, each once."""
+    """Maps field prefixes (`""`, `"text_config."` ...) to configs: the config itself and those in it, each once."""
     found = {prefix: config}
     for key, value in vars(config).items():
         if is_config(value) and not any(value is other for other in found.values()):
@@ -159,12 +171,12 @@ def nested_configs(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def is_body(key: str) -> bool:
-    """Whether a field with this name is about the body of a network, not a pooler, a head, a projector ..."""
+    """Whether a field with this name belongs to the body of a network, not to a pooler, a head, a projector etc."""
     return not _words(key) & _OTHER_PARTS
 
 
 def is_activation_key(key: str) -> bool:
-    """Whether a field with this name selects an activation, if its value is the name of one."""
+    """Whether a field with this name selects an activation, provided its value names one."""
     return key in _DERIVED or bool(_words(key) & _ACTIVATION_WORDS)
 
 
@@ -200,7 +212,7 @@ def _search(container: Any, prefix: str, inherited: set[str], seen: set[int]) ->
 
 
 class _TimmField(ActivationField):
-    """What `TimmWrapperConfig` passes on to `timm.create_model`."""
+    """The activation that `TimmWrapperConfig` passes to `timm.create_model`."""
 
     @property
     def value(self) -> str:
@@ -210,32 +222,33 @@ class _TimmField(ActivationField):
     def set(self, name: str) -> FieldChange:
         old = self.value
         others = {key: value for key, value in (self.owner.model_args or {}).items() if key != self.key}
-        self.owner.model_args = {**others, self.key: name} if name else others  # without one, timm's own
+        self.owner.model_args = {**others, self.key: name} if name else others  # without a name, timm's default
         return FieldChange(self.path, old, name)
 
 
 def _is_activation_name(value: object) -> bool:
     if not isinstance(value, str):
         return False
-    from transformers.activations import ACT2FN  # a config is here, so transformers is
+    from transformers.activations import ACT2FN  # transformers is loaded, since there is a config
 
     name = plain_name(value).lower()
-    return is_claimed(name) or name in ACT2FN  # ours also where nothing has registered it
+    return is_claimed(name) or name in ACT2FN  # names of the family count even if they are not registered
 
 
 def _known_name(name: str) -> str:
     if is_claimed(name) or not isinstance(name, str):
-        return parse(name).name  # or an error that says what is wanted
+        return parse(name).name  # raises an error for a malformed name
     from transformers.activations import ACT2FN
 
     if name not in ACT2FN:
         raise ValueError(
-            f"got activation name {name!r}; allowed are names of the family such as 'gem_n2' and {', '.join(ACT2FN)}"
+            f"got activation name {shown(name)}, which transformers does not know. Allowed names: {', '.join(ACT2FN)}, "
+            "and names of the family. Write for example 'gem_n2'."
         )
     return name
 
 
 def is_config(value: object) -> bool:
-    """Whether this is a config of transformers; no such thing exists before that is imported."""
+    """Whether this is a transformers config. If transformers is not imported, nothing is."""
     module = sys.modules.get("transformers.configuration_utils")
     return module is not None and isinstance(value, module.PreTrainedConfig)

@@ -1,8 +1,8 @@
-"""Gated feed-forwards with one call for `activation(gate) * up`: `patch_glu` and `unpatch_glu`.
+"""Fuses `activation(gate) * up` in gated feed-forwards into one call: `patch_glu` and `unpatch_glu`.
 
-A patched module gets a subclass of its own class, in which every product of `self.<activation>(gate)` is written as the
-fused call. So the formula around it may be any: dropout in T5, chunks in Phi-3, the loop or the grouped product of
-experts. Nothing is kept on the instance, and parameters, hooks and copies are those of the original class.
+A patched module gets a subclass of its own class, whose code has a fused call instead of each product with
+`self.<activation>(gate)`. So the surrounding formula does not matter: dropout in T5, chunks in Phi-3, the loop or the
+grouped product of experts. The instance stores nothing, and parameters, hooks and copies work as in the original class.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from ..modules import CALLED, EGEM, GEM, SEGEM, GemActivation
 from .kinds import describe, stock_slots
 from .reports import path_patterns, places
 
-_FUSED = "_hf_gem_fused"  # on a patched class: the original one, and the names of its activations
-_CALL = "_hf_gem_glu"  # what rewritten code calls, a keyword argument with a default
+_FUSED = "_hf_gem_fused"  # an attribute of a patched class: the original class and the names of its activations
+_CALL = "_hf_gem_glu"  # the function that rewritten code calls: a keyword argument with a default
 
 
 @dataclass(frozen=True)
 class GluPatch:
-    """What `patch_glu` did.
+    """The report of `patch_glu`.
 
     Attributes:
-        patched: Paths of the modules whose products are fused now.
-        left: (path, reason) of those that hold an activation of the family, or multiply another, and are as they were.
+        patched: Paths of the modules whose products are now fused.
+        left: (path, reason) of the modules that were not patched, although they hold an activation of the family or
+            multiply another activation.
     """
 
     patched: tuple[str, ...]
@@ -52,29 +53,29 @@ class GluPatch:
 
 
 def patch_glu(model: nn.Module) -> GluPatch:
-    """Makes every `activation(gate) * up` in a model one fused call, `hf_gem.functional.gem_glu`; in place.
+    """Replaces every `activation(gate) * up` in a model by one fused call, `hf_gem.functional.gem_glu`, in place.
 
-    Found are the modules that hold an activation of the family and multiply `self.<activation>(gate)` by something in
-    their own code, whatever their class and attributes are called. That code is read, and only where its source is what
-    really runs. The layers around the activation are called as before, adapters and quantised ones too, and everything
-    else is computed as it was: outputs differ by rounding, since the product is rounded once instead of twice.
+    It finds modules that hold an activation of the family and multiply `self.<activation>(gate)` by something in their
+    own code, whatever the names of their class and attributes. It reads that code, provided that the source matches
+    what really runs. The layers around the activation are called as before, including adapters and quantised layers.
+    Outputs only differ by rounding, since the product is rounded once instead of twice.
 
-    Each call looks at the activation that is there at that time. Where this is not one of the family any more, has an
-    eps for each channel, is wrapped, or has hooks that want to see it run (`hf_gem.audit` has), or where the factors
-    differ in shape or dtype, the module computes `activation(gate) * up` as it did before.
+    Each call checks the current activation. The module computes `activation(gate) * up` as before if the activation is
+    no longer one of the family, has an eps per channel, is wrapped, or has hooks that need to see it run (such as those
+    of `hf_gem.audit`), or if the factors differ in shape or dtype.
 
-    Parameters, `state_dict`, `isinstance` and the names of classes stay. Copies and pickles are patched too. A model
-    that `from_pretrained` builds is not: patch it again. `hf_gem.unpatch_glu` undoes all of it.
+    Parameters, `state_dict`, `isinstance` and class names do not change. Copies and pickles are patched too. A model
+    built by `from_pretrained` is not, so patch it again. `hf_gem.unpatch_glu` undoes the patch.
 
     Args:
-        model: Any model, compiled or not; before `fully_shard`, and after `hf_gem.convert`.
+        model: Any model, compiled or not. Patch it before `fully_shard` and after `hf_gem.convert`.
 
     Returns:
-        The report. Print it. Modules that were patched already count as patched.
+        The report. Print it. Modules that were patched before count as patched.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: there is nothing to patch.
+        ValueError: There is nothing to patch.
     """
     _check(model)
     held: dict[nn.Module, tuple[str, dict[str, Any]]] = {}
@@ -90,30 +91,37 @@ def patch_glu(model: nn.Module) -> GluPatch:
     report = GluPatch(tuple(path for path, _ in chosen.values()), tuple(left))
     if not chosen:
         raise ValueError(
-            f"nothing to patch in {type(model).__name__}, which has no module that computes self.activation(gate) * up "
-            "with an activation of the family; build it with one, such as hidden_act='gem_n2', or call hf_gem.convert "
+            f"nothing to patch in {type(model).__name__}. It has no module that computes self.activation(gate) * up "
+            "with an activation of the family. Build it with one, such as hidden_act='gem_n2', or call hf_gem.convert "
             f"first. {report}"
         )
     for module, (_, keys) in chosen.items():
-        if not _is_patched(module) or _FUSED in vars(type(module)):  # else a class around ours, which goes on
+        if not _is_patched(module) or _FUSED in vars(type(module)):  # otherwise another class wraps the patched one
             _set_class(module, _fused(_original(module), keys))
     return report
 
 
 def unpatch_glu(model: nn.Module) -> list[str]:
-    """Gives every module that `patch_glu` patched its own class again, and returns their paths.
+    """Undoes `patch_glu`: gives every patched module its original class, and returns their paths.
+
+    Args:
+        model: The patched model.
+
+    Returns:
+        The paths of the modules that were patched.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: a patched module has got another class since. Nothing is changed then.
+        ValueError: The class of a patched module was changed later. Nothing is changed then.
     """
     _check(model)
     patched = {path: module for path, module in model.named_modules() if _is_patched(module)}
     for path, module in patched.items():
         if _FUSED not in vars(type(module)):
             raise ValueError(
-                f"{path or 'the model'} was made a {type(module).__name__} after it was patched, by fully_shard or a "
-                "parametrization, and its class cannot be taken apart; undo that first, or call unpatch_glu before it"
+                f"{path or 'the model'} became a {type(module).__name__} after it was patched, for example by "
+                "fully_shard or a parametrization. Its class can only be restored before that. Undo that first, or "
+                "call unpatch_glu earlier."
             )
     for module in patched.values():
         _set_class(module, _original(module))
@@ -122,15 +130,15 @@ def unpatch_glu(model: nn.Module) -> list[str]:
 
 def _check(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        kind = " (a class: build it first)" if isinstance(model, type) else ""
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{kind}; pass the model itself")
+        fix = "Build it first." if isinstance(model, type) else "Pass the model itself."
+        raise TypeError(f"got {type(model).__name__} as model. model must be a torch.nn.Module. {fix}")
 
 
 def _choose(module: nn.Module, activations: dict[str, Any]) -> tuple[frozenset[str], list[str]]:
-    """The attributes whose products are to be fused, and what to say of the others."""
+    """Returns the attributes whose products to fuse, and the reasons against the others."""
     methods, unreadable = _products(_original(module), frozenset(activations))
     if not getattr(module, "has_gate", True):
-        methods = {}  # experts of transformers inherit the product, and do not call it
+        methods = {}  # such experts of transformers inherit the product but do not call it
     multiplied = frozenset[str]().union(*(keys for _, keys in methods.values()))
     keys = frozenset(key for key in multiplied if _can_fuse(activations[key]))
     reasons = [f"its {key} is {_described(activations[key])}" for key in sorted(multiplied - keys)]
@@ -157,8 +165,8 @@ def _can_fuse(act: Any) -> bool:
 
 
 def _glu(*, act: Any, gate: Any, up: Any) -> Any:
-    """`act(gate) * up`, by one call where that is the same but for rounding."""
-    plain = type(gate) is Tensor and type(up) is Tensor and not is_tracing()  # not sharded, nested, of fx ...
+    """`act(gate) * up`, in one call if the result only differs by rounding."""
+    plain = type(gate) is Tensor and type(up) is Tensor and not is_tracing()  # not sharded, nested, an fx proxy etc.
     if plain and gate.shape == up.shape and gate.dtype == up.dtype and _can_fuse(act) and not _is_watched(act):
         if not torch.compiler.is_compiling():
             vars(act)[CALLED] = True
@@ -170,7 +178,7 @@ def _glu(*, act: Any, gate: Any, up: Any) -> Any:
 
 
 def _is_watched(act: nn.Module) -> bool:
-    """Whether a call of this does more than its class says: hooks, or a forward in place of its own."""
+    """Whether a call does more than the class defines, because of hooks or a replaced forward."""
     return has_hooks(act) or "forward" in vars(act)
 
 
@@ -186,7 +194,7 @@ def _original(module: nn.Module) -> Any:
 
 
 def _kept_methods(module: nn.Module) -> dict[str, str]:
-    """Attribute -> method of its class that the module keeps there, as it does under the hooks of accelerate."""
+    """Attribute -> name of the method of its class that the instance stores there, as with accelerate's hooks."""
     kept = {key: held for key, held in vars(module).items() if inspect.ismethod(held) and held.__self__ is module}
     names = {key: held.__name__ for key, held in kept.items()}
     return {key: name for key, name in names.items() if getattr(type(module), name, None) is kept[key].__func__}
@@ -200,13 +208,13 @@ def _set_class(module: nn.Module, cls: Any) -> None:
 
 @functools.cache
 def _fused(cls: Any, keys: frozenset[str]) -> Any:
-    """A subclass with the same name whose methods call `_glu` for the products of `keys`; always the same one."""
+    """The subclass with the same name whose methods call `_glu` for the products of `keys`."""
     methods, _ = _products(cls, keys)
     if not methods:
-        return cls  # a pickle, of another version of its library
+        return cls  # a pickle from another version of its library
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
-        """Pickles find a class by its name, and that is the original one."""
+        """Pickling looks up a class by its name, which finds the original class."""
         reduced = cls.__reduce_ex__(self, 2)
         return (_new, (cls, keys), *reduced[2:]) if type(self) is fused else reduced
 
@@ -231,7 +239,7 @@ class _UnreadableError(Exception):
 
 @functools.cache
 def _products(cls: type, keys: frozenset[str]) -> tuple[dict[str, tuple[Any, set[str]]], list[str]]:
-    """Method -> its fused version, and the attributes of `keys` that it multiplies; and why others were not read."""
+    """Returns method -> (fused version, the attributes of `keys` it multiplies), and why others could not be read."""
     methods = {}
     unreadable = []
     for name in dir(cls):
@@ -247,18 +255,18 @@ def _products(cls: type, keys: frozenset[str]) -> tuple[dict[str, tuple[Any, set
 
 
 def _rewritten(function: types.FunctionType, keys: frozenset[str]) -> tuple[types.FunctionType, set[str]]:
-    """A function with the fused call in place of products, and the attributes in these.
+    """Returns a function with fused calls instead of products, and the attributes in these products.
 
     Raises:
-        _UnreadableError: it uses one, and its source is not to be had.
+        _UnreadableError: The function uses one of the attributes, but its source is not available.
     """
     code, closure, defaults = function.__code__, function.__closure__ or (), function.__kwdefaults__
     inner = getattr(function, "__wrapped__", None)
-    if isinstance(inner, types.FunctionType):  # in the closure of its decorator
+    if isinstance(inner, types.FunctionType):  # it is in the closure of its decorator
         new_inner, found = _rewritten(inner, keys)
         closure = tuple(types.CellType(new_inner) if cell == types.CellType(inner) else cell for cell in closure)
         if found and types.CellType(new_inner) not in closure:
-            raise _UnreadableError("is wrapped by a decorator that hides it")
+            raise _UnreadableError("is hidden by a decorator")
     else:
         code, found = _rewritten_code(code, keys)
         defaults = {**(defaults or {}), _CALL: _glu}
@@ -270,7 +278,7 @@ def _rewritten(function: types.FunctionType, keys: frozenset[str]) -> tuple[type
 
 
 def _rewritten_code(code: types.CodeType, keys: frozenset[str]) -> tuple[types.CodeType, set[str]]:
-    """The same for its code: the file is compiled with the products of this function rewritten."""
+    """Does the same for the code of a function: compiles its file with the products of the function rewritten."""
     if keys.isdisjoint(name for part in (code, *_codes(code)) for name in part.co_names):
         return code, set()
     try:
@@ -279,17 +287,17 @@ def _rewritten_code(code: types.CodeType, keys: frozenset[str]) -> tuple[types.C
     except (OSError, SyntaxError):
         raise _UnreadableError("has no source") from None
     if code not in codes:
-        raise _UnreadableError("is not what its source says")
+        raise _UnreadableError("does not match its source")
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name == code.co_name and _first_line(node) == code.co_firstlineno:
             rewriter = _Rewriter(node, keys, code)
             rewriter.visit(node)
             node.args.kwonlyargs.append(ast.arg(_CALL))
-            node.args.kw_defaults.append(None)  # the function gets it
+            node.args.kw_defaults.append(None)  # the function object gets the default
             new = compile(ast.fix_missing_locations(tree), code.co_filename, "exec", dont_inherit=True)
             return list(_codes(new))[codes.index(code)], rewriter.found
-    raise _UnreadableError("is no def")
+    raise _UnreadableError("is not defined by a def statement")
 
 
 def _first_line(node: ast.FunctionDef) -> int:
@@ -309,10 +317,11 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 class _Rewriter(ast.NodeTransformer):
-    """Writes `_glu(act=self.key, gate=gate, up=up)` for `self.key(gate) * up`, for some keys.
+    """Rewrites `self.key(gate) * up` as `_glu(act=self.key, gate=gate, up=up)`, for the given keys.
 
-    And for `a * up` where `a = self.key(gate)` has no other use. The activation runs later than it did then, when both
-    factors are there, so its input must be what a layer has returned, or there must be no call in `up` to overwrite it.
+    It also rewrites `a * up` if `a = self.key(gate)` has no other use. The activation then runs later than before, when
+    both factors exist. So its input must be the result of a layer, or `up` must not contain a call that could overwrite
+    the input.
     """
 
     def __init__(self, function: ast.FunctionDef, keys: frozenset[str], code: types.CodeType) -> None:
@@ -322,7 +331,7 @@ class _Rewriter(ast.NodeTransformer):
         self._assigned: dict[str, ast.Assign] = {}
         nodes = list(ast.walk(function))
         uses = Counter(getattr(node, field, None) for node in nodes for field in ("id", "arg", "name"))
-        for node in function.body:  # not in a branch, or under no_grad, where the product is not
+        for node in function.body:  # not inside a branch or a no_grad block, which may not contain the product
             if isinstance(node, ast.Assign) and self._is_call(node.value) and self._is_fresh(node.value.args[0]):
                 target = node.targets[0]
                 if isinstance(target, ast.Name) and len(node.targets) == 1 and uses[target.id] == 2:
@@ -342,7 +351,7 @@ class _Rewriter(ast.NodeTransformer):
                     continue
                 self.found.add(self._attribute(call.func))
                 arguments = [ast.keyword("act", call.func), ast.keyword("gate", gate)]
-                # In the order of the factors, so that dropout draws as it did.
+                # In the order of the factors, so that dropout draws the same numbers as before.
                 arguments.insert(2 if factor is node.left else 0, ast.keyword("up", up))
                 return ast.copy_location(ast.Call(ast.Name(_CALL, ast.Load()), [], arguments), node)
         return node
@@ -354,13 +363,13 @@ class _Rewriter(ast.NodeTransformer):
         return len(node.args) == 1 and not isinstance(node.args[0], ast.Starred)
 
     def _attribute(self, node: ast.AST) -> str:
-        """The attribute of self that this is, or ""."""
+        """The name of the attribute if this is `self.attribute`, otherwise ""."""
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self._self:
             return node.attr
         return ""
 
     def _is_fresh(self, gate: ast.AST) -> bool:
-        """Whether this is what a layer has returned; a function may return a view of what it was given."""
+        """Whether this is the result of a layer. The result of a function may be a view of its argument."""
         return isinstance(gate, ast.Call) and self._attribute(gate.func) != ""
 
     def _may_change(self, up: ast.AST, gate: ast.AST) -> bool:

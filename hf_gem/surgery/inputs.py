@@ -1,4 +1,4 @@
-"""Made-up inputs for a model of transformers or timm, from its config and the signature of its forward."""
+"""Makes up inputs for a transformers or timm model, from its config and the signature of its forward."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _TOKENS, _FRAMES = 16, 96
 
 
 def example_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """The inputs a forward pass needs: one sample, as short as the model allows.
+    """Makes up the inputs of a forward pass: one sample, as short as the model allows.
 
     Args:
-        model: A model of timm, or of transformers: whatever has `config` and `main_input_name`.
+        model: A timm model, or a transformers model: any model with `config` and `main_input_name`.
 
     Returns:
         Keyword arguments of `model`, on the device and in the dtype of its first floating-point parameter.
 
     Raises:
-        ValueError: nothing is known of the inputs of such a model, or of one that it requires.
+        ValueError: The inputs of such a model, or one input that it requires, are not known.
     """
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     signature = inspect.signature(model.forward).parameters
@@ -33,15 +33,16 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     if config is None or main is None:
         raise ValueError(
-            f"no inputs can be made up for {type(model).__name__}, which is no model of transformers or timm; "
-            "pass them as you would to the model: audit(model, x) or audit(model, input_ids=ids)"
+            f"no inputs can be made up for {type(model).__name__}. This is only possible for transformers and timm "
+            "models. Pass the inputs as you would pass them to the model: audit(model, x) or audit(model, "
+            "input_ids=ids)."
         )
     found = _Config(config)
     wanted = _wanted({main} if isinstance(main, str) else set(main), signature, found)
     if unknown := [name for name in wanted if name not in _MAKERS]:
         raise ValueError(
-            f"{type(model).__name__} needs {', '.join(unknown)}, which cannot be made up; pass the inputs: "
-            "audit(model, input_ids=ids, ...)"
+            f"{type(model).__name__} needs {', '.join(unknown)}, which cannot be made up. Only common inputs such as "
+            "token ids and images can. Pass all inputs yourself: audit(model, input_ids=ids, ...)."
         )
     with first.device:
         made = {name: _MAKERS[name](found) for name in wanted}
@@ -70,7 +71,7 @@ def _nested(config: Any) -> Iterator[Any]:
 
 
 def _timm_size(model: nn.Module, timm_config: Any) -> tuple[int, ...]:
-    """The size a model was built for, which need not be that of its pretrained weights."""
+    """The input size that a model was built for, which may differ from that of its pretrained weights."""
     channels, *size = timm_config["input_size"]
     stem = timm_config.get("first_conv")
     if isinstance(stem, str):
@@ -81,7 +82,7 @@ def _timm_size(model: nn.Module, timm_config: Any) -> tuple[int, ...]:
 def _wanted(main: set[str], signature: Mapping[str, inspect.Parameter], config: _Config) -> list[str]:
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     wanted = {*main, *(name for name, p in signature.items() if p.default is p.empty and p.kind is positional)}
-    # Two towers, such as CLIP's. Where images take the place of tokens, the number of these is the processor's affair.
+    # Two towers, as in CLIP. If images replace tokens, only the processor knows the number of these tokens.
     if main <= _TOWERS and not config.has("image_token_id", "image_token_index", "audio_token_id", "audio_token_index"):
         wanted |= _TOWERS
     if config.get("is_encoder_decoder"):
@@ -94,7 +95,7 @@ def _wanted(main: set[str], signature: Mapping[str, inspect.Parameter], config: 
 def _ids(config: _Config, length: int = _TOKENS) -> Tensor:
     ids = torch.ones(1, length, dtype=torch.long)
     end = config.get("eos_token_id")
-    ids[0, -1] = end if isinstance(end, int) else 1  # BART and its like classify from where it stands
+    ids[0, -1] = end if isinstance(end, int) else 1  # BART and similar models classify at the end-of-text token
     return ids
 
 
@@ -112,7 +113,7 @@ def _pixels(config: _Config) -> Tensor:
 
 
 def _samples(config: _Config) -> Tensor:
-    """A waveform, with a dimension of channels for codecs, or a spectrogram for the models that read one."""
+    """A waveform, with a channel dimension for codecs, or a spectrogram for models that read one."""
     bins, length = config.get("num_mel_bins"), config.get("max_length")
     if bins and length:
         return torch.zeros(1, length, bins)
@@ -122,7 +123,7 @@ def _samples(config: _Config) -> Tensor:
 
 def _features(config: _Config) -> Tensor:
     bins, positions = config.get("num_mel_bins"), config.get("max_source_positions")
-    if bins and positions and not config.has("input_feat_per_channel"):  # Whisper's convolutions
+    if bins and positions and not config.has("input_feat_per_channel"):  # the convolutions of Whisper
         return torch.zeros(1, bins, 2 * positions)
     names = ("input_feat_per_channel", "feature_projection_input_dim", "num_mel_bins", "input_dim")
     return torch.zeros(1, _FRAMES, config.get(*names, default=80))

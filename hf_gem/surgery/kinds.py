@@ -1,4 +1,4 @@
-"""Which modules and functions are activations, and of which kind: recognised by the usual names, whoever wrote them."""
+"""Recognises activations and their kinds by the usual names of modules and functions, whoever wrote them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from ..family.table import FAMILIES
 from ..modules import GemActivation
 from .slots import Slot, is_layer, join
 
-# Ends of names: StarReLU, ReLUSquared, GELUTanh, leaky_relu, NewGELU, XIELU ...
+# Endings of names such as StarReLU, ReLUSquared, GELUTanh, leaky_relu, NewGELU and XIELU.
 _ACTIVATION = re.compile(r".*(relu6?|gelu|silu|swish|mish|[a-z]elu|^elu)(squared|tanh|new)?")
 _GATE = re.compile(r"(h|hard|log)?sigmoid|(hard)?tanh|softsign|softplus|sqrtsoftplus|laplace")
 
 
 def kind(occupant: Any) -> str | None:
-    """The name of an activation as lower-case letters, such as `relu`, `gelutanh`, `hardswish`; None for anything else.
+    """The kind of an activation in lower-case letters, such as `relu`, `gelutanh` or `hardswish`.
 
-    A module counts unless it has submodules that are none, or is a layer with weights. A class, kept to be
-    instantiated, does not, nor does what needs more than one argument.
+    None for anything else. A module is no activation if it is a layer, or has a submodule that is not an activation. A
+    class does not count, since it is only stored to be instantiated, and neither does a function that needs more than
+    one argument.
     """
     if isinstance(occupant, GemActivation):
         return occupant.family
@@ -47,23 +48,24 @@ def _without_partials(function: Any) -> Any:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether a module does more than apply a function: its name may end in ReLU for what it applies at the end."""
+    """Whether a module does more than apply a function, for example a ConvReLU, which applies a ReLU at the end."""
     return is_layer(module) or any(kind(child) is None for child in module.children())
 
 
 def _num_required(function: Callable[..., Any]) -> int:
-    """How many arguments a call needs: two where a bias is added before the activation, say; 0 if that is unknown."""
+    """The number of required arguments, for example two if a bias is added before the activation. 0 if unknown."""
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # of C
+    except (TypeError, ValueError):  # a function written in C
         return 0
     return sum(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
 def is_elementwise(occupant: Any) -> bool:
-    """Whether an activation does what its name says to each value by itself, and nothing else, as far as a try tells.
+    """Whether an activation is elementwise, as far as one trial shows.
 
-    Those of torch, transformers and timm do; somebody's `GatedGELU` may halve the channels, and a `NormGELU` normalise.
+    Those of torch, transformers and timm are. Someone's own `GatedGELU` may halve the channels, and a `NormGELU` may
+    normalise.
     """
     inner = _without_partials(occupant)
     home = getattr(type(inner) if isinstance(inner, nn.Module) else inner, "__module__", None) or ""
@@ -75,7 +77,7 @@ def is_elementwise(occupant: Any) -> bool:
     try:
         with torch.no_grad():
             y, changed = occupant(x), occupant(other)
-    except Exception:  # it wants something else of its input, which a replacement will not mind
+    except Exception:  # it needs another kind of input, which is no problem for a replacement
         return True
     if not isinstance(y, torch.Tensor) or y.shape != x.shape:
         return False
@@ -83,41 +85,41 @@ def is_elementwise(occupant: Any) -> bool:
 
 
 def describe(occupant: Any) -> str:
-    """What a report calls an activation: a full name for one of ours, else its kind."""
+    """The name of an activation in a report: the full name for a member of the family, otherwise its kind."""
     return occupant.spec.name if isinstance(occupant, GemActivation) else kind(occupant) or type(occupant).__name__
 
 
 def is_gate(kind: str) -> bool:
-    """Whether this is a bounded function or a softplus, which networks use as gates, not between layers."""
+    """Whether this is a bounded function or a softplus, which networks use as a gate rather than between layers."""
     return _GATE.fullmatch(kind) is not None
 
 
 def is_stock(occupant: Any) -> bool:
-    """Whether this is an activation of another family than ours, and no gate."""
+    """Whether this is an activation outside the family, and not a gate."""
     what = kind(occupant)
     return what is not None and what not in FAMILIES and not is_gate(what)
 
 
 def activation_slots(model: nn.Module) -> Iterator[Slot]:
-    """The places of `stock_slots` that hold an activation, ours too: no gate, and nothing that does more."""
+    """The slots that hold an elementwise activation, members of the family included and gates excluded."""
     for slot in stock_slots(model):
         if not is_gate(kind(slot.occupant) or "") and is_elementwise(slot.occupant):
             yield slot
 
 
 def stock_slots(model: nn.Module, also: tuple[type, ...] = ()) -> Iterator[Slot]:
-    """Every place that holds an activation: submodules, those in containers too, and attributes that are functions.
+    """All slots that hold an activation: submodules, also those in containers, and attributes that are functions.
 
-    A place in a module that is there twice counts once, under its first path.
+    A slot in a module that occurs twice is listed once, under its first path.
 
     Args:
         model: Any model.
-        also: Classes of modules that count whatever they are called.
+        also: Module classes that count as activations, whatever their name.
     """
     for path, owner in model.named_modules():
         if kind(owner) is not None:
-            continue  # what an activation is made of
-        compiled = uncompiled(owner)  # which torch.compile keeps apart from what it calls
+            continue  # its parts are not activations of their own
+        compiled = uncompiled(owner)  # torch.compile stores this attribute besides the submodule
         for key, occupant in [*children(owner).items(), *vars(owner).items()]:
             if occupant is None or occupant is compiled:
                 continue

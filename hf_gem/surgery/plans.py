@@ -1,7 +1,7 @@
-"""Conversions as data: modules of the family in place of a model's own activations, written down, replayed, undone.
+"""Plans: conversions as data that a config can hold and that can be replayed on a new model.
 
-A conversion lives in the model: every module that stands in for something else keeps it. Its plan, what a config can
-hold, is read off the model, with what was put into it by hand:
+The conversion itself is stored in the model: every module that replaced something keeps what it replaced. The plan is
+read from the model, and includes activations of the family that were put in by hand:
 
     {"version": 1, "model": "ResNetModel", "base": "", "parts": ["embedder", "encoder", "pooler"],
      "activations": {"gem_n2": ["embedder.embedder.activation", ...]}, "fields": {"hidden_act": "relu"}}
@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from ..family.names import GemSpec, is_claimed, parse
+from ..files import shown
 from .slots import BUILT, Slot, does_more, join, module_slots, replace, slot_at, spec_of
 
 PLAN = "hf_gem"  # the key of a plan in a config
@@ -24,9 +25,9 @@ _HALF_HARD_CODED = {"hgnet_v2", "resnet", "rt_detr_resnet", "uvdoc"}  # model ty
 
 
 def added(model: nn.Module, built: bool = False) -> Iterator[Slot]:
-    """The slots with an activation of the family that does not come with the model: converted, or put in by hand.
+    """The slots with an activation of the family that was put in after the model was built, by conversion or by hand.
 
-    With `built`, those too that come with it, by its config.
+    With `built`, activations that the config selects are included.
     """
     for slot in module_slots(model):
         if spec_of(slot.occupant) is not None and (built or BUILT not in vars(slot.occupant)):
@@ -34,7 +35,7 @@ def added(model: nn.Module, built: bool = False) -> Iterator[Slot]:
 
 
 def specs(model: nn.Module, replaced: bool = False) -> set[GemSpec]:
-    """The members of the family that a model has now; with `replaced`, those too that a conversion has replaced."""
+    """The members of the family in a model. With `replaced`, this includes members that a conversion replaced."""
     modules = list(model.modules())
     if replaced:
         modules += [old for module in modules for old in vars(module).get("replaces", ()) if isinstance(old, nn.Module)]
@@ -42,51 +43,50 @@ def specs(model: nn.Module, replaced: bool = False) -> set[GemSpec]:
 
 
 def unnamed(model: nn.Module) -> str | None:
-    """What is wrong with saving a model by the names of its activations; None where nothing is."""
+    """The reason why a model cannot be saved by the names of its activations, or None if it can."""
     for slot in added(model):
         module: Any = slot.occupant
         if module.num_parameters != 1:
             return (
-                f"{slot.path} has num_parameters={module.num_parameters}, which no config can hold: it names an eps "
-                "for the whole layer only, and what is saved by it cannot be loaded. Set num_parameters=1, or keep "
-                "model.state_dict(), or let a class of your own build the activation, before its self.post_init()"
+                f"{slot.path} has num_parameters={module.num_parameters}. A config can only store one eps per layer, "
+                "so the saved model could not be loaded. Set num_parameters=1, save model.state_dict() yourself, or "
+                "build the activation in your own model class, before self.post_init()."
             )
         for old in vars(module).get("replaces", ()):
             if does_more(old):
                 return (
-                    f"{slot.path} has replaced a {type(old).__name__}, which is a layer, or has weights or parts that "
-                    "are: what is saved cannot be loaded, since a config replaces activations only. Keep "
-                    "model.state_dict(), or let a class of your own build the activation, before its self.post_init()"
+                    f"{slot.path} replaced a {type(old).__name__}, which is a layer or contains one. A config can only "
+                    "store replaced activations, so the saved model could not be loaded. Save model.state_dict() "
+                    "yourself, or build the activation in your own model class, before self.post_init()."
                 )
     return shared_eps(model)
 
 
 def shared_eps(model: nn.Module) -> str | None:
-    """What is wrong with one learnable activation in several places, which files do not hold; None where none is."""
+    """The reason why a learnable eps in several places cannot be saved, or None if no eps is shared."""
     places: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        eps = dict(module.named_parameters(recurse=False)).get("log_ratio")  # not what PEFT's wrappers pass on
+        eps = dict(module.named_parameters(recurse=False)).get("log_ratio")  # not one that a PEFT wrapper forwards
         if spec_of(module) is not None and eps is not None:
             places.setdefault(id(eps), []).append(path)
     for paths in places.values():
         if len(paths) > 1:
             return (
-                f"one learnable eps is shared by {paths[0]!r} and {paths[1]!r}"
-                f"{f' and {len(paths) - 2} more' if paths[2:] else ''}, and files of weights hold each tensor once: "
-                "saving fails, or takes them apart. Give each layer its own before training, by "
-                "copy.deepcopy(activation) or hf_gem.convert"
+                f"{paths[0]!r} and {paths[1]!r}{f' and {len(paths) - 2} more' if paths[2:] else ''} share one "
+                "learnable eps. Weight files store each tensor once, so saving fails, or loading gives them separate "
+                "eps. Give each layer its own eps before training, with copy.deepcopy(activation) or hf_gem.convert."
             )
     return None
 
 
 def plan_of(model: nn.Module, without: tuple[str, ...] = (), built: bool = False) -> dict[str, Any] | None:
-    """The conversion of a model, and what was put in by hand, as JSON values, or None where there is none.
+    """The conversion of a model as JSON values, including activations that were put in by hand. None if there is none.
 
     Args:
         model: The model.
-        without: What the paths in parts start with that keep a plan of their own, as `parts_inside` gives it.
-        built: Whether what comes with the model by its config is in the plan too, for what is loaded into a model of
-            another config.
+        without: Prefixes of the parts that have a plan of their own, as `parts_inside` returns them.
+        built: Whether to include activations that the config selects. Needed if the plan will be applied to a model
+            with another config.
     """
     activations: dict[str, list[str]] = {}
     for slot in added(model, built):
@@ -103,12 +103,12 @@ def plan_of(model: nn.Module, without: tuple[str, ...] = (), built: bool = False
         "base": prefix if has_head else "",
         "parts": [name for name, _ in (getattr(model, prefix) if has_head else model).named_children()],
         "activations": activations,
-        "fields": {},  # see configs.py; timm has none
+        "fields": {},  # filled in by configs.py; timm has no such fields
     }
 
 
 def parts_of(model: nn.Module) -> dict[str, Any]:
-    """Path -> part: the outermost one that was built from each transformers config in a model; outer ones first."""
+    """Path -> part, where a part is the outermost module built from a transformers config. Outer parts come first."""
     parts: dict[int, tuple[str, Any]] = {}
     for path, module in model.named_modules():
         if hasattr(module, "base_model_prefix") and hasattr(module, "config"):
@@ -117,33 +117,33 @@ def parts_of(model: nn.Module) -> dict[str, Any]:
 
 
 def parts_inside(parts: dict[str, Any], path: str) -> tuple[str, ...]:
-    """What paths in the other parts inside the one at `path` start with, seen from there."""
+    """The path prefixes of the parts inside the part at `path`, relative to it."""
     start = join(path, "")
     return tuple(join(other.removeprefix(start), "") for other in parts if other.startswith(start) and other != path)
 
 
 def check_plan(given: Any) -> None:
-    """Raises ValueError, saying what to do, where this is no plan or one of another version."""
+    """Raises ValueError if this is not a plan, or a plan of another version."""
     plan: dict[str, Any] = given if isinstance(given, dict) else {}
     shape = {"model": str, "base": str, "parts": list, "activations": dict, "fields": dict}
     well_formed = all(isinstance(plan.get(key), kind) for key, kind in shape.items()) and plan["activations"]
     if not well_formed or plan.get("version") != _VERSION:
         raise ValueError(
-            f"cannot read the conversion in this config, {PLAN}={str(given)[:200]}: this hf_gem reads version "
-            f"{_VERSION}; upgrade hf_gem, or remove the key to load the model unconverted"
+            f"cannot read the conversion in this config, {PLAN}={shown(given)}. This hf_gem reads version {_VERSION}. "
+            "Upgrade hf_gem, or remove the key to load the model unconverted."
         )
     for name in plan["activations"]:
         parse(name)
 
 
 def apply_plans(model: nn.Module, make: Callable[[str], nn.Module], unfinished: bool = False) -> dict[str, str]:
-    """Replays the conversions in the configs of a transformers model and its parts; see `apply_plan`."""
+    """Replays the conversions stored in the configs of a transformers model and its parts; see `apply_plan`."""
     missing: dict[str, str] = {}
     applied: list[tuple[str, Any]] = []
     for path, part in parts_of(model).items():
         plan = vars(part.config).get(PLAN)
         if plan is None or any(path.startswith(outer) and plan == theirs for outer, theirs in applied):
-            continue  # T5's stacks are built from copies of its config
+            continue  # T5 builds its stacks from copies of its config
         start = join(path, "")
         missing |= {start + left: name for left, name in apply_plan(plan, part, make, unfinished).items()}
         applied.append((start, plan))
@@ -157,26 +157,26 @@ def apply_plan(
     unfinished: bool = False,
     keep: str = "",
 ) -> dict[str, str]:
-    """Replays a conversion on a freshly built model, before its weights are loaded.
+    """Replays a conversion on a newly built model, before its weights are loaded.
 
-    A transformers model is also found in another class of its family: the path `resnet.encoder.x` of a model with a
-    head is `encoder.x` of the bare one, and the other way round; what is in the head of another class is left out where
-    this one has nothing at that path, and so are whole parts that it does not have.
+    The plan also works for another class of the same transformers model: the path `resnet.encoder.x` of a model with a
+    head is `encoder.x` in the bare model, and the other way round. Activations in the head of another class are skipped
+    if this model has nothing at that path, and so are parts that this model does not have.
 
     Args:
-        plan: As `plan_of` gives it.
-        model: The model, in its original state or converted already.
-        make: Builds the module for a name.
-        unfinished: Whether parts of the model may still be to come, so that what is not found is left out.
-        keep: What comes with the plan, such as an adapter, where a member of the family that the model has already
-            stays, and a warning says that it is another one.
+        plan: Plan as returned by `plan_of`.
+        model: The model, either unconverted or already converted.
+        make: Function that builds the module for a name.
+        unfinished: Whether parts of the model may not have been built yet. Paths that are not found are then skipped.
+        keep: Description of what the plan came with, such as an adapter. If given, members of the family that the
+            model already has stay, and a warning reports those that differ from the plan.
 
     Returns:
-        What was left out: path -> name.
+        The activations that were skipped: path -> name.
 
     Raises:
-        ValueError: the plan is of another version or malformed, the model lacks what was replaced, or has something
-            there that is more than an activation. Nothing is changed then.
+        ValueError: The plan is malformed or of another version, the model lacks an activation of the plan, or has
+            something more than an activation in its place. Nothing is changed then.
     """
     check_plan(plan)
     same_class = plan["model"] == type(model).__name__
@@ -202,15 +202,15 @@ def apply_plan(
             _require_activation(slot.occupant, path, name)
             spec, present = parse(name), spec_of(slot.occupant)
             if keep and present is not None and present != spec:
-                kept.append(f"{present.name!r} at {here!r}, where {keep} had {name!r}")
+                kept.append(f"{present.name!r} at {here!r}, where {keep} had {shown(name)}")
             elif present != spec:
                 slots.setdefault(name, []).append(slot)
     if missing and not unfinished:
         path, name = next(iter(missing.items()))
         raise ValueError(
-            f"{type(model).__name__} has no activation at {path!r}, which {plan['model']} had when it was converted to "
-            f"{name!r}: it was built by other code. Convert the original model again, or remove the key {PLAN!r} from "
-            "its config to load it unconverted"
+            f"{type(model).__name__} has no activation at {shown(path)}, where the converted {plan['model']:.80} had "
+            f"{shown(name)}. The plan only fits models built by the same code. Convert the original model again, or "
+            f"remove the key {PLAN!r} from its config to load it unconverted."
         )
     replace(model, slots, make)
     if kept:
@@ -221,23 +221,25 @@ def apply_plan(
 def _require_activation(occupant: Any, path: str, name: str) -> None:
     if does_more(occupant):
         raise ValueError(
-            f"the conversion in this config puts {name!r} in the place of {path!r}, a {type(occupant).__name__}, "
-            "which is a layer, or has weights or parts that are. Conversions replace activations only; remove the key "
-            f"{PLAN!r} from the config to load the model unconverted"
+            f"the conversion in this config replaces {shown(path)} with {shown(name)}, but that is a "
+            f"{type(occupant).__name__}, which is a layer or contains one. Conversions can only replace activations. "
+            f"Remove the key {PLAN!r} from the config to load the model unconverted."
         )
 
 
 def _say_what_stays(model: nn.Module, kept: list[str]) -> None:
     warnings.warn(
-        f"{type(model).__name__} keeps {kept[0]}{f', and {len(kept) - 1} more' if kept[1:] else ''}: it computes "
-        "another function than what was saved; build it with the same activations, or revert their conversion",
+        f"{type(model).__name__} keeps {kept[0]}{f', and {len(kept) - 1} more' if kept[1:] else ''}. So it does not "
+        "compute the saved function. Build it with the same activations, or call hf_gem.revert first.",
         stacklevel=4,
     )
 
 
 def complete(model: nn.Module, make: Callable[[str], nn.Module]) -> None:
-    """Gives the name in `hidden_act` to the ReLUs that some packages of transformers hard-code beside those they take
-    from there; this follows from the config and is not part of the plan."""
+    """Replaces the ReLUs that some transformers models hard-code next to activations taken from `hidden_act`.
+
+    This follows from the config, so it is not part of the plan.
+    """
     for part in model.modules():
         config = getattr(part, "config", None)
         name = getattr(config, "hidden_act", None)

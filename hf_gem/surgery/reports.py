@@ -1,4 +1,4 @@
-"""What the reports share: many paths in few words."""
+"""Helpers for reports: they shorten lists of paths."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 def path_patterns(paths: list[str]) -> str:
-    """The distinct paths, with `*` for the indices in which several differ, and for numbers in names if still many."""
+    """The distinct paths, with `*` for differing indices, and for numbers inside names if there are still too many."""
     for few, number in ((1, r"(?<![^.])\d+(?![^.])"), (3, r"\d+(?![^.])")):
         if len(set(paths)) > few:
             paths = [re.sub(number, "*", path) for path in paths]
@@ -15,5 +15,5 @@ def path_patterns(paths: list[str]) -> str:
 
 
 def places(paths: list[str]) -> str:
-    """How many paths, and which."""
+    """The number of paths, and the shortened paths."""
     return f"{len(paths)} at {path_patterns(paths)}"

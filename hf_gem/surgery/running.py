@@ -1,4 +1,4 @@
-"""Running a model without leaving a trace on it."""
+"""Runs a model without changing its state."""
 
 from __future__ import annotations
 
@@ -13,26 +13,35 @@ from .._torch import module_buffers, module_parameters, tree_leaves, uncompiled,
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and keyword arguments that a batch stands for, or TypeError."""
+    """Converts a batch to positional and keyword arguments. Raises TypeError for an unsupported type."""
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, Mapping):
         return (), dict(batch)
     if isinstance(batch, (tuple, list)):
         return tuple(batch), {}
-    raise TypeError(f"a batch is a tensor, a tuple of arguments or a dict of keyword ones, got {type(batch).__name__}")
+    raise TypeError(
+        f"got a batch of type {type(batch).__name__}. A batch must be a tensor, a tuple of positional arguments or a "
+        "dict of keyword arguments. Convert it to one of these."
+    )
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def run(model: nn.Module, batch: Any, batch_statistics: bool = False) -> Any:
-    """What a model returns for a batch, which leaves no trace on it: no statistics, flags or caches.
+    """Runs a model on a batch without changing its statistics, flags or caches.
 
     Args:
-        model: In any mode; it runs in evaluation mode.
-        batch: Its arguments.
-        batch_statistics: Whether batch normalisation takes the statistics of the batch all the same.
+        model: The model, in any mode. It runs in evaluation mode.
+        batch: Arguments of the model; see `arguments`.
+        batch_statistics: Whether batch normalisation uses the statistics of the batch, as in training.
+
+    Returns:
+        The output of the model.
+
+    Raises:
+        ValueError: The model does not run on the batch.
     """
     args, kwargs = arguments(batch)
     model = unwrapped(model)
@@ -41,9 +50,9 @@ def run(model: nn.Module, batch: Any, batch_statistics: bool = False) -> Any:
             return torch.func.functional_call(model, copied_buffers(model), args, kwargs)
     except Exception as error:
         raise ValueError(
-            f"{type(model).__name__} does not run on a batch of data= ({type(error).__name__}: {error}); a batch is a "
-            "tensor, a tuple of the positional or a dict of the keyword arguments of the model, on its device, without "
-            "what the model does not take, such as labels"
+            f"{type(model).__name__} does not run on a batch of data= ({type(error).__name__}: {error}). A batch must "
+            "be a tensor, a tuple of positional arguments or a dict of keyword arguments, on the device of the model. "
+            "Leave out everything that the model does not take, such as labels."
         ) from error
 
 
@@ -53,7 +62,7 @@ def outputs(model: nn.Module, batch: Any) -> list[Tensor]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model in the wrappers of torch.compile and of data parallelism."""
+    """Returns the model inside the wrappers of torch.compile and data parallelism."""
     while True:
         inner = uncompiled(model)
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -64,19 +73,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def copied_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """What a forward pass may write to."""
+    """Copies of all buffers, so that a forward pass can write to them."""
     return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module, training: tuple[type[nn.Module], ...] = ()) -> Iterator[None]:
-    """Evaluation mode without gradients, compilation and fused encoder layers; on leaving, all is as it was.
+    """A context for evaluation mode without gradients, compilation or fused encoder layers. It restores all state.
 
-    But for what is written into buffers: see `copied_buffers`.
+    Only values written into buffers are not restored; use `copied_buffers` for these.
 
     Args:
-        model: Whatever mode it is in.
-        training: Classes of modules that are in training mode meanwhile.
+        model: The model, in any mode.
+        training: Module classes that stay in training mode.
     """
     devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
     kind = next(iter(devices)).type if devices else "cuda"
@@ -90,15 +99,16 @@ def evaluating(model: nn.Module, training: tuple[type[nn.Module], ...] = ()) -> 
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         for module in model.modules():
-            module.training = isinstance(module, training)  # `model.eval()` may do more, such as merging adapters
+            module.training = isinstance(module, training)  # `model.eval()` may have effects, such as merging adapters
         yield
 
 
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Takes back what is set on the modules meanwhile: training flags, and caches that a forward pass leaves.
+    """Restores everything that is set on the modules: training flags, and caches that a forward pass leaves.
 
-    Parameters too: `torch.func.functional_call` does not put back those of a module that stands in several places.
+    Parameters are restored too, since `torch.func.functional_call` does not restore those of a module that is used in
+    several places.
     """
     before = [
         (module, dict(vars(module)), dict(module_buffers(module)), dict(module_parameters(module)))

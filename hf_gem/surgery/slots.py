@@ -1,4 +1,4 @@
-"""Places in a model that hold an activation: what is there, what is put there, and how that is undone."""
+"""Slots: the places in a model that hold an activation. Functions to find, replace and restore them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from ..family.names import GemSpec, parse
 
-BUILT = "_hf_gem_built"  # an attribute of the activations that come with their model when it is built again
+BUILT = "_hf_gem_built"  # an attribute of activations that the model gets again whenever it is built
 _PACKED = "used_nested_tensor"  # an attribute; see `match_nested_tensors`
 
 
-# Classes that overwrite what their activation returns, so that its backward pass has to keep the input.
-_OVERWRITES = {"GammaAct"}  # of timm's nfnet
+# Classes that overwrite the output of their activation, so its backward pass has to keep the input.
+_OVERWRITES = {"GammaAct"}  # in timm's nfnet
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place that holds an activation: attribute `key` of the module `owner`, a submodule or a plain function."""
+    """A place that holds an activation: the attribute `key` of the module `owner`, a submodule or a plain function."""
 
     path: str
     owner: nn.Module
@@ -29,10 +29,10 @@ class Slot:
 
     @property
     def occupant(self) -> Callable[..., Any]:
-        """What is there now.
+        """The module or function that the slot holds now.
 
         Raises:
-            KeyError: nothing that can be called.
+            KeyError: The slot holds nothing callable.
         """
         module = getattr(self.owner, self.key, None)
         found: object = module if isinstance(module, nn.Module) else vars(self.owner).get(self.key)
@@ -41,30 +41,33 @@ class Slot:
         return found
 
     def put(self, occupant: Callable[..., Any]) -> None:
-        """Puts another module or function there."""
+        """Replaces the module or function in the slot."""
         if not isinstance(occupant, nn.Module):
-            delattr(self.owner, self.key)  # a module refuses a function in the place of a submodule
+            delattr(self.owner, self.key)  # torch does not allow a function to replace a submodule
         setattr(self.owner, self.key, occupant)
         if isinstance(self.owner, nn.TransformerEncoderLayer) and self.key == "activation":
-            # Its inference path runs a fused kernel for the activation that this number stands for.
+            # In inference, the layer runs a fused kernel, and this number selects the activation of that kernel.
             relu = occupant is nn.functional.relu or isinstance(occupant, nn.ReLU)
             gelu = occupant is nn.functional.gelu or isinstance(occupant, nn.GELU)
             self.owner.activation_relu_or_gelu = 1 if relu else 2 if gelu else 0
 
 
 def join(path: str, key: str) -> str:
-    """The dotted path of `key` in the module at `path`; with `""`, what all paths in it start with."""
+    """The dotted path of `key` in the module at `path`. With `key=""`, the prefix of all paths in that module."""
     return f"{path}.{key}" if path else key
 
 
 def spec_of(occupant: object) -> GemSpec | None:
-    """The function that a module of the family stands for, in hf_gem or in a checkpoint; None for all others."""
+    """The spec of a module of the family, from hf_gem or from the code of a checkpoint. None for anything else."""
     spec = getattr(occupant, "spec", None)
-    return spec if isinstance(spec, GemSpec) else None  # others may mean something else by that attribute
+    return spec if isinstance(spec, GemSpec) else None  # in other modules, `spec` may mean something else
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module by itself is a layer of torch that is no activation, or has weights as PReLU alone has them."""
+    """Whether a module is itself a layer: a torch layer that is not an activation, or a module with weights.
+
+    Weights with one element do not count, and neither do those of PReLU.
+    """
     homes = {cls.__module__.rpartition(".")[2] for cls in type(module).__mro__ if "torch.nn.modules." in cls.__module__}
     if homes - {"module", "activation"}:
         return True
@@ -72,21 +75,22 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def does_more(occupant: object) -> bool:
-    """Whether what is in a slot is more than an activation, by its weights and by what it is made of.
+    """Whether a module is more than an activation, judging by its weights and its parts.
 
-    Names do not count, since any module may be an activation, and an Identity may stand where one is wanted.
+    Names do not matter, since any module may be an activation. An Identity does not count as more: it may take the
+    place of an activation.
     """
     if not isinstance(occupant, nn.Module) or isinstance(occupant, nn.Identity) or spec_of(occupant) is not None:
         return False
-    parts = list(occupant.modules())[::-1]  # the innermost first, of which some have weights without a shape as yet
+    parts = list(occupant.modules())[::-1]  # innermost first, since the weights of lazy modules have no shape yet
     return any(map(is_layer, parts)) or any(buffer.numel() != 1 for buffer in occupant.buffers())
 
 
 def slot_at(model: nn.Module, path: str) -> Slot:
-    """The slot with a dotted path.
+    """Returns the slot at a dotted path.
 
     Raises:
-        KeyError: there is no such module, or nothing in it that can be called.
+        KeyError: There is no such module, or the slot holds nothing callable.
     """
     owner, _, key = path.rpartition(".")
     try:
@@ -98,7 +102,7 @@ def slot_at(model: nn.Module, path: str) -> Slot:
 
 
 def module_slots(model: nn.Module) -> Iterator[Slot]:
-    """The place of every submodule; one in a module that is there twice counts once, under its first path."""
+    """The slots of all submodules. A slot in a module that occurs twice is listed once, under its first path."""
     keys: dict[str, list[str]] = {}
     for path, _ in model.named_modules(remove_duplicate=False):
         above, _, key = path.rpartition(".")
@@ -110,15 +114,15 @@ def module_slots(model: nn.Module) -> Iterator[Slot]:
 def replace(
     model: nn.Module, slots: dict[str, list[Slot]], make: Callable[[str], nn.Module], written_down: bool = True
 ) -> None:
-    """Puts the named activations into slots; what shares a module goes on sharing one, unless it is learnable.
+    """Puts the named activations into slots. Slots that share a module share the new one too, unless it is learnable.
 
-    A learnable one is made beside the weights of its neighbours, on their device and in their dtype.
+    A learnable activation gets the device and dtype of the weights next to it.
 
     Args:
-        model: The model from which the paths of the slots start.
-        slots: Name of the family -> slots.
-        make: Builds the module for a name.
-        written_down: Whether this belongs to the plan of the model and can be undone.
+        model: The model in which the paths of the slots start.
+        slots: Activation name -> slots.
+        make: Function that builds the module for a name.
+        written_down: Whether the replacement belongs to the model's plan and can be undone.
     """
     made: dict[tuple[int, str], nn.Module] = {}
     ready = []
@@ -126,16 +130,16 @@ def replace(
         learnable = parse(name).learnable
         for slot in places:
             old = slot.occupant
-            # Functions are shared by everyone who imports them, which says nothing about this model.
+            # Everyone who imports a function shares it, so that does not mean that this model shares its activations.
             distinct = learnable or not isinstance(old, nn.Module)
             new = None if distinct else made.get((id(old), name))
             overwritten = type(slot.owner).__name__ in _OVERWRITES
             if new is None or overwritten:
                 new = made[id(old), name] = _make(make, name, _neighbour(model, slot.path) if learnable else None)
-            if overwritten and hasattr(new, "save"):  # a checkpoint's own class has one way only
+            if overwritten and hasattr(new, "save"):  # the class in a checkpoint has no such choice
                 vars(new)["save"] = "input"
             if written_down:
-                # In a tuple, which hides it from the model; the first one, where a conversion is converted.
+                # A tuple hides the module from the model. If a conversion is converted again, the original one stays.
                 vars(new)["replaces"] = getattr(old, "replaces", (old,))
             else:
                 vars(new)[BUILT] = True
@@ -146,17 +150,17 @@ def replace(
 
 
 def _neighbour(model: nn.Module, path: str) -> Tensor | None:
-    """A weight of the innermost module around a path that has any."""
+    """A weight of the innermost module around a path that has weights."""
     while path:
         path = path.rpartition(".")[0]
         for tensor in model.get_submodule(path).parameters():
-            if tensor.is_floating_point() and tensor.itemsize > 1:  # not one in float8
+            if tensor.is_floating_point() and tensor.itemsize > 1:  # skips float8
                 return tensor
     return None
 
 
 def _make(make: Callable[[str], nn.Module], name: str, neighbour: Tensor | None) -> nn.Module:
-    with torch.inference_mode(False):  # in which no parameter is made that can be trained
+    with torch.inference_mode(False):  # parameters made in inference mode could not be trained
         if neighbour is None:
             return make(name)
         with neighbour.device:
@@ -164,9 +168,10 @@ def _make(make: Callable[[str], nn.Module], name: str, neighbour: Tensor | None)
 
 
 def match_nested_tensors(model: nn.Module) -> None:
-    """Lets torch's encoders pack padded batches only where all their layers run the fused kernel that understands it.
+    """Lets a torch encoder pack padded batches only if all its layers run the fused kernel that supports them.
 
-    They decide that when they are built; a layer whose activation has changed since would get the packed tensors.
+    The encoder decides this when it is built. Without this function, a layer whose activation was replaced later would
+    get packed tensors.
     """
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder):
@@ -179,12 +184,12 @@ def match_nested_tensors(model: nn.Module) -> None:
 
 
 def converted(model: nn.Module) -> Iterator[Slot]:
-    """The slots whose module stands in for something else."""
+    """The slots whose module replaced something."""
     return (slot for slot in module_slots(model) if "replaces" in vars(slot.occupant))
 
 
 def undo(model: nn.Module) -> list[str]:
-    """Puts back what conversions replaced, and returns the paths."""
+    """Restores everything that conversions replaced, and returns the paths."""
     slots = list(converted(model))
     for slot in slots:
         module: Any = slot.occupant

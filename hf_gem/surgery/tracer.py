@@ -1,4 +1,4 @@
-"""Every activation of one forward pass, recognised by the operations that run."""
+"""Traces one forward pass, and recognises every activation by the operations that run."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ from ..modules import GemActivation
 from .kinds import is_gate
 from .running import evaluating
 
-# Operations of aten that are activations, by the name under which the field knows them.
+# aten operations that are activations -> their usual name.
 _ACTIVATIONS = {
     **{name: name for name in ("relu", "relu6", "silu", "mish", "hardswish", "leaky_relu", "selu", "celu", "prelu")},
     **{name: name for name in ("rrelu", "softshrink", "hardshrink", "gelu", "elu", "hardtanh", "threshold")},
     "_prelu_kernel": "prelu",
     "rrelu_with_noise": "rrelu",
 }
-# Those that are more often a gate, a pooler or part of a formula; activations only where they multiply their own input.
+# Functions that mostly serve as gates, in poolers or as parts of formulas. They are activations only if they multiply
+# their own input.
 _GATES = {
     **{name: name for name in ("sigmoid", "tanh", "erf", "hardsigmoid", "softplus", "log_sigmoid", "glu")},
     "log_sigmoid_forward": "log_sigmoid",
 }
-# What x * g(x) is, by the operations in g.
+# Operations in g -> the name of x * g(x).
 _HAND_WRITTEN = {
     frozenset({"sigmoid"}): "silu",
     frozenset({"tanh"}): "gelu_tanh",
@@ -48,19 +49,19 @@ _HAND_WRITTEN = {
     frozenset({"relu6"}): "hardswish",
     frozenset({"clamp"}): "hardswish",
 }
-# Functions of torch made of several operations, none of which is the activation.
+# torch functions made of several operations, none of which is itself the activation.
 _COMPOSED = {F.softsign: "softsign", F.tanhshrink: "tanhshrink"}
-# Function -> its family; of `activation` and `gem_glu`, where that is no argument.
+# Function -> its family. For `activation` and `gem_glu`, the default of the argument `family`.
 _OURS = {
     **{functional.gem: "gem", functional.egem: "egem", functional.segem: "segem"},
     **dict.fromkeys((functional.activation, functional.gem_glu), "egem"),
 }
-# Modules of these files are one activation each, whatever operations they are made of.
+# A module from one of these files counts as one activation, whatever operations it consists of.
 _LIBRARIES = ("transformers.activations", "timm.layers.activations", "timm.layers.activations_me")
 _LIBRARY_FILES = tuple(name.replace(".", "/") + ".py" for name in _LIBRARIES)
-# In evaluation mode these do nothing that the dispatcher sees.
+# In evaluation mode, the dispatcher does not see these.
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
-_COPIES = ("_to_copy", "clone", "detach", "alias", "lift_fresh")  # elementwise, though not tagged so
+_COPIES = ("_to_copy", "clone", "detach", "alias", "lift_fresh")  # elementwise, although torch does not tag them so
 
 _TORCH = str(Path(torch.__file__).parent) + "/"
 _HERE = str(Path(__file__).parent.parent) + "/"
@@ -68,18 +69,19 @@ _HERE = str(Path(__file__).parent.parent) + "/"
 
 @dataclasses.dataclass(frozen=True)
 class ActivationCall:
-    """Calls of one function at one place.
+    """Calls of one function at one location.
 
     Attributes:
-        function: `gem_n2`, `relu`, `gelu_tanh` ...; "(hand-written)" marks a formula recognised by its operations.
-            Of an overwrite, the operation and the activation: `add_ behind relu`.
-        kind: "gem"; "activation" for any other; "gate" for sigmoid, tanh and the like where they do not multiply their
-            own input: the gates of an LSTM or a squeeze-and-excite block, poolers. "overwrite" for an operation in
-            place on the output of an activation.
-        module: Path of the innermost module that ran it, "" for the model itself; of a shared module, its first path.
-        location: `file:line` of the innermost code outside torch and outside files of activations, with the file
-            relative to its entry of `sys.path`.
-        count: How often it ran.
+        function: Name of the function, such as `gem_n2`, `relu` or `gelu_tanh`. "(hand-written)" marks a formula that
+            was recognised by its operations. For an overwrite, the operation and the activation: `add_ behind relu`.
+        kind: "gem" for a member of the family, "activation" for any other activation. "gate" for sigmoid, tanh and
+            similar functions that do not multiply their own input, as in an LSTM, a squeeze-and-excite block or a
+            pooler. "overwrite" for an in-place operation on the output of an activation.
+        module: Path of the innermost module that ran the function, "" for the model itself. For a shared module, its
+            first path.
+        location: `file:line` of the innermost code outside torch and outside files that define activations. The file is
+            relative to its entry in `sys.path`.
+        count: Number of calls.
     """
 
     function: str
@@ -92,10 +94,10 @@ class ActivationCall:
 def trace(
     model: nn.Module, state: dict[str, Tensor], args: tuple[Any, ...], inputs: Mapping[str, Any]
 ) -> tuple[tuple[ActivationCall, ...], set[nn.Module]]:
-    """Runs a model, in evaluation mode, with `state` in place of its parameters and buffers.
+    """Runs a model in evaluation mode, with `state` instead of its parameters and buffers.
 
     Returns:
-        The calls, in the order of the first ones, and the modules that ran.
+        The calls, in the order in which each first ran, and the modules that ran.
     """
     tracer = _Tracer()
     with contextlib.ExitStack() as stack:
@@ -111,14 +113,14 @@ def trace(
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether this is a module of the family, or one of the activations of torch, transformers or timm."""
+    """Whether this is a module of the family, or an activation module from torch, transformers or timm."""
     home, name = type(module).__module__, type(module).__name__.lower()
     of_torch = home == "torch.nn.modules.activation" and (name in _ACTIVATIONS or name == "leakyrelu")
     return isinstance(module, GemActivation) or home in _LIBRARIES or of_torch
 
 
 class _Source(NamedTuple):
-    """What a tensor is made of, elementwise: tensors reached without a gate, and the gates on the way to it."""
+    """The elementwise history of a tensor: the tensors it is computed from without a gate, and the gates on the way."""
 
     tensors: frozenset[int] = frozenset()
     gates: frozenset[int] = frozenset()
@@ -130,14 +132,15 @@ class _Tracer:
     def __init__(self) -> None:
         self.entered: set[nn.Module] = set()
         self._stack: list[tuple[str, nn.Module]] = []  # the modules that are running, by path
-        self._composed = 0  # how many modules and functions that count as one call are running
-        self._operations: list[tuple[str, str] | None] = []  # elementwise ones of the module that counts as one call
+        self._composed = 0  # the number of running modules and functions that count as one call
+        self._operations: list[tuple[str, str] | None] = []  # elementwise operations of a module that counts as one
         self._found: dict[int, tuple[str, str, str, str]] = {}
         self._number = itertools.count()
-        # tanh(..x..) -> its operation and what it is made of, to see when it multiplies x: a formula, not a gate.
+        # A gate such as tanh(..x..) -> its operation and the tensors it was computed from. If it multiplies one of
+        # these, it is part of a formula and not a gate.
         self._gates: dict[int, tuple[str, frozenset[int]]] = {}
         self._sources: MutableMapping[Tensor, _Source] = WeakTensorKeyDictionary()
-        self._outputs: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()  # of activations
+        self._outputs: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()  # output of an activation -> its name
 
     def calls(self) -> tuple[ActivationCall, ...]:
         return tuple(ActivationCall(*key, count) for key, count in Counter(self._found.values()).items())
@@ -160,10 +163,10 @@ class _Tracer:
                 if name:
                     self._record(name, kind, output)
         while self._stack and self._stack.pop()[1] is not module:
-            pass  # those that an exception left
+            pass  # modules that were left by an exception
 
     def function(self, name: str, kind: str, run: Callable[[], Any]) -> Any:
-        """A function that counts as one call, whatever operations it is made of."""
+        """Runs a function that counts as one call, whatever operations it consists of."""
         self._composed += 1
         try:
             output = run()
@@ -174,7 +177,7 @@ class _Tracer:
         return output
 
     def overwrite(self, operation: str, target: Any) -> None:
-        """Counts an operation in place, where it is on the output of an activation or on a view of one."""
+        """Records an in-place operation if it changes the output of an activation or a view of one."""
         whole = target._base if isinstance(target, Tensor) and target._is_view() else target
         if not self._composed and isinstance(whole, Tensor) and whole in self._outputs:
             self._record(f"{operation} behind {self._outputs[whole]}", "overwrite")
@@ -191,7 +194,7 @@ class _Tracer:
         return [self._source(arg) for arg in args if isinstance(arg, Tensor)]
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: Any, sources: list[_Source], output: Any) -> None:
-        """Counts an operation that is an activation, and follows elementwise ones from their input to a product."""
+        """Records an operation if it is an activation, and tracks elementwise operations from inputs to products."""
         packet = func.overloadpacket.__name__.rstrip("_")
         elementwise = torch.Tag.pointwise in func.tags or packet in _COPIES
         found = _recognise(packet, args, kwargs)
@@ -214,7 +217,7 @@ class _Tracer:
             self._sources[output] = result if elementwise and sources else self._new_source()
 
     def _merge_gates(self, a: _Source, b: _Source) -> bool:
-        """Counts a product of x with gates of x as one activation in place of these."""
+        """Records a product of x with gates of x as one activation instead of the gates."""
         own = {gate for s, other in ((a, b), (b, a)) for gate in s.gates if self._gates[gate][1] & other.tensors}
         own = {gate for gate in own if gate in self._found}
         if own:
@@ -243,9 +246,9 @@ class _Tracer:
 
 
 class _Functions(TorchFunctionMode):
-    """Sees the calls of our functions, and of others that are made of several operations.
+    """Watches calls of the functions of hf_gem, and of others that consist of several operations.
 
-    It also keeps torch's encoder layers off their fused kernel, which would hide its activation.
+    It also keeps torch's encoder layers from using their fused kernel, which would hide the activation.
     """
 
     def __init__(self, tracer: _Tracer) -> None:
@@ -265,7 +268,7 @@ class _Functions(TorchFunctionMode):
 
 
 class _Operations(TorchDispatchMode):  # torch has no types here
-    """Sees every operation of aten."""
+    """Watches every aten operation."""
 
     def __init__(self, tracer: _Tracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -273,18 +276,18 @@ class _Operations(TorchDispatchMode):  # torch has no types here
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_local_scalar(func) and args[0].is_meta:
-            # Made-up inputs have no values worth computing; true is what checks of masks and of validity ask for.
+            # Made-up inputs have no meaningful values. Checks of masks and of validity expect true.
             return torch.ones((), dtype=args[0].dtype).item()
         if func.overloadpacket.__name__.endswith("_") and args:
             self._tracer.overwrite(func.overloadpacket.__name__, args[0])
-        sources = self._tracer.sources(args)  # before an operation in place changes what the tensor is
+        sources = self._tracer.sources(args)  # read before an in-place operation changes the tensor
         output = func(*args, **(kwargs or {}))
         self._tracer.operation(func, args, kwargs or {}, sources, output)
         return output
 
 
 def _recognise(packet: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Name and kind of an operation of aten, None where it is neither an activation nor a gate."""
+    """The name and kind of an aten operation, or None if it is neither an activation nor a gate."""
     if packet in _GATES:
         return _GATES[packet], "gate"
     if packet == "gelu" and kwargs.get("approximate") == "tanh":
@@ -312,7 +315,7 @@ def _counts_as_one(module: nn.Module) -> bool:
 
 
 def _module_name(module: nn.Module, operations: list[tuple[str, str] | None]) -> tuple[str, str]:
-    """Name and kind of a module that counts as one call; ("", "") for the identity."""
+    """The name and kind of a module that counts as one call, or ("", "") for the identity."""
     cls = type(module)
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         name = getattr(module, "mode", cls.__name__).lower()

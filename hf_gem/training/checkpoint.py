@@ -1,12 +1,13 @@
 """Checkpoints that are complete or absent.
 
-A checkpoint is written to a hidden folder beside its place and renamed into it; then a file `COMPLETE`, which lists
-every file with its size and SHA-256, is renamed into the folder. Whatever lacks it, or does not match it, is not a
-checkpoint. Older ones are deleted only after a newer one is complete. A file `PARTIAL` marks what is half written or
-half deleted: without one of these two marks, nothing is deleted.
+A checkpoint is first written to a hidden folder next to its final place, and that folder is then renamed. Last, a file
+`COMPLETE` is moved into it, which lists every file with its size and SHA-256. A folder without that file, or with files
+that do not match it, is not a checkpoint. Old checkpoints are deleted only after a newer one is complete. A file
+`PARTIAL` marks a folder that is half written or half deleted. A folder with neither mark is never deleted.
 
-A checkpoint may come from anywhere: nothing in it is run. Weights are safetensors, and `torch.load` reads all else with
-`weights_only=True`. The SHA-256 finds damage, and says nothing of who has written it.
+A checkpoint may come from an untrusted source, so loading one never runs code from it. Weights are safetensors, and
+`torch.load` reads everything else with `weights_only=True`. The SHA-256 detects damage; it does not prove who wrote the
+file.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import reprlib
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -27,8 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from ..files import flush, is_inside, read_json, redacted, sha256, write_atomically
-from .errors import CheckpointError
+from ..files import flush, is_inside, read_json, redacted, sha256, shown, write_atomically
+from .errors import CheckpointError, reason
 from .record import check_saved
 from .sharded import is_sharded, load_sharded
 
@@ -37,7 +37,7 @@ _PARTIAL = "PARTIAL"
 _STATE = "state.json"
 _AVERAGED = "averaged.safetensors"
 _NAME, _ASIDE = re.compile(r"step_(\d{8,})"), re.compile(r"set_aside_step_\d{8,}(_\d+)?")
-# What loading may look for, hidden copies that macOS makes apart; all of these files have to be listed in COMPLETE.
+# Files that loading may open, except the hidden copies that macOS makes. COMPLETE has to list all of them.
 _READ = re.compile(r"(?!\._).*\.(?:safetensors|bin|pt|pkl|json|distcp|metadata)")
 
 
@@ -56,12 +56,13 @@ class CheckpointStore:
     """The checkpoints of one run.
 
     Args:
-        folder: Where they lie, as `step_00000100` and so on.
+        folder: The folder that holds the checkpoints, named `step_00000100` and so on.
         keep: Number of complete checkpoints to keep.
-        identity: What has to be equal for a checkpoint to be continued, and on all processes of a run: config fields
-            and the hash of the data.
-        averaged: A module with averaged weights, the same in all processes; None without.
-        check: Given what was saved beside weights and optimizer, and its place, raises ValueError where it is wrong.
+        identity: Config fields and the hash of the data. A checkpoint is only resumed if its identity is the same, and
+            all processes of a run must have the same identity.
+        averaged: A module with averaged weights, the same in all processes, or None.
+        check: A function that gets the state saved next to weights and optimizer, and the place it was read from. It
+            raises ValueError if the state is invalid.
     """
 
     def __init__(
@@ -74,25 +75,26 @@ class CheckpointStore:
     ) -> None:
         self.folder = folder
         self.keep = keep
-        self.identity = json.loads(json.dumps(redacted(identity)))  # as it will read back: tuples become lists
+        self.identity = json.loads(json.dumps(redacted(identity)))  # tuples become lists, as they will when read back
         self.check = check
         self.averaged = averaged
 
     def complete(self) -> list[Path]:
-        """Complete checkpoints, newest first. Their content is not verified yet."""
+        """Returns the complete checkpoints, newest first, without verifying their content."""
         found = [path.parent for path in self.folder.glob(f"step_*/{COMPLETE}") if _NAME.fullmatch(path.parent.name)]
         return sorted(found, key=_step_of, reverse=True)
 
     def save(self, accelerator: Accelerator, step: int, state: Any = None) -> Path:
-        """Saves model, optimizer, scaler and random states after `step` steps; all processes call it.
+        """Saves model, optimizer, scaler and random states. All processes must call it.
 
         Args:
-            accelerator: Holds the prepared model and optimizer.
+            accelerator: The accelerator with the prepared model and optimizer.
             step: Number of steps done.
-            state: What else belongs to it, as JSON.
+            state: Any further state to save, as JSON.
 
         Raises:
-            CheckpointError: it cannot be written, for example because the disk is full. What was complete stays.
+            CheckpointError: The checkpoint cannot be written, for example because the disk is full. Complete
+                checkpoints are kept.
         """
         final = self.folder / f"step_{step:08d}"
         work = self.folder / f".{final.name}.partial"
@@ -119,9 +121,9 @@ class CheckpointStore:
             newest = next(iter(self.complete()), None)
             free = shutil.disk_usage(self.folder if self.folder.exists() else Path()).free
             raise CheckpointError(
-                f"the checkpoint of step {step} cannot be written to {self.folder}: {error} "
-                f"({free / 1e9:.2f} GB free). {f'{newest} is complete' if newest else 'There is no older one'}; "
-                "make room and start the same command again"
+                f"cannot write the checkpoint of step {step} to {self.folder}: {error} ({free / 1e9:.2f} GB free). "
+                f"{f'The checkpoint {newest} is complete' if newest else 'There is no older checkpoint'}. "
+                "Free some space and run the same command again."
             ) from error
         accelerator.wait_for_everyone()
         return final
@@ -141,7 +143,7 @@ class CheckpointStore:
             _remove(old)
 
     def _sweep(self) -> None:
-        """Removes what a kill left half-written or half-deleted."""
+        """Removes checkpoints that a killed process left half written or half deleted."""
         for path in {*self.folder.glob(f"step_*/{_PARTIAL}"), *self.folder.glob(f".step_*.partial/{_PARTIAL}")}:
             if not (path.parent / COMPLETE).exists():
                 _remove(path.parent)
@@ -154,21 +156,21 @@ class CheckpointStore:
         path.rename(aside)
 
     def restore(self, accelerator: Accelerator, resume: str) -> tuple[int, Any]:
-        """Loads a checkpoint into what the accelerator has prepared; all processes call it.
+        """Loads a checkpoint into the prepared model and optimizer. All processes must call it.
 
-        The main process chooses. Checkpoints that are damaged, or lie after the one that is continued, are renamed to
-        `set_aside_…`: they are no part of this run any more, and nothing deletes them.
+        The main process chooses the checkpoint. Checkpoints that are damaged, or newer than the chosen one, are renamed
+        to `set_aside_…`. They no longer belong to the run, and nothing deletes them.
 
         Args:
-            accelerator: Holds the prepared model and optimizer.
-            resume: `auto` for the newest good one, `never` to insist on a new run, or the path of one.
+            accelerator: The accelerator with the prepared model and optimizer.
+            resume: `auto` for the newest intact checkpoint, `never` to insist on a new run, or the path of one.
 
         Returns:
-            The number of steps done and the state saved with it; 0 and None where there is nothing to continue.
+            The number of steps done and the state that was saved, or 0 and None if there is no checkpoint.
 
         Raises:
-            CheckpointError: all checkpoints, or the one named, are damaged or belong to another run; or the processes
-                do not agree on data or configuration.
+            CheckpointError: All checkpoints, or the named one, are damaged or belong to another run, or the processes
+                disagree on data or configuration.
         """
         message: list[Any] = [None, None, self.identity]
         if accelerator.is_main_process:
@@ -188,13 +190,13 @@ class CheckpointStore:
             self._load(accelerator, path)
         except OSError as missing:
             raise CheckpointError(
-                f"process {accelerator.process_index} cannot read {path}, which process 0 continues: {missing}; "
-                "--output_dir has to be a folder that all machines see"
+                f"process {accelerator.process_index} cannot read the checkpoint {path} that process 0 resumes from: "
+                f"{missing}. All machines must see the same --output_dir. Use a shared folder."
             ) from missing
-        except Exception as error:  # of torch, accelerate and safetensors, on files that are none of theirs
+        except Exception as error:  # torch, accelerate and safetensors raise many kinds for files they did not write
             raise CheckpointError(
-                f"the checkpoint {path} cannot be loaded: {type(error).__name__}: {error}. It is not one of this run, "
-                "or somebody has changed it; name another one with --resume, or another --output_dir"
+                f"cannot load the checkpoint {path}: {reason(error)}. It belongs to another run or was changed. Name "
+                "another checkpoint with --resume, or choose another --output_dir."
             ) from error
         return content["step"], content["state"]
 
@@ -207,10 +209,10 @@ class CheckpointStore:
             load_model(self.averaged, path / _AVERAGED)
 
     def _state(self, path: Path) -> _State:
-        """What is saved beside weights and optimizer.
+        """Reads the state that is saved next to weights and optimizer.
 
         Raises:
-            ValueError: it is not what a run saves.
+            ValueError: The file does not hold the state of a run.
         """
         content: _State = read_json(path / _STATE, _State)
         self.check(content["state"], f"{path / _STATE}: state")
@@ -221,23 +223,24 @@ class CheckpointStore:
         return content
 
     def _choose(self, resume: str) -> Path | None:
-        """The verified checkpoint to continue, or None for a new run."""
+        """Returns the verified checkpoint to resume from, or None for a new run."""
         found = self.complete()
         if resume == "never":
             if found:
                 raise CheckpointError(
-                    f"{self.folder} holds {found[0].name} and --resume is never; choose another --output_dir, delete "
-                    "the folder, or go on with --resume auto"
+                    f"{self.folder} already holds {found[0].name}, but --resume is never. Choose another --output_dir, "
+                    "delete the folder, or use --resume auto."
                 )
             return None
         named = resume != "auto"
         outside = Path(resume).is_dir() and Path(resume).absolute().parent != self.folder.absolute()
         if named and outside and found:
-            # A run that was brought here, and has gone on here since; the path inside its own folder means going back.
+            # The run was copied here and has continued here since. (A path inside its own folder means going back.)
             mine, theirs = (self._run_id(path) for path in (found[0], Path(resume)))
             if mine != theirs:
                 raise CheckpointError(
-                    f"{self.folder} holds another run than {resume}; choose another --output_dir, or --resume auto"
+                    f"{self.folder} holds a different run than {shown(resume)}. Choose another --output_dir, or use "
+                    "--resume auto."
                 )
             named = False
         damages: dict[Path, str | None] = {}
@@ -251,26 +254,30 @@ class CheckpointStore:
                         self._set_aside(other)
                 return path
             if not named:
-                warnings.warn(f"passing over the damaged checkpoint {path}: {damages[path]}", stacklevel=2)
+                warnings.warn(f"skipping the damaged checkpoint {path}: {damages[path]}", stacklevel=2)
         if named:
-            raise CheckpointError(f"the checkpoint {resume} cannot be continued: {damages[Path(resume)]}")
+            raise CheckpointError(
+                f"cannot resume from the checkpoint {shown(resume)}: {damages[Path(resume)]}. Name an intact "
+                "checkpoint, or use --resume auto."
+            )
         if damages:
             raise CheckpointError(
                 f"every checkpoint in {self.folder} is damaged: "
                 + "; ".join(f"{path.name}: {damage}" for path, damage in damages.items())
-                + ". Restore one, or delete the folder to start anew"
+                + ". Restore one, or delete the folder to start over."
             )
         return None
 
     def _compare(self, theirs: dict[str, Any], ours: dict[str, Any], whose: str, who: str) -> None:
         changed = [
-            f"{name}: {_short(theirs.get(name))} in {whose}, {_short(ours.get(name))} in {who}"
+            f"{name} is {shown(theirs.get(name))} in {whose} and {shown(ours.get(name))} in {who}"
             for name in sorted(ours.keys() | theirs.keys())
             if ours.get(name) != theirs.get(name)
         ]
         if changed:
             raise CheckpointError(
-                f"these are different runs ({'; '.join(changed)}); choose another --output_dir, or the same values"
+                f"the configurations differ: {'; '.join(changed)}. A run can only resume with the same values. Use "
+                "those, or choose another --output_dir."
             )
 
     def _run_id(self, path: Path) -> Any:
@@ -281,25 +288,25 @@ class CheckpointStore:
         return state.get("run_id") if isinstance(state, dict) else None
 
     def _damage(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint, or None."""
+        """Returns what is wrong with a checkpoint, or None."""
         try:
             manifest = _listed(path / COMPLETE)
             if _STATE not in manifest:
                 return f"its list of files lacks {_STATE}"
             if self.averaged is not None and _AVERAGED not in manifest:
-                return f"it has no {_AVERAGED}; older versions of hf_gem wrote averaged weights as a pickle"
+                return f"it has no {_AVERAGED} (older versions of hf_gem stored averaged weights as a pickle)"
             for name, expected in manifest.items():
                 file = path / name
                 if not file.exists():
                     return f"{name} is missing"
                 if file.stat().st_size != expected["bytes"]:
-                    return f"{name} has {file.stat().st_size} bytes, {expected['bytes']} were written"
+                    return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
                 if sha256(file) != expected["sha256"]:
-                    return f"{name} is not what was written (SHA-256 differs)"
+                    return f"{name} was changed (its SHA-256 differs)"
             for file in path.rglob("*"):
                 name = file.relative_to(path).as_posix()
                 if name not in manifest and _READ.fullmatch(file.name):
-                    return f"{name} is not in its list of files; remove it, if nobody needs it"
+                    return f"{name} is not in its list of files; remove it if you do not need it"
             self._state(path)
         except (OSError, ValueError) as error:
             return f"it is not a complete checkpoint ({error})"
@@ -307,16 +314,16 @@ class CheckpointStore:
 
 
 def written(folder: Path) -> list[str]:
-    """The files of a complete checkpoint that a run wrote, as paths within its folder.
+    """Lists the files that a run wrote into a complete checkpoint, as paths relative to its folder.
 
     Raises:
-        ValueError: its list of files is damaged.
+        ValueError: The list of files is damaged.
     """
     return [*_listed(folder / COMPLETE), COMPLETE]
 
 
 def remove_all(folder: Path) -> None:
-    """Removes all checkpoints from a folder of them, and the folder where nothing else lies in it."""
+    """Removes all checkpoints from a folder, and the folder itself if that leaves it empty."""
     for mark in {path for name in (COMPLETE, _PARTIAL) for path in folder.glob(f"*/{name}")}:
         if _NAME.fullmatch(mark.parent.name) or _ASIDE.fullmatch(mark.parent.name):
             _remove(mark.parent)
@@ -325,19 +332,19 @@ def remove_all(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes the files that a run wrote into the folder of a checkpoint, and the folder where there are no others."""
+    """Removes the files that a run wrote into a checkpoint, and the folder itself if that leaves it empty."""
     mark = folder / _PARTIAL
     if folder.is_symlink():
         return
     if (folder / COMPLETE).exists():
-        (folder / COMPLETE).replace(mark)  # first, so that a kill half-way leaves nothing that looks whole
-    if mark.stat().st_size == 0:  # half written, in a folder that the run had just made
+        (folder / COMPLETE).replace(mark)  # first, so that a kill midway leaves nothing that looks complete
+    if mark.stat().st_size == 0:  # half written: the run had just made the folder
         shutil.rmtree(folder, ignore_errors=True)
         return
     try:
         listed = _listed(mark)
     except ValueError as error:
-        warnings.warn(f"{folder} stays, since what a run wrote there is not known: {error}", stacklevel=2)
+        warnings.warn(f"keeping {folder}, because its list of files cannot be read: {error}", stacklevel=2)
         return
     for name in listed:
         if not any(parent.is_symlink() for parent in (folder / name).parents if folder in parent.parents):
@@ -351,24 +358,20 @@ def _remove(folder: Path) -> None:
 
 
 def _listed(file: Path) -> dict[str, _File]:
-    """What a mark lists.
+    """Reads the list of files in a mark.
 
     Raises:
-        ValueError: it is not such a list, or names a file elsewhere.
+        ValueError: It is not such a list, or it names a file outside the folder.
     """
     found: dict[str, _File] = read_json(file, dict[str, _File])
     for name in found:
         if not is_inside(name):
-            raise ValueError(f"{file} lists {name!r}, which is not a file in its folder")
+            raise ValueError(f"{file} lists {shown(name)}, which is outside its folder")
     return found
 
 
 def _step_of(path: Path) -> int:
-    """The step in the name of a checkpoint."""
+    """Returns the step in the name of a checkpoint."""
     name = _NAME.fullmatch(path.name)
     assert name is not None, path
     return int(name[1])
-
-
-def _short(value: Any) -> str:
-    return reprlib.repr(value)

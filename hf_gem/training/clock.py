@@ -1,4 +1,4 @@
-"""The clock of training."""
+"""Measures the speed of training."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 
 class Clock:
-    """Tokens or images per second of training, and the share of time that it waited for data.
+    """Measures tokens or images per second, and the share of time spent waiting for data.
 
-    The time spent on evaluation and saving does not count.
+    Time spent on evaluation and saving does not count.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,7 +40,7 @@ class Clock:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # steps still under way belong to the time before
+            torch.cuda.synchronize(self.device)  # steps that are still running belong to the time before
         before = time.perf_counter()
         yield
         self.start += time.perf_counter() - before

@@ -1,6 +1,6 @@
-"""A network from coordinates to the value of a field, as a transformers model.
+"""A network that maps coordinates to the value of a field, as a transformers model.
 
-This file imports nothing of hf_gem: `hf_gem.save_for_hub` copies it beside the weights.
+This file imports nothing from hf_gem, because `hf_gem.save_for_hub` copies it next to the weights.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from transformers.utils.generic import ModelOutput
 
 
 class CoordinateMLPConfig(PretrainedConfig):
-    """Multilayer perceptron from points of a box to one value each.
+    """Configuration of a multilayer perceptron that maps each point of a box to one value.
 
     Args:
-        lower: The least coordinates of the box.
-        upper: The largest.
+        lower: Smallest coordinates of the box.
+        upper: Largest coordinates of the box.
         hidden_size: Width of each hidden layer.
-        num_hidden_layers: How many there are.
+        num_hidden_layers: Number of hidden layers.
         hidden_act: Name of the activation.
-        initializer_gain: Weights are normal with standard deviation gain / sqrt(inputs), in the first layer
-            1 / sqrt(inputs); biases are zero. A gain of 1 is Glorot's initialisation for layers of equal widths.
+        initializer_gain: Weights are normal with standard deviation gain / sqrt(inputs), or 1 / sqrt(inputs) in the
+            first layer. Biases are zero. A gain of 1 is Glorot's initialisation for layers of equal widths.
     """
 
     model_type = "coordinate_mlp"
@@ -44,7 +44,10 @@ class CoordinateMLPConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         if len(lower) != len(upper) or any(a >= b for a, b in zip(lower, upper, strict=True)):
-            raise ValueError(f"upper must be above lower in every coordinate, got {list(lower)} and {list(upper)}")
+            raise ValueError(
+                f"got lower={list(lower)} and upper={list(upper)}. upper must be above lower in every coordinate. Give "
+                "both the same length and swap what is reversed."
+            )
         self.lower = list(lower)
         self.upper = list(upper)
         self.hidden_size = hidden_size
@@ -56,19 +59,20 @@ class CoordinateMLPConfig(PretrainedConfig):
 
 @dataclass
 class FieldOutput(ModelOutput):
-    """What the model computes.
+    """The output of the model.
 
     Attributes:
-        field: Its values at the points, (batch,).
+        field: Values of the field at the points, of shape (batch,).
     """
 
     field: Tensor | None = None
 
 
 class CoordinateMLPModel(PreTrainedModel):
-    """The network of physics-informed learning: hidden layers of one width, each with the activation, and a linear one.
+    """The usual network of physics-informed learning: hidden layers of equal width, then a linear output layer.
 
-    Coordinates are shifted and scaled so that they have mean 0 and variance 1 over the box.
+    Each hidden layer is followed by the activation. Coordinates are shifted and scaled to have mean 0 and variance 1
+    over the box.
 
     Args:
         config: A `CoordinateMLPConfig`.
@@ -82,7 +86,7 @@ class CoordinateMLPModel(PreTrainedModel):
     def __init__(self, config: CoordinateMLPConfig) -> None:
         super().__init__(config)
         lower, upper = torch.tensor(config.lower), torch.tensor(config.upper)
-        self.register_buffer("center", (lower + upper) / 2)  # saved: others are lost when a checkpoint is loaded
+        self.register_buffer("center", (lower + upper) / 2)  # persistent: loading a checkpoint loses other buffers
         self.register_buffer("scale", math.sqrt(12) / (upper - lower))
         widths = [len(config.lower), *[config.hidden_size] * config.num_hidden_layers]
         layers: list[Any] = []
@@ -99,7 +103,7 @@ class CoordinateMLPModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
 
     def forward(self, points: Tensor, **kwargs: Any) -> FieldOutput:
-        """Values of the field at points, (batch, dimensions)."""
+        """Computes the field at points of shape (batch, dimensions)."""
         return FieldOutput(field=self.head(self.layers((points - self.center) * self.scale)).squeeze(-1))
 
 

@@ -1,4 +1,4 @@
-"""Errors that a person can fix; `run_recipe` prints them without a traceback."""
+"""Errors that the user can fix. `run_recipe` prints them without a traceback."""
 
 from __future__ import annotations
 
@@ -7,55 +7,69 @@ from collections.abc import Iterator
 
 from ..files import redact
 
+_MOST_QUOTED = 400  # characters of another library's message: it may repeat a long value in full
+
 
 class TrainingError(Exception):
-    """What went wrong, and what to do about it, in one line without secrets. Whatever was saved before stays good."""
+    """An error whose message says what went wrong and what to do, in one line without secrets.
+
+    Anything that was saved before the error is still good.
+    """
 
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        # Other libraries' messages, quoted in ours, may have many lines, and addresses with passwords.
+        # Our messages quote those of other libraries, which may span lines and contain URLs with passwords.
         super().__init__(redact(" ".join(message.split())))
 
 
 class ConfigError(TrainingError, ValueError):
-    """Values that do not fit together, or that this machine cannot do."""
+    """Values that do not fit together, or that this machine does not support."""
 
 
 @contextlib.contextmanager
 def needed_for(purpose: str) -> Iterator[None]:
-    """Says of imports in a `with` block what they are for, where a package is missing that not every run needs.
+    """Turns a failed import of an optional package in a `with` block into an error that says what needs it.
+
+    Args:
+        purpose: The subject of the error message, such as "judging a study".
 
     Raises:
-        ConfigError: one is.
+        ConfigError: A package is not installed.
     """
     try:
         yield
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{purpose} needs the package {error.name}, which is not installed. "
-            'pip install -e ".[train]" in the clone of hf_gem brings it'
+            'Run pip install -e ".[train]" in the clone of hf_gem.'
         ) from error
 
 
+def reason(error: Exception) -> str:
+    """Quotes another library's error for a message of ours: type and text in one line, without secrets or a period."""
+    text = redact(" ".join(f"{type(error).__name__}: {error}".split())).rstrip(".: ")
+    return text if len(text) <= _MOST_QUOTED else f"{text[: _MOST_QUOTED // 2]} ... {text[-_MOST_QUOTED // 2 :]}"
+
+
 class DataError(TrainingError, ValueError):
-    """The data cannot be read or is too small."""
+    """The data cannot be read, or there is too little of it."""
 
 
 class CheckpointError(TrainingError, RuntimeError):
-    """A checkpoint cannot be written, read or continued from."""
+    """A checkpoint cannot be written, read or resumed from."""
 
 
 class PushError(TrainingError, RuntimeError):
-    """The Hub did not take what was pushed; it is here, whole."""
+    """A push to the Hub failed. All files are still on the local disk."""
 
 
-class Interrupted(TrainingError):  # noqa: N818  # a stop that was asked for is no error
-    """Stopped by a signal.
+class Interrupted(TrainingError):  # noqa: N818  # a requested stop is not an error
+    """A signal stopped the run.
 
     Args:
-        message: What was saved and how to go on.
-        signal_number: The signal; the process exits with 128 more, as shells expect.
+        message: What was saved, and how to continue.
+        signal_number: The number of the signal. The exit status is 128 plus this number, as shells expect.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation, and its metrics; `metrics.py` has them as subclasses of `evaluate.Metric`."""
+"""Evaluation and its metrics. `metrics.py` wraps the metrics as subclasses of `evaluate.Metric`."""
 
 from __future__ import annotations
 
@@ -17,41 +17,44 @@ from tqdm.auto import tqdm
 
 from .._torch import without_compiler
 from .device import batch_to_device
-from .errors import DataError, Interrupted
+from .errors import DataError, Interrupted, reason
 from .loss import IGNORE, Output
 from .signals import agreed_stop
 from .task import Samples
 
 _SUMMED, _PAIRED = ("losses", "counts", "correct"), ("predictions", "references")
-MOST_GROUPS = 256  # of units, whose sums a record keeps: enough to estimate a variance from
-_AGREE_EVERY = 10  # rounds, for agreeing waits for the device
+MOST_GROUPS = 256  # groups of units whose sums a record keeps: enough to estimate a variance
+_AGREE_EVERY = 10  # rounds, because agreeing waits for the device
 
 
 def perplexity(losses: Sequence[float], targets: Sequence[int]) -> float:
-    """exp of the mean loss of a token.
+    """Computes exp of the mean loss per token.
 
     Args:
-        losses: In nats, each summed over some tokens.
-        targets: The numbers of these tokens.
+        losses: Losses in nats, each summed over some tokens.
+        targets: Number of tokens in each sum.
     """
     mean = math.fsum(losses) / sum(targets)
     return math.exp(mean) if mean < 700 else math.inf
 
 
 def accuracy(predictions: Sequence[int], references: Sequence[int]) -> float:
-    """Share of predictions that equal their references; references equal to `IGNORE` are left out."""
+    """Computes the share of predictions that equal their references, without references equal to `IGNORE`."""
     counted = np.asarray(references) != IGNORE
     return float((np.asarray(predictions) == np.asarray(references))[counted].mean())
 
 
 def relative_l2(predictions: Sequence[float], references: Sequence[float]) -> float:
-    """The norm of all errors over that of all references, for values of a field on a grid; a field of zeros has 1."""
+    """Computes the norm of the errors divided by the norm of the references, for values of a field on a grid.
+
+    A prediction of zero everywhere scores 1.
+    """
     found, exact = np.asarray(predictions, np.float64), np.asarray(references, np.float64)
     return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
 
 def log10_relative_l2(predictions: Sequence[float], references: Sequence[float]) -> float:
-    """The decimal logarithm of `relative_l2`, whose differences are ratios of errors."""
+    """Computes the decimal logarithm of `relative_l2`, so that differences are ratios of errors."""
     error = relative_l2(predictions, references)
     return -math.inf if error == 0 else math.log10(error)
 
@@ -63,14 +66,14 @@ METRICS: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
 
 @dataclass
 class Evaluation:
-    """What an evaluation found; empty but on the main process.
+    """The result of an evaluation. It is empty except on the main process.
 
     Attributes:
-        values: `loss`, the mean over all targets, in nats but for fields, and the metrics.
-        groups: `counts` of targets, summed `losses` and, of classifiers, how many are `correct`, each a list with one
-            number for each group of units, such as documents or images; unit k is in group k modulo `MOST_GROUPS`.
-            None where samples or objective do not say which losses belong to which unit.
-        num_units: How many units there are.
+        values: The metrics and `loss`, the mean over all targets, which is in nats except for fields.
+        groups: Lists with one number for each group of units, such as documents or images: the number of targets
+            (`counts`), the summed `losses`, and for classifiers the number of `correct` predictions. Unit k is in group
+            k modulo `MOST_GROUPS`. None if samples or objective do not say which loss belongs to which unit.
+        num_units: Number of units.
     """
 
     values: dict[str, float] = field(default_factory=dict)
@@ -82,26 +85,26 @@ class Evaluation:
 def evaluate(
     objective: nn.Module, samples: Samples, metrics: Sequence[str], batch_size: int, accelerator: Accelerator
 ) -> Evaluation:
-    """Loss and metrics over all of some samples, each target counted once.
+    """Computes loss and metrics over all samples, counting each target once. All processes must call it.
 
     Args:
-        objective: On the device of the accelerator, but not wrapped by it, except by FSDP.
-        samples: To evaluate on.
-        metrics: Of `METRICS`.
-        batch_size: Samples in one forward pass of one process, at most.
-        accelerator: All of whose processes call this.
+        objective: The objective on the accelerator's device. Of all wrappers, only FSDP's is allowed.
+        samples: The samples to evaluate on.
+        metrics: Names of `METRICS`.
+        batch_size: Largest number of samples in one forward pass of one process.
+        accelerator: The accelerator of the run.
 
     Raises:
-        DataError: samples cannot be read.
-        Interrupted: a signal arrived; it is raised on all processes.
+        DataError: The samples cannot be read.
+        Interrupted: A signal arrived. All processes raise this.
     """
     objective.eval()
     world, rank = accelerator.num_processes, accelerator.process_index
     if world > 1:
-        for buffer in objective.buffers():  # statistics of batch normalisation, of which those of rank 0 are saved
+        for buffer in objective.buffers():  # batch-norm statistics: those of rank 0 are the ones that are saved
             torch.distributed.broadcast(buffer, 0)
     count, rows = len(samples), _Rows()
-    rounds = range(0, count, world * batch_size)  # as many on each process, for FSDP gathers weights in each
+    rounds = range(0, count, world * batch_size)  # the same on each process: FSDP gathers weights in every one
     hidden = not (accelerator.is_main_process and sys.stderr.isatty())
     for number, first in enumerate(tqdm(rounds, desc="Evaluating", leave=False, disable=hidden)):
         if world == 1 or number % _AGREE_EVERY == 0:
@@ -109,7 +112,7 @@ def evaluate(
         indices = np.arange(first + rank * batch_size, min(first + (rank + 1) * batch_size, count))
         batch = _read(samples, indices if len(indices) else np.zeros(1, np.int64))
         units = batch.pop("units", None)
-        # The modes of evaluation and the size of its last batch would each be compiled anew, for a share of the work.
+        # Evaluation mode and the size of the last batch would each trigger a compilation, for little work.
         with without_compiler():
             output = objective(**batch_to_device(batch, accelerator.device))
         if len(indices):
@@ -120,7 +123,7 @@ def evaluate(
 
 
 class _Rows:
-    """The outputs of one process, which stay on the device until all are there: to fetch each would wait for it."""
+    """Collects the outputs of one process. They stay on the device to the end, since each fetch would wait for it."""
 
     def __init__(self) -> None:
         self._parts: dict[str, list[torch.Tensor]] = {}
@@ -136,7 +139,7 @@ class _Rows:
             self._parts.setdefault(key, []).append(tensor.reshape(-1))
 
     def sums(self) -> dict[str, np.ndarray]:
-        """`losses` and `counts` of each group, of one where there are no units; predictions and references in full."""
+        """Returns `losses` and `counts` per group (one if there are no units), and all predictions and references."""
         found = {key: torch.cat(parts).cpu().numpy() for key, parts in self._parts.items()}
         units = found.pop("units", None)
         if units is not None:
@@ -152,7 +155,7 @@ class _Rows:
 
 
 def _together(parts: Sequence[Mapping[str, np.ndarray]], metrics: Sequence[str]) -> Evaluation:
-    """One evaluation, of what each process has; one without samples has nothing."""
+    """Merges the parts of all processes into one evaluation. A process without samples has an empty part."""
     parts = [part for part in parts if part]
     sums = {key: np.sum([part[key] for part in parts], axis=0) for key in _SUMMED if key in parts[0]}
     pairs = [np.concatenate([part[key] for part in parts]) for key in _PAIRED if key in parts[0]]
@@ -169,11 +172,13 @@ def _together(parts: Sequence[Mapping[str, np.ndarray]], metrics: Sequence[str])
 
 def _check(accelerator: Accelerator) -> None:
     if number := agreed_stop(accelerator):
-        raise Interrupted("stopped in an evaluation; the same command goes on", number)
+        raise Interrupted("stopped during an evaluation; run the same command again to continue", number)
 
 
 def _read(samples: Samples, indices: np.ndarray) -> dict[str, torch.Tensor]:
     try:
         return samples.batch(indices)
-    except Exception as error:  # whatever the data are made of
-        raise DataError(f"samples to evaluate on cannot be read: {type(error).__name__}: {error}") from error
+    except Exception as error:  # each kind of data raises its own
+        raise DataError(
+            f"cannot read the evaluation samples: {reason(error)}. Fix the data and run the same command again."
+        ) from error

@@ -1,6 +1,6 @@
-"""Small image classifiers as transformers models: the residual networks for CIFAR of He et al., and a plain CNN.
+"""Small image classifiers as transformers models: the CIFAR ResNets of He et al., and a plain CNN.
 
-This file imports nothing of hf_gem: `hf_gem.save_for_hub` copies it beside the weights.
+This file imports nothing from hf_gem, because `hf_gem.save_for_hub` copies it next to the weights.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 
 class CifarResNetConfig(PretrainedConfig):
-    """Residual network of 6n + 2 layers.
+    """Configuration of a residual network with 6n + 2 layers.
 
     Args:
-        depth: 20, 32, 44, 56, 110 ...
-        width: Channels of the first stage; the others have two and four times as many.
+        depth: Number of layers: 20, 32, 44, 56, 110 ...
+        width: Channels of the first stage. The other stages have two and four times as many.
         hidden_act: Name of the activation.
-        initializer_gain: Filters are normal with standard deviation gain / sqrt(outputs x height x width), sqrt(2) as
-            in the paper's reference 13.
-        num_channels: Of the images.
-        act_after_add: What is behind the addition of each block: the same activation, or none.
+        initializer_gain: Filters are normal with standard deviation gain / sqrt(outputs x height x width). The default
+            sqrt(2) follows reference 13 of the paper.
+        num_channels: Channels of the images.
+        act_after_add: The activation after the addition in each block: `same` for the same one, or `none`.
     """
 
     model_type = "cifar_resnet"
@@ -41,7 +41,7 @@ class CifarResNetConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         if act_after_add not in ("same", "none"):
-            raise ValueError(f"act_after_add must be 'same' or 'none', got {act_after_add!r}")
+            raise ValueError(f"act_after_add must be 'same' or 'none', got {act_after_add!r:.80}")
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"depth must be 6n + 2, such as 20, 56 or 110, got {depth}")
         self.depth = depth
@@ -54,13 +54,16 @@ class CifarResNetConfig(PretrainedConfig):
 
 
 class ConvNetConfig(PretrainedConfig):
-    """Plain CNN: stages of two 3 x 3 convolutions, halved by max pooling in between, then the mean and a linear layer.
+    """Configuration of a plain CNN.
+
+    Each stage has two 3 x 3 convolutions. Max pooling between stages halves the image. Global average pooling and a
+    linear layer follow.
 
     Args:
         widths: Channels of each stage.
         hidden_act: Name of the activation.
         initializer_gain: Filters are normal with standard deviation gain / sqrt(inputs x height x width).
-        num_channels: Of the images.
+        num_channels: Channels of the images.
     """
 
     model_type = "gem_convnet"
@@ -102,14 +105,18 @@ class _ImageClassifier(PreTrainedModel):
         raise NotImplementedError
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        """Class scores of images, (batch, channels, height, width); with `labels`, (batch,), their mean loss too."""
+        """Computes class scores of images (batch, channels, height, width), and the mean loss if `labels` are given."""
         logits = self.classifier(self.features(pixel_values).mean((-2, -1)))
         loss = nn.functional.cross_entropy(logits, labels) if labels is not None else None
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
 
 
 class _BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut without parameters: every other pixel, new channels zero (option A)."""
+    """Two 3 x 3 convolutions and a shortcut without parameters.
+
+    Where the number of channels changes, the shortcut takes every other pixel and fills new channels with zeros (option
+    A of the paper).
+    """
 
     def __init__(self, inputs: int, outputs: int, act: str, act_after_add: str) -> None:
         super().__init__()
@@ -155,13 +162,13 @@ class CifarResNetForImageClassification(_ImageClassifier):
         self.post_init()  # type: ignore[no-untyped-call]  # of transformers
 
     def features(self, x: Tensor) -> Tensor:
-        """Maps of the last stage, (batch, 4 width, height / 4, width / 4)."""
+        """Computes the feature maps of the last stage, (batch, 4 width, height / 4, width / 4)."""
         features: Tensor = self.blocks(self.act(self.bn(self.conv(x))))
         return features
 
 
 class ConvNetForImageClassification(_ImageClassifier):
-    """A plain CNN without normalisation, whose loss therefore does not depend on how a batch is split.
+    """A plain CNN without normalisation, so the loss does not depend on how a batch is split.
 
     Args:
         config: A `ConvNetConfig`.
@@ -183,7 +190,7 @@ class ConvNetForImageClassification(_ImageClassifier):
         self.post_init()  # type: ignore[no-untyped-call]  # of transformers
 
     def features(self, x: Tensor) -> Tensor:
-        """Maps of the last stage."""
+        """Computes the feature maps of the last stage."""
         features: Tensor = self.layers(x)
         return features
 

@@ -1,4 +1,4 @@
-"""What a run starts from: new weights, the scale of what the activations are given, and an eps chosen by that."""
+"""Sets up the start of a run: new weights, the scale of the activations' inputs, and an eps chosen by that scale."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from ..surgery.scales import input_scales, matched
 from .config import TrainConfig
 from .data.order import SampleOrder
 from .device import batch_to_device
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, reason
 from .signals import check
 from .task import Task
 
-# What is measured on: seconds of a CPU, and millions of values of most models.
+# How much to measure on: this takes seconds on a CPU, and gives millions of values in most models.
 _MOST_SINGLE, _MOST_SEQUENCES, _MOST_TOKENS = 64, 8, 2048
 
 
 def new_task(make: Callable[[], Task], config: TrainConfig) -> Task:
-    """The task of a recipe with weights drawn from the seed; its facts say what the activations are given.
+    """Builds the task of a recipe with weights drawn from the seed, and measures the inputs of its activations.
 
-    With `--eps match`, eps is chosen by that: the model is built with the eps of `hidden_act`, measured, and built
-    again from the same seed with the name that came out, which is in `hidden_act` from then on.
+    The measurement becomes part of the task's facts. With `--eps match`, it also chooses eps: the model is built with
+    the eps of `hidden_act`, measured, and built again from the same seed with the matched name, which then replaces
+    `config.hidden_act`.
 
     Args:
-        make: Builds the model, on the CPU, and the task. Called again, it reads `config.hidden_act` again.
-        config: Of the run.
+        make: Builds the model on the CPU, and the task. Each call must read `config.hidden_act` again.
+        config: The config of the run.
 
     Raises:
-        ConfigError: no eps belongs to what was measured.
-        DataError: the first samples cannot be read.
-        Interrupted: a signal arrived.
+        ConfigError: No eps matches the measurement.
+        DataError: The first samples cannot be read.
+        Interrupted: A signal arrived.
     """
     task = _seeded(make, config)
     if config.eps == "match":
@@ -57,21 +58,21 @@ def _seeded(make: Callable[[], Task], config: TrainConfig) -> Task:
 
 
 def activation_inputs(task: Task, config: TrainConfig) -> dict[str, object] | None:
-    """What a record says of `first_scales`; None where no activation is found, as where all are calls in a forward."""
+    """Returns `first_scales` for the record. None if there is no activation module: all may be calls in a forward."""
     scales = first_scales(task, config)
     return dataclasses.asdict(scales) if scales.layers else None
 
 
 def first_scales(task: Task, config: TrainConfig) -> Scales:
-    """The scale of what the activations of a model are given by the first samples of its run.
+    """Measures the scale of the activations' inputs on the first samples of a run.
 
-    These are 64 images or points, or as many sequences as have 2048 tokens, from 1 to 8, whatever the size of a
-    batch: a function of data and data seed. The model runs where it is, in its own precision, without dropout and
+    The samples are 64 images or points, or 1 to 8 sequences with about 2048 tokens in total. They depend on data and
+    data seed, not on the batch size. The model runs on its current device in its own precision, without dropout and
     mixing.
 
     Raises:
-        DataError: the samples cannot be read.
-        Interrupted: a signal arrived.
+        DataError: The samples cannot be read.
+        Interrupted: A signal arrived.
     """
     check()
     sequences = min(max(_MOST_TOKENS // task.units_per_sample, 1), _MOST_SEQUENCES)
@@ -79,9 +80,9 @@ def first_scales(task: Task, config: TrainConfig) -> Scales:
     indices = SampleOrder(len(task.train), config.data_seed).batch(0, count)
     try:
         batch = task.train.batch(indices, np.arange(count))
-    except Exception as error:  # whatever the data are made of
+    except Exception as error:  # each kind of data raises its own
         raise DataError(
-            f"the first samples cannot be read: {type(error).__name__}: {error}; fix the data, and start again"
+            f"cannot read the first samples: {reason(error)}. Fix the data and run the same command again."
         ) from error
     slots = {slot.path: slot for slot in activation_slots(task.model)}
     device = next(task.model.parameters()).device

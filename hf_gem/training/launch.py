@@ -1,4 +1,4 @@
-"""The accelerator of a run, and checks that the launcher and this machine can do what the config asks for."""
+"""Makes the accelerator of a run, and checks that launcher and machine support what the config asks for."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from .device import keep_freed_memory
 from .errors import ConfigError
 from .signals import check
 
-# Variables by which kernels are chosen that round otherwise.
+# Environment variables that select kernels with different rounding.
 _VARIABLES = ("HF_GEM_KERNELS", "HF_GEM_SAVE", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The accelerator of a run, with precision, trackers and determinism as configured.
+    """Makes the accelerator of a run, with precision, trackers and determinism as configured.
 
     Raises:
-        ConfigError: this machine, or the way it was launched, cannot do what was asked for.
-        Interrupted: a signal arrived.
+        ConfigError: The machine, or the way the script was launched, does not support the config.
+        Interrupted: A signal arrived.
     """
-    torch.set_float32_matmul_precision("high")  # TF32 where there is any; no effect on a CPU
+    torch.set_float32_matmul_precision("high")  # TF32 where available; no effect on a CPU
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires this
         torch.use_deterministic_algorithms(True)
-    # On every save it reports that tied weights are stored once, which is what it is asked to do.
+    # On every save it warns that tied weights are stored once, which is intended.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     if config.report_to == "auto":
         config.report_to = "trackio" if importlib.util.find_spec("trackio") else "none"
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # or several processes would each believe to be alone
+        cpu=not torch.accelerator.is_available(),  # otherwise each of several processes would believe it is alone
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,
-        # The loop accumulates by itself; what a launcher says about it would scale the gradients a second time.
+        # The loop accumulates gradients itself; a launcher's setting would scale them a second time.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
             DistributedDataParallelKwargs(
@@ -55,25 +55,26 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             )
         ],
     )
-    check("stopped before training; the same command starts it")
+    check("stopped before training; run the same command again to start it")
     _check_distribution(accelerator, config)
     _check_precision(accelerator)
     if config.report_to != "none" and not accelerator.log_with:
         raise ConfigError(
-            f"--report_to {config.report_to} needs its package: pip install {config.report_to}, or use none"
+            f"--report_to {config.report_to} needs the package {config.report_to}, which is not installed. Run pip "
+            f"install {config.report_to}, or use --report_to none."
         )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     threads, cores = torch.get_num_threads(), (os.cpu_count() or 1) // accelerator.num_processes
     if accelerator.device.type == "cpu" and threads < cores:
-        accelerator.print(f"training with {threads} of {cores} CPU threads; OMP_NUM_THREADS={cores} in front uses all")
+        accelerator.print(f"training with {threads} of {cores} CPU threads; set OMP_NUM_THREADS={cores} to use all")
     return accelerator
 
 
 def launched(accelerator: Accelerator) -> dict[str, str]:
-    """What was chosen outside of the config and changes numbers: by the launcher, and by variables of the environment.
+    """Returns the settings outside the config that change numbers: the launcher's and environment variables.
 
-    Its precision and number of processes are in the record by themselves; what else it offers is refused.
+    The record stores the launcher's precision and number of processes separately. Its other settings are refused.
     """
     state = accelerator.state
     dynamo = state.dynamo_plugin
@@ -97,7 +98,7 @@ def _named(values: Mapping[str, object]) -> str:
 
 
 def start_tracker(accelerator: Accelerator, config: TrainConfig, name: str) -> None:
-    """Begins, or takes up, the run of this name at the experiment tracker, if there is one."""
+    """Starts or resumes the run of this name in the experiment tracker, if there is one."""
     if config.report_to == "none":
         return
     accelerator.init_trackers(
@@ -111,9 +112,9 @@ def start_tracker(accelerator: Accelerator, config: TrainConfig, name: str) -> N
 
 
 def layers_to_shard(model: nn.Module) -> list[str]:
-    """Classes whose instances FSDP shards as one: those that transformers does not split, of which there are several.
+    """Returns the classes whose instances FSDP shards as one unit: those that transformers does not split.
 
-    A class with one instance is left out, since embeddings may share weights with the head.
+    A class with a single instance is left out, since embeddings may share weights with the head.
     """
     counts = Counter(type(module).__name__ for module in model.modules())
     return [name for name in getattr(model, "_no_split_modules", None) or [] if counts[name] > 1]
@@ -123,34 +124,40 @@ def _check_distribution(accelerator: Accelerator, config: TrainConfig) -> None:
     kind = accelerator.distributed_type
     if kind != DistributedType.NO and not kind.value.startswith("MULTI_") and not accelerator.is_fsdp2:
         raise ConfigError(
-            f"these recipes run on one process, with DDP or with FSDP2, and the launcher chose {kind.value}"
-            + (" version 1: give it fsdp_version: 2" if kind == DistributedType.FSDP else "")
+            f"the launcher chose {kind.value}. The recipes run on one process, with DDP, or with FSDP2. "
+            + ("Set fsdp_version: 2." if kind == DistributedType.FSDP else "Change the config of accelerate.")
         )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not accelerator.is_fsdp2 and accelerator.num_processes > 1:
         raise ConfigError(
-            "the launcher chose FSDP, and accelerate shards on GPUs alone; use recipes/accelerate/cpu.yaml"
+            "the launcher chose FSDP on a CPU. accelerate shards only on GPUs. Use recipes/accelerate/cpu.yaml."
         )
     if accelerator.is_fsdp2 and config.ema_decay:
-        raise ConfigError("--ema_decay keeps a whole copy of the weights, which FSDP2 shards; set it to 0, or use DDP")
+        raise ConfigError(
+            f"got --ema_decay {config.ema_decay} with FSDP2. The average needs a whole copy of the weights, but FSDP2 "
+            "shards them. Set --ema_decay 0, or use DDP."
+        )
     if config.compress_gradients and not kind.value.startswith("MULTI_"):
-        # FSDP2 could reduce in bfloat16, but would add up micro-batches in it too.
+        # FSDP2 could reduce in bfloat16, but would also sum micro-batches in bfloat16.
         ours = "FSDP2" if accelerator.is_fsdp2 else "one process"
         raise ConfigError(
-            f"--compress_gradients {config.compress_gradients} was given, and this run is {ours}. "
-            "It is for DDP on several processes; leave it out"
+            f"got --compress_gradients {config.compress_gradients}, but this run uses {ours}. It only works with DDP "
+            "on several processes. Leave it out."
         )
 
 
 def _check_precision(accelerator: Accelerator) -> None:
-    """Checks what the launcher or the config chose; FSDP2 gets gradients and losses in float32 with any of them."""
+    """Checks the precision, and makes FSDP2 reduce gradients and keep losses in float32."""
     precision = accelerator.mixed_precision
     if precision not in PRECISIONS:
-        raise ConfigError(f"--mixed_precision can be no, bf16 or fp16; the launcher chose {precision}")
+        raise ConfigError(
+            f"the launcher chose the precision {precision}. It can be no, bf16 or fp16. Use --mixed_precision bf16."
+        )
     if precision == "fp16" and accelerator.device.type != "cuda":
         raise ConfigError(
-            f"fp16 needs a CUDA device, and this is {accelerator.device}; use --mixed_precision bf16 or no"
+            f"fp16 was chosen on the device {accelerator.device}. It needs a CUDA device. Use --mixed_precision bf16 "
+            "or no."
         )
     if accelerator.is_fsdp2 and precision != "no":
-        # accelerate would reduce gradients, and round the summed loss, in the lower precision
+        # accelerate would reduce gradients and round the summed loss in the lower precision.
         policy = MixedPrecisionPolicy(param_dtype=PRECISIONS[precision], reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy

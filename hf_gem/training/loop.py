@@ -25,7 +25,7 @@ from .config import TrainConfig, trajectory
 from .curve import LiveCurve
 from .data.order import SampleOrder
 from .device import batch_to_device
-from .errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
+from .errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError, reason
 from .evaluate import evaluate
 from .launch import layers_to_shard, start_tracker
 from .loss import IGNORE
@@ -40,35 +40,35 @@ from .throughput import peak_flops
 
 _CANNOT_WRITE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),  # a file where a folder should be, or the other way round
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),  # a file in place of a folder, or the other way round
 )
-_KEPT = ("run_id", "sessions", "samples_hash", "evaluation")  # of the record, in checkpoints
-_MOST_SKIPPED = 10  # steps one after the other
+_KEPT = ("run_id", "sessions", "samples_hash", "evaluation")  # fields of the record that checkpoints keep
+_MOST_SKIPPED = 10  # steps in a row
 _MOST_ROLLBACKS = 3  # in a run
 
 
 def train(task: Task, config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
-    """Trains, or goes on with, a run.
+    """Starts a training run, or resumes one.
 
-    The loss of a step is normalised by the number of targets in the global batch, and everything random is seeded from
-    (seed, step, micro-batch), so a run is the same on any number of processes up to rounding, and bit for bit the same
-    after a restart.
+    The loss of a step is normalised by the number of targets in the global batch, and all randomness is seeded from
+    (seed, step, micro-batch). A run is thus the same on any number of processes up to rounding, and bit for bit the
+    same after a restart.
 
     Args:
-        task: What to train.
-        config: How.
-        accelerator: From `launch.make_accelerator`.
+        task: The model, objective and data.
+        config: The config of the run.
+        accelerator: An accelerator from `launch.make_accelerator`.
 
     Returns:
-        The record of the run, also in `record.json` of the output folder. It is whole on the main process only.
+        The record of the run, which is also in `record.json` of the output folder. It is only complete on the main
+        process.
 
     Raises:
-        ConfigError: the global batch does not divide among the processes, or the output folder is not a run's.
-        CheckpointError: a checkpoint cannot be read or written.
-        DataError: samples cannot be read.
-        TrainingError: the loss or the gradient is not finite, and `on_nonfinite` has no answer, or a file cannot be
-            written.
-        Interrupted: Ctrl-C or SIGTERM arrived; the state was saved.
+        ConfigError: The processes cannot split the global batch evenly, or the output folder holds something else.
+        CheckpointError: A checkpoint cannot be read or written.
+        DataError: Samples cannot be read.
+        TrainingError: A file cannot be written, or loss or gradient is not finite and `on_nonfinite` does not help.
+        Interrupted: Ctrl-C or SIGTERM arrived. The state was saved.
     """
     folder = Path(config.output_dir)
     try:
@@ -80,10 +80,10 @@ def train(task: Task, config: TrainConfig, accelerator: Accelerator) -> dict[str
             error.filename is not None and folder.absolute() in Path(os.fsdecode(error.filename)).absolute().parents
         )
         if not inside and error.errno not in _CANNOT_WRITE:
-            raise  # a picture that is none, a tracker that is away
+            raise  # not about writing: a broken image, an unreachable tracker
         raise TrainingError(
-            f"cannot write to {folder}: {error}. Complete checkpoints are still good; make room, or name another "
-            "--output_dir, and start the same command again"
+            f"cannot write to {folder}: {error}. Complete checkpoints are still good. Free some space or name another "
+            "--output_dir, and run the command again."
         ) from error
     finally:
         accelerator.end_training()
@@ -91,15 +91,15 @@ def train(task: Task, config: TrainConfig, accelerator: Accelerator) -> dict[str
 
 @contextlib.contextmanager
 def _sole_writer(folder: Path) -> Iterator[None]:
-    """Makes the output folder and keeps other runs out of it."""
+    """Makes the output folder and locks it against other runs."""
     if (folder / "README.md").exists() and not (folder / "record.json").exists():
-        raise ConfigError(f"{folder} holds a README.md that no run has written; choose another --output_dir")
+        raise ConfigError(f"{folder} holds a README.md that was not written by a run. Choose another --output_dir.")
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", blocking=False)
     try:
         lock.acquire()
     except Timeout:
-        raise ConfigError(f"another process is training in {folder}; stop it or choose another --output_dir") from None
+        raise ConfigError(f"another process is training in {folder}. Stop it or choose another --output_dir.") from None
     try:
         yield
     finally:
@@ -115,8 +115,8 @@ class _Run:
         self.folder = Path(config.output_dir)
         self.log = MetricsLog(self.folder / "log.jsonl")
         self.picture = LiveCurve(self.folder / "loss_curve.png")
-        self.saved = 0  # the newest step that is saved
-        self.owes_evaluation = False  # at that step, where a signal came in between
+        self.saved = 0  # the newest saved step
+        self.owes_evaluation = False  # whether a signal interrupted the evaluation at that step
         self.record = new_record(task, config, accelerator, self.order)
         sizes = self._prepare()
         self.micro_batch_size = sizes["micro_batch_size"]
@@ -130,7 +130,7 @@ class _Run:
             self.pusher = CheckpointPusher(config.push_to_hub, self.folder, private=not config.hub_public)
 
     def _prepare(self) -> dict[str, int]:
-        """Puts model and optimizer where they train; returns the sizes that fit there."""
+        """Moves model and optimizer to the device, and returns the sizes that fit into its memory."""
         task, config, accelerator = self.task, self.config, self.accelerator
         if config.gradient_checkpointing:
             checkpoint_gradients(task.model)
@@ -138,21 +138,21 @@ class _Run:
             task.objective.compile()
         if accelerator.is_fsdp2:
             layers: Any = layers_to_shard(task.model)
-            task.objective._no_split_modules = layers  # where accelerate looks for what to shard as one
+            task.objective._no_split_modules = layers  # accelerate reads from here what to shard as one unit
         else:
-            task.objective.to(accelerator.device)  # before the optimizer, which is a fused one on a GPU
+            task.objective.to(accelerator.device)  # before the optimizer is made, which is fused on a GPU
         sizes = fit_to_memory(task, config, accelerator)
         self.objective, self.optimizer = accelerator.prepare(
             task.objective, make_optimizer(task.objective, config, task.lr_ratios)
         )
-        self.evaluated = task.objective  # what DDP wraps, which is of no use in evaluation
+        self.evaluated = task.objective  # without the DDP wrapper, which evaluation does not need
         self.ema: Any = None
         if config.ema_decay:
             from timm.utils.model_ema import ModelEmaV3
 
             tensors = [tensor.data_ptr() for tensor in task.objective.state_dict().values()]
             if len(set(tensors)) < len(tensors):
-                raise ConfigError("--ema_decay would average tied weights twice, which this model has; set it to 0")
+                raise ConfigError("this model has tied weights, and --ema_decay would average them twice. Set it to 0.")
             self.ema = ModelEmaV3(task.objective, decay=config.ema_decay)
             self.evaluated = self.ema.module
         return sizes
@@ -161,14 +161,17 @@ class _Run:
         steps = self.config.steps
         start, state = self.checkpoints.restore(self.accelerator, self.config.resume)
         if start > steps:
-            raise CheckpointError(f"the checkpoint to continue is one of step {start}, and the run has {steps} steps")
+            raise CheckpointError(
+                f"the newest checkpoint is at step {start}, but --steps is {steps}. Use at least --steps {start}, or "
+                "choose another --output_dir."
+            )
         self._take_up(start, state)
         if self.is_main and start < steps:
             self.session["first_step"] = start + 1
             self.record["sessions"].append(self.session)
             print(headline(self.record, self.session, self.accelerator.device, start), flush=True)
         self.began = time.perf_counter()
-        # One name for the life of the run: a resumed run goes on with its curve.
+        # The name never changes, so a resumed run continues its curve.
         start_tracker(self.accelerator, self.config, f"{self.folder.name}-{self.record['run_id']}")
         owed = self.owes_evaluation
         if start == 0 or owed:
@@ -210,22 +213,24 @@ class _Run:
             if saves:
                 with self.clock.paused():
                     self._save(done, "finished" if last else "running")
-            agrees = self.world == 1 or done % min(10, config.log_every) == 0  # which waits for the device
+            agrees = self.world == 1 or done % min(10, config.log_every) == 0  # agreeing waits for the device
             if not last and agrees and (number := agreed_stop(self.accelerator)):
                 self._stop(done, number)
 
     def _stop(self, step: int, number: int) -> NoReturn:
-        """Saves what is not saved yet, and stops."""
+        """Saves the state, unless it is already saved, and stops."""
         if step == 0:
-            raise Interrupted("stopped before the first step; the same command starts again", number)
+            raise Interrupted("stopped before the first step; run the same command again to start over", number)
         if self.saved == step:
             self._write_record(step, "interrupted")
         else:
             self._save(step, "interrupted")
-        raise Interrupted(f"stopped at step {step} of {self.config.steps}, saved; the same command goes on", number)
+        raise Interrupted(
+            f"stopped and saved at step {step} of {self.config.steps}; run the same command again to continue", number
+        )
 
     def _take_up(self, step: int, state: Any) -> None:
-        """Goes on with what was saved beside the weights of a checkpoint; None for a new run."""
+        """Restores the state that was saved next to the weights of a checkpoint; None for a new run."""
         self.finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
         self.skipped_in_a_row = 0
         self.saved = step
@@ -238,12 +243,12 @@ class _Run:
             self.log.start(state["log"] if state is not None else [])
 
     def _load(self, step: int) -> None:
-        """Starts to make the batches of a step, beside whatever goes on."""
+        """Starts making the batches of a step in the background."""
         number = step + self.record["nonfinite"]["skipped_batches"]
         self._next: Future[list[dict[str, torch.Tensor]]] = self._loader.submit(self._batches, number)
 
     def _batches(self, number: int) -> list[dict[str, torch.Tensor]]:
-        """This process's share of a batch. Micro-batch k of rank r is slice k * world + r of it."""
+        """Returns this process's share of a batch. Micro-batch k of rank r is slice k * world + r of it."""
         size = self.config.global_batch_size
         drawn = np.stack([self.order.batch(number, size), np.arange(number * size, (number + 1) * size)])
         mine = drawn.reshape(2, -1, self.world, self.micro_batch_size)[:, :, self.rank]
@@ -253,28 +258,28 @@ class _Run:
         return batches
 
     def _loaded(self, step: int) -> list[dict[str, torch.Tensor]]:
-        """The batches of a step, while those of the next one are on their way."""
+        """Returns the batches of a step and starts loading those of the next."""
         try:
             with self.clock.waiting():
                 batches = self._next.result()
-        except Exception as error:  # whatever the data are made of
+        except Exception as error:  # each kind of data raises its own
             raise DataError(
-                f"the samples of step {step + 1} cannot be read: {type(error).__name__}: {error}. Complete checkpoints "
-                f"in {self.checkpoints.folder} are good; fix the data, and the same command goes on"
+                f"cannot read the samples of step {step + 1}: {reason(error)}. Complete checkpoints in "
+                f"{self.checkpoints.folder} are good. Fix the data and run the same command again."
             ) from error
         if step + 1 < self.config.steps:
             self._load(step + 1)  # while the device computes this one
         return batches
 
     def _step(self, step: int) -> torch.Tensor:
-        """One optimizer step; returns the mean loss over the global batch."""
+        """Takes one optimizer step and returns the mean loss over the global batch."""
         config, accelerator = self.config, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr_ratio"] * learning_rate(step, config)
         mean = self._backward(step, self._loaded(step))
         norm = accelerator.clip_grad_norm_(self.objective.parameters(), config.grad_clip or math.inf)
         finite = mean.isfinite()
-        if accelerator.scaler is None:  # which skips the step when a gradient overflows
+        if accelerator.scaler is None:  # a scaler skips the step itself when a gradient overflows
             finite &= (norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite()
         if config.on_nonfinite == "skip" and not finite.item():  # waits for the device
             self._skip(step)
@@ -288,10 +293,10 @@ class _Run:
         return mean
 
     def _backward(self, step: int, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """Gradients of the mean loss over the global batch, and this mean."""
+        """Computes the gradients of the mean loss over the global batch, and returns this mean."""
         accelerator = self.accelerator
         mine_targets = float(sum((b["labels"] != IGNORE).sum() for b in batches))
-        # It stays on the device, like the loss: nothing in a step waits for the device to catch up.
+        # It stays on the device, like the loss, so that nothing in a step waits for the device.
         num_targets = accelerator.reduce(torch.full((), mine_targets, device=accelerator.device), "sum")
         self.objective.train()
         total = torch.zeros((), device=accelerator.device)
@@ -300,27 +305,27 @@ class _Run:
             _seed(self.config.seed, number, k * self.world + self.rank)
             with contextlib.nullcontext() if k + 1 == len(batches) else accelerator.no_sync(self.objective):
                 loss = self.objective(**batch_to_device(batch, accelerator.device)).loss
-                # DDP and FSDP average over processes, and this is a sum over them
+                # DDP and FSDP average over processes, but the loss is a sum over them.
                 accelerator.backward(loss * (self.world / num_targets))
             total += loss.detach()
         mean: torch.Tensor = accelerator.reduce(total, "sum") / num_targets
         return mean
 
     def _skip(self, step: int) -> None:
-        """Counts a step whose gradient is thrown away, with the learning rate and all else going on."""
+        """Counts a step whose gradient is dropped. The learning rate and everything else advance."""
         self.record["nonfinite"]["skipped_steps"] += 1
         self.skipped_in_a_row += 1
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler.update()  # it has seen these gradients, and waits for their step
-        self.accelerator.print(f"step {step + 1}: loss or gradient is not finite, skipped")
+            self.accelerator.scaler.update()  # it has seen these gradients and expects their step
+        self.accelerator.print(f"step {step + 1}: loss or gradient is not finite, step skipped")
         if self.skipped_in_a_row == _MOST_SKIPPED:
-            raise self._not_finite(step + 1, f"at {_MOST_SKIPPED} steps one after the other, all skipped,")
+            raise self._not_finite(step + 1, f"in {_MOST_SKIPPED} skipped steps in a row, up to step {step + 1}")
 
     def _has_to_go_back(self) -> bool:
         return self.config.on_nonfinite == "rollback" and not self._is_finite()
 
     def _roll_back(self, step: int, progress: Progress) -> int:
-        """Returns to the newest checkpoint, to go on with the batches behind those that led here."""
+        """Returns to the newest checkpoint, and continues with the batches after those that led here."""
         before, sessions = self.record["nonfinite"], self.record["sessions"]
         if before["rollbacks"] == _MOST_ROLLBACKS or not self.checkpoints.complete():
             raise self._not_finite(step, f"after {before['rollbacks']} rollbacks, at or before step {step}")
@@ -330,7 +335,7 @@ class _Run:
         counts = {"rollbacks": before["rollbacks"] + 1, "skipped_batches": before["skipped_batches"] + step - start}
         self.record.update(nonfinite={**before, **counts}, sessions=sessions)
         self.accelerator.print(
-            f"loss or gradient not finite at or before step {step}: back to step {start}, passing over "
+            f"loss or gradient is not finite at or before step {step}: going back to step {start} and skipping "
             f"{step - start} batches"
         )
         progress.go_back(start)
@@ -342,9 +347,9 @@ class _Run:
     def _not_finite(self, step: int, where: str) -> TrainingError:
         self._write_record(step, "diverged")
         return TrainingError(
-            f"the loss or the gradient stopped being finite {where}; nothing was saved since, and the checkpoints in "
-            f"{self.checkpoints.folder} are good. Lower --learning_rate, lengthen --warmup_steps, train in "
-            "--mixed_precision bf16 or no, or choose what happens with --on_nonfinite"
+            f"the loss or the gradient stopped being finite {where}. Nothing was saved since, and the checkpoints in "
+            f"{self.checkpoints.folder} are good. Lower --learning_rate, raise --warmup_steps, train in "
+            "--mixed_precision bf16 or no, or set --on_nonfinite."
         )
 
     def _evaluate(self, step: int) -> None:
@@ -354,27 +359,25 @@ class _Run:
         try:
             found = {part: evaluate(self.evaluated, samples, *how) for part, samples in parts.items() if samples}
         except Interrupted as stopped:
-            self.owes_evaluation = True  # the same command begins with it
+            self.owes_evaluation = True  # a resumed run starts with it
             self._stop(step, stopped.signal_number)
         self.owes_evaluation = False
         if self.is_main:
             named = {f"{part}_{name}": value for part, e in found.items() for name, value in e.values.items()}
             self.log.add(step=step, **named)
             for part, e in found.items():
-                tqdm.write(
-                    f"{clock_time()} step {step}: {part} " + ", ".join(f"{k} {v:.5g}" for k, v in e.values.items())
-                )
+                shown = ", ".join(f"{name} {value:.5g}" for name, value in e.values.items())
+                tqdm.write(f"{clock_time()} step {step}: {part} {shown}")
             self.accelerator.log(named, step=step)
             self.record["evaluation"] = evaluation_record(self.task, found) if last else None
             if step and not last:  # the recipe draws the last one, with the unit of its loss
                 self.picture.draw({**self.record, **results(self.log, self.task)})
-        if step:  # no step has seen yet what its own update did; only the main process has the values
-            loss = found["validation"].values.get("loss", 0.0)
-            lost = torch.tensor(float(not math.isfinite(loss)), device=self.accelerator.device)
-            self.finite &= self.accelerator.reduce(lost, "sum") == 0
+        if step:  # the effect of the last update shows only here; only the main process has the values
+            lost = not math.isfinite(found["validation"].values.get("loss", 0.0))
+            self.finite &= self.accelerator.reduce(self.finite.new_full((), lost, dtype=torch.float32), "sum") == 0
 
     def _is_finite(self) -> bool:
-        return bool(self.finite.item())  # waits for the device, as do all who call this
+        return bool(self.finite.item())  # waits for the device
 
     def _check_finite(self, step: int) -> None:
         if not self._is_finite():
@@ -426,7 +429,7 @@ class _Run:
             write_record(self.folder / "record.json", self.record)
 
     def _collect_weights(self) -> None:
-        """Puts into `task.model` what was evaluated: averaged weights, or whole ones where they are sharded."""
+        """Puts the evaluated weights into `task.model`: the averaged ones, or those gathered from all shards."""
         if self.ema is not None:
             self.task.model.load_state_dict(self.ema.module.model.state_dict())
         elif self.accelerator.is_fsdp2:
@@ -439,9 +442,9 @@ class _Run:
 
 
 def _seed(*key: int) -> None:
-    """Seeds torch, for dropout, from any number of integers."""
+    """Seeds torch from any number of integers, for dropout."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
     if torch.accelerator.is_available():
         torch.manual_seed(seed)
-    else:  # for a GPU that is not there it would keep the whole stack as text, at every step
+    else:  # without a GPU, manual_seed would store the whole stack as text at every step
         torch.default_generator.manual_seed(seed)

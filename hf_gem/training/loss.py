@@ -1,4 +1,4 @@
-"""Objectives: modules whose forward returns the summed loss of a batch, so that any normalisation can follow."""
+"""Objectives: modules whose forward returns the summed loss of a batch, which the caller can then normalise."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ from ..modules import GemActivation
 from .errors import ConfigError
 from .pde import Problem
 
-CHUNK_SIZE = 4096  # tokens; of a vocabulary of 50k, 0.8 GB of logits in float32
-IGNORE = -100  # a label that counts for nothing, as in torch and transformers
+CHUNK_SIZE = 4096  # tokens: 0.8 GB of float32 logits with a vocabulary of 50k
+IGNORE = -100  # a label that is not a target, as in torch and transformers
 
-# SDPA for sequences that are neither padded nor packed. No mask belongs to it, so transformers looks for neither: to
-# look waits for the device, and a compiler, which cannot look, makes a mask that flash attention does not take.
+# SDPA for sequences that are neither padded nor packed. It is registered without a mask function, so transformers does
+# not check for padding or packing. The check waits for the device. A compiler cannot check, and makes a mask that flash
+# attention does not support.
 WHOLE_SEQUENCES = "sdpa_whole_sequences"
 AttentionInterface.register(WHOLE_SEQUENCES, sdpa_attention_forward)
 
 
 class Output(NamedTuple):
-    """What an objective computes of a batch.
+    """The output of an objective for a batch.
 
     Attributes:
         loss: Sum over all targets, a float32 scalar.
-        predictions: Of a classifier, the likeliest class of each sample, int64; of a field, its value at each point.
-        losses: In evaluation, that of each target, in the shape of the labels, float32; 0 where there is none.
+        predictions: The most likely class of each sample (int64) for a classifier, or the value at each point for a
+            field.
+        losses: The loss of each target in evaluation, float32 in the shape of the labels; 0 where there is no target.
     """
 
     loss: Tensor
@@ -42,24 +44,24 @@ class Output(NamedTuple):
 
     @classmethod
     def evaluated(cls, losses: Tensor, labels: Tensor, predictions: Tensor | None = None) -> Output:
-        """That of an evaluation, from the loss of each target."""
+        """Makes the output of an evaluation from the loss of each target."""
         return cls(losses.sum(), predictions, losses.view(labels.shape))
 
 
 def chunked_cross_entropy(
     hidden: Tensor, head: nn.Module, labels: Tensor, chunk_size: int, reduction: Literal["sum", "none"] = "sum"
 ) -> Tensor:
-    """Cross-entropy of `head(hidden)`, in float32, with the logits of one chunk in memory at a time.
+    """Computes the cross-entropy of `head(hidden)` in float32, with the logits of one chunk in memory at a time.
 
-    The backward pass computes the logits of each chunk again, so neither the logits nor a float32 copy of them is ever
-    held whole. One chunk that holds everything is not recomputed.
+    The backward pass recomputes the logits of each chunk, so the full logits and their float32 copy never exist. If one
+    chunk holds everything, nothing is recomputed.
 
     Args:
         hidden: Last hidden states, (tokens, width).
         head: Maps (tokens, width) to logits (tokens, vocabulary).
-        labels: int64 of shape (tokens,); `IGNORE` is left out.
-        chunk_size: Tokens in a chunk; 0 takes all at once.
-        reduction: The sum, or the loss of each token.
+        labels: Labels, int64 of shape (tokens,). Labels equal to `IGNORE` are left out.
+        chunk_size: Tokens in a chunk; 0 takes all tokens at once.
+        reduction: Whether to return the sum, or the loss of each token.
 
     Returns:
         A float32 scalar, or (tokens,).
@@ -80,11 +82,11 @@ def chunked_cross_entropy(
 
 @contextlib.contextmanager
 def whole_sequences(model: nn.Module) -> Iterator[None]:
-    """Lets SDPA in a model take every sequence as whole; afterwards it sees padding again, as generation needs."""
+    """Lets SDPA assume in a `with` block that no sequence is padded. Generation afterwards needs padding again."""
     parts = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
     configs = [config for config in parts if config._attn_implementation == "sdpa"]
     for config in configs:
-        config._attn_implementation = {"": WHOLE_SEQUENCES}  # of this part alone, where it has parts of its own
+        config._attn_implementation = {"": WHOLE_SEQUENCES}  # only for this part, not for its own parts
     try:
         yield
     finally:
@@ -93,7 +95,7 @@ def whole_sequences(model: nn.Module) -> Iterator[None]:
 
 
 def _token_losses(objective: nn.Module, hidden: Tensor, head: nn.Module, labels: Tensor, chunk_size: int) -> Output:
-    """What an objective returns for hidden states, (batch, length, width), and labels, (batch, length)."""
+    """Makes the output of an objective from hidden states (batch, length, width) and labels (batch, length)."""
     parts = hidden.flatten(0, 1), head, labels.flatten(), chunk_size
     if objective.training:
         return Output(chunked_cross_entropy(*parts))
@@ -104,9 +106,9 @@ class CausalLMLoss(nn.Module):
     """Next-token loss of a transformers causal language model on sequences that are neither padded nor packed.
 
     Args:
-        model: The model; its decoder and output embeddings are called separately.
-        chunk_size: Tokens in a chunk of `chunked_cross_entropy`; for auto, training puts a number here, and until then
-            it is `CHUNK_SIZE`.
+        model: The model. Its decoder and output embeddings are called separately.
+        chunk_size: Tokens in a chunk of `chunked_cross_entropy`. With auto, training sets a number later; until then
+            `CHUNK_SIZE` is used.
     """
 
     def __init__(self, model: PreTrainedModel, chunk_size: int | Literal["auto"] = 0) -> None:
@@ -115,7 +117,7 @@ class CausalLMLoss(nn.Module):
         self.chunk_size: Any = chunk_size
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Output:
-        """`labels[b, i]` is the token that follows `input_ids[b, i]`, both (batch, length)."""
+        """Computes the loss. `labels[b, i]` is the token after `input_ids[b, i]`; both are (batch, length)."""
         with whole_sequences(self.model):
             hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False)[0]
         head = self.model.get_output_embeddings()
@@ -124,13 +126,13 @@ class CausalLMLoss(nn.Module):
 
 
 class MaskedLMLoss(nn.Module):
-    """Loss of a masked language model at the positions that were chosen, the only ones whose logits are computed.
+    """Loss of a masked language model at the chosen positions. Only their logits are computed.
 
     Its sequences are neither padded nor packed.
 
     Args:
         model: A transformers model.
-        head: The name of its part that maps hidden states, (tokens, width), to logits.
+        head: Name of the submodule that maps hidden states (tokens, width) to logits.
     """
 
     def __init__(self, model: PreTrainedModel, head: str) -> None:
@@ -139,7 +141,7 @@ class MaskedLMLoss(nn.Module):
         self.head = head
 
     def forward(self, input_ids: Tensor, positions: Tensor, labels: Tensor) -> Output:
-        """`labels[b, k]` is what belongs at `input_ids[b, positions[b, k]]`."""
+        """Computes the loss. `labels[b, k]` is the true token at `input_ids[b, positions[b, k]]`."""
         with whole_sequences(self.model):
             hidden = self.model.base_model(input_ids=input_ids)[0]
         chosen = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
@@ -147,23 +149,23 @@ class MaskedLMLoss(nn.Module):
 
 
 class ClassificationLoss(nn.Module):
-    """Cross-entropy of an image classifier of transformers; smoothing and mixing are for training alone.
+    """Cross-entropy of a transformers image classifier. Smoothing and mixing apply only in training.
 
     Args:
         model: The classifier.
         label_smoothing: Share of the target that is spread over all classes.
-        mixup: A `timm.data.Mixup`, which then does the smoothing too, or None. It draws from numpy's global state,
+        mixup: A `timm.data.Mixup`, which then also does the smoothing, or None. It draws from numpy's global state,
             which is seeded here from torch's.
     """
 
     def __init__(self, model: nn.Module, label_smoothing: float = 0.0, mixup: Any = None) -> None:
         super().__init__()
-        self.model = model  # not channels-last: torch 2.14 corrupts the heap of a CPU, Conv2d(4, 8, 1, stride=2)
+        self.model = model  # not channels-last: Conv2d(4, 8, 1, stride=2) in torch 2.14 then corrupts the heap on a CPU
         self.label_smoothing = label_smoothing
         self.mixup = mixup
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> Output:
-        """`pixel_values` (batch, channels, height, width), `labels` (batch,)."""
+        """Computes the loss of `pixel_values` (batch, channels, height, width) and `labels` (batch,)."""
         if self.training and self.mixup is not None:
             pixel_values, labels = self._mix(pixel_values, labels)
         with whole_sequences(self.model):
@@ -179,8 +181,8 @@ class ClassificationLoss(nn.Module):
     def _mix(self, pixel_values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if len(labels) % 2:
             raise ConfigError(
-                f"mixup and CutMix take pairs, and a micro-batch has {len(labels)} images; choose "
-                "--global_batch_size and --micro_batch_size so that it is even"
+                f"a micro-batch has {len(labels)} images. Mixup and CutMix work on pairs, so the number must be even. "
+                "Change --global_batch_size or --micro_batch_size."
             )
         np.random.seed(int(torch.randint(2**31, ())))
         mixed: tuple[Tensor, Tensor] = self.mixup(pixel_values.clone(), labels)  # it works in place
@@ -188,16 +190,17 @@ class ClassificationLoss(nn.Module):
 
 
 class ResidualLoss(nn.Module):
-    """What a physics-informed network minimises: squared residuals of the equation, and squared errors on the boundary.
+    """Loss of a physics-informed network: squared residuals of the equation plus squared errors on the boundary.
 
-    The conditions are a penalty, as in Raissi, Perdikaris and Karniadakis 2019 (arXiv 1711.10561), and not built into
-    the model, so the model is the field. Derivatives are taken by `torch.autograd.grad`, which on a CPU took 0.2 to 0.4
-    of the time of torch.func at its fastest. In evaluation the loss is the squared error of the field.
+    The boundary conditions are a penalty, as in Raissi, Perdikaris and Karniadakis 2019 (arXiv 1711.10561). They are
+    not built into the model, so the model itself is the field. Derivatives use `torch.autograd.grad`, which on a CPU
+    took 0.2 to 0.4 of the time of the fastest torch.func version. In evaluation the loss is the squared error of the
+    field.
 
     Args:
         model: A `CoordinateMLPModel`.
-        problem: With the equation.
-        boundary_weight: Of squared errors on the boundary.
+        problem: The boundary value problem to solve.
+        boundary_weight: Weight of the squared errors on the boundary.
     """
 
     def __init__(self, model: nn.Module, problem: Problem, boundary_weight: float) -> None:
@@ -207,11 +210,11 @@ class ResidualLoss(nn.Module):
         self.boundary_weight = boundary_weight
         for module in model.modules():
             if isinstance(module, GemActivation):
-                module.save = "input"  # higher derivatives lose digits by way of the output, and at n = 3 are NaN
+                module.save = "input"  # higher derivatives from the output lose digits, and are NaN at n = 3
 
     def forward(self, points: Tensor, labels: Tensor, boundary: Tensor | None = None) -> Output:
-        """`labels`, (batch,), is the solution at `boundary`, (batch, 2), or without that at `points`."""
-        if not self.training:  # on training points too, where the inputs of activations are measured
+        """Computes the loss. `labels` (batch,) is the solution at `boundary` (batch, 2), or else at `points`."""
+        if not self.training:  # the inputs of activations are measured like this on training points
             at = points if boundary is None else torch.cat([points, boundary])
             values = self.model(at).field.float()[-len(labels) :]
             return Output.evaluated((values - labels).square(), labels, values)

@@ -1,4 +1,4 @@
-"""What fits into the memory of a device: micro-batches, logits, and what `auto` stands for in their options."""
+"""Finds what fits into the memory of a device, for micro-batches and logits whose option is `auto`."""
 
 from __future__ import annotations
 
@@ -18,50 +18,53 @@ from .launch import PRECISIONS
 from .loss import CHUNK_SIZE, CausalLMLoss
 from .task import Task
 
-_SHARE_OF_LOGITS = 1 / 3  # of the memory beside weights and optimizer; the rest is for activations
-_SPARE = 0.05  # of all memory: a compiler's buffers, kernels, fragments
-_MICRO_BATCH_SIZE = 16  # where nothing is tried
+_SHARE_OF_LOGITS = 1 / 3  # of the memory without weights and optimizer; the rest is for activations
+_SPARE = 0.05  # of all memory, for a compiler's buffers, kernels and fragmentation
+_MICRO_BATCH_SIZE = 16  # if no size is tried out
 
 
 def checkpoint_gradients(model: Any) -> None:
-    """Lets a model compute its activations again in the backward pass, or raises ConfigError."""
+    """Makes a model recompute its activations in the backward pass, or raises ConfigError."""
     if not getattr(model, "supports_gradient_checkpointing", False):
-        raise ConfigError(f"{type(model).__name__} has no --gradient_checkpointing; leave it out")
+        raise ConfigError(
+            f"got --gradient_checkpointing with a {type(model).__name__}. This model does not support it. Leave it out."
+        )
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # newer name
     enable({"use_reentrant": False})
 
 
 def fixed_micro_batch_size(config: TrainConfig) -> int:
-    """The configured micro-batch size; for `auto`, that of a CPU, where nothing is tried."""
+    """Returns the configured micro-batch size. For `auto` it is that of a CPU, where no size is tried out."""
     return _MICRO_BATCH_SIZE if config.micro_batch_size == "auto" else config.micro_batch_size
 
 
 def auto_chunk_size(available: int, batch: int, length: int, vocabulary: int, dtype: torch.dtype) -> int:
-    """The `chunk_size` of `chunked_cross_entropy` that saves no more memory than has to be saved.
+    """Chooses the `chunk_size` of `chunked_cross_entropy`, with chunks only if memory requires them.
 
-    Chunks compute the head twice, so there are none where all logits, their float32 copy and its gradient take at most
-    a third of the memory.
+    Chunks compute the head twice. They are not used if all logits, their float32 copy and its gradient take at most a
+    third of the available memory.
 
     Args:
-        available: Bytes beside weights, gradients and optimizer state.
+        available: Bytes left by weights, gradients and optimizer state.
         batch: Samples in a micro-batch.
         length: Tokens in a sample.
-        vocabulary: Logits of a token.
-        dtype: Of the logits as the head computes them.
+        vocabulary: Number of logits per token.
+        dtype: Dtype in which the head computes the logits.
     """
     logits = batch * length * vocabulary * (dtype.itemsize + 4 + 4)
     return 0 if logits <= available * _SHARE_OF_LOGITS else CHUNK_SIZE
 
 
 def largest_micro_batch(share: int, peak: Callable[[int], int], memory: int) -> int:
-    """The largest divisor of a process's share of a batch that fits, or 0.
+    """Finds the largest divisor of a process's share of a batch that fits into memory, or 0.
 
-    Two small tries tell what a sample takes, so that the first large one is close.
+    Two small tries measure what a sample takes, so that the first large try is close.
 
     Args:
-        share: Samples.
-        peak: Bytes that a forward and backward pass on some samples takes at most, or torch.OutOfMemoryError.
-        memory: Bytes in all.
+        share: Number of samples of a batch that one process computes.
+        peak: Returns the peak memory, in bytes, of a forward and backward pass on a number of samples, or raises
+            torch.OutOfMemoryError.
+        memory: Total number of bytes.
     """
     try:
         few, more = peak(2), peak(4)
@@ -79,22 +82,23 @@ def largest_micro_batch(share: int, peak: Callable[[int], int], memory: int) -> 
 
 
 def fit_to_memory(task: Task, config: TrainConfig, accelerator: Accelerator) -> dict[str, int]:
-    """What `auto` stands for, which the session has on record; the objective gets its part of it.
+    """Replaces `auto` sizes by numbers, and returns them for the record. All processes must call it.
 
-    Tries are not compiled: what runs eagerly fits when it is compiled too, and each size would be compiled anew.
+    The tries are not compiled. A size that fits eagerly also fits when compiled, and each size would need a new
+    compilation.
 
     Args:
-        task: Its objective is on the device, unless it is to be sharded.
-        config: Of the run.
-        accelerator: All of whose processes call this.
+        task: The task. Its objective is on the device, unless it will be sharded.
+        config: The config of the run.
+        accelerator: The accelerator of the run.
 
     Raises:
-        ConfigError: the batch does not divide among the processes, or nothing fits.
+        ConfigError: The processes cannot split the batch evenly, or nothing fits.
     """
     if config.global_batch_size % accelerator.num_processes:
         raise ConfigError(
-            f"--global_batch_size {config.global_batch_size} must be a multiple of the {accelerator.num_processes} "
-            "processes"
+            f"got --global_batch_size {config.global_batch_size} on {accelerator.num_processes} processes. It must be "
+            f"a multiple of {accelerator.num_processes}. Change it, or the number of processes."
         )
     share = config.global_batch_size // accelerator.num_processes
     tries = config.micro_batch_size == "auto" and accelerator.device.type == "cuda"
@@ -102,7 +106,7 @@ def fit_to_memory(task: Task, config: TrainConfig, accelerator: Accelerator) -> 
     found = {}
     if isinstance(task.objective, CausalLMLoss):
         if task.objective.chunk_size == "auto":
-            # No micro-batch is worth the second head that chunks cost; a try shows what fits without them.
+            # Chunks compute the head twice, which no larger micro-batch repays; a try shows what fits without them.
             task.objective.chunk_size = _chunk_size(task, config, accelerator, 1 if tries else size)
         found["loss_chunk_size"] = task.objective.chunk_size
     if tries:
@@ -113,7 +117,7 @@ def fit_to_memory(task: Task, config: TrainConfig, accelerator: Accelerator) -> 
 def _chunk_size(task: Task, config: TrainConfig, accelerator: Accelerator, batch: int) -> int:
     if accelerator.device.type != "cuda":
         return CHUNK_SIZE
-    # All memory rather than what is free now: a run that goes on later takes the same choice.
+    # Total memory rather than free memory, so that a resumed run makes the same choice.
     _, memory = torch.cuda.mem_get_info(accelerator.device)
     shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
     weights = _weight_bytes(task.model)
@@ -128,23 +132,23 @@ def _weight_bytes(model: nn.Module) -> int:
 
 
 def _state_bytes(weights: int, config: TrainConfig) -> int:
-    """What the optimizer keeps from its first step on, and averaged weights."""
+    """Returns the bytes of the optimizer state and of averaged weights."""
     return weights * ((2 if config.optimizer == "adamw" else 1) + bool(config.ema_decay))
 
 
 def _tried_micro_batch(share: int, task: Task, config: TrainConfig, accelerator: Accelerator) -> int:
-    """The largest micro-batch that fits on every process; nothing of the tries stays."""
+    """Finds the largest micro-batch that fits on every process. The tries leave no trace."""
     device = accelerator.device
     if accelerator.is_fsdp2:
         raise ConfigError(
-            "--micro_batch_size auto is not for FSDP2, whose processes wait for each other in every try; give a number"
+            "got --micro_batch_size auto with FSDP2. Its processes wait for each other in every try. Give a number."
         )
     task.objective.train()
     buffers = {name: buffer.clone() for name, buffer in task.objective.named_buffers()}  # statistics
     free, total = torch.cuda.mem_get_info(device)
     memory = free + torch.cuda.memory_reserved(device)
     with torch.random.fork_rng([device]), without_compiler():
-        # Stands for what there will be beside a step.
+        # Stands in for the memory that training takes besides a step.
         kept = _state_bytes(_weight_bytes(task.model), config) + int(total * _SPARE)
         stand_in = torch.empty(min(kept, free), dtype=torch.uint8, device=device)
         size = largest_micro_batch(share, lambda size: _peak_bytes(task, accelerator, size), memory)
@@ -155,15 +159,15 @@ def _tried_micro_batch(share: int, task: Task, config: TrainConfig, accelerator:
     size = int(accelerator.gather(torch.tensor([size], device=device)).min())
     if size == 0:
         raise ConfigError(
-            f"not one sample fits into the memory of {torch.cuda.get_device_name(device)}; use "
-            "--gradient_checkpointing true, a smaller model, or FSDP2 with a --micro_batch_size"
+            f"not even one sample fits into the memory of {torch.cuda.get_device_name(device)}. Use "
+            "--gradient_checkpointing true, a smaller model, or FSDP2 with a --micro_batch_size."
         )
     accelerator.print(f"micro-batches of {size} samples fit into memory")
     return size
 
 
 def _peak_bytes(task: Task, accelerator: Accelerator, size: int) -> int:
-    """Peak of the memory that a forward and backward pass on some samples takes."""
+    """Returns the peak memory of a forward and backward pass on some samples."""
     device = accelerator.device
     batch = task.train.batch(np.arange(size) % len(task.train), np.arange(size))
     torch.cuda.empty_cache()

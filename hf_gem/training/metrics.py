@@ -1,4 +1,4 @@
-"""The metrics of `evaluate.py` as subclasses of `evaluate.Metric`, for code of one's own; recipes do not need them."""
+"""The metrics of `evaluate.py` as subclasses of `evaluate.Metric`, for your own code. The recipes do not need them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .evaluate import METRICS
 
 
 class _Metric(Metric):  # type: ignore[misc]  # evaluate has no types
-    of: str  # of METRICS
-    kinds: tuple[str, str]  # of predictions and references
+    of: str  # the name in METRICS
+    kinds: tuple[str, str]  # types of predictions and references
 
     def _info(self) -> MetricInfo:
         features = Features(dict(zip(("predictions", "references"), map(Value, self.kinds), strict=True)))
@@ -29,18 +29,18 @@ class Perplexity(_Metric):
 
 
 class Accuracy(_Metric):
-    """`accuracy`, of classes; references equal to `IGNORE` are left out."""
+    """`accuracy` of classes, without references equal to `IGNORE`."""
 
     of, kinds = "accuracy", ("int64", "int64")
 
 
 class RelativeL2(_Metric):
-    """`relative_l2`, of values of a field."""
+    """`relative_l2` of the values of a field."""
 
     of, kinds = "relative_l2", ("float64", "float64")
 
 
 class Log10RelativeL2(_Metric):
-    """`log10_relative_l2`, its decimal logarithm."""
+    """`log10_relative_l2` of the values of a field."""
 
     of, kinds = "log10_relative_l2", ("float64", "float64")

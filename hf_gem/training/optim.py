@@ -14,14 +14,14 @@ from .config import TrainConfig
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up over `warmup_steps`, then decay by `lr_schedule`.
+    """Computes the learning rate: linear warm-up over `warmup_steps`, then decay by `lr_schedule`.
 
-    `cosine` and `linear` end at `min_lr_ratio` of the peak, at the last step. `step` is a tenth of the peak from half
-    of all steps on and a hundredth from three quarters, as in He et al. 2016 (arXiv 1512.03385, section 4.2).
+    `cosine` and `linear` reach `min_lr_ratio` times the peak at the last step. `step` divides the peak by 10 after half
+    of all steps and by 100 after three quarters, as in He et al. 2016 (arXiv 1512.03385, section 4.2).
 
     Args:
         step: Number of optimizer steps already taken, 0 for the first.
-        config: The schedule.
+        config: The config with the schedule.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
@@ -35,13 +35,13 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def parameter_groups(
     model: nn.Module, weight_decay: float, lr_ratios: Mapping[nn.Module, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Matrices and filters, which decay, and biases, norms and parameters of activations, which do not.
+    """Groups parameters for weight decay: matrices and filters decay; biases, norms and activations do not.
 
     Args:
-        model: Whose parameters.
-        weight_decay: Of the former.
-        lr_ratios: Parts of the model whose learning rate is a multiple of the others'; they get groups of their own,
-            with this multiple under `lr_ratio`.
+        model: The model with the parameters.
+        weight_decay: Weight decay of matrices and filters.
+        lr_ratios: Parts of the model whose learning rate is a multiple of the usual one. They get separate groups, with
+            the multiple stored as `lr_ratio`.
     """
     activations = {p for m in model.modules() if isinstance(m, GemActivation) for p in m.parameters()}
     ratios = {p: ratio for module, ratio in (lr_ratios or {}).items() for p in module.parameters()}
@@ -57,7 +57,7 @@ def parameter_groups(
 def make_optimizer(
     model: nn.Module, config: TrainConfig, lr_ratios: Mapping[nn.Module, float] | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD with momentum over `parameter_groups`, in the fused form where all parameters are on a GPU."""
+    """Makes AdamW, or SGD with momentum, over `parameter_groups`. It is fused if all parameters are on a GPU."""
     groups = parameter_groups(model, config.weight_decay, lr_ratios)
     fused = all(p.is_cuda for p in model.parameters()) or None
     if config.optimizer == "sgd":

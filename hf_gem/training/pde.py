@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _VISCOSITY = 0.01 / math.pi
-_NUM_NODES = 100  # of the quadrature, from which on the solution does not change in float64
+_NUM_NODES = 100  # nodes of the quadrature: more do not change the solution in float64
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Problem:
 
     Attributes:
         statement: Equation, domain, conditions and solution, in Markdown.
-        lower: The least coordinates of the box.
-        upper: The largest.
-        sides: Where the solution is given: the index of a coordinate, and its value there.
+        lower: Smallest coordinates of the box.
+        upper: Largest coordinates of the box.
+        sides: The sides on which the solution is given, each as the index of a coordinate and its value there.
         given: The solution on these sides, (batch, 2) -> (batch,).
-        grid: Points of the evaluation grid along each coordinate, both ends among them.
+        grid: Number of points of the evaluation grid along each coordinate, including both ends.
         exact: The solution at points, (batch, 2) -> (batch,).
-        residual: What the equation makes zero, (batch,), from values of a field, (batch,), and the points that they
-            were computed from, which require a gradient.
+        residual: The residual of the equation, (batch,), from the values of a field, (batch,), and the points they were
+            computed from, which require a gradient.
     """
 
     statement: str
@@ -41,12 +41,12 @@ class Problem:
 
 
 def _gradient(values: Tensor, points: Tensor) -> Tensor:
-    """Derivatives of each value by the coordinates of its point, differentiable again; zero where there are none."""
+    """Differentiates each value by the coordinates of its point. The result is differentiable; zero without a graph."""
     return torch.autograd.grad(values.sum(), points, create_graph=True, materialize_grads=True)[0]
 
 
 def _waves(statement: str, a: int, b: int, k: float) -> Problem:
-    """-lap u - k^2 u = f on a square, with f such that u = sin(a pi x) sin(b pi y)."""
+    """Makes the problem -lap u - k^2 u = f on a square, with f chosen so that u = sin(a pi x) sin(b pi y)."""
 
     def exact(points: Tensor) -> Tensor:
         return torch.sin(a * math.pi * points[:, 0]) * torch.sin(b * math.pi * points[:, 1])
@@ -70,10 +70,11 @@ def _waves(statement: str, a: int, b: int, k: float) -> Problem:
 
 
 def _burgers(points: Tensor) -> Tensor:
-    """The formula of Cole and Hopf by Gauss-Hermite quadrature, in float64 whatever the dtype of the points.
+    """Evaluates the formula of Cole and Hopf by Gauss-Hermite quadrature, always in float64.
 
-    u is a weighted mean of -sin(pi y) over y = x - sqrt(4 nu t) z with weights exp(-z^2 - cos(pi y) / (2 pi nu)), whose
-    logarithms span a hundred: a softmax. Source: Basdevant et al., Computers & Fluids 14 (1986) 23-41.
+    u is a weighted mean of -sin(pi y) over y = x - sqrt(4 nu t) z with weights exp(-z^2 - cos(pi y) / (2 pi nu)). The
+    logarithms of the weights span a range of 100, so the mean is computed with a softmax. Source: Basdevant et al.,
+    Computers & Fluids 14 (1986) 23-41.
     """
     nodes, weights = (torch.from_numpy(part).to(points.device) for part in np.polynomial.hermite.hermgauss(_NUM_NODES))
     x, t = points.double().split(1, dim=-1)
@@ -96,7 +97,7 @@ PROBLEMS = {
         b=1,
         k=0.0,
     ),
-    # Wang, Teng and Perdikaris 2021 (arXiv 2001.04536), with the sign turned.
+    # Wang, Teng and Perdikaris 2021 (arXiv 2001.04536), with the sign flipped.
     "helmholtz": _waves(
         "the Helmholtz equation `-lap u - u = (17 pi^2 - 1) u*` on [-1, 1]^2, `u = 0` on the boundary; the solution is "
         "`u* = sin(pi x) sin(4 pi y)`",

@@ -1,6 +1,6 @@
-"""Pushing runs to the Hub. What fails there costs nothing here: files stay, and training goes on.
+"""Pushes runs to the Hub. If a push fails, nothing is lost: the files stay on disk, and training continues.
 
-The token is that of `hf auth login` or $HF_TOKEN; nothing in this package reads, prints or stores it.
+The token comes from `hf auth login` or $HF_TOKEN. Nothing in this package reads, prints or stores it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from ..files import redact
+from ..files import shown
 from .checkpoint import written
-from .errors import PushError
+from .errors import PushError, reason
 from .signals import check
 
 _LAST = "last-checkpoint"  # as the Trainer of transformers calls it
@@ -26,38 +26,38 @@ _LOOK_EVERY = 0.2  # seconds
 
 
 def push_run(repo_id: str, folder: Path, files: Sequence[str], private: bool) -> str:
-    """Pushes some files of a finished run.
+    """Pushes files of a finished run.
 
     Args:
-        repo_id: `USER/NAME`.
+        repo_id: The repository, as `USER/NAME`.
         folder: The output folder of the run.
-        files: Their paths within it.
-        private: Whether the repository is made a private one, if it has to be made.
+        files: Paths of the files, relative to the folder.
+        private: Whether to make the repository private if it does not exist yet.
 
     Returns:
         The URL of the commit.
 
     Raises:
-        PushError: it failed; the message has the command that finishes it.
+        PushError: The push failed. The message contains a command that finishes it.
     """
     try:
         return _upload(repo_id, folder, files, private, None, f"{folder.name}, finished")
-    except Exception as error:  # of the client, the network or the Hub
+    except Exception as error:  # client, network and Hub raise many kinds
         command = ["hf", "upload", repo_id, str(folder), ".", "--private" if private else "--no-private"]
         command += [part for name in files for part in ("--include", glob.escape(name))]
         raise PushError(
-            f"pushing to {repo_id} failed: {_reason(error)}. Everything is in {folder}; this finishes "
-            f"it: {shlex.join(command)}"
+            f"cannot push to {shown(repo_id)}: {reason(error)}. All files are in {folder}. To finish the push, run: "
+            f"{shlex.join(command)}"
         ) from error
 
 
 class CheckpointPusher:
-    """Pushes checkpoints as `last-checkpoint` in a thread of its own, the newest one whenever it is free.
+    """Pushes checkpoints as `last-checkpoint` from a background thread. Whenever it is idle, it takes the newest one.
 
     Args:
-        repo_id: `USER/NAME`.
+        repo_id: The repository, as `USER/NAME`.
         folder: The output folder of the run.
-        private: Whether the repository is made a private one, if it has to be made.
+        private: Whether to make the repository private if it does not exist yet.
     """
 
     def __init__(self, repo_id: str, folder: Path, private: bool) -> None:
@@ -65,32 +65,32 @@ class CheckpointPusher:
         self.private = private
         self._copy = folder / ".pushing"
         self._thread: threading.Thread | None = None
-        self._left: Path | None = None  # the newest checkpoint, if it came while another was on its way
+        self._left: Path | None = None  # the newest checkpoint, if it came during another push
 
     def push(self, checkpoint: Path) -> None:
-        """Starts to push a complete checkpoint, unless the one before is still on its way."""
+        """Starts to push a complete checkpoint, unless the previous push is still running."""
         if self._thread is not None and self._thread.is_alive():
             self._left = checkpoint
             return
         self._left = None
-        try:  # the run deletes old checkpoints, and must not wait
+        try:  # push a copy: the run deletes old checkpoints and must not wait
             files = written(checkpoint)
             _copy(checkpoint, files, self._copy)
         except (OSError, ValueError) as error:
-            print(f"{checkpoint.name} is not pushed: {error}", file=sys.stderr, flush=True)
+            print(f"cannot push {checkpoint.name}: {error}", file=sys.stderr, flush=True)
             return
         self._thread = threading.Thread(target=self._run, args=(checkpoint.name, files), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when the newest checkpoint has been pushed.
+        """Waits until the newest checkpoint has been pushed.
 
         Raises:
-            Interrupted: a signal arrived before.
+            Interrupted: A signal arrived first.
         """
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(_LOOK_EVERY)
-            check("stopped while the last checkpoint was pushed; it is saved here, and the same command goes on")
+            check("stopped while pushing the last checkpoint, which is saved; run the same command again to continue")
         if self._left is not None:
             self.push(self._left)
             self.wait()
@@ -99,17 +99,17 @@ class CheckpointPusher:
     def _run(self, name: str, files: Sequence[str]) -> None:
         try:
             _upload(self.repo_id, self._copy, files, self.private, _LAST, name)
-        except Exception as error:  # of the client, the network or the Hub
+        except Exception as error:  # client, network and Hub raise many kinds
             print(
-                f"pushing {name} to {self.repo_id} failed: {_reason(error)}. Training goes on, and the "
-                "next checkpoint is pushed in its place",
+                f"cannot push {name} to {shown(self.repo_id)}: {reason(error)}. Training continues, and the next "
+                "checkpoint will be pushed instead.",
                 file=sys.stderr,
                 flush=True,
             )
 
 
 def _copy(folder: Path, files: Sequence[str], to: Path) -> None:
-    for copy in (os.link, shutil.copy2):  # the second one where the file system has no hard links
+    for copy in (os.link, shutil.copy2):  # copy2 for file systems without hard links
         shutil.rmtree(to, ignore_errors=True)
         try:
             for name in files:
@@ -119,10 +119,6 @@ def _copy(folder: Path, files: Sequence[str], to: Path) -> None:
         except OSError:
             if copy is shutil.copy2:
                 raise
-
-
-def _reason(error: Exception) -> str:
-    return redact(f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}")
 
 
 def _upload(repo_id: str, folder: Path, files: Sequence[str], private: bool, path: str | None, message: str) -> str:

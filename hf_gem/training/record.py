@@ -1,4 +1,4 @@
-"""The record of a run: one JSON file from which cards, plots and tables are made, and the log it grows from."""
+"""The record of a run: one JSON file from which cards, plots and tables are made, and the log it is built from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import platform
-import reprlib
 import secrets
 import shlex
 import subprocess
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..files import check_type, read_json, redact, redacted, to_json, write_atomically
+from ..files import check_type, read_json, redact, redacted, shown, to_json, write_atomically
 from ..modules import GemActivation
 from .config import TrainConfig
 from .data.order import SampleOrder
@@ -113,7 +112,7 @@ class _Scales(TypedDict):
     rms: float
 
 
-class _InMost(_Facts, total=False):  # not in records of older versions
+class _InMost(_Facts, total=False):  # missing in records of older versions
     recipe: str
     preset: str
     step: int
@@ -135,9 +134,9 @@ class _Record(_InMost):
 
 
 class MetricsLog:
-    """A JSONL file of metrics, one object a line, with the number of steps done under `step`.
+    """A JSONL file of metrics: one object per line, with the number of steps done in `step`.
 
-    NaN and infinity, which JSON lacks, are null in the file.
+    NaN and infinity become null, because JSON lacks them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -145,44 +144,44 @@ class MetricsLog:
         self.entries: list[dict[str, Any]] = []
 
     def start(self, entries: list[dict[str, Any]]) -> None:
-        """Begins with the entries of the checkpoint that is continued; what a killed run logged after it is dropped."""
+        """Starts with the entries of the checkpoint to resume from, dropping what a killed run logged after it."""
         self.entries = list(entries)
         write_atomically(self.path, "".join(to_json(entry) + "\n" for entry in entries))
 
     def add(self, **entry: Any) -> None:
-        """Appends one line, at once on disk for whoever reads along."""
+        """Appends one line and writes it at once, so that others can follow the file."""
         self.entries.append(entry)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(to_json(entry) + "\n")
 
     def keys(self, *prefixes: str) -> list[str]:
-        """The metrics whose names start with one of these, in the order in which they came."""
+        """Returns the metrics whose names start with one of the prefixes, in order of appearance."""
         return list(dict.fromkeys(key for entry in self.entries for key in entry if key.startswith(prefixes)))
 
     def curve(self, key: str) -> list[tuple[int, float]]:
-        """The (step, value) pairs of one metric."""
+        """Returns the (step, value) pairs of one metric."""
         return [(entry["step"], entry[key]) for entry in self.entries if key in entry]
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Writes a record, or brings it up to date; NaN and infinity, which JSON lacks, as null."""
+    """Writes or updates a record. NaN and infinity become null, because JSON lacks them."""
     write_atomically(path, to_json({"schema": SCHEMA, **record}, indent=2) + "\n")
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A record, of whatever origin.
+    """Reads a record, which may come from an untrusted source.
 
     Raises:
-        ValueError: it cannot be read, or is not what a run writes; the message names file and field.
+        ValueError: It cannot be read, or is not a record of a run. The message names file and field.
     """
     record: dict[str, Any] = read_json(path, _Record)
     if not record["sessions"]:
-        raise ValueError(f"{path}: sessions must have one at least, got none")
+        raise ValueError(f"{path}: sessions must have at least one entry, got none")
     for name, curve in record["curves"].items():
         if any(len(pair) != 2 or pair[0] is None for pair in curve):
-            raise ValueError(f"{path}: curves[{name!r}] must have pairs of step and value")
+            raise ValueError(f"{path}: curves[{shown(name)}] must hold pairs of step and value")
     if not str(record["result"].get("unit", "none")).isalpha():
-        raise ValueError(f"{path}: result.unit must be a word, got {reprlib.repr(record['result']['unit'])}")
+        raise ValueError(f"{path}: result.unit must be a word, got {shown(record['result']['unit'])}")
     if not 0 < (record.get("activation_inputs") or {"rms": 1})["rms"] < math.inf:
         raise ValueError(f"{path}: activation_inputs.rms must be above 0 and finite")
     _check_evaluation(record, f"{path}:")
@@ -190,42 +189,42 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def check_saved(value: Any, where: str) -> None:
-    """Checks what a checkpoint keeps for the record of its run.
+    """Checks the part of a record that a checkpoint keeps.
 
     Args:
-        value: Of a file.
-        where: Its place, for the message.
+        value: The value read from a file.
+        where: The place of the value, for the message.
 
     Raises:
-        ValueError: it is not what a run saves.
+        ValueError: The value is not what a run saves.
     """
     check_type(value, _Saved, where)
     for number, entry in enumerate(value["log"]):
         if not isinstance(entry.get("step"), int):
-            raise ValueError(f"{where}.log[{number}].step must be a whole number, got {entry.get('step')}")
+            raise ValueError(f"{where}.log[{number}].step must be a whole number, got {shown(entry.get('step'))}")
     for name, count in value["nonfinite"].items():
         if isinstance(count, int) and count < 0:
-            raise ValueError(f"{where}.nonfinite.{name} must be at least 0, got {count}")
+            raise ValueError(f"{where}.nonfinite.{name} must be at least 0, got {shown(count)}")
     _check_evaluation(value, where)
 
 
 def _check_evaluation(holder: Mapping[str, Any], where: str) -> None:
     unit = (holder.get("evaluation") or {}).get("unit", "none")
     if not unit.isalpha():
-        raise ValueError(f"{where} evaluation.unit must be a word, got {reprlib.repr(unit)}")
+        raise ValueError(f"{where} evaluation.unit must be a word, got {shown(unit)}")
     for part, groups in (holder.get("evaluation") or {}).items():
         if part in ("validation", "test"):
             sizes = {len(groups[name]) for name in ("counts", "losses", "correct") if name in groups}
             if len(sizes) > 1:
-                raise ValueError(f"{where} evaluation.{part} must have lists of one length, got {sorted(sizes)}")
+                raise ValueError(f"{where} evaluation.{part} must have lists of equal length, got {sorted(sizes)}")
 
 
 def new_session(accelerator: Accelerator, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """An entry for each time the command ran and took steps: nothing that happened elsewhere is claimed for it.
+    """Makes the entry for one execution of the command. Each execution that takes steps gets its own entry.
 
     Args:
-        accelerator: Of the run.
-        sizes: What was chosen for the memory of this machine, of `fit_to_memory`.
+        accelerator: The accelerator of the run.
+        sizes: The sizes that `fit_to_memory` chose for this machine.
     """
     return {
         **(environment() if accelerator.is_main_process else {}),
@@ -237,7 +236,7 @@ def new_session(accelerator: Accelerator, sizes: Mapping[str, int]) -> dict[str,
 
 
 def new_record(task: Task, config: TrainConfig, accelerator: Accelerator, order: SampleOrder) -> dict[str, Any]:
-    """The record of a run that has not begun. It is whole on the main process only."""
+    """Makes the record of a run that has not started. It is only complete on the main process."""
     hashes = accelerator.is_main_process
     return {
         "status": "running",
@@ -260,18 +259,18 @@ def new_record(task: Task, config: TrainConfig, accelerator: Accelerator, order:
 
 
 def evaluation_record(task: Task, found: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """What a record keeps of the last evaluation, for intervals that count documents or images as well as seeds.
+    """Makes the record's summary of the last evaluation, from which intervals can count documents or images.
 
     Args:
-        task: Which was evaluated.
-        found: Part of the data, `validation` or `test` -> what was found.
+        task: The task that was evaluated.
+        found: Part of the data, `validation` or `test` -> its evaluation.
     """
     parts = {part: {"num_units": e.num_units, **e.groups} for part, e in found.items() if e.groups is not None}
     return {"unit": {"tokens": "documents"}.get(task.unit, task.unit), **parts}
 
 
 def results(log: MetricsLog, task: Task) -> dict[str, Any]:
-    """The part of a record that follows from the log: `result` and `curves`."""
+    """Computes the part of a record that follows from the log: `result` and `curves`."""
     curves = {key: curve for key in log.keys("validation_", "test_") if (curve := log.curve(key))}
     losses = [loss for _, loss in curves.get("validation_loss", [])]
     finite = [loss for loss in losses if math.isfinite(loss)]
@@ -344,11 +343,11 @@ def hardware() -> dict[str, Any]:
 
 
 def hash_weights(model: nn.Module, signs: bool = False) -> str:
-    """SHA-256 over names, shapes and values of all parameters but those of activations: equal for equal weights.
+    """Computes a SHA-256 over names, shapes and values of all parameters except those of activations.
 
     Args:
-        model: Whose parameters.
-        signs: Takes signs in place of values: equal for equal draws of weights, whatever their scale.
+        model: The model with the parameters.
+        signs: Whether to hash signs instead of values. Weights from the same draw then have the same hash at any scale.
     """
     ours = {p for module in model.modules() if isinstance(module, GemActivation) for p in module.parameters()}
     weights = {name: p.detach() for name, p in model.named_parameters() if p not in ours}
@@ -356,7 +355,7 @@ def hash_weights(model: nn.Module, signs: bool = False) -> str:
 
 
 def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, shapes, types and values."""
+    """Computes a SHA-256 over names, shapes, types and values."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

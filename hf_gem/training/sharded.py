@@ -1,7 +1,7 @@
-"""Sharded checkpoints of FSDP2, read without running what may stand in them.
+"""Reads sharded checkpoints of FSDP2 without running code from them.
 
-The list of tensors of such a checkpoint is a pickle, and so is every number beside the tensors. `torch.distributed`,
-which `Accelerator.load_state` calls, unpickles both without restriction.
+The list of tensors in such a checkpoint is a pickle, and so are all values other than tensors. `Accelerator.load_state`
+calls `torch.distributed`, which unpickles both without restriction.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import StateDictType
 
-from ..files import is_inside
+from ..files import is_inside, shown
 
 _METADATA = ".metadata"
 _MODULE = "torch.distributed.checkpoint"
-# What a list of tensors is made of: classes that hold data, and nothing that does anything.
+# The classes in a list of tensors. They only hold data; none of them does anything.
 _ALLOWED = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
@@ -42,7 +42,7 @@ _ALLOWED = {
     },
     f"{_MODULE}.filesystem": {"_StorageInfo"},
 }
-_PATHS = {"PosixPath", "WindowsPath"}  # of the folder in which it was written, which nothing needs
+_PATHS = {"PosixPath", "WindowsPath"}  # the folder it was written to, which nothing needs
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -52,21 +52,22 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def load_sharded(accelerator: Accelerator, folder: Path) -> None:
-    """Loads model, optimizer and scaler, as `Accelerator.load_state` does; all processes call it.
+    """Loads model, optimizer and scaler, as `Accelerator.load_state` does. All processes must call it.
 
-    Random states are left as they are: a run seeds whatever it draws.
+    Random states are not restored, because a run seeds everything it draws.
 
     Args:
-        accelerator: Holds the prepared model and optimizer.
+        accelerator: The accelerator with the prepared model and optimizer.
         folder: The checkpoint.
 
     Raises:
-        ValueError: a file is damaged, lies elsewhere, or names what has no place in a checkpoint; nothing has run.
+        ValueError: A file is damaged, lies elsewhere, or names something that does not belong in a checkpoint. No code
+            from it has run.
     """
     (model,), (optimizer,) = accelerator._models, accelerator._optimizers
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(torch.load(folder / SCALER_NAME, weights_only=True))
-        accelerator.scaler.scale(torch.zeros((), device=accelerator.device))  # has it ready for the optimizer
+        accelerator.scaler.scale(torch.zeros((), device=accelerator.device))  # initialises it for the optimizer
     options = StateDictOptions(cpu_offload=accelerator.state.fsdp_plugin.state_dict_config.offload_to_cpu)
     state = _load({"model": get_model_state_dict(model, options=options)}, folder / "pytorch_model_fsdp_0")
     set_model_state_dict(model, state["model"], options=options)
@@ -78,9 +79,9 @@ def load_sharded(accelerator: Accelerator, folder: Path) -> None:
 def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
         checkpoint.load(state, storage_reader=_Reader(folder), planner=_Planner())
-    except CheckpointException as error:  # no Exception
+    except CheckpointException as error:  # not a subclass of Exception
         reasons = "; ".join(dict.fromkeys(str(reason) for reason, _ in error.failures.values()))
-        raise ValueError(f"{folder} cannot be read: {reasons}") from error
+        raise ValueError(f"cannot read {folder}: {reasons}") from error
     return state
 
 
@@ -89,10 +90,10 @@ class _Reader(checkpoint.FileSystemReader):
         with Path(self.path, _METADATA).open("rb") as file:
             metadata = _Unpickler(file).load()
         if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(f"{file.name} holds a {type(metadata).__name__}, and no list of tensors")
+            raise pickle.UnpicklingError(f"{file.name} holds a {type(metadata).__name__} instead of a list of tensors")
         for info in metadata.storage_data.values():
             if not is_inside(info.relative_path):
-                raise ValueError(f"{file.name} names {info.relative_path!r}, which is not in its folder")
+                raise ValueError(f"{file.name} names {shown(info.relative_path)}, which is outside its folder")
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -114,10 +115,12 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return getattr(torch, name)
         if name not in _ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"the list of tensors names {module}.{name}, which has no place in one")
+            raise pickle.UnpicklingError(
+                f"the list of tensors names {shown(f'{module}.{name}')}, which does not belong in one"
+            )
         found: Callable[..., Any] = super().find_class(module, name)
         return found
 
 
 def _no_path(*parts: object) -> None:
-    """In place of a path."""
+    """Takes the place of a path."""

@@ -1,7 +1,7 @@
-"""SIGINT and SIGTERM: a handler sets a flag, and the code that loops or waits looks at it and stops by itself.
+"""Handles SIGINT and SIGTERM: a handler sets a flag, and code that loops or waits checks the flag and stops.
 
-An exception out of a signal handler may hit anywhere, inside a library that holds a lock too, and that lock is then
-held for ever. Here, `Interrupted` is raised by `check`, and only where the caller can stop.
+A signal handler that raises can interrupt any code, including a library that holds a lock, and that lock would never be
+released. Here, only `check` raises `Interrupted`, at points where the caller can stop.
 """
 
 from __future__ import annotations
@@ -28,28 +28,29 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
+STOPPED = "stopped; run the same command again to continue"
 _LOOK_EVERY = 0.2  # seconds
 _active: Caught | None = None
-terminal = 2  # the descriptor for an answer to Ctrl-C; another one while 2 goes to a file
+terminal = 2  # the descriptor for the answer to Ctrl-C; it changes while 2 is redirected to a file
 
 
 @dataclass
 class Caught:
-    """What a guard has caught.
+    """The signal that a guard has caught.
 
     Attributes:
-        number: The signal that asked to stop, or None. Code that learns of a stop by other means sets it too.
+        number: The signal that requested a stop, or None. Code that learns of a stop in another way may set it.
     """
 
     number: int | None = None
 
     @property
     def requested(self) -> bool:
-        """Whether a stop was asked for."""
+        """Whether a stop was requested."""
         return self.number is not None
 
-    def raise_if_requested(self, message: str = "stopped; the same command goes on") -> None:
-        """Raises `Interrupted` with the given message if a stop was asked for."""
+    def raise_if_requested(self, message: str = STOPPED) -> None:
+        """Raises `Interrupted` with the given message if a stop was requested."""
         if self.number is not None:
             raise Interrupted(message, self.number)
 
@@ -58,12 +59,12 @@ class Caught:
 def catch_signals() -> Iterator[Caught]:
     """Collects SIGINT and SIGTERM while the block runs.
 
-    The first one sets `number` and changes nothing else. A second SIGINT acts at once, as it does without the guard:
-    it raises KeyboardInterrupt. A second SIGTERM is ignored, since launchers pass on the one that processes of their
+    The first signal only sets `number`. A second SIGINT acts at once, as without the guard: it raises
+    KeyboardInterrupt. A second SIGTERM is ignored, because launchers pass on a SIGTERM that the processes of their
     group have already received.
 
-    Inside another guard this is that guard, so what was asked for there holds here. Python delivers signals to the
-    main thread alone; in another thread the guard catches nothing.
+    A guard inside another guard is the outer one, so a stop requested there also holds here. Python delivers signals
+    only to the main thread. In another thread the guard catches nothing.
     """
     global _active
     if _active is not None:
@@ -79,7 +80,7 @@ def catch_signals() -> Iterator[Caught]:
         caught.number = caught.number or number
         if number == signal.SIGINT:
             signal.signal(number, previous[signal.SIGINT] or signal.default_int_handler)
-            with contextlib.suppress(OSError):  # not by print, which may have been interrupted half-way
+            with contextlib.suppress(OSError):  # not with print, which the signal may have interrupted
                 os.write(terminal, b"\nstopping as soon as possible; press Ctrl-C again to stop at once\n")
 
     _active = caught
@@ -93,27 +94,28 @@ def catch_signals() -> Iterator[Caught]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def check(message: str = "stopped; the same command goes on") -> None:
+def check(message: str = STOPPED) -> None:
     """Raises `Interrupted` if the active guard was asked to stop. Any thread may call it, with or without a guard.
 
     Args:
-        message: What was saved and how to go on.
+        message: What was saved, and how to continue.
     """
     if _active is not None:
         _active.raise_if_requested(message)
 
 
 def wait_for(call: Callable[[], T], message: str) -> T:
-    """The result of a call that may block for long, made in a thread, while this one looks whether a signal arrives.
+    """Runs a call that may block for long in a thread, watches for signals meanwhile, and returns its result.
 
-    Without a guard, or in another thread than the main one, it is a plain call.
+    Without a guard, or outside the main thread, it is a plain call.
 
     Args:
-        call: What blocks. When a signal arrives it is left behind, in a thread that does not keep the process alive.
-        message: What was saved and how to go on.
+        call: The call that may block. When a signal arrives, it keeps running in a daemon thread, which does not keep
+            the process alive.
+        message: What was saved, and how to continue.
 
     Raises:
-        Interrupted: a signal arrived before the result.
+        Interrupted: A signal arrived before the result.
     """
     if _active is None or threading.current_thread() is not threading.main_thread():
         return call()
@@ -134,10 +136,10 @@ def wait_for(call: Callable[[], T], message: str) -> T:
 
 
 def agreed_stop(accelerator: Accelerator) -> int | None:
-    """The signal to stop for, or None: the same on all processes, which all call this at the same point.
+    """Returns the signal to stop for, or None; the same on all processes. All must call it at the same point.
 
-    A file named by $HF_GEM_STOP_FILE stands for SIGTERM: launchers kill half a minute after they pass that on. With
-    several processes this waits for the device.
+    If the file named by $HF_GEM_STOP_FILE exists, that counts as a SIGTERM. It is useful because launchers kill a
+    process half a minute after they pass on a SIGTERM. With several processes this call waits for the device.
     """
     number = _active.number if _active is not None else None
     file = os.environ.get("HF_GEM_STOP_FILE")
@@ -150,9 +152,9 @@ def agreed_stop(accelerator: Accelerator) -> int | None:
 
 
 def run_recipe(main: Callable[[], None]) -> None:
-    """Runs a recipe as a script, under a guard: an error that a person can fix ends it with one line and a status.
+    """Runs a recipe as a script, under a guard. An error that the user can fix exits with one line and a status.
 
-    Nothing that it raises shows a secret of the command line.
+    No error shows a secret from the command line.
     """
     try:
         with catch_signals():
@@ -164,5 +166,5 @@ def run_recipe(main: Callable[[], None]) -> None:
         shown = redact(text := traceback.format_exc())
         if shown == text:
             raise
-        print(shown, file=sys.stderr)  # as Python would, but for the secrets
+        print(shown, file=sys.stderr)  # as Python would, without the secrets
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""What is trained on what."""
+"""The task of a recipe: a model, an objective and data."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from torch import nn
 
 
 class Samples(Protocol):
-    """Data by index. Labels equal to `IGNORE` are not targets."""
+    """Samples that are read by index. Labels equal to `IGNORE` are not targets."""
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, torch.Tensor]:
-        """The keyword arguments of the objective for some samples, `labels` among them.
+        """Returns the keyword arguments of the objective for some samples, including `labels`.
 
         Args:
-            indices: Which samples.
-            draws: In training, the number of each in the order of the whole run: what is random about a sample, masks
-                or augmentation, is a function of it and of a seed. None in evaluation, which is always the same; there,
-                `units` may be among the results, in the shape of `labels`: the number of the document or image that
-                each target belongs to.
+            indices: Indices of the samples.
+            draws: In training, the position of each sample in the order of the whole run. Masks and augmentation of a
+                sample depend only on this number and a seed. None in evaluation, which is always the same. The result
+                may then include `units`, in the shape of `labels`: the number of the document or image that each target
+                belongs to.
         """
         ...
 
 
 @dataclass
 class Task:
-    """What is trained on what.
+    """A model, an objective, and the data to train and evaluate on.
 
     Attributes:
-        name: The recipe, as it appears in the record.
-        preset: The preset, likewise.
-        model: The model of transformers that is trained; at the end, all of its weights are here.
-        objective: Of `loss`, with `model` as its attribute.
+        name: Name of the recipe, for the record.
+        preset: Name of the preset, for the record.
+        model: The transformers model to train. At the end it holds all trained weights.
+        objective: A module of `loss`, with `model` as an attribute.
         train: Training samples.
-        validation: Validation samples, all of which are evaluated.
-        data: What the record says of the data; its `hash` identifies it.
-        test: Samples to evaluate once, at the end; None without a test.
-        units_per_sample: How much of what throughput counts is in a sample: tokens, 1 image, or 1 point.
-        unit: What that is called.
-        flops_per_unit: Training FLOPs for one, for the share of peak reported as MFU.
-        metrics: Of `evaluate.METRICS`, computed beside the loss.
-        facts: What else the record says, as JSON.
-        lr_ratios: Parts of the model whose learning rate is a multiple of the others'.
-        identity: What has to be equal, besides config and data, for a checkpoint to be continued; as JSON.
+        validation: Validation samples. All of them are evaluated.
+        data: Facts about the data for the record. Its `hash` identifies the data.
+        test: Samples to evaluate once, at the end, or None.
+        units_per_sample: Number of units in a sample: its tokens, or 1 for an image or point.
+        unit: Name of the unit that throughput counts.
+        flops_per_unit: Training FLOPs per unit, from which MFU is computed, or None.
+        metrics: Names of `evaluate.METRICS` to compute in addition to the loss.
+        facts: Further facts for the record, as JSON.
+        lr_ratios: Parts of the model -> the multiple of the usual learning rate that they get.
+        identity: Further values that must be equal for a checkpoint to be resumed, as JSON.
     """
 
     name: str

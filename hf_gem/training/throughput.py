@@ -1,4 +1,4 @@
-"""Throughput and its share of what the device can do."""
+"""Computes the share of a device's peak that training reaches."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ FLOP_COUNT = "6 N + 12 layers * width * context per token (PaLM, appendix B; N p
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a device in FLOP/s, or None where it is not known."""
+    """Returns the dense bf16 peak of a device in FLOP/s, or None if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    # Whole words: an L4 is no L40, and a part not listed, such as a laptop's, has no peak here.
+    # Match whole words: an L4 is not an L40, and unlisted devices, such as laptop GPUs, have no known peak.
     return next((peak for key, peak in _PEAK_BF16.items() if re.search(rf"\b{key}\b(?! Laptop| NVL)", name)), None)
 
 
 def decoder_flops_per_token(model: PreTrainedModel, block_size: int) -> float:
-    """Training FLOPs for one token of a transformers decoder, by `FLOP_COUNT`."""
+    """Computes the training FLOPs per token of a transformers decoder, by `FLOP_COUNT`."""
     layers: int = model.config.num_hidden_layers
     width: int = model.config.hidden_size
     positions = getattr(model.base_model, "wpe", None)

@@ -1,10 +1,10 @@
 #!/bin/bash
-# Any recipe on any number of machines:
+# Runs any recipe on any number of machines:
 #
 #   sbatch --nodes 8 recipes/accelerate/slurm.sh recipes/gpt2_pretrain.py --preset gpt2-124m --output_dir /shared/run
 #
-# The output folder has to be one that all machines see. Ten minutes before the time is up, and when the job is preempted,
-# the recipe is told through a file: it saves and stops, and the job is put back in the queue, to go on where it was.
+# All machines must see the output folder. Ten minutes before the time limit, and when the job is preempted, a file tells
+# the recipe to save and stop. The job is then requeued, and continues where it stopped.
 #SBATCH --job-name=hf_gem
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -15,15 +15,15 @@
 #SBATCH --signal=B:USR1@600
 set -euo pipefail
 
-GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:-8}}  # of each machine
+GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:-8}}  # per machine
 CONFIG=${CONFIG:-multi_node.yaml}
 HERE=${SLURM_SUBMIT_DIR:-$(pwd)}/recipes/accelerate
 FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1 | cut -d ' ' -f 1)
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # which srun does not take over by itself
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit this by itself
 export HF_GEM_STOP_FILE=$(pwd)/.stop-$SLURM_JOB_ID
-PORT=$((20000 + SLURM_JOB_ID % 20000))  # another one for each job
+PORT=$((20000 + SLURM_JOB_ID % 20000))  # a different one for each job
 
-# A task's own rank is known on its machine only, hence the shell.
+# The shell is needed because a task's rank is only known on its machine.
 srun bash -c 'exec accelerate launch --config_file "$0" --machine_rank "$SLURM_PROCID" "$@"' \
   "$HERE/$CONFIG" --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * GPUS)) \
   --main_process_ip "$FIRST" --main_process_port "$PORT" "$@" &

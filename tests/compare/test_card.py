@@ -50,7 +50,7 @@ def test_a_card_says_what_a_study_found(toy, run):
     text = card(folder, toy)
     assert text.startswith(CARD[: CARD.index("## Use")])
     assert text.endswith(CARD[CARD.index("## Use") :])
-    assert "This checkpoint is none of them; they had steps 10 (here 20)." in text
+    assert "This checkpoint is not one of these runs, which used steps 10 (here 20)." in text
     assert "| gem | `gem_n2` | 0.01 | 8 |" in text
     assert "| better |" in text
     assert "below that of `relu`" in text
@@ -62,7 +62,7 @@ def test_a_run_of_the_study(toy, run):
     folder = run()
     record = json.loads((folder / "record.json").read_text()) | {"run_id": "gem_n2-lr0.01-seed3"}
     (folder / "other.json").write_text(json.dumps(record))
-    assert "This checkpoint is one of them." in card(folder, toy, f"--record={folder / 'other.json'}")
+    assert "This checkpoint is one of these runs." in card(folder, toy, f"--record={folder / 'other.json'}")
 
 
 @pytest.mark.parametrize(
@@ -70,10 +70,10 @@ def test_a_run_of_the_study(toy, run):
     [
         (lambda folder: (folder / "record.json").unlink(), "record.json; name that of the run with --record"),
         (lambda folder: (folder / "README.md").unlink(), "README.md is not the card of a run: it has no section `Use`"),
-        (lambda folder: _change(folder, recipe="gpt"), "the run is one of gpt, and toy is a study of toy"),
+        (lambda folder: _change(folder, recipe="gpt"), "the run is one of the recipe 'gpt', but toy is a study of toy"),
         (
             lambda folder: _change(folder, config={"hidden_act": "mish"}),
-            "has not compared 'mish'; it has compared relu",
+            "did not compare 'mish'. It compared relu",
         ),
     ],
 )

@@ -37,7 +37,7 @@ def test_from_plan_to_report(study):
     report = (toy.folder / "report.md").read_text()
     assert "of `gem` was 0.0" in report
     assert "below that of `relu`" in report
-    assert "equal initial weights" in report
+    assert "the same initial weights" in report
     assert page.count("data:image/svg+xml;base64,") == 4  # forest, curves, learning rates, n
     assert not re.search(r'(src|href)="(?!data:)', page)
     for name in re.findall(r"\]\((\w+\.png)\)", report):
@@ -59,7 +59,7 @@ def test_nothing_is_run_twice_and_the_report_is_the_same(study, capsys):
 def test_a_run_that_failed_stops_the_study_and_can_be_repeated(study):
     name = "gem-lr0.01-seed100"
     toy = study(flags={"breaks": name})
-    with pytest.raises(StudyError, match=rf"the run {name} ended with status 1: .*out of memory.*output is in"):
+    with pytest.raises(StudyError, match=rf"the run {name} exited with status 1: .*out of memory.*output is in"):
         run(toy)
     assert started(toy)[-1] == name
     done = set(started(toy)) - {name}
@@ -91,7 +91,7 @@ def test_two_drivers_share_a_study(study):
 @pytest.mark.parametrize("key", ["init_hash", "order_hash", "samples_hash"])
 def test_what_is_not_paired_stops_the_study(study, key):
     toy = study(flags={"unpaired": key}, final_seeds=[0, 1])
-    with pytest.raises(StudyError, match=rf"the runs are not paired: of seed 0 the arms differ in {key}"):
+    with pytest.raises(StudyError, match=rf"the runs are not paired: the arms of seed 0 differ in {key}"):
         run(toy)
     assert len(started(toy)) == 4 * 3 * 2 + 2  # and not after all final runs
     write_report(toy)
@@ -140,7 +140,7 @@ def test_code_that_differs_is_refused_before_it_runs(study, monkeypatch):
 
 
 def test_a_recipe_that_is_none(study):
-    with pytest.raises(PlanError, match=r"no recipe 'top' in .*; there are toy"):
+    with pytest.raises(PlanError, match=r"no recipe 'top'\. It has toy\."):
         run(study(recipe="top"))
 
 
@@ -161,7 +161,7 @@ def test_a_run_that_outlives_its_driver_is_waited_for(study):
 
 def test_a_metric_that_the_recipe_does_not_have_is_told_at_the_first_run(study):
     toy = study(metric="validation_accuracy")
-    with pytest.raises(PlanError, match="toy has no validation_accuracy; it has validation_loss"):
+    with pytest.raises(PlanError, match=r"toy has no validation_accuracy\. It has validation_loss"):
         run(toy)
     assert len(started(toy)) == 1
 
@@ -226,12 +226,14 @@ def test_a_run_that_failed_is_told_while_others_are_waited_for(study, capsys):
         if len(under_way) == 2:
             under_way["relu-lr0.01-seed0"].exitcode = 1
         else:
-            assert "Waiting for the runs that are under way" in capsys.readouterr().err
+            assert "Waiting for the other active runs to finish" in capsys.readouterr().err
             record_of(toy, "gem-lr0.01-seed0")
             under_way["gem-lr0.01-seed0"].exitcode = 0
 
     made_up = MadeUp(happens)
-    with pytest.raises(StudyError, match=r"the run relu-lr0.01-seed0 ended with status 1: \. Its output is in"):
+    with pytest.raises(
+        StudyError, match=r"the run relu-lr0.01-seed0 exited with status 1: it printed nothing\. Its output"
+    ):
         Driver(toy, recipes_of(toy), jobs=2, executor=made_up).run()
     assert [child.asked for child in made_up.children.values()] == [0, 0]
     assert toy.record(Run("gem", 0.01, 0))
@@ -250,7 +252,7 @@ def test_a_signal_stops_the_runs_and_waits_until_they_have_saved(study, number):
 
     made_up = MadeUp(happens)
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match="stopped; the same command goes on") as error:
+    with pytest.raises(Interrupted, match="stopped; run the same command again to continue") as error:
         Driver(toy, recipes_of(toy), jobs=2, executor=made_up).run()
     assert error.value.exit_code == 128 + number
     assert (len(made_up.children), made_up.waits) == (2, 7)
@@ -266,7 +268,7 @@ def test_a_run_that_somebody_else_has_stopped_stops_the_study(study):
         (child,) = under_way.values()
         child.exitcode = -signal.SIGTERM
 
-    with pytest.raises(Interrupted, match=r"relu-lr0\.01-seed0 was stopped; the same command goes on"):
+    with pytest.raises(Interrupted, match=r"relu-lr0\.01-seed0 was stopped; run the same command again to continue"):
         Driver(toy, recipes_of(toy), executor=MadeUp(happens)).run()
 
 

@@ -64,7 +64,7 @@ def test_a_signal_stops_the_study_and_it_goes_on(study, number):
     os.killpg(process.pid, number)  # as a terminal does
     _, output = process.communicate(timeout=180)
     assert process.returncode == 128 + number, output
-    assert "stopped; the same command goes on" in output
+    assert "stopped; run the same command again to continue" in output
     assert len(started(toy)) == 2
     assert not any(map(is_running, pids(toy)))
     (toy.folder / "fast").touch()

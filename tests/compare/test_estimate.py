@@ -81,23 +81,24 @@ def test_a_study_is_estimated_by_its_command(plan, tmp_path, monkeypatch, capsys
     printed = capsys.readouterr().out
     number = r"([\d.e-]+)"
     found = re.search(
-        rf"A run of relu takes {number} s, by one of 3 steps and one of 12: {number} s before and after training, "
-        rf"{number} s more for the first step, 12 steps of {number} s, 5 evaluations of {number} s, "
+        rf"A run of relu takes {number} s, estimated from runs of 3 and 12 steps: {number} s before and after "
+        rf"training, {number} s extra for the first step, 12 steps of {number} s, 5 evaluations of {number} s, "
         rf"6 checkpoints of {number} s\n",
         printed,
     )
     total, around, first, step, evaluation, saving = map(float, found.groups())
     assert total == pytest.approx(around + first + 12 * step + 5 * evaluation + 6 * saving, abs=0.2)  # as rounded
     assert re.search(
-        rf"takes {number} hours with --jobs 0, {number} core-hours: 8 runs, and 2 more for each extension", printed
+        rf"takes {number} hours with --jobs 0, {number} core-hours\. It has 8 runs, and 2 more for each extension",
+        printed,
     )
     assert [path.name for path in tmp_path.iterdir()] == ["plan.py"]  # nothing of a study
 
 
 def test_what_cannot_be_estimated(plan):
-    with pytest.raises(PlanError, match="takes runs of two steps or more, and those of tiny have one"):
+    with pytest.raises(PlanError, match=r"the runs of tiny have one step\. An estimate needs at least two"):
         estimate(plan(steps=1, warmup_steps=1), RECIPES, 0)
-    with pytest.raises(StudyError, match=r"a short run ended with status 2: .*--n_embd must be a multiple of n_head"):
+    with pytest.raises(StudyError, match=r"a short run exited with status 2: .*--n_embd must be a multiple of n_head"):
         estimate(plan(n_head=3), RECIPES, 0)
 
 

@@ -226,7 +226,7 @@ def test_a_signal_stops_a_run_here_when_it_has_saved_and_it_goes_on(plan, whole,
     assert signal.getsignal(signal.SIGINT) is handler
     assert study.num_records() == 1
     log = (tmp_path / "runs" / "gem_n2-lr0.01-seed0.txt").read_text()
-    assert "stopped at step 4 of 6, saved; the same command goes on" in log
+    assert "stopped and saved at step 4 of 6; run the same command again to continue" in log
     Driver(study, ROOT / "recipes", jobs=0).run()
     assert study.outcomes() == whole.outcomes()
 

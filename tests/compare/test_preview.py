@@ -33,7 +33,7 @@ def test_what_is_left_to_run_has_a_cost(study, tmp_path, capsys):
 def test_a_note_is_a_part_of_the_plan(study, tmp_path):
     toy = study()
     (tmp_path / "plan.py").write_text(f"from hf_gem.compare.plan import Plan\nplan = Plan(**{toy.plan.__dict__})\n")
-    with pytest.raises(PlanError, match=r"a study of another plan \(other notes\)"):
+    with pytest.raises(PlanError, match=r"a study of another plan, which differs in notes"):
         compare_recipe.main([f"--plan={tmp_path / 'plan.py'}", f"--study={toy.folder}", "--note=Of JPEG images."])
 
 
@@ -43,7 +43,7 @@ def test_flags_in_place_of_those_of_a_plan(capsys):
     assert "7 steps each" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         compare_recipe.main([plan, "--dry_run", "--set", "steps"])
-    assert "--set takes FLAG=VALUE, such as dataset=data/mnist, got 'steps'" in capsys.readouterr().err
+    assert "the form FLAG=VALUE, such as dataset=data/mnist, got 'steps'" in capsys.readouterr().err
 
 
 def test_tuning_runs_say_how_exact_the_final_seeds_will_be(study):

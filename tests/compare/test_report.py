@@ -36,11 +36,13 @@ def test_a_choice_of_chance_is_called_one(study):
     toy = study(learning_rates=[0.0099, 0.01], **few)
     run(toy)
     write_report(toy)
-    assert "the second best of `relu`, `gem` was nearer to the best than" in (toy.folder / "report.md").read_text()
+    report = (toy.folder / "report.md").read_text()
+    assert "the second best trial of `relu`, `gem` was smaller than the spread" in report
+    assert "These choices may be due to chance." in report
     toy = study("clear", learning_rates=[0.0001, 0.01, 1], **few)
     run(toy)
     write_report(toy)
-    assert "choices of chance" not in (toy.folder / "report.md").read_text()
+    assert "These choices may be due to chance" not in (toy.folder / "report.md").read_text()
 
 
 def test_an_arm_that_always_diverges_has_had_its_chance(study):
@@ -49,7 +51,7 @@ def test_an_arm_that_always_diverges_has_had_its_chance(study):
     assert toy.choices()["silu"] == ("silu", 0.000625)  # the lowest, after three extensions
     write_report(toy)
     report = (toy.folder / "report.md").read_text()
-    assert "8 runs of `silu` and 0 of `relu` diverged, and 0 seeds finished at both (p = 0.016 after Holm)." in report
+    assert "8 runs of `silu` and 0 of `relu` diverged. Both finished on 0 seeds (p = 0.016 after Holm)." in report
     assert "(p = 0.016 after Holm). `silu` is **worse**." in report
     assert "| silu | `silu` | 0.000625 (the edge of the grid) |" in report
 
@@ -61,7 +63,7 @@ def test_an_arm_that_always_diverges_has_had_its_chance(study):
 
 def test_a_study_under_way(study):
     toy = study(learning_rates=[0.01])
-    with pytest.raises(StudyError, match=r"lacks 8 runs of its tuning, such as relu-lr0.01-seed100; the command"):
+    with pytest.raises(StudyError, match=r"lacks 8 tuning runs, such as relu-lr0.01-seed100\. Run the command"):
         write_report(toy)
     run(toy)
     for seed in (5, 6):
@@ -71,7 +73,7 @@ def test_a_study_under_way(study):
     assert "**Not finished:** 2 runs are missing, such as relu-lr0.01-seed5." in report
     assert "On 6 seeds" in report
     assert "**pending**" in report  # also of what is plainly settled: gem_n2 is better
-    assert "there is no verdict before they are done" in report
+    assert "the verdict is given when they are done" in report
 
 
 def test_a_run_that_skipped_batches_is_told_in_the_report(study):
@@ -92,14 +94,14 @@ def test_pairing_is_claimed_by_the_hashes_that_there_are(study):
         path.write_text(json.dumps(record))
     write_report(study(final_seeds=[0, 1]))
     report = (toy.folder / "report.md").read_text()
-    assert "are equal: initial weights and the order of samples. At 1 seed not all arms" in report
+    assert "are equal for initial weights and the order of samples. On 1 seed, the arms ran" in report
 
 
 def test_arms_with_gains_of_their_own_are_paired_by_the_signs_of_their_weights(study):
     toy = study(flags={"own_gain": True}, final_seeds=[0, 1])
     run(toy)
     write_report(toy)
-    assert "equal initial weights, each scaled for its activation, and saw" in (toy.folder / "report.md").read_text()
+    assert "the same initial weights, each scaled for its activation, and saw" in (toy.folder / "report.md").read_text()
 
 
 def test_arms_that_differ_in_n_or_eps_have_a_picture_of_it(study):
@@ -123,11 +125,11 @@ def test_another_baseline_has_a_report_of_its_own(study, capsys):
     assert "of `relu` was 0.0" in report
     assert "above that of `gem`" in report
     assert "| arm | verdict | difference |" in report  # what is asked first
-    assert "The plan named `relu` as the baseline." in report
+    assert "The baseline of the plan is `relu`." in report
     assert (toy.folder / "report.md").read_text() == first
     with pytest.raises(SystemExit):
         cli.main(["report", str(toy.folder), "--baseline", "gelu"])
-    assert "toy has no arm 'gelu'; its arms are relu, gem, silu" in capsys.readouterr().err
+    assert "toy has no arm 'gelu'. Its arms are relu, gem, silu." in capsys.readouterr().err
 
 
 def test_a_report_says_what_intervals_count(study):
@@ -135,7 +137,10 @@ def test_a_report_says_what_intervals_count(study):
     run(old)
     write_report(old)
     report = (old.folder / "report.md").read_text()
-    assert "This study's intervals know nothing of the evaluation sample: they count seeds alone." in report
+    assert (
+        "The intervals of this study only count seeds. They do not account for the choice of evaluation samples."
+        in report
+    )
     assert "p two-way" not in report
     assert "limited by" not in report
 
@@ -145,7 +150,7 @@ def test_a_report_says_what_intervals_count(study):
     report = (new.folder / "report.md").read_text()
     assert "The validation data have 3,030 tokens in 30 documents. Intervals count documents as well as seeds" in report
     assert (
-        "p is the larger one of the sign-flip test, over seeds, and the two-way test, over seeds and documents"
+        "p is the larger p of two tests: the sign-flip test over seeds, and the two-way test over seeds and documents"
         in report
     )
     found = {c.arm: c for c in new.comparisons()}
@@ -165,7 +170,9 @@ def test_the_number_of_validation_tokens_of_older_records(study):
         record["data"]["num_tokens"], record["result"]["unit"] = {"train": 10**6, "validation": 6665}, "tokens"
         path.write_text(json.dumps(record))
     write_report(study(**TWO_ARMS, final_seeds=[0, 1]))
-    assert "The validation data have 6,665 tokens. This study's" in (toy.folder / "report.md").read_text()
+    assert (
+        "The validation data have 6,665 tokens. The intervals of this study" in (toy.folder / "report.md").read_text()
+    )
 
 
 def test_each_further_baseline_is_a_family(study):
@@ -174,8 +181,8 @@ def test_each_further_baseline_is_a_family(study):
     write_report(toy)
     report = (toy.folder / "report.md").read_text()
     assert report.count("### Against `relu`") == report.count("### Against `gem`") == 1
-    assert "with the 2 arms that are compared with it; this report has 2 families" in report
-    assert "Verdicts against the plan's further baselines stand below: `gem`." in report
+    assert "the 2 arms that are compared with it form a family of hypotheses; this report has 2 families" in report
+    assert "Verdicts against the plan's further baselines are below: `gem`." in report
     assert (toy.folder / "forest-against-gem.png").exists()
     assert "](forest-against-gem.png)" in report
     saved = json.loads((toy.folder / "results.json").read_text())
@@ -198,7 +205,7 @@ def test_two_rates_on_the_final_seeds_are_both_told(study):
             cells = [arm, f"`{act}`", f"{rate:g}", *(f"{mean:.4f}" for mean in means), "0", chosen]
             assert f"| {' | '.join(cells)} |" in report
     assert report.count("| yes |") == 3
-    assert "choices of chance" not in report
+    assert "These choices may be due to chance" not in report
 
 
 def test_the_dose_is_drawn_where_records_have_the_scale(study):

@@ -15,8 +15,8 @@ for package in ("scipy", "matplotlib", "markdown_it"):
     pytest.importorskip(package, reason="reports need it")
 
 STUDIES = sorted(path.parent for path in (ROOT / "results").glob("*/plan.json"))
-TEXT = (ROOT / "results" / "README.md").read_text()
-CHOOSING = (ROOT / "docs" / "choosing.md").read_text()
+# With any break of a line as a space, so that a figure is found across one.
+TEXT, CHOOSING = (" ".join((ROOT / path).read_text().split()) for path in ("results/README.md", "docs/choosing.md"))
 FIGURE = r"([+-][\d.]+)(?: points of accuracy| points)? \(([+-][\d.]+) to ([+-][\d.]+)"
 QUOTED = sorted({*re.findall(FIGURE, TEXT), *re.findall(FIGURE, CHOOSING)})
 

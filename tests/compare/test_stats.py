@@ -114,7 +114,7 @@ def test_a_run_that_diverged_is_worse_than_any_that_did_not():
 
 
 def test_a_baseline_that_is_no_arm():
-    with pytest.raises(ValueError, match="baseline 'gelu' is no arm; the arms are a, b"):
+    with pytest.raises(ValueError, match="the baseline must be one of the arms a, b, got 'gelu'"):
         compare({"a": {}, "b": {}}, "gelu", 0.1, False, 8)
 
 
@@ -263,7 +263,7 @@ def test_parts_of_other_samples_or_another_metric():
     with pytest.raises(ValueError, match="arm0 and base were evaluated on different samples: their counts by group"):
         compare(outcomes, "base", 0.005, False, 8, parts)
     outcomes["arm0"] = {seed: value + 0.01 for seed, value in outcomes["arm0"].items()}
-    with pytest.raises(ValueError, match=r"the parts of arm0, seed 0, make \d\.\d+; its outcome is \d\.\d+"):
+    with pytest.raises(ValueError, match=r"the groups of arm0, seed 0, give \d\.\d+, but its outcome is \d\.\d+"):
         compare(outcomes, "base", 0.005, False, 8, parts)
 
 

@@ -37,7 +37,7 @@ def test_a_grid_that_is_to_be_extended_is_not_finished(study, tmp_path, capsys):
     extension = [Run(act, 0.04, seed) for act in ("relu", "gem") for seed in (100, 101)]
     assert toy.missing() == extension
     assert toy.left() == 4 + 4
-    with pytest.raises(StudyError, match="lacks 4 runs of its tuning"):
+    with pytest.raises(StudyError, match="lacks 4 tuning runs"):
         toy.comparisons()
     (toy.folder / "records" / "gem-lr0.04-seed0.json").unlink()
     run(toy)
@@ -97,7 +97,8 @@ def test_a_frozen_plan_that_was_changed(study):
 def test_a_changed_plan_is_another_study(study):
     study()
     with pytest.raises(
-        PlanError, match=r"a study of another plan \(other smallest_effect\), frozen when its first run started"
+        PlanError,
+        match=r"a study of another plan, which differs in smallest_effect\. A plan is frozen when its first run starts",
     ):
         study(smallest_effect=0.01)
 
@@ -110,7 +111,7 @@ def test_final_runs_go_seed_by_seed(study):
 def test_a_folder_that_is_no_study(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["report", str(tmp_path)])
-    assert "is no study: it has no plan.json" in capsys.readouterr().err
+    assert "is not a study, because it has no plan.json" in capsys.readouterr().err
     assert Path(tmp_path).exists()
 
 
@@ -120,7 +121,7 @@ def test_tuning_can_be_evaluated_on_samples_of_its_own(study):
     data = {each.seed: toy.record(each)["data"]["hash"] for each in (Run("gem", 0.01, 100), Run("gem", 0.01, 1))}
     assert data == {100: "held-out", 1: "test"}
     write_report(toy)
-    assert "Tuning runs had `data=held-out`." in (toy.folder / "report.md").read_text()
+    assert "Tuning runs used `data=held-out`." in (toy.folder / "report.md").read_text()
 
 
 def test_outcomes_have_parts(study):

@@ -92,7 +92,7 @@ def test_what_cannot_be_summarised(study):
     toy = study(arms={"relu": ["relu"], "gem": ["gem"], "silu": ["silu"]}, **FEW)
     with pytest.raises(PlanError, match=r"toy is not finished, or not paired: relu-lr0\.01-seed0"):
         summarise([toy], "relu")
-    with pytest.raises(PlanError, match="studies must differ in name, got toy, toy"):
+    with pytest.raises(PlanError, match="studies must have different names, got toy, toy"):
         summarise([toy, toy], "relu")
-    with pytest.raises(PlanError, match="toy has no arm 'gelu'; its arms are relu, gem, silu"):
+    with pytest.raises(PlanError, match=r"toy has no arm 'gelu'\. Its arms are relu, gem, silu\."):
         summarise([toy], "gelu")

@@ -144,7 +144,7 @@ def test_n_of_another_type(n):
 @pytest.mark.parametrize("n", [0, -1, 33, 10**30])
 def test_n_out_of_range(n):
     for call in (check_n, lambda n: GemSpec("gem", n), EGEM, lambda n: gem(torch.ones(1), n)):
-        with pytest.raises(ValueError, match=f"n must be an integer from 1 to 32, got {n}"):
+        with pytest.raises(ValueError, match=rf"got n={n}\. n must be an integer from 1 to 32\. "):
             call(n)
 
 
@@ -176,7 +176,31 @@ def test_eps_out_of_range(eps):
     for call in EPS_TAKERS:
         with pytest.raises(ValueError, match="eps must") as error:
             call(eps)
-        assert repr(float(eps)) in str(error.value)
+        assert f"got eps={eps!r}." in str(error.value)
+
+
+@pytest.mark.parametrize("given", ["gem_n2" + "2" * 10**5, "x" * 10**5, [0] * 10**5], ids=range(3))
+def test_no_message_repeats_all_that_it_was_given(given):
+    for call in (parse, GemSpec, check_n, check_eps, lambda given: GemSpec("egem", learnable=given)):
+        with pytest.raises((TypeError, ValueError)) as error:
+            call(given)
+        assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("given", [10**5000, -(10**5000)], ids=("large", "small"))
+def test_numbers_that_python_does_not_print(given):
+    for call in (check_n, check_eps):
+        with pytest.raises(ValueError, match=r"got .*=a huge integer"):
+            call(given)
+
+
+def test_a_name_with_a_bad_number_says_what_is_allowed():
+    with pytest.raises(ValueError, match=r"got activation name 'gem_n0'\. n must be an integer from 1 to 32\. Allowed"):
+        parse("gem_n0")
+    with pytest.raises(ValueError, match=r"'egem_eps1em70'\. eps must be between 1e-60 and 1e60 for n=1\. Allowed"):
+        parse("egem_eps1em70")
+    with pytest.raises(ValueError, match=r"'gem_eps2'\. gem has a fixed eps of 1\. Allowed"):
+        parse("gem_eps2")
 
 
 def test_limits_of_eps_widen_with_n():
@@ -187,12 +211,12 @@ def test_limits_of_eps_widen_with_n():
 
 @pytest.mark.parametrize("arguments", [("gem", 1, 0.5), ("gem", 2, None, True)])
 def test_gem_has_no_eps_of_its_own(arguments):
-    with pytest.raises(ValueError, match="family 'egem' has others"):
+    with pytest.raises(ValueError, match=r"gem has a fixed eps of 1\. Leave out .* the family 'egem'"):
         GemSpec(*arguments)
 
 
 def test_unknown_family():
-    with pytest.raises(ValueError, match=r"gem, egem, segem, .*got 'gelu'"):
+    with pytest.raises(ValueError, match=r"got family='gelu'\. .*gem, egem, segem"):
         GemSpec("gelu")
 
 
@@ -205,7 +229,7 @@ def test_a_family_that_is_in_no_table():
         lambda: GemActivation("xgem"),
         lambda: fit(histogram, torch.relu, "xgem"),
     ):
-        with pytest.raises(ValueError, match=r"gem, egem, segem.*got 'xgem'; hf_gem\.register_family"):
+        with pytest.raises(ValueError, match=r"got family='xgem'.*gem, egem, segem.*hf_gem\.register_family"):
             use()
 
 
@@ -255,6 +279,6 @@ def test_no_stock_activation_is_claimed():
 
 @pytest.mark.parametrize("name", ["relu", "gelu_new", "my act"])
 def test_names_of_others_have_no_nearest(name):
-    with pytest.raises(ValueError, match=r"which is none of the family.*hf_gem\.set_activation") as error:
+    with pytest.raises(ValueError, match=r"which is not one of the family.*hf_gem\.set_activation") as error:
         parse(name)
     assert "Did you mean" not in str(error.value)

@@ -209,16 +209,19 @@ def changed(**changes):
     [
         (
             {"slope": lambda z, n, r, e: DGEM.slope(z, n, r, e) * 1.001},
-            r"at x = .* its slope is .*, and the derivative",
+            r"slope of family 'xgem' is .* at x = .*must equal the derivative of exact, which is",
         ),
-        ({"value": lambda z, n, r, e: DGEM.value(z, n, r, e) + 1e-6}, r"at x = .* its value is .*, and exact is"),
-        ({"value": lambda z, n, r, e: DGEM.value(z, n, r, e).sum()}, "each element by itself"),
-        ({"slope_at": lambda y, n, r, e, d: y, "inverse": lambda y, n, r, e: y}, "its slope_at is"),
-        ({"slope_at": lambda y, n, r, e, d: y}, "both slope_at and inverse"),
+        (
+            {"value": lambda z, n, r, e: DGEM.value(z, n, r, e) + 1e-6},
+            r"value of family 'xgem' is .* at x = .*must equal exact, which is",
+        ),
+        ({"value": lambda z, n, r, e: DGEM.value(z, n, r, e).sum()}, "It must be elementwise"),
+        ({"slope_at": lambda y, n, r, e, d: y, "inverse": lambda y, n, r, e: y}, "slope_at of family 'xgem' is"),
+        ({"slope_at": lambda y, n, r, e, d: y}, "got slope_at without inverse"),
         ({"name": "dgem", "title": "D-GEM", "formula": "another"}, "taken by the family 'x t / "),
         ({"name": "relu", "title": "ReLU"}, r"taken by torch\.nn\.functional\.relu"),
-        ({"name": "X2"}, "lower-case letters, got 'X2'"),
-        ({"title": "other"}, "title must spell the name"),
+        ({"name": "X2"}, "got the family name 'X2'.*lower-case letters"),
+        ({"title": "other"}, "The title must equal the name"),
     ],
 )
 def test_a_family_that_contradicts_itself(changes, message):

@@ -181,7 +181,9 @@ def test_a_library_without_the_method_is_warned_about_once_and_left_alone():
     module = ModuleType("some_library")
     module.Config = type("Config", (), {})
     install, uninstall = patch("Config.__post_init__", lambda original, self: None, "no sums")
-    with pytest.warns(UserWarning, match=r"no some_library\.Config\.__post_init__ in this version: no sums"):
+    with pytest.warns(
+        UserWarning, match=r"not find some_library\.Config\.__post_init__ in the installed version: no sums"
+    ):
         install(module)
     assert not hasattr(module.Config, "__post_init__")
     uninstall(module)
@@ -226,7 +228,7 @@ def test_a_function_patch_reaches_where_it_was_imported_to(monkeypatch):
         uninstall(library)
         assert library.build is importer.build is build
     assert kept(3) == 6
-    with pytest.warns(UserWarning, match=r"hf_gem finds no some_library\.sum in this version: no sums"):
+    with pytest.warns(UserWarning, match=r"hf_gem did not find some_library\.sum in the installed version: no sums"):
         patch("sum", build, "no sums")[0](library)
 
 

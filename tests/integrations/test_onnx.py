@@ -79,5 +79,5 @@ def test_what_has_no_activation():
     graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"], name="r")], "g", [], [])
     with pytest.raises(ValueError, match="no node of this model comes from an activation module"):
         hf_gem.activation_nodes(onnx.helper.make_model(graph))
-    with pytest.raises(TypeError, match=r"takes an onnx\.ModelProto, got str; use onnx\.load"):
+    with pytest.raises(TypeError, match=r"got str\. .* takes an onnx\.ModelProto\. Load it with onnx\.load"):
         hf_gem.activation_nodes("model.onnx")

@@ -190,7 +190,9 @@ def test_an_eps_that_is_trained_and_not_in_the_adapter(base, tmp_path):
     model = adapted(base, "egem_learnable")
     for parameter in (p for name, p in model.named_parameters() if name.endswith("log_ratio")):
         parameter.requires_grad_()
-    with pytest.warns(UserWarning, match=r"eps at 'transformer\.h\.0\.mlp\.act' is trained.*modules_to_save=\['act'\]"):
+    with pytest.warns(
+        UserWarning, match=r"eps at 'transformer\.h\.0\.mlp\.act' is not part of.*modules_to_save=\['act'\]"
+    ):
         model.save_pretrained(tmp_path)
 
 
@@ -314,5 +316,7 @@ def test_the_trainer_with_a_plain_module(tmp_path):
     pytest.importorskip("accelerate")
     arguments = transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     transformers.Trainer(model=Net(), args=arguments).save_model()
-    with pytest.warns(UserWarning, match=r"Trainer saves the weights of Net and not its conversion.*'gem_n2' at 'act'"):
+    with pytest.warns(
+        UserWarning, match=r"Trainer saves the weights of Net, but not its conversion.*'gem_n2' at 'act'"
+    ):
         transformers.Trainer(model=converted("gem_n2"), args=arguments).save_model()

@@ -214,14 +214,14 @@ def test_a_compiler_that_fails(fresh, monkeypatch, tmp_path):
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    fails("building them failed")
+    fails("building the kernels failed")
 
 
 def test_a_cache_that_cannot_be_written(fresh, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HF_GEM_CACHE", str(tmp_path / "file" / "folder"))
     monkeypatch.setenv("CXX", sys.executable)  # anything that is there
-    fails("set HF_GEM_CACHE")
+    fails("Set HF_GEM_CACHE")
 
 
 def test_a_cache_that_cannot_be_looked_at(fresh, monkeypatch):
@@ -233,7 +233,7 @@ def test_a_cache_that_cannot_be_looked_at(fresh, monkeypatch):
         return exists(path, **options)
 
     monkeypatch.setattr(Path, "exists", forbidden)
-    fails("Permission denied.*set HF_GEM_CACHE")
+    fails("Permission denied.*Set HF_GEM_CACHE")
 
 
 def test_a_user_without_a_home(fresh, monkeypatch):
@@ -243,7 +243,7 @@ def test_a_user_without_a_home(fresh, monkeypatch):
     monkeypatch.delenv("HF_GEM_CACHE")
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(pytest.importorskip("pwd"), "getpwuid", unknown)
-    fails("home directory.*set HF_GEM_CACHE")
+    fails("home directory.*Set HF_GEM_CACHE")
 
 
 @needs_compiler
@@ -265,7 +265,7 @@ def test_a_build_whose_exit_status_is_lost(fresh, monkeypatch, tmp_path):
     script.write_text("print('no licence today')")
     monkeypatch.setattr(cpu, "build", SimpleNamespace(__file__=str(script)))
     monkeypatch.setenv("CXX", sys.executable)  # anything that is there
-    fails("building them failed: no licence today")
+    fails("building the kernels failed: no licence today")
 
 
 def test_a_library_that_cannot_be_loaded(fresh):

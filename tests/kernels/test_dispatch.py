@@ -42,7 +42,7 @@ def test_the_backends_of_the_context_manager():
 
 @pytest.mark.parametrize("backend", ["cuda", "", None, 1])
 def test_another_backend(backend):
-    with pytest.raises(ValueError, match="must be one of 'auto', 'eager', 'compiled', 'triton', got"):
+    with pytest.raises(ValueError, match=r"got .*must be one of 'auto', 'eager', 'compiled', 'triton'\."):
         hf_gem.kernels(backend).__enter__()
 
 
@@ -65,7 +65,7 @@ def test_a_wrong_environment_variable(variable, allowed):
     command = [sys.executable, "-c", "import hf_gem"]
     done = subprocess.run(command, env={variable: "fast"}, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert f"{variable} must be {allowed}, got 'fast'" in done.stderr
+    assert f"got {variable}='fast'. {variable} must be {allowed}" in done.stderr
 
 
 @pytest.mark.parametrize(("default", "kept"), [("auto", "input"), ("input", "input"), ("output", "output")])
@@ -285,7 +285,7 @@ def _no_memory():
 def test_no_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "hf_gem._kernels.gpu", None)
     monkeypatch.delattr(hf_gem._kernels, "gpu", raising=False)
-    one_warning("triton", "Triton is not there")
+    one_warning("triton", "Triton cannot be imported")
 
 
 @pytest.mark.usefixtures("_no_memory")

@@ -23,6 +23,6 @@ def test_what_differs_is_named(tmp_path):
     assert "| `gelu` | 1 | 1 | 1 |\n| `gem_n2` | 0 | 2 | 1 |" in page
     assert "| BertModelTest test_a | passed | failed | AssertionError: a \\| b |" in page
     assert "BertModelTest test_b" not in page
-    assert "small models of 2 modules" in page
-    assert "resnet18, vit_tiny. Only what `forward` selects ran." in page
-    assert "Every test ends the same with `gem_n2` as with its own." in page
+    assert 'We ran only the tests that `-k "forward"` selects.' in page
+    assert "small models of 2 modules: resnet18, vit_tiny." in page
+    assert "Every test has the same result with `gem_n2` as with its own." in page

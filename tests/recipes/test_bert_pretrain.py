@@ -122,7 +122,7 @@ def test_each_activation_can_start_at_its_own_gain():
 def test_a_validation_text_without_a_whole_block_names_its_share(flags, tmp_path):
     small = ("--block_size=128", "--validation_fraction=0.001")
     with pytest.raises(
-        DataError, match=r"validation text .* of 128 needs, 126; raise --validation_fraction, now 0.001"
+        DataError, match=r"validation text .* of 128 needs 126\. Raise --validation_fraction \(now 0.001\)"
     ):
         run_here(bert_pretrain, tmp_path / "run", *flags, *small)
     assert not (tmp_path / "run").exists()

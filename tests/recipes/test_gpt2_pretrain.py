@@ -140,7 +140,7 @@ def test_ctrl_c_saves_says_so_and_can_go_on(reference, flags, tmp_path):
     code, output = finish(start(*command, recipe=STOPPING, **same_threads()))
     assert code == 128 + signal.SIGINT
     assert "Traceback" not in output
-    assert "the same command goes on" in output.strip().splitlines()[-1]
+    assert "run the same command again to continue" in output.strip().splitlines()[-1]
     run(tmp_path, flags)
     assert losses(tmp_path) == losses(reference[0])
 
@@ -149,7 +149,7 @@ def test_a_signal_to_one_process_stops_all_after_saving(flags, tmp_path):
     command = (*stopping(signal.SIGTERM, 2, rank=1), *flags, "--micro_batch_size=2", f"--output_dir={tmp_path}")
     code, output = launch(2, *command, recipe=STOPPING)
     assert code == 128 + signal.SIGTERM
-    assert output.count("stopped at step 2 of 6, saved; the same command goes on") == 2
+    assert output.count("stopped and saved at step 2 of 6; run the same command again") == 2
     assert json.loads((tmp_path / "record.json").read_text())["status"] == "interrupted"
 
 
@@ -200,7 +200,7 @@ def test_gradient_checkpointing_and_loss_chunks_change_memory_only(reference, fl
 
 def test_another_run_in_the_same_folder_is_refused(reference, flags):
     before = losses(reference[0])
-    with pytest.raises(Exception, match=r"hidden_act: 'gem_n2' in .*, 'egem' in"):
+    with pytest.raises(Exception, match=r"hidden_act is 'gem_n2' in .* and 'egem' in"):
         run(reference[0], flags, "--hidden_act=egem")
     assert losses(reference[0]) == before
 
@@ -210,7 +210,7 @@ def test_another_run_in_the_same_folder_is_refused(reference, flags):
     [
         ("--hidden_act=egem_n0", ["egem_n0", "Did you mean 'egem'"]),
         ("--dataset=nowhere/at-all.txt", ["nowhere/at-all.txt", "local folder or file"]),
-        ("--block_size=100000", ["less than one block of 100000", "--block_size"]),
+        ("--block_size=100000", ["One block of 100000 needs", "--block_size"]),
         ("--mixed_precision=fp16", ["fp16", "CUDA"]),
     ],
 )
@@ -293,7 +293,7 @@ def test_an_eps_that_matches_is_found_again(matched, flags, tmp_path):
     run(tmp_path, flags, *MATCH, "--dropout=0.5")
     assert losses(tmp_path) == losses(folder)
     (tmp_path / "checkpoints" / "step_00000006" / "COMPLETE").unlink()
-    with pytest.raises(Exception, match=rf"hidden_act: '{record['config']['hidden_act']}' in .*, 'egem_n2_eps"):
+    with pytest.raises(Exception, match=rf"hidden_act is '{record['config']['hidden_act']}' in .* and 'egem_n2_eps"):
         run(tmp_path, flags, *MATCH, "--match_c=2", "--dropout=0.5")
 
 

@@ -115,7 +115,7 @@ def test_text_that_is_being_prepared(corpus, tmp_path, monkeypatch, interrupted,
             calls = send_at(context, owner, name, number)
         line = interrupted(gpt2_pretrain, number, *flags, f"--output_dir={tmp_path / 'run'}")
     over.set()
-    assert "stopped while the data were prepared; the same command starts again" in line
+    assert "stopped while preparing the data; run the same command again" in line
     assert where in ("download", "lock") or len(calls) == 1
     assert not [path for path in (tmp_path / "cache" / "text").iterdir() if path.is_dir()]
     run_here(gpt2_pretrain, tmp_path / "run", *flags)
@@ -150,9 +150,9 @@ def test_an_evaluation(reference, flags, tmp_path, monkeypatch, interrupted, eva
         send_at(context, evaluation, "_read", number, count=evaluations * rounds + 1)
         line = interrupted(gpt2_pretrain, number, *argv)
     if step == 0:
-        assert "stopped before the first step; the same command starts again" in line
+        assert "stopped before the first step; run the same command again" in line
     else:
-        assert f"stopped at step {step} of 6, saved; the same command goes on" in line
+        assert f"stopped and saved at step {step} of 6; run the same command again to continue" in line
         assert json.loads((tmp_path / "run" / "record.json").read_text())["status"] == "interrupted"
     run_here(gpt2_pretrain, tmp_path / "run", *argv[:-1])
     for key in ("loss", "validation_loss"):
@@ -171,7 +171,7 @@ def test_training(reference, flags, tmp_path, monkeypatch, interrupted, number, 
     with monkeypatch.context() as context:
         send_at(context, owner, name, number, count=2)
         line = interrupted(gpt2_pretrain, number, *argv)
-    assert f"stopped at step {2 if at == 'step' else 4} of 6, saved; the same command goes on" in line
+    assert f"stopped and saved at step {2 if at == 'step' else 4} of 6; run the same command again to continue" in line
     run_here(gpt2_pretrain, tmp_path / "run", *flags)
     assert losses(tmp_path / "run") == losses(reference)
 

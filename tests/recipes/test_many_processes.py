@@ -189,7 +189,7 @@ def test_fsdp_where_there_is_nothing_to_shard_on_is_refused(flags, tmp_path):
     environment = {"OMP_NUM_THREADS": "1"}  # without what ON_CPU says
     code, output = launch(2, *flags, f"--output_dir={tmp_path}", config="fsdp2.yaml", env=environment)
     assert code == 1
-    assert "error: the launcher chose FSDP, and accelerate shards on GPUs alone" in output
+    assert "error: the launcher chose FSDP on a CPU. accelerate shards only on GPUs." in output
 
 
 def test_processes_on_a_cpu_are_the_same_and_go_on_as_one(flags, reference, two_processes, tmp_path):

@@ -118,7 +118,7 @@ def test_ctrl_c_and_the_same_command(short, tmp_path):
     child = start(*stopping(signal.SIGINT, 4, RECIPE), *flags, recipe=STOPPING)
     code, output = finish(child)
     assert code == 130, output
-    assert "of 8, saved; the same command goes on" in output
+    assert "of 8; run the same command again to continue" in output
     run_here(pinn, tmp_path / "run", *flags[:-1])
     assert losses(tmp_path / "run") == losses(short)
 
@@ -142,7 +142,10 @@ def test_presets_are_valid():
         (["--problem=heat"], "invalid choice: 'heat'"),
         (["--depth=0"], "--depth must be at least 1, got 0"),
         (["--boundary_weight=-1"], "--boundary_weight must be at least 0, got -1"),
-        (["--compile=yes"], "--compile must be false: torch.compile has no derivatives of a backward pass, got True"),
+        (
+            ["--compile=yes"],
+            "--compile must be false, because torch.compile cannot differentiate a backward pass, got True",
+        ),
     ],
 )
 def test_wrong_values_name_the_flag(flags, message, capsys):

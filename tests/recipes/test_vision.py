@@ -173,7 +173,7 @@ def build(**fields):
 
 def test_more_stages_than_the_images_can_be_halved():
     build(widths="4,4,4,4")
-    with pytest.raises(ConfigError, match=r"has 5 stages.*images of 8 x 8 pixels allow 4; give fewer"):
+    with pytest.raises(ConfigError, match=r"has 5 stages.*Images of 8 x 8 pixels allow 4\. Give fewer"):
         build(widths="4,4,4,4,4")
 
 
@@ -196,7 +196,7 @@ def test_the_name_of_a_residual_network_may_have_its_width():
 
 def test_a_model_that_cannot_be_fine_tuned_names_the_way_out(tmp_path):
     model, config = ConvNetForImageClassification(NO_ACTIVATIONS), vision_finetune.Config(model="x")
-    with pytest.raises(ConfigError, match=r"cannot go into --model 'x'.*has no activation modules.*--hidden_act none"):
+    with pytest.raises(ConfigError, match=r"in --model 'x'.*has no activation modules.*--hidden_act none"):
         vision_finetune.convert(model, config, DATA, torch.device("cpu"))
 
 
@@ -275,7 +275,7 @@ def test_fine_tuning(demo, cache, tmp_path, extra):
     for fact in (
         "fine-tuned",
         f"replaced | {before:.2f} %",
-        f"right after | {converted:.2f} %",
+        f"accuracy right after | {converted:.2f} %",
         "4 activations replaced",
     ):
         assert fact in card
@@ -330,15 +330,15 @@ def test_the_cifar_presets_are_those_of_the_paper():
         ),
         (vision_train, ["--act_after_add=none"], "--act_after_add must be same for models other than resnet-cifar"),
         (vision_train, ["--widths=3,x"], "--widths must be numbers such as 32,64,128"),
-        (vision_train, ["--widths=8,0"], "--widths must be numbers such as 32,64,128, all above 0, got 8,0"),
+        (vision_train, ["--widths=8,0"], "--widths must be numbers such as 32,64,128, all above 0, got '8,0'"),
         (vision_train, ["--model=my-cifar", "--own_gain"], "--own_gain must be false for models other than convnet"),
-        (vision_train, [f"--output_dir={__file__}"], "--output_dir must be a folder, there or to be made"),
-        (vision_finetune, ["--model=x", "--hidden_act=relu"], "--hidden_act must be of the family"),
+        (vision_train, [f"--output_dir={__file__}"], "--output_dir must be a folder or a new path"),
+        (vision_finetune, ["--model=x", "--hidden_act=relu"], "--hidden_act must be a name of the family"),
         *[
             (vision_finetune, ["--model=x", f"--eps={eps}"], "--eps must be a finite number above 0, or fit or match")
             for eps in ("small", "inf", "nan", "-1")
         ],
-        (vision_finetune, ["--model=x", "--hidden_act=gem", "--eps=0.01"], "gem has eps = 1, fixed; got eps=0.01"),
+        (vision_finetune, ["--model=x", "--hidden_act=gem", "--eps=0.01"], "gem has a fixed eps of 1"),
         (
             vision_finetune,
             ["--model=x", "--eps=0.1", "--fit_per_layer"],

@@ -161,7 +161,7 @@ def test_layers_of_their_own_change_the_output_less():
     assert own.output_change < whole.output_change
     assert own.output_change == pytest.approx(change_by_hand(stock, [r.new for r in own.replaced]), rel=1e-4)
     assert len({r.new for r in own.replaced}) > 1
-    text = f"at the given name -> fitted: {own.unfitted_output_change:.3g} -> {own.output_change:.3g}"
+    text = f"for the given name -> fitted: {own.unfitted_output_change:.3g} -> {own.output_change:.3g}"
     assert text in str(own)
 
 
@@ -207,7 +207,7 @@ def test_what_the_data_does_not_reach():
         used, unused = report.replaced
         assert used.new == unused.new == model.unused.act.spec.name
         assert (unused.fit, unused.unfitted_error) == (None, None)
-        assert "not reached by data=, so given the eps of all: 1 at unused.act" in str(report)
+        assert "not reached by data=, so they got the common eps: 1 at unused.act" in str(report)
         assert report.audit.not_run == ("unused.act",)
     with pytest.raises(ValueError, match="none of the activations ran"):
         convert(Unused(), "segem", eps="fit", data=DATA, skip="used")
@@ -240,7 +240,10 @@ def test_xielu():
 
 def test_one_that_differs_by_channel():
     model = nn.Sequential(Block(nn.GELU()), Block(nn.PReLU(4)))
-    with unchanged(model), pytest.raises(ValueError, match=r"the prelu at 1\.act is not one function.*skip='1\.act'"):
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"cannot fit an activation to the prelu at 1\.act .*skip='1\.act'"),
+    ):
         convert(model, "egem", eps="fit", data=DATA)
     assert len(convert(model, "egem", eps="fit", data=DATA, skip="1.act").replaced) == 1
     assert convert(model, "egem", inputs=X).audit.complete

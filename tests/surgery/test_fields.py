@@ -88,7 +88,7 @@ def test_fields_that_are_asked_for():
     assert changes(config, "egem", fields=["text_config.*", "nothing"]) == {"text_config.hidden_act": ("silu", "egem")}
     assert changes(DebertaConfig(), fields="*pooler*") == {"pooler_hidden_act": ("gelu", "gem_n2")}
     assert changes(ViTConfig(), fields="pooler_act") == {"pooler_act": ("tanh", "gem_n2")}
-    with pytest.raises(ValueError, match=r"matches 'text\.\*'; it has .*text_config\.hidden_act='egem'"):
+    with pytest.raises(ValueError, match=r"matches fields='text\.\*'\. It has .*text_config\.hidden_act='egem'"):
         hf_gem.set_activation(config, "gem", fields="text.*")
 
 
@@ -133,12 +133,18 @@ def neomme():
     ("config", "name", "error", "message"),
     [
         (GPT2Config(), "gem_nn2", ValueError, r"got activation name 'gem_nn2'.*Did you mean 'gem_n2'"),
-        (GPT2Config(), "gelo", ValueError, r"got activation name 'gelo'; allowed are .*gelu"),
-        (GPT2Config(), nn.GELU, TypeError, "must be a string such as 'gem_n2', got <class"),
-        ({"hidden_act": "gelu"}, "gem", TypeError, "expected a transformers config, got dict"),
-        (BertModel, "gem", TypeError, r"expected a transformers config, got type; .*hf_gem\.convert"),
+        (GPT2Config(), "gelo", ValueError, r"got activation name 'gelo', which .*Allowed names: .*gelu"),
+        (GPT2Config(), nn.GELU, TypeError, "got activation name <class.*must be a string"),
+        ({"hidden_act": "gelu"}, "gem", TypeError, r"got dict\. config must be a transformers config"),
+        (BertModel, "gem", TypeError, r"got type\. config must be a transformers config.*hf_gem\.convert"),
     ],
 )
 def test_bad_arguments(config, name, error, message):
     with pytest.raises(error, match=message):
         hf_gem.set_activation(config, name)
+
+
+def test_a_long_name_does_not_come_back_whole():
+    with pytest.raises(ValueError, match="got activation name 'gelogelo") as error:
+        hf_gem.set_activation(GPT2Config(), "gelo" * 10**5)
+    assert "gelo" * 20 not in str(error.value)

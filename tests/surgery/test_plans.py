@@ -56,7 +56,7 @@ def test_a_plan_of_what_was_put_in_by_hand():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda plan: {**plan, "version": 2}, "reads version 1; upgrade hf_gem, or remove the key"),
+        (lambda plan: {**plan, "version": 2}, r"reads version 1\. Upgrade hf_gem, or remove the key"),
         (lambda plan: {"version": 1}, "cannot read the conversion"),
         (lambda plan: "gem", "cannot read the conversion"),
         (lambda plan: {**plan, "activations": {"gem": ["1.act", "9.act"]}}, "has no activation at '9.act'"),
@@ -115,7 +115,7 @@ def test_a_plan_replaces_activations_only(occupant, refused):
     plan = {"version": 1, "model": "Block", "base": "", "parts": [], "activations": {"gem": ["act"]}, "fields": {}}
     if refused:
         with pytest.raises(
-            ValueError, match=f"'gem' in the place of 'act', a {type(occupant).__name__}, which is a la"
+            ValueError, match=f"replaces 'act' with 'gem', but that is a {type(occupant).__name__}, which is a la"
         ):
             apply_plan(plan, net, hf_gem.get_activation)
         assert net.act is occupant
@@ -128,7 +128,7 @@ def test_what_could_not_be_loaded_is_not_saved():
     """The classes that `convert(replace=)` is given may be any."""
     net = Block(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
     hf_gem.convert(net, "gem", replace=nn.Sequential)
-    assert "act has replaced a Sequential" in unnamed(net)
+    assert "act replaced a Sequential" in unnamed(net)
     hf_gem.revert(net)
     hf_gem.convert(net, "gem")
     assert unnamed(net) is None

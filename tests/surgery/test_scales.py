@@ -91,7 +91,7 @@ def test_the_gate_is_half_open_at_c_times_the_rms(name, c):
     assert spec.eps ** (1 / (2 * spec.n)) == pytest.approx(c * rms, rel=0.05 / (2 * spec.n) + 1e-3)
     assert spec.eps == float(f"{spec.eps:.2g}")
     assert (report.rms, report.c) == (rms, c)
-    assert f"with c = {c:g} and the rms of what is given, {rms:.3g} over all" in str(report)
+    assert f"with c = {c:g} and the rms of the inputs, {rms:.3g} over all" in str(report)
     for r in report.replaced:
         assert f"{r.path}: rms {r.rms:.3g} -> {new}" in str(report)
     assert report.to_dict()["replaced"][0]["rms"] == report.replaced[0].rms
@@ -120,7 +120,7 @@ def test_what_the_data_do_not_reach_gets_the_eps_of_all():
     report = convert(net, "egem", eps="match", data=[X], per_layer=True)
     used, unused = report.replaced
     assert (used.new, unused.rms) == (unused.new, None)
-    assert "not reached by data=, so given the eps of all: 1 at 1.unused.act" in str(report)
+    assert "not reached by data=, so they got the common eps: 1 at 1.unused.act" in str(report)
     with unchanged(net), pytest.raises(ValueError, match="none of the activations ran on data="):
         convert(net, "egem", eps="match", data=[X], skip="0")
 
@@ -131,7 +131,7 @@ def test_an_activation_that_is_given_zeros():
         nn.init.zeros_(parameter)
     with (
         unchanged(net),
-        pytest.raises(ValueError, match=r"an rms of 0 at 1\.act, to.*rms must be positive"),
+        pytest.raises(ValueError, match=r"an rms of 0 at 1\.act, and.*rms must be positive"),
     ):
         convert(net, "egem", eps="match", data=[X], per_layer=True)
     assert convert(net, "egem", eps="match", data=[X]).replaced[1].rms == 0
@@ -144,7 +144,7 @@ def test_no_scale_has_no_eps(rms, n, c):
 
 
 def test_an_eps_beyond_all():
-    with pytest.raises(ValueError, match="eps must lie between"):
+    with pytest.raises(ValueError, match="eps must be between"):
         match_eps(1e-40, 1)
     with pytest.raises(ValueError, match="n must be an integer from 1 to 32"):
         match_eps(1.0, 0)

@@ -148,7 +148,7 @@ def test_null_takes_a_preset_back_to_the_default(tmp_path):
 def test_a_preset_with_an_unknown_field_is_named(capsys):
     with pytest.raises(SystemExit):
         parse_config(Kinds, {"demo": {"hole": 9}}, "demo", [])
-    assert "preset demo: unknown field 'hole', did you mean 'whole'?" in capsys.readouterr().err
+    assert "preset demo: unknown field 'hole'. Did you mean 'whole'?" in capsys.readouterr().err
 
 
 def test_names_of_the_family_are_made_canonical():
@@ -194,6 +194,8 @@ def test_the_124m_preset_is_gpt2_small():
         (["--hiden_act", "egem"], ["--hiden_act", "--hidden_act"]),
         (["--learning_rat=1"], ["--learning_rat", "--learning_rate"]),
         (["--steps", "many"], ["--steps", "many"]),
+        (["--steps", "9" * 5000], ["--steps", f"'{'9' * 75}...'"]),
+        (["--hidden_act", "9" * 5000], ["unknown --hidden_act '9999", "9...9"]),
         (["--steps", "0"], ["--steps", "at least 1", "got 0"]),
         (["--warmup_steps", "900"], ["--warmup_steps", "400", "got 900"]),
         (["--preset", "gpt3"], ["--preset", "gpt3", "gpt2-124m"]),
@@ -210,13 +212,13 @@ def test_the_124m_preset_is_gpt2_small():
         (["--streaming", "true"], ["--max_train_tokens", "--streaming"]),
         (["--hidden_act", "gelo"], ["gelo", "gem_n2", "gelu", "HF_GEM_FAMILIES"]),
         (["--hidden_act", "egem-n2"], ["egem-n2", "egem_n2"]),
-        (["--hidden_act", "egem", "--eps", "fit"], ["--eps must be a finite number above 0, or match, got fit"]),
-        (["--hidden_act", "egem", "--eps", "0"], ["--eps must be a finite number above 0, or match, got 0"]),
+        (["--hidden_act", "egem", "--eps", "fit"], ["--eps must be a finite number above 0, or match, got 'fit'"]),
+        (["--hidden_act", "egem", "--eps", "0"], ["--eps must be a finite number above 0, or match, got '0'"]),
         (["--hidden_act", "gelu", "--eps", "match"], ["--eps must be left out: --hidden_act gelu has none"]),
-        (["--hidden_act", "gem_n2", "--eps", "match"], ["gem has eps = 1, fixed", "'egem' has others"]),
-        (["--hidden_act", "gem_n2", "--eps", "0.1"], ["gem has eps = 1, fixed; got eps=0.1"]),
+        (["--hidden_act", "gem_n2", "--eps", "match"], ["gem, which has a fixed eps of 1", "Use 'egem'"]),
+        (["--hidden_act", "gem_n2", "--eps", "0.1"], ["got eps=0.1", "gem has a fixed eps of 1"]),
         (["--hidden_act", "egem", "--match_c", "2"], ["--match_c must be left out without --eps match, got 2.0"]),
-        (["--hidden_act", "egem", "--eps", "match", "--match_c", "0"], ["c must be positive and finite, got 0.0"]),
+        (["--hidden_act", "egem", "--eps", "match", "--match_c", "0"], ["got c=0.0", "c must be positive and finite"]),
         (["--config", "missing.yaml"], ["missing.yaml"]),
     ],
 )
@@ -234,7 +236,7 @@ def test_a_wrong_argument_is_named_with_what_is_allowed(argv, words, capsys):
         ("step: 3\n", ["'step'", "'steps'"]),
         ("steps: [1, 2]\n", ["--steps"]),
         ("- steps\n", ["list"]),
-        ("steps: {\n", ["cannot be read"]),
+        ("steps: {\n", ["cannot read --config"]),
         ("preset: dmeo\n", ["dmeo", "demo"]),
     ],
 )

@@ -156,9 +156,9 @@ def test_what_cannot_be_read_and_what_is_asked_to_stop():
 
     task = make_task()
     task.validation = Broken(7)
-    with pytest.raises(DataError, match="samples to evaluate on cannot be read: OSError: the disk is gone"):
+    with pytest.raises(DataError, match="cannot read the evaluation samples: OSError: the disk is gone"):
         evaluate(task.objective, task.validation, task.metrics, 2, Accelerator(cpu=True))
     with catch_signals() as caught:
         caught.number = signal.SIGTERM
-        with pytest.raises(Interrupted, match="stopped in an evaluation"):
+        with pytest.raises(Interrupted, match="stopped during an evaluation"):
             evaluate(task.objective, task.validation, task.metrics, 2, Accelerator(cpu=True))

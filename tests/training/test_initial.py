@@ -63,7 +63,7 @@ def test_samples_that_cannot_be_read():
 
     task = make()
     task.train.batch = read
-    with pytest.raises(DataError, match="first samples cannot be read: OSError: the disk is gone; fix the data"):
+    with pytest.raises(DataError, match="cannot read the first samples: OSError: the disk is gone"):
         activation_inputs(task, TrainConfig())
 
 

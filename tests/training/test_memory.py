@@ -94,7 +94,7 @@ def test_the_chunk_size_is_settled_and_on_record(tmp_path, given, expected):
 
 def test_sharded_models_are_not_tried(tmp_path):
     accelerator = SimpleNamespace(num_processes=2, is_fsdp2=True, device=torch.device("cuda"))
-    with pytest.raises(ConfigError, match=r"--micro_batch_size auto is not for FSDP2.*give a number"):
+    with pytest.raises(ConfigError, match=r"--micro_batch_size auto with FSDP2.*Give a number"):
         fit_to_memory(make_task(), settings(tmp_path), accelerator)
 
 

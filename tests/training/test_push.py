@@ -91,10 +91,10 @@ def test_a_push_that_fails_keeps_everything_and_names_the_command(hub, tmp_path,
     code, output = train(tmp_path / "run", cache)
     assert code == 1
     assert "Traceback" not in output
-    assert "error: pushing to me/digits failed" in output
+    assert "error: cannot push to 'me/digits': " in output
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert not hub.repos["me/digits"]
-    command = shlex.split(re.search(r"this finishes it: (.*)", output)[1])
+    command = shlex.split(re.search(r"To finish the push, run: (.*)", output)[1])
     command[0] = str(Path(sys.executable).parent / command[0])
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -106,12 +106,12 @@ def test_a_checkpoint_that_cannot_be_pushed_does_not_stop_training(hub, tmp_path
     hub.failing = 1
     code, output = train(tmp_path / "run", cache, "--hub_strategy=checkpoint")
     assert code == 0, output
-    assert "pushing step_00000002 to me/digits failed" in output
-    assert "Training goes on" in output
+    assert "cannot push step_00000002 to 'me/digits': " in output
+    assert "Training continues" in output
     assert "model.safetensors" in hub.repos["me/digits"]
 
 
 def test_a_name_without_a_user(tmp_path, cache):
     code, output = finish(start(cache, *FLAGS, "--push_to_hub=digits", recipe=VISION))
     assert code == 2
-    assert "--push_to_hub must be USER/NAME, as the Hub has it, got digits" in output
+    assert "--push_to_hub must be USER/NAME, as on the Hub, got 'digits'" in output

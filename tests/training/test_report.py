@@ -79,7 +79,14 @@ def test_a_card_states_what_the_record_holds(tmp_path, act):
     text = (tmp_path / "README.md").read_text()
     for fact in ("4.2500", "70.11", "1,334,016", "0123abc", "torch 2.11.0", "a processor", "5,612", "Python 3.12.3"):
         assert fact in text
-    for fact in ("2026-01-02T03:04:05", "1,234 s", "3,000,000 tokens", "100,000 to evaluate", "drawn by a hash", act):
+    for fact in (
+        "2026-01-02T03:04:05",
+        "1,234 s",
+        "3,000,000 tokens",
+        "100,000 for evaluation",
+        "drawn by a hash",
+        act,
+    ):
         assert fact in text
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.pipeline_tag == "text-generation"
@@ -112,10 +119,10 @@ def test_a_card_says_what_was_evaluated_on(tmp_path):
     }
     write_card(record, tmp_path / "README.md", **MORE, on_hub=False)
     card = (tmp_path / "README.md").read_text()
-    assert "| test loss | 4.5000 nats per token, on 250,000 tokens that nothing was chosen on |" in card
+    assert "| test loss | 4.5000 nats per token, on 250,000 tokens that were not used for any choice |" in card
     assert "too few" not in card
     write_card(RECORD, tmp_path / "README.md", **MORE, on_hub=False)
-    assert "| validation text | 100,000 tokens, too few to compare models by |" in (tmp_path / "README.md").read_text()
+    assert "| validation text | 100,000 tokens, too few to compare models |" in (tmp_path / "README.md").read_text()
 
 
 def test_a_missing_value_is_an_error_and_not_a_gap(tmp_path):

@@ -1,4 +1,4 @@
-"""Points of a problem: those at which its equation and its conditions are to hold, and a grid to evaluate on."""
+"""Points of a differential equation: random ones to train on, and a grid to evaluate on."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from ..record import hash_tensors
 from ..task import Samples
 from .order import four_uniforms
 
-_PASS = 1 << 16  # samples in a pass of the order, which has no end; no point comes twice
+_PASS = 1 << 16  # samples in a pass of the endless order; no point repeats
 
 
 class CollocationPoints:
-    """For each draw a point in the box and one where the solution is given, uniform, functions of seed and draw alone.
+    """Uniform random points: each draw gives one in the box and one on a side where the solution is given.
 
-    Each side on which the solution is given gets the same share of points, whatever its length.
+    The points depend only on seed and draw. All sides on which the solution is given get the same share of points,
+    regardless of their length.
 
     Args:
-        problem: Whose box and sides.
-        seed: Of the points.
+        problem: The problem with the box and its sides.
+        seed: Seed of the points.
     """
 
     def __init__(self, problem: Problem, seed: int) -> None:
@@ -36,7 +37,7 @@ class CollocationPoints:
         return _PASS
 
     def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, torch.Tensor]:
-        """`points` and `boundary`, (batch, 2), and `labels`, the solution at the latter, (batch,)."""
+        """Returns `points` and `boundary`, both (batch, 2), and `labels` (batch,), the solution on the boundary."""
         numbers = four_uniforms((self.seed, 0), indices if draws is None else draws)
         boundary = self.lower + numbers[:, 2:3] * self.size
         side = (numbers[:, 3] * len(self.axes)).astype(np.int64)
@@ -49,10 +50,10 @@ class CollocationPoints:
 
 
 class GridPoints:
-    """The evaluation grid of a problem, and the solution there.
+    """The evaluation grid of a problem, with the solution at its points.
 
     Args:
-        problem: Which.
+        problem: The problem.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -65,7 +66,7 @@ class GridPoints:
         return len(self.points)
 
     def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, torch.Tensor]:
-        """`points`, (batch, 2), and `labels`, the solution there, (batch,)."""
+        """Returns `points` (batch, 2) and `labels` (batch,), the solution at the points."""
         return {"points": self.points[indices], "labels": self.labels[indices]}
 
 
@@ -74,9 +75,9 @@ class PointData:
     """The points of a problem, ready for training.
 
     Attributes:
-        train: Where equation and conditions are to hold.
-        validation: Where the solution is compared.
-        facts: For the record: the number of points that are evaluated, and a SHA-256 of these and the solution there.
+        train: Points at which the equation and its conditions must hold.
+        validation: Points at which the model is compared with the solution.
+        facts: Facts for the record: the number of evaluation points, and a SHA-256 of them and the solution there.
     """
 
     train: Samples
@@ -85,11 +86,11 @@ class PointData:
 
 
 def prepare_points(problem: Problem, seed: int) -> PointData:
-    """The points of a problem.
+    """Makes the points of a problem.
 
     Args:
-        problem: Which.
-        seed: Of those to train on.
+        problem: The problem.
+        seed: Seed of the training points.
     """
     grid = GridPoints(problem)
     digest = hash_tensors({"points": grid.points, "labels": grid.labels})

@@ -1,4 +1,4 @@
-"""Images of any size: decoded, cropped and scaled when they are needed, by threads, while the device computes."""
+"""Images of any size: threads decode, crop and scale them on demand, while the device computes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...files import shown
 from ..errors import DataError
 from .images import ImageData, ImageSplits, Rows, VisionConfig
 from .normalisation import Normalisation, Preprocessing
@@ -24,20 +25,20 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclass
 class DecodedImages:
-    """Images that are decoded, cropped and scaled for each batch, by threads.
+    """Images that threads decode, crop and scale for each batch.
 
-    In training, the crop has a random share of the area, between `min_scale` and 1, and an aspect ratio between 3/4 and
-    4/3, as for Inception (arXiv 1409.4842); with a `min_scale` of 1, as in evaluation, it is the middle one.
+    In training, the crop is random: it covers between `min_scale` and 1 of the area and has an aspect ratio between 3/4
+    and 4/3, as for Inception (arXiv 1409.4842). With `min_scale` 1, and in evaluation, it is the center crop.
 
     Attributes:
         rows: The images.
         size: Height and width of the result.
-        normalisation: Of pixels.
-        seed: Of the augmentation.
-        num_workers: Threads.
-        min_scale: Smallest share of the area in training.
+        normalisation: Normalisation of pixels.
+        seed: Seed of the augmentation.
+        num_workers: Number of threads.
+        min_scale: Smallest share of the area that a crop covers in training.
         flip: Whether half of the images are flipped in training.
-        crop_pct: Share of the shorter side that the middle crop has.
+        crop_pct: Share of the shorter side that the center crop covers in evaluation.
     """
 
     rows: Rows
@@ -55,16 +56,16 @@ class DecodedImages:
 
     @property
     def labels(self) -> np.ndarray:
-        """int64, one for each image."""
+        """The label of each image, int64."""
         return self.rows.labels
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, Tensor]:
-        """`pixel_values`, float32 of shape (len(indices), 3, size, size), and `labels`.
+        """Returns `pixel_values`, float32 of shape (len(indices), 3, size, size), and `labels`.
 
-        In evaluation, `units` too, the numbers of the images.
+        In evaluation it also returns `units`, the numbers of the images.
         """
         random: Any = [None] * len(indices) if draws is None else uniforms((self.seed, 3), draws, (5,))
         arrays = list(self._pool.map(self._load, indices, random))
@@ -77,13 +78,13 @@ class DecodedImages:
 
         image = self.rows.image(int(index)).convert("RGB")
         box = self._box(image.width, image.height, random)
-        # `reducing_gap` first shrinks by whole factors, which costs a large image less
+        # `reducing_gap` first shrinks by integer factors, which is faster for large images.
         image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
         array = np.asarray(image)
         return array[:, ::-1] if random is not None and self.flip and random[4] < 0.5 else array
 
     def _box(self, width: int, height: int, random: np.ndarray | None) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom of the crop."""
+        """Returns left, top, right and bottom of the crop."""
         wide = high = min(width, height) * (self.crop_pct if random is None else 1.0)
         across = down = 0.5
         if random is not None and self.min_scale < 1:
@@ -96,15 +97,15 @@ class DecodedImages:
 
 
 def prepare_decoded(config: VisionConfig, splits: ImageSplits, seed: int, preprocessing: Preprocessing) -> ImageData:
-    """Image data that are decoded for each batch; see `vision.prepare_images`.
+    """Prepares images that are decoded for each batch; see `vision.prepare_images`.
 
     Raises:
-        DataError: the config asks for what resident images alone have.
+        DataError: The config has an option that only works with resident images.
     """
     if config.crop_padding:
         raise DataError(
-            f"--crop_padding {config.crop_padding} is for resident images, and those of {config.dataset!r} are too "
-            "large, or not all of one size; use --crop_min_scale, or --resident yes"
+            f"got --crop_padding {config.crop_padding}, but the images of {shown(config.dataset)} are too large to be "
+            "resident, or differ in size. It only works with resident images. Use --crop_min_scale, or --resident yes."
         )
     size = preprocessing.image_size or 224
     normalisation = preprocessing.normalisation or Normalisation(*_IMAGENET)
@@ -114,7 +115,7 @@ def prepare_decoded(config: VisionConfig, splits: ImageSplits, seed: int, prepro
     crop["crop_pct"] = config.crop_pct or preprocessing.crop_pct
     validation = DecodedImages(splits.parts["validation"], **crop)
     test = DecodedImages(splits.parts["test"], **crop) if "test" in splits.parts else None
-    # All pixels would take hours to read. Of files, names and sizes stand for them; of a Hub dataset, its revision.
+    # Hashing all pixels could take hours. Names and sizes of files, or the revision of a Hub dataset, replace them.
     files = [[Path(name).name, num_bytes] for name, num_bytes, _ in fingerprint(config.dataset) or []]
     source = [config.dataset_config, config.dataset_revision, config.image_column, files or config.dataset]
     digest = hashlib.sha256(json.dumps(source).encode() + splits.label_bytes())

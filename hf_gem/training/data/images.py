@@ -1,4 +1,4 @@
-"""Images of a dataset, encoded as they come, with their classes: which there are, and which of them are held out."""
+"""Reads the encoded images and classes of a dataset, and splits off those that are held out."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ...files import shown
 from ..config import at_least, option, require
-from ..errors import DataError
+from ..errors import DataError, reason
 from ..task import Samples
 from .normalisation import Normalisation
 from .source import SourceConfig, load_splits
 
 DIGITS = "digits"
 # Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, CC BY 4.0;
-# the 1797 images of 8 x 8 pixels that scikit-learn has too, as bytes.
+# the same 1797 images of 8 x 8 pixels as in scikit-learn, stored as bytes.
 _DIGITS_FILE = Path(__file__).parent / "digits.npz"
 
 
@@ -37,30 +38,31 @@ class VisionConfig(SourceConfig):
 
     dataset: str = option(
         DIGITS,
-        "Hub dataset id, local folder (images in a folder for each class, or parquet), file NAME.npz with the arrays "
+        "Hub dataset id, local folder (one subfolder of images per class, or parquet), file NAME.npz with the arrays "
         "x_train, y_train and so on, or digits: the handwritten digits of scikit-learn.",
     )
-    image_column: str | None = option(None, "Column that holds the images; by default the first one of images.")
-    label_column: str | None = option(None, "Column that holds the classes; by default the first one of classes.")
+    image_column: str | None = option(None, "Column with the images; by default the first image column.")
+    label_column: str | None = option(None, "Column with the classes; by default the first class column.")
     image_size: int | None = option(
-        None, "Height and width; by default those of the data where all are alike, and otherwise what the model takes."
+        None, "Height and width; by default those of the images if they are all equal, or else those the model expects."
     )
     resident: bool | None = option(
         None,
-        "Keep decoded images on the device, scaled once where an --image_size is given; by default where all have that "
+        "Keep decoded images on the device, scaled once if --image_size is given; by default if all images have that "
         "size and take at most 2 GiB.",
     )
-    crop_padding: int = option(0, "Zeros around resident images, from which training takes random crops.")
-    crop_min_scale: float = option(1.0, "Smallest share of an image's area in random crops of images not resident.")
+    crop_padding: int = option(0, "Pixels of zero padding around resident images, for random crops in training.")
+    crop_min_scale: float = option(1.0, "Smallest share of the area in random crops of images that are not resident.")
     crop_pct: float | None = option(
         None,
-        "Share of the shorter side that evaluation sees of images not resident; by default what the model says, or 1.",
+        "Share of the shorter side that evaluation crops from images that are not resident; by default the model's, "
+        "or 1.",
     )
-    flip: bool = option(False, "Flip training images from left to right at random.")
-    num_workers: int = option(8, "Threads that decode images, in each process.")
+    flip: bool = option(False, "Flip training images horizontally at random.")
+    num_workers: int = option(8, "Number of threads per process that decode images.")
 
     def validate(self) -> None:
-        """Raises ValueError, naming the field, when a value makes no sense."""
+        """Raises ValueError, naming the field, if a value makes no sense."""
         super().validate()
         at_least(self, 0, "crop_padding")
         at_least(self, 1, "num_workers")
@@ -73,11 +75,11 @@ class VisionConfig(SourceConfig):
 
 @dataclass
 class Rows:
-    """Some images of a dataset, encoded.
+    """Encoded images of a dataset, with their labels.
 
     Attributes:
-        source: Anything with a length whose item k is encoded bytes, a path, or an array of uint8.
-        labels: int64, one for each.
+        source: Returns image k as a file of encoded bytes, a path, or an array of uint8.
+        labels: The label of each image, int64.
     """
 
     source: Callable[[int], Any]
@@ -87,10 +89,10 @@ class Rows:
         return len(self.labels)
 
     def image(self, index: int) -> Any:
-        """One of them as a PIL image in RGB, or as it is where it is grey.
+        """Returns an image as a PIL image in RGB, or in mode L if it is grey.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: The image cannot be read.
         """
         from PIL import Image, ImageOps
 
@@ -99,19 +101,21 @@ class Rows:
             image = Image.fromarray(item) if isinstance(item, np.ndarray) else Image.open(item)
             image = ImageOps.exif_transpose(image)
             return image if image.mode == "L" else image.convert("RGB")
-        except Exception as error:  # of the file system and of each format's reader
-            raise DataError(f"image {index} of the dataset cannot be read: {type(error).__name__}: {error}") from error
+        except Exception as error:  # the file system and the reader of each format raise their own
+            raise DataError(
+                f"cannot read image {index} of the dataset: {reason(error)}. Replace it, or remove it from the dataset."
+            ) from error
 
 
 @dataclass
 class ImageSplits:
-    """The images to train and to evaluate on.
+    """The images to train and evaluate on.
 
     Attributes:
-        parts: `train`, `validation`, and `test` where that was asked for.
-        classes: Their names.
-        held_out: Where those for validation come from: `split`, one of the dataset's own, or `random`.
-        on_hub: Whether the dataset is one of the Hub.
+        parts: The images of `train`, `validation`, and `test` if requested.
+        classes: Names of the classes.
+        held_out: Where the validation images come from: `split`, a split of the dataset, or `random`.
+        on_hub: Whether the dataset is on the Hub.
     """
 
     parts: dict[str, Rows]
@@ -120,11 +124,11 @@ class ImageSplits:
     on_hub: bool
 
     def label_bytes(self) -> bytes:
-        """All labels and the names of the classes, to be hashed."""
+        """Returns all labels and class names as bytes to hash."""
         return b"".join(rows.labels.tobytes() for rows in self.parts.values()) + json.dumps(self.classes).encode()
 
     def facts(self, digest: str, hash_of: str, image_size: int) -> dict[str, Any]:
-        """What the record says of the data."""
+        """Returns the facts about the data for the record."""
         counts = {name: len(rows) for name, rows in self.parts.items()}
         sizes = {"image_size": image_size, "num_classes": len(self.classes)}
         return {
@@ -144,11 +148,11 @@ class ImageData:
     Attributes:
         train: Samples to train on.
         validation: Samples to evaluate on.
-        test: Samples to evaluate on once, at the end; None without a test.
-        classes: Their names.
-        image_size: Height and width of what the model gets.
-        normalisation: Of pixels.
-        facts: For the record: numbers of images, how validation images were chosen, and a SHA-256, `hash`.
+        test: Samples to evaluate on once, at the end, or None.
+        classes: Names of the classes.
+        image_size: Height and width of the model's inputs.
+        normalisation: Normalisation of pixels.
+        facts: Facts for the record: numbers of images, how validation images were chosen, and a SHA-256, `hash`.
     """
 
     train: Samples
@@ -161,11 +165,11 @@ class ImageData:
 
 
 def read_splits(config: VisionConfig) -> ImageSplits:
-    """The images of a dataset, not decoded yet.
+    """Reads the images of a dataset without decoding them.
 
     Raises:
-        ConfigError: a package is needed for it that is not installed.
-        DataError: it cannot be read, or has no such columns.
+        ConfigError: A package that is needed to read the dataset is not installed.
+        DataError: The dataset cannot be read, or lacks the named columns.
     """
     if config.dataset == DIGITS:
         return _read_arrays(config, _DIGITS_FILE)
@@ -173,15 +177,19 @@ def read_splits(config: VisionConfig) -> ImageSplits:
 
 
 def _read_arrays(config: VisionConfig, path: Path) -> ImageSplits:
-    """Images as arrays: uint8 `x_train` of shape (images, height, width) or with channels last, classes `y_train`."""
+    """Reads images from arrays: uint8 `x_train` (images, height, width), perhaps with channels last, and `y_train`."""
     try:
         with np.load(path) as file:
             found = {name.removeprefix("x_"): (file[name], file[f"y_{name[2:]}"]) for name in file if name[:2] == "x_"}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read: {error}. It needs the arrays x_train, y_train and so on") from error
+        raise DataError(
+            f"cannot read {path}: {error}. It must hold the arrays x_train, y_train and so on. Save it again with "
+            "numpy.savez."
+        ) from error
     if config.train_split not in found:
         raise DataError(
-            f"{path} has no x_{config.train_split}; --train_split can be {' or '.join(found) or 'none there is'}"
+            f"{path} has no array {shown(f'x_{config.train_split}')}. Its splits are {', '.join(found) or 'none'}. "
+            "Name one with --train_split."
         )
     images, labels = _checked(path, *found[config.train_split])
     classes = np.unique(labels)
@@ -190,28 +198,32 @@ def _read_arrays(config: VisionConfig, path: Path) -> ImageSplits:
     arrays |= {part: _checked(path, *found[split]) for part, split in config.own_splits(shares).items()}
     for part, (_, classes_of_part) in arrays.items():
         if not np.isin(classes_of_part, classes).all():
-            raise DataError(f"{path} has {part} images of classes that are not in x_{config.train_split}")
+            raise DataError(
+                f"{path} has {part} images of classes that do not occur in y_{config.train_split}. Training images "
+                "must cover all classes. Add some, or remove the others."
+            )
     parts = {part: Rows(x.__getitem__, np.searchsorted(classes, y)) for part, (x, y) in arrays.items()}
     return ImageSplits(parts, [str(name) for name in classes], _held_out(shares), False)
 
 
 def _checked(path: Path, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Arrays of a file, grey images without a dimension for channels, and classes in one dimension."""
+    """Checks the arrays of a file. Returns grey images without a channel dimension, and classes in one dimension."""
     colours = images.ndim == 4 and images.shape[-1] in (1, 3)
     if images.dtype != np.uint8 or not (images.ndim == 3 or colours) or len(images) != labels.size:
         raise DataError(
-            f"{path} has {images.dtype} images of shape {images.shape} and {labels.size} classes. Images are uint8, of "
-            "shape (images, height, width), or with 1 or 3 channels behind, and each has a class"
+            f"{path} has {images.dtype} images of shape {images.shape} and {labels.size} classes. Images must be uint8 "
+            "of shape (images, height, width), with or without a last dimension of 1 or 3 channels, and each needs a "
+            "class. Convert the arrays."
         )
     return images[..., 0] if images.shape[3:] == (1,) else images, labels.reshape(-1)
 
 
 def hold_out(count: int, shares: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """The indices of the samples of each part, always the same, ascending; what no part holds out is `train`.
+    """Splits samples at random, always in the same way, and returns the ascending indices of each part.
 
     Args:
-        count: Samples in all.
-        shares: Part -> the share of all samples that it holds out.
+        count: Total number of samples.
+        shares: Part -> the share of all samples that it holds out. The rest is `train`.
     """
     order, parts = np.random.default_rng(0).permutation(count), {}
     for part, share in shares.items():
@@ -234,7 +246,8 @@ def _read(config: VisionConfig) -> ImageSplits:
     for name in (image, label):
         if name not in train.column_names:
             raise DataError(
-                f"{config.dataset!r} has no column {name!r}; its columns are {', '.join(train.column_names)}"
+                f"{shown(config.dataset)} has no column {shown(name)}. Its columns are "
+                f"{', '.join(train.column_names)}. Name one with --image_column or --label_column."
             )
     feature = train.features[label]
     names = getattr(feature, "names", None) or sorted(set(train[label]))
@@ -246,8 +259,8 @@ def _read(config: VisionConfig) -> ImageSplits:
         )
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(names):
             raise DataError(
-                f"column {label!r} of {config.dataset!r} has images without one of its {len(names)} classes, or none "
-                "at all; name another split or column"
+                f"column {shown(label)} of {shown(config.dataset)} is empty, or has values that are none of its "
+                f"{len(names)} classes. Every image needs a class. Name another split or column."
             )
         encoded = table.cast_column(image, datasets.Image(decode=False)).select_columns(image)
 
@@ -265,12 +278,13 @@ def _read(config: VisionConfig) -> ImageSplits:
 
 
 def _first_column(config: VisionConfig, table: Any, what: str, kind: type) -> str:
-    """The first column of a kind; for labels, the only other one would do too."""
+    """Finds the first column of a kind. For labels, a single plain column is accepted too."""
     found = [str(name) for name, feature in table.features.items() if isinstance(feature, kind)]
     others = [name for name, feature in table.features.items() if type(feature).__name__ == "Value"]
     if found or (what == "label" and len(others) == 1):
         return (found or others)[0]
     columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in table.features.items())
     raise DataError(
-        f"which column of {config.dataset!r} is the {what} cannot be told from {columns}; name --{what}_column"
+        f"cannot tell which column of {shown(config.dataset)} holds the {what}. It has the columns {columns}. Name one "
+        f"with --{what}_column."
     )

@@ -1,4 +1,4 @@
-"""Masked language modelling: blocks of tokens with some of them hidden, as in BERT (arXiv 1810.04805, section 3.1)."""
+"""Masked language modelling: blocks with some tokens hidden, as in BERT (arXiv 1810.04805, section 3.1)."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .text import documents_at
 
 @dataclass
 class MaskedBlocks:
-    """`[CLS] tokens [SEP]` with a fixed share of the tokens chosen for prediction.
+    """Blocks `[CLS] tokens [SEP]`, with a fixed share of the tokens chosen for prediction.
 
-    The tokens are consecutive ones of a flat array, documents one after the other, so nothing is padded. Of the chosen,
-    80 % are replaced by `[MASK]`, 10 % by any token, and 10 % stay. The choice is a function of the seed and the number
-    of the draw; in evaluation, of the block alone.
+    The tokens of a block are consecutive in a flat array of documents, so nothing is padded. 80 % of the chosen tokens
+    are replaced by `[MASK]`, 10 % by a random token, and 10 % are kept. The choice depends only on the seed and the
+    number of the draw, and in evaluation only on the block.
 
     Attributes:
-        tokens: All ids, in which the separator stands between documents.
-        block_size: Tokens in a block, the two at its ends counted.
-        tokenizer: Names the special tokens.
+        tokens: All token ids, with a separator after each document.
+        block_size: Tokens in a block, including the two at its ends.
+        tokenizer: The tokenizer, which knows the special tokens.
         probability: Share of tokens that are chosen.
-        seed: Of the choice in training.
-        ends: Where each document ends.
+        seed: Seed of the choice in training.
+        ends: The position where each document ends.
     """
 
     tokens: np.ndarray
@@ -43,8 +43,8 @@ class MaskedBlocks:
         missing = [name for name in ("cls_token", "sep_token", "mask_token") if getattr(tokenizer, name) is None]
         if missing:
             raise DataError(
-                f"the tokenizer has no {', '.join(missing)}, which masked language modelling needs; take one made for "
-                "BERT, or leave --tokenizer out to have one trained"
+                f"the tokenizer has no {', '.join(missing)}. Masked language modelling needs these tokens. Use a "
+                "tokenizer made for BERT, or leave out --tokenizer to train one."
             )
         self._special = np.array(sorted(tokenizer.all_special_ids))
         self._ordinary = np.setdiff1d(np.array(sorted(set(tokenizer.get_vocab().values()))), self._special)
@@ -55,12 +55,12 @@ class MaskedBlocks:
         return len(self.tokens) // self._body
 
     def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, torch.Tensor]:
-        """Some blocks.
+        """Makes a batch of blocks.
 
         Returns:
-            `input_ids`, int64 of shape (blocks, block_size); `positions` in them and `labels` there, int64 of shape
-            (blocks, num_chosen). Where a block has fewer ordinary tokens than that, the rest of the labels is `IGNORE`.
-            In evaluation, `units` too: the number of the document that each label belongs to.
+            `input_ids`, int64 of shape (blocks, block_size), and the chosen `positions` and their `labels`, int64 of
+            shape (blocks, num_chosen). If a block has fewer ordinary tokens, the remaining labels are `IGNORE`. In
+            evaluation also `units`, the number of the document that each label belongs to.
         """
         ids = np.empty((len(indices), self.block_size), dtype=np.int64)
         ids[:, 0], ids[:, -1] = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
@@ -83,6 +83,6 @@ class MaskedBlocks:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _random(self, indices: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
-        """Uniform numbers, three for each token."""
+        """Draws three uniform numbers for each token."""
         key, counters = ((self.seed, 0), draws) if draws is not None else ((0, 1), indices)
         return uniforms(key, counters, (3, self.block_size))

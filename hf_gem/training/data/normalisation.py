@@ -1,4 +1,4 @@
-"""From pixels to what a model takes."""
+"""Converts pixels to the inputs of a model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Normalisation:
-    """What a model takes: `(pixels / 255 - mean) / std`, for three channels each.
+    """Normalises pixels to `(pixels / 255 - mean) / std`, with three channels.
 
     Attributes:
-        mean: By channel, of pixels in [0, 1].
-        std: Likewise.
+        mean: Mean of each channel, for pixels in [0, 1].
+        std: Standard deviation of each channel, for pixels in [0, 1].
     """
 
     mean: Sequence[float]
@@ -23,8 +23,8 @@ class Normalisation:
     _tensors: dict[torch.device, list[Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """float32 of shape (batch, 3, height, width) from uint8, (batch, channels, height, width); grey is repeated."""
-        if pixels.device not in self._tensors:  # once, since a copy to a GPU waits for it
+        """Maps uint8 (batch, channels, height, width) to float32 (batch, 3, height, width). Grey is repeated."""
+        if pixels.device not in self._tensors:  # only once, since a copy to a GPU waits for the device
             self._tensors[pixels.device] = [
                 torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in (self.mean, self.std)
             ]
@@ -34,12 +34,12 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a model says of the images it takes.
+    """The preprocessing that a model expects.
 
     Attributes:
-        normalisation: Of pixels; None where it does not say.
-        image_size: Height and width; likewise.
-        crop_pct: Share of the shorter side of a larger image.
+        normalisation: Normalisation of pixels, or None if the model does not say.
+        image_size: Height and width of images, or None if the model does not say.
+        crop_pct: Share of the shorter side that the center crop of a larger image covers.
     """
 
     normalisation: Normalisation | None = None

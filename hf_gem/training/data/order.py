@@ -1,4 +1,4 @@
-"""The order of samples, a pure function of seed and step, and random numbers that are one of seed and sample."""
+"""The order of samples as a function of seed and step, and random numbers as a function of seed and sample."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 
 class SampleOrder:
-    """Endless shuffled passes over `num_samples` samples, a new permutation for each.
+    """Endless passes over `num_samples` samples, each in a new random order.
 
-    The batch of a step depends on seed, step and batch size only, so it is the same on any number of processes, for
-    any split into micro-batches, and after a restart.
+    The batch of a step depends only on seed, step and batch size. It is the same on any number of processes, for any
+    split into micro-batches, and after a restart.
     """
 
     def __init__(self, num_samples: int, seed: int) -> None:
@@ -23,7 +23,7 @@ class SampleOrder:
         self._permutation = functools.lru_cache(maxsize=2)(self._make_permutation)
 
     def batch(self, step: int, batch_size: int) -> np.ndarray:
-        """The sample indices of batch number `step`, int64 of shape (batch_size,)."""
+        """Returns the sample indices of batch number `step`, int64 of shape (batch_size,)."""
         position = np.arange(step * batch_size, (step + 1) * batch_size)
         epochs, offsets = np.divmod(position, self.num_samples)
         indices = np.empty(batch_size, dtype=np.int64)
@@ -33,7 +33,7 @@ class SampleOrder:
         return indices
 
     def hash(self, steps: int, batch_size: int) -> str:
-        """SHA-256 over the indices of the first steps, a thousand at most: equal for runs that see the same samples."""
+        """Computes a SHA-256 over the indices of the first 1000 steps. Runs that see the same samples have the same."""
         digest = hashlib.sha256()
         for step in range(min(steps, 1000)):
             digest.update(self.batch(step, batch_size).tobytes())
@@ -44,15 +44,15 @@ class SampleOrder:
 
 
 def uniforms(key: tuple[int, int], counters: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Uniform numbers in [0, 1) for some samples, each a function of the key and the sample's counter alone.
+    """Draws uniform numbers in [0, 1) for samples. They depend only on the key and the counter of the sample.
 
     Args:
-        key: A seed, and what the numbers are for.
-        counters: One for each sample.
-        shape: Of the numbers of one sample.
+        key: A seed, and a number for the purpose of the draw.
+        counters: The counter of each sample.
+        shape: Shape of the numbers of one sample.
 
     Returns:
-        float64 of shape (samples, *shape).
+        The numbers, float64 of shape (samples, *shape).
     """
     numbers = np.empty((len(counters), *shape))
     for row, counter in enumerate(counters):
@@ -62,16 +62,17 @@ def uniforms(key: tuple[int, int], counters: np.ndarray, shape: tuple[int, ...])
 
 
 def four_uniforms(key: tuple[int, int], counters: np.ndarray) -> np.ndarray:
-    """Four uniform numbers for each of some samples, a hundred times as fast as `uniforms` where counters are in order.
+    """Draws four uniform numbers per sample, a hundred times as fast as `uniforms` if the counters are consecutive.
 
-    They are others than those of `uniforms`: a counter of the generator, which gives four numbers, is one of a sample.
+    The numbers differ from those of `uniforms`: here a sample's counter is one counter of the generator, which gives
+    four numbers.
 
     Args:
-        key: As for `uniforms`.
-        counters: One for each sample; those that follow each other take one call.
+        key: A seed, and a number for the purpose of the draw.
+        counters: The counter of each sample. Consecutive counters take one call.
 
     Returns:
-        float64 of shape (samples, 4).
+        The numbers, float64 of shape (samples, 4).
     """
     parts = np.split(counters, np.flatnonzero(np.diff(counters) != 1) + 1)
     generators = [np.random.Philox(key=key, counter=[int(part[0]), 0, 0, 0]) for part in parts]

@@ -1,4 +1,4 @@
-"""Small images of one size: decoded once, kept on the device, and augmented there."""
+"""Small images of equal size, which are decoded once, kept on the device, and augmented there."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from ...files import shown
 from ..device import to_device
 from ..errors import DataError
 from ..signals import check
@@ -24,8 +25,8 @@ from .order import uniforms
 from .source import STOPPED, cached, source_state
 from .stored import ImageContent, read_array
 
-_CACHE_FORMAT = 2  # raise it when the files' content changes
-_RESIDENT_BYTES = 1 << 31  # of decoded training images, at most
+_CACHE_FORMAT = 2  # increment when the content of the files changes
+_RESIDENT_BYTES = 1 << 31  # the most that decoded training images may take
 
 
 @dataclass
@@ -33,11 +34,12 @@ class ResidentImages:
     """Decoded images on a device.
 
     Attributes:
-        images: uint8 of shape (images, channels, height, width), with one channel or three.
-        labels: int64, on the CPU.
-        normalisation: Of pixels.
-        seed: Of the augmentation.
-        padding: Zeros, which after normalisation are the mean colour, around images from which crops are taken.
+        images: The images, uint8 of shape (images, channels, height, width), with one or three channels.
+        labels: The labels, int64, on the CPU.
+        normalisation: Normalisation of pixels.
+        seed: Seed of the augmentation.
+        padding: Pixels of padding around an image before it is cropped at random. They are zero after normalisation,
+            which is the mean colour.
         flip: Whether half of the images are flipped.
     """
 
@@ -52,9 +54,9 @@ class ResidentImages:
         return len(self.labels)
 
     def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, Tensor]:
-        """`pixel_values`, float32 of shape (len(indices), 3, height, width) on the device, and `labels`.
+        """Returns `pixel_values`, float32 of shape (len(indices), 3, height, width) on the device, and `labels`.
 
-        In evaluation, `units` too, the numbers of the images.
+        In evaluation it also returns `units`, the numbers of the images.
         """
         device = self.images.device
         pixels = self.normalisation(self.images[to_device(torch.from_numpy(np.asarray(indices)), device)])
@@ -74,13 +76,13 @@ class ResidentImages:
         rows, columns = (to_device(torch.from_numpy(part.copy()), pixels.device) for part in (rows, columns))
         each = torch.arange(len(pixels), device=pixels.device)[:, None, None]
         crops = padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-        # The channels are last in memory, which suits a GPU. On a CPU, the backward pass of a 1 x 1 convolution with
-        # stride 2 and few channels then corrupts the heap (torch 2.14).
+        # Channels are last in memory, which is good for a GPU. On a CPU it makes the backward pass of a 1 x 1
+        # convolution with stride 2 and few channels corrupt the heap (torch 2.14).
         return crops.contiguous() if crops.device.type == "cpu" else crops
 
 
 def can_be_resident(rows: Rows, size: int | None) -> bool:
-    """Judged by some images; that all are alike turns out when they are decoded."""
+    """Whether images can stay on the device, judged by a few. Decoding later checks that all have the same size."""
     sizes = {rows.image(int(i)).size for i in np.linspace(0, len(rows) - 1, 16)}
     (width, height), *others = sizes
     alike = not others and width == height and size in (None, width)
@@ -90,13 +92,13 @@ def can_be_resident(rows: Rows, size: int | None) -> bool:
 def prepare_resident(
     config: VisionConfig, splits: ImageSplits, seed: int, device: torch.device, preprocessing: Preprocessing
 ) -> ImageData:
-    """Image data that are decoded once, or found in the cache; see `vision.prepare_images`.
+    """Prepares images that are decoded once, or read from the cache; see `vision.prepare_images`.
 
     Raises:
-        DataError: an image cannot be read, or the images cannot be kept as asked for; or the cache cannot be written.
-        Interrupted: a signal arrived.
+        DataError: An image cannot be read, the images cannot be resident, or the cache cannot be written.
+        Interrupted: A signal arrived.
     """
-    labels_hash = hashlib.sha256(splits.label_bytes()).hexdigest()  # of a dataset whose order has changed on the Hub
+    labels_hash = hashlib.sha256(splits.label_bytes()).hexdigest()  # it changes if the Hub changes the order of images
     wanted = preprocessing.image_size
     key = [_CACHE_FORMAT, source_state(config), config.image_column, config.label_column, labels_hash, wanted]
     build = functools.partial(_decode_all, config, splits, wanted)
@@ -105,11 +107,13 @@ def prepare_resident(
     height, size = images["train"].shape[-2:]
     for split, rows in splits.parts.items():
         if images[split].shape[1:] not in ((1, height, size), (3, height, size)) or len(images[split]) != len(rows):
-            raise DataError(f"{folder / split}.npy does not have the images of {config.dataset!r}; remove the folder")
+            raise DataError(
+                f"{folder / split}.npy does not hold the images of {shown(config.dataset)}. Delete the folder."
+            )
     if height != size:
         raise DataError(
-            f"the images of {config.dataset!r} are {height} x {size}, and resident ones are squares; give an "
-            "--image_size, or use --resident no"
+            f"the images of {shown(config.dataset)} are {height} x {size}. Resident images must be square. Give an "
+            "--image_size, or use --resident no."
         )
     normalisation = preprocessing.normalisation or Normalisation(meta["mean"], meta["std"])
 
@@ -130,7 +134,7 @@ def prepare_resident(
 
 
 def _decode_all(config: VisionConfig, splits: ImageSplits, size: int | None, folder: Path) -> dict[str, Any]:
-    """Writes the pixels of each part, and returns their hash and the mean and deviation of the training images."""
+    """Writes the pixels of each part. Returns their hash, and mean and deviation of the training images."""
     digest = hashlib.sha256()
     moments: tuple[list[float], list[float]] = ([], [])
     for split, rows in splits.parts.items():
@@ -143,33 +147,33 @@ def _decode_all(config: VisionConfig, splits: ImageSplits, size: int | None, fol
 
 
 def _decode(config: VisionConfig, rows: Rows, size: int | None, split: str) -> np.ndarray:
-    """uint8 of shape (images, channels, height, width), scaled to squares of a size if one is given."""
+    """Decodes images to uint8 (images, channels, height, width), scaled to squares if a size is given."""
     from PIL import Image
 
     def decode(index: int) -> np.ndarray:
-        check(STOPPED)  # here, or those that wait for a thread would all be decoded before the pool ends
+        check(STOPPED)  # here, because otherwise the pool would decode all queued images before it ends
         image = rows.image(index)
         if size is not None and image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BICUBIC)  # a smaller one is smoothed first
+            image = image.resize((size, size), Image.Resampling.BICUBIC)  # smooths before it shrinks
         return np.asarray(image)
 
     with ThreadPoolExecutor(config.num_workers) as pool:
         decoded = pool.map(decode, range(len(rows)))
         arrays = list(tqdm(decoded, total=len(rows), desc=f"Decoding {split}", unit=" images", unit_scale=True))
-    if any(array.ndim == 3 for array in arrays):  # grey ones among others
+    if any(array.ndim == 3 for array in arrays):  # some are grey, some are not
         arrays = [array if array.ndim == 3 else np.repeat(array[..., None], 3, -1) for array in arrays]
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
         raise DataError(
-            f"the images of {config.dataset!r} have {len(shapes)} shapes, {sorted(shapes)[0]} and "
-            f"{sorted(shapes)[-1]} among them, and resident ones must have one; use --resident no"
+            f"the images of {shown(config.dataset)} have {len(shapes)} shapes, including {sorted(shapes)[0]} and "
+            f"{sorted(shapes)[-1]}. Resident images must all have the same shape. Use --resident no."
         )
     images = np.stack([array.reshape(*array.shape[:2], -1) for array in arrays]).transpose(0, 3, 1, 2)
     return np.ascontiguousarray(images)
 
 
 def _moments(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation by channel, of pixels in [0, 1]; those of a grey image for three channels."""
+    """Computes mean and standard deviation per channel, for pixels in [0, 1], repeating a grey channel three times."""
     counts = np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in images.swapaxes(0, 1)])
     share, value = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
     mean = share @ value

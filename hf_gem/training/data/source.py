@@ -1,4 +1,4 @@
-"""Where data come from, datasets of the Hub and local files, and the cache of what is made of them."""
+"""Reads datasets from the Hub or local files, and caches the data prepared from them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any, ClassVar, TypedDict, TypeVar
 
 from filelock import FileLock, Timeout
 
-from ...files import cache_folder, check_type, flush, is_inside, read_json
+from ...files import cache_folder, check_type, flush, is_inside, read_json, shown
 from ..config import option, require
-from ..errors import DataError, Interrupted, needed_for
+from ..errors import DataError, Interrupted, needed_for, reason
 from ..signals import check, wait_for
 
 T = TypeVar("T")
 _META = "meta.json"
-STOPPED = "stopped while the data were prepared; the same command starts again"
+STOPPED = "stopped while preparing the data; run the same command again to start over"
 _LOOK_EVERY = 0.2  # seconds
 
 
@@ -29,7 +29,7 @@ _LOOK_EVERY = 0.2  # seconds
 class SourceConfig:
     """The dataset, its splits, and the cache."""
 
-    # What they amount to, a hash of the data, is compared instead when a run is resumed.
+    # When a run is resumed, the hash of the data is compared instead of these.
     runtime: ClassVar[frozenset[str]] = frozenset(
         (
             "dataset",
@@ -43,47 +43,51 @@ class SourceConfig:
             "cache_dir",
         )
     )
-    builtin: ClassVar[str] = ""  # the name of the dataset that needs no files
-    builders: ClassVar[dict[str, str]] = {}  # suffix of a local file, in lower case -> what `datasets` opens it with
+    builtin: ClassVar[str] = ""  # name of the dataset that needs no files
+    builders: ClassVar[dict[str, str]] = {}  # suffix of a local file, in lower case -> the builder of `datasets`
 
     dataset: str = option("", "Hub dataset id, or local folder or file.")
     dataset_config: str | None = option(None, "Configuration name of a Hub dataset.")
     dataset_revision: str | None = option(None, "Revision of a Hub dataset.")
     train_split: str = option("train", "Split to train on.")
     validation_split: str = option(
-        "validation", "Split to evaluate on; where there is none, part of train is held out."
+        "validation", "Split to evaluate on; if there is none, part of the training split is held out."
     )
-    validation_fraction: float = option(0.05, "Share of train held out when the dataset has no validation split.")
+    validation_fraction: float = option(
+        0.05, "Share of the training split to hold out if the dataset has no validation split."
+    )
     test_split: str | None = option(
-        None, "Split to evaluate on once, at the end, so that what was chosen by validation is judged on other samples."
+        None, "Split to evaluate on once, at the end, so that choices made by validation are judged on other samples."
     )
-    test_fraction: float = option(0.0, "Share of train held out for that when there is no test split; 0: no test.")
+    test_fraction: float = option(
+        0.0, "Share of the training split to hold out as a test if there is no test split; 0: no test."
+    )
     cache_dir: str | None = option(None, "Cache of prepared data; by default $HF_GEM_CACHE or ~/.cache/hf_gem.")
 
     @property
     def on_hub(self) -> bool:
-        """Whether the dataset is one of the Hub."""
+        """Whether the dataset is on the Hub."""
         return self.dataset != self.builtin and not Path(self.dataset).exists()
 
     def validate(self) -> None:
-        """Raises ValueError, naming the field, when a value makes no sense."""
+        """Raises ValueError, naming the field, if a value makes no sense."""
         require(0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "between 0 and 1")
         rest = 1 - self.validation_fraction
         require(0 <= self.test_fraction < rest, "test_fraction", self.test_fraction, f"in [0, {rest:g})")
 
     def held_out(self, splits: Container[str]) -> dict[str, float]:
-        """What is held out of the training split: validation, test or both -> the share of it.
+        """Decides what to hold out of the training split: validation, test or both -> its share.
 
         Args:
-            splits: Those that the dataset has.
+            splits: Splits of the dataset.
 
         Raises:
-            DataError: it has no test split, and that was asked for.
+            DataError: A test split was requested, but the dataset has none.
         """
         if self.test_split and not self.test_fraction and self.test_split not in splits:
             raise DataError(
-                f"{self.dataset!r} has no split {self.test_split!r} for --test_split; name another one, or hold out a "
-                "--test_fraction of the training data"
+                f"{shown(self.dataset)} has no split {shown(self.test_split)}. --test_split must be one of its splits. "
+                "Name one, or hold out a --test_fraction of the training data."
             )
         shares = {} if self.validation_split in splits else {"validation": self.validation_fraction}
         if self.test_fraction and self.test_split not in splits:
@@ -91,23 +95,23 @@ class SourceConfig:
         return shares
 
     def own_splits(self, held_out: Container[str]) -> dict[str, str]:
-        """Validation and test, so far as they are splits of the dataset -> the names of these.
+        """Returns validation and test -> the name of the dataset's split, for those that are not held out.
 
         Args:
-            held_out: What is not, of `held_out`.
+            held_out: The parts that are held out, from `held_out`.
         """
         own = {"validation": self.validation_split, "test": self.test_split}
         return {part: split for part, split in own.items() if split and part not in held_out}
 
 
 def load_splits(config: SourceConfig, streaming: bool = False) -> dict[str, Any]:
-    """The splits of a dataset that is not the built-in one, by name.
+    """Loads the splits of a dataset other than the built-in one, by name.
 
     Raises:
-        ConfigError: the package datasets is not installed.
-        DataError: it cannot be read, or has no such split to train on.
+        ConfigError: The package datasets is not installed.
+        DataError: The dataset cannot be read, or lacks the training split.
     """
-    with needed_for(f"reading --dataset {config.dataset!r}"):
+    with needed_for(f"reading --dataset {shown(config.dataset)}"):
         from datasets import load_dataset
 
     path = Path(config.dataset)
@@ -116,26 +120,30 @@ def load_splits(config: SourceConfig, streaming: bool = False) -> dict[str, Any]
             arguments = _local_arguments(path, config.builders)
         else:
             arguments = {"path": config.dataset, "name": config.dataset_config, "revision": config.dataset_revision}
-        loaded = wait_for(lambda: load_dataset(**arguments, streaming=streaming), STOPPED)  # it may download for hours
+        loaded = wait_for(lambda: load_dataset(**arguments, streaming=streaming), STOPPED)  # may download for hours
     except (DataError, Interrupted):
         raise
-    except Exception as error:  # datasets raises whatever its readers do
+    except Exception as error:  # each reader of datasets raises its own
         raise DataError(
-            f"the dataset {config.dataset!r} cannot be read: {type(error).__name__}: {error}. --dataset takes a "
-            f"Hub dataset id, a local folder or file ({', '.join(config.builders)}), or {config.builtin!r}"
+            f"cannot read the dataset {shown(config.dataset)}: {reason(error)}. --dataset can be a Hub dataset id, a "
+            f"local folder or file ({', '.join(config.builders)}), or {config.builtin!r}. Check the name."
         ) from error
     if config.train_split not in loaded:
         raise DataError(
-            f"{config.dataset!r} has no split {config.train_split!r}; --train_split can be {' or '.join(loaded)}"
+            f"{shown(config.dataset)} has no split {shown(config.train_split)}. Its splits are {', '.join(loaded)}. "
+            "Name one with --train_split."
         )
     return dict(loaded)
 
 
 def _local_arguments(path: Path, builders: dict[str, str]) -> dict[str, Any]:
-    """How `load_dataset` opens a local file or folder."""
+    """Returns the arguments with which `load_dataset` opens a local file or folder."""
     if path.is_file():
         if path.suffix.lower() not in builders:
-            raise DataError(f"{path} has suffix {path.suffix!r}; a file can be one of {', '.join(builders)}")
+            raise DataError(
+                f"the file {path} has the suffix {shown(path.suffix)}. It can be {', '.join(builders)}. Convert the "
+                "file."
+            )
         files = {"train": [path]}
     else:
         files = {}
@@ -145,21 +153,21 @@ def _local_arguments(path: Path, builders: dict[str, str]) -> dict[str, Any]:
     kinds = {builders[file.suffix.lower()] for group in files.values() for file in group}
     if len(kinds) != 1:
         raise DataError(
-            f"the folder {path} must hold files of one kind out of {', '.join(builders)}; found "
-            f"{', '.join(sorted(kinds)) or 'none'}"
+            f"the folder {path} holds these kinds of files: {', '.join(sorted(kinds)) or 'none'}. It must hold one "
+            f"kind of {', '.join(builders)}. Name another folder, or move the other files away."
         )
     kind = kinds.pop()
     if kind == "imagefolder" and path.is_dir():
-        return {"path": kind, "data_dir": str(path)}  # which takes labels from the names of folders
+        return {"path": kind, "data_dir": str(path)}  # this builder takes labels from the names of folders
     return {
         "path": kind,
         "data_files": {split: [str(file) for file in group] for split, group in files.items()},
-        **({"sample_by": "document"} if kind == "text" else {}),  # a text file is one document, not one a line
+        **({"sample_by": "document"} if kind == "text" else {}),  # a text file is one document, not one per line
     }
 
 
 def _split_of(file: Path) -> str:
-    """The split a file belongs to by the words of its path, as on the Hub; train, where none says otherwise."""
+    """Finds the split of a file from the words in its path, as on the Hub; train if no word names one."""
     words = set(re.split(r"[^a-z]+", file.as_posix().lower()))
     for split, names in (("validation", {"validation", "valid", "val", "dev"}), ("test", {"test", "testing"})):
         if words & names:
@@ -168,10 +176,10 @@ def _split_of(file: Path) -> str:
 
 
 def checked(items: Iterable[T]) -> Iterator[T]:
-    """The items; in front of each it looks whether a signal has arrived.
+    """Yields the items, and checks for a signal before each.
 
     Raises:
-        Interrupted: one has.
+        Interrupted: A signal arrived.
     """
     for item in items:
         check(STOPPED)
@@ -179,7 +187,7 @@ def checked(items: Iterable[T]) -> Iterator[T]:
 
 
 def fingerprint(name: str) -> list[Any] | None:
-    """The state of a local file, or of all files in a local folder; None where there is neither."""
+    """Returns the state of a local file, or of all files in a local folder; None if the path does not exist."""
     path = Path(name)
     if not path.exists():
         return None
@@ -188,13 +196,13 @@ def fingerprint(name: str) -> list[Any] | None:
 
 
 def file_state(path: Path) -> list[Any]:
-    """A file's place, size and time of change."""
+    """Returns path, size and modification time of a file."""
     status = path.stat()
     return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
 def source_state(config: SourceConfig) -> list[Any]:
-    """What identifies a dataset that is not the built-in one: the state of its files, or its revision on the Hub."""
+    """Identifies a dataset other than the built-in one, by the state of its files or its revision on the Hub."""
     where = fingerprint(config.dataset) or [config.dataset, config.dataset_config, config.dataset_revision]
     fractions = [config.validation_fraction, config.test_fraction]
     return [where, config.train_split, config.validation_split, config.test_split, fractions]
@@ -203,30 +211,30 @@ def source_state(config: SourceConfig) -> list[Any]:
 def cached(
     config: SourceConfig, kind: str, key: Any, content: Any, build: Callable[[Path], dict[str, Any]]
 ) -> tuple[Path, Any]:
-    """The folder of prepared data, built at the first time. Processes that ask at once wait for the first.
+    """Returns the folder of prepared data, building it the first time. Other processes wait for the one that builds.
 
-    Where the dataset is itself a folder that was built here, perhaps on another machine, it is taken as it is. Neither
-    that nor the cache has to be of this origin: what does not have the right types and sizes is not taken.
+    If the dataset is itself such a folder, perhaps built on another machine, it is used as it is. Neither that folder
+    nor the cache is trusted: data with wrong types or sizes are rejected.
 
     Args:
-        config: Names the cache.
-        kind: Of data; a folder of the cache.
-        key: All that decides the content, as JSON.
+        config: The config with the dataset and the cache.
+        kind: Kind of data, which names a folder of the cache.
+        key: Everything that determines the content, as JSON.
         content: The type of what `build` returns.
-        build: Fills a folder, and returns what is to be known of it, as JSON.
+        build: Fills a folder and returns facts about it, as JSON.
 
     Returns:
-        The folder and what `build` returned.
+        The folder, and what `build` returned.
 
     Raises:
-        DataError: the cache cannot be written, or the folder that is the dataset is not complete.
+        DataError: The cache cannot be written, or the dataset is an incomplete folder.
     """
     if is_prepared(config):
         given = Path(config.dataset)
         try:
             return given, _whole(given, content)
         except ValueError as error:
-            raise DataError(f"{error}; copy the folder again") from error
+            raise DataError(f"{error}. Copy the folder again.") from error
     root = Path(config.cache_dir or cache_folder()) / kind
     folder = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     try:
@@ -237,12 +245,15 @@ def cached(
             _build(folder, build)
             return folder, _whole(folder, content)
     except OSError as error:
-        raise DataError(f"what is made of {config.dataset!r} cannot be cached in {root}: {error}") from error
+        raise DataError(
+            f"cannot cache the data of {shown(config.dataset)} in {root}: {error}. Free some space, or name another "
+            "--cache_dir."
+        ) from error
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock, for which it waits with an eye on signals."""
+    """Waits for a lock and holds it, checking for signals while it waits."""
     lock = FileLock(path)
     while True:
         check(STOPPED)
@@ -258,11 +269,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def is_prepared(config: SourceConfig) -> bool:
-    """Whether the dataset is a folder that `cached` has built, or one that looks like it."""
+    """Whether the dataset is a folder that `cached` built, or looks like one."""
     try:
         found: dict[str, Any] = read_json(Path(config.dataset, _META), dict[str, Any])
     except ValueError:
-        return False  # it is of another origin
+        return False  # something else made it
     return found.keys() == {"content", "bytes"}
 
 
@@ -272,10 +283,10 @@ class _Meta(TypedDict):
 
 
 def _whole(folder: Path, content: Any) -> dict[str, Any]:
-    """What `_build` wrote of a folder.
+    """Reads the facts that `_build` wrote about a folder.
 
     Raises:
-        ValueError: it is not what was built, or files are missing or cut short.
+        ValueError: They are invalid, or files are missing or cut short.
     """
     found: _Meta = read_json(folder / _META, _Meta)
     check_type(found["content"], content, f"{folder / _META}: content")
@@ -285,13 +296,13 @@ def _whole(folder: Path, content: Any) -> dict[str, Any]:
         except OSError:
             sound = False
         if not sound:
-            raise ValueError(f"of the prepared data in {folder} {name!r} is missing or cut short")
+            raise ValueError(f"the prepared data in {folder} are incomplete: {shown(name)} is missing or cut short")
     return found["content"]
 
 
 def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
     work = folder.with_name(f".{folder.name}.building")
-    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(work, ignore_errors=True)  # left by a killed process
     work.mkdir()
     try:
         content = build(work)

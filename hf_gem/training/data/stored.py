@@ -1,4 +1,4 @@
-"""Prepared data as they lie in a folder, which may be of any origin: no pickles, and every size is compared."""
+"""Reads prepared data from a folder, which may be untrusted: no pickles, and every size is checked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import DataError
 
-ENDS = "{}.documents.npy"  # where each document ends
+ENDS = "{}.documents.npy"  # the positions where documents end
 
 
 class _LaterInText(TypedDict, total=False):
@@ -17,7 +17,7 @@ class _LaterInText(TypedDict, total=False):
 
 
 class TextContent(_LaterInText):
-    """What is known of prepared text."""
+    """Facts about prepared text."""
 
     hash: str
     num_tokens: dict[str, int]
@@ -28,7 +28,7 @@ class TextContent(_LaterInText):
 
 
 class ImageContent(TypedDict):
-    """What is known of prepared images."""
+    """Facts about prepared images."""
 
     hash: str
     mean: list[float]
@@ -36,63 +36,63 @@ class ImageContent(TypedDict):
 
 
 def read_tokens(folder: Path, split: str, content: dict[str, Any]) -> np.ndarray:
-    """All token ids of a split, memory-mapped.
+    """Maps the token ids of a split into memory.
 
     Args:
-        folder: Of prepared text.
-        split: One of its splits.
-        content: Its `TextContent`.
+        folder: Folder of prepared text.
+        split: Name of the split.
+        content: The `TextContent` of the folder.
 
     Raises:
-        DataError: the file cannot be read, or has another number of tokens.
+        DataError: The file cannot be read, or has a different number of tokens.
     """
     path, dtype = folder / f"{split}.bin", np.dtype(content["dtype"])
     expected = content["num_tokens"][split] * dtype.itemsize
     try:
         size = path.stat().st_size
         if size != expected:
-            raise ValueError(f"it has {size} bytes, and {content['num_tokens'][split]} tokens take {expected}")
+            raise ValueError(f"it has {size} bytes, but {content['num_tokens'][split]} tokens take {expected}")
         return np.memmap(path, dtype=dtype, mode="r")
     except (OSError, ValueError) as error:
-        raise DataError(f"the tokens in {path} cannot be read: {error}; copy or prepare the folder again") from error
+        raise DataError(f"cannot read the tokens in {path}: {error}. Copy or prepare the folder again.") from error
 
 
 def read_ends(folder: Path, split: str, content: dict[str, Any]) -> np.ndarray:
-    """Where each document of a split ends, int64, ascending.
+    """Reads the position where each document of a split ends, int64, ascending.
 
     Args:
-        folder: As in `read_tokens`.
-        split: Likewise.
-        content: Likewise.
+        folder: Folder of prepared text.
+        split: Name of the split.
+        content: The `TextContent` of the folder.
 
     Raises:
-        DataError: the file cannot be read, or these are not the ends of such documents.
+        DataError: The file cannot be read, or does not fit the tokens.
     """
     path = folder / ENDS.format(split)
     ends, size = read_array(path, np.int64, 1), content["num_tokens"][split]
     if not len(ends) or ends[0] < 1 or ends[-1] != size or (np.diff(ends) < 1).any():
         raise DataError(
-            f"{path} does not have the ends of documents of {size} tokens; copy or prepare the folder again"
+            f"{path} does not hold the ends of documents with {size} tokens in total. Copy or prepare the folder again."
         )
     return ends
 
 
 def read_array(path: Path, dtype: Any, dimensions: int) -> np.ndarray:
-    """An array of some type, as a copy in memory.
+    """Reads an array of a given type into memory.
 
     Args:
-        path: A file of numpy's.
-        dtype: The type it has to have.
-        dimensions: Likewise.
+        path: A file in numpy's format.
+        dtype: The dtype that the array must have.
+        dimensions: The number of dimensions that the array must have.
 
     Raises:
-        DataError: it has not, or cannot be read.
+        DataError: The file cannot be read, or holds a different array.
     """
     try:
-        array = np.load(path, mmap_mode="r")  # which reads no more than there is, whatever the head of the file says
+        array = np.load(path, mmap_mode="r")  # never reads past the end, whatever size the header claims
         if array.dtype != dtype or array.ndim != dimensions:
-            raise ValueError(f"it is an array of {array.dtype} in {array.ndim} dimensions")
+            raise ValueError(f"it holds {array.dtype} in {array.ndim} dimensions")
         return np.array(array)
     except (OSError, ValueError, EOFError, OverflowError, MemoryError, SyntaxError) as error:
         wanted = f"{np.dtype(dtype).name} in {dimensions} dimensions"
-        raise DataError(f"{path} cannot be read as {wanted}: {error}; copy or prepare the folder again") from error
+        raise DataError(f"cannot read {path} as {wanted}: {error}. Copy or prepare the folder again.") from error

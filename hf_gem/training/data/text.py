@@ -1,7 +1,7 @@
-"""Text: from a dataset, a file or the standard library's source to memory-mapped blocks of tokens.
+"""Turns text from a dataset, a file or the standard library's source into memory-mapped blocks of tokens.
 
-Documents are tokenised once, each followed by the end-of-text token, and written one after the other to a flat file of
-token ids. The files live in a cache folder named by what they were made from; a second start only maps them.
+Documents are tokenised once, each followed by the end-of-text token, and written one after another to a flat file of
+token ids. The files live in a cache folder, named by a hash of what they were made from. Later runs only map them.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ...files import save_pretrained
+from ...files import save_pretrained, shown
 from ..config import at_least, option, require
-from ..errors import DataError
+from ..errors import DataError, reason
 from ..loss import IGNORE
 from .source import SourceConfig, cached, checked, file_state, fingerprint, is_prepared, load_splits, source_state
 from .stored import ENDS, TextContent, read_ends, read_tokens
 
 STDLIB = "stdlib"
 END_OF_TEXT = "<|endoftext|>"
-_CACHE_FORMAT = 5  # raise it when the files' content changes
-_PIECE = 1 << 20  # characters handed to the tokenizer at once: its memory grows with the length of a text
-_FEW = 100  # documents
-_TOKENIZER_CHARACTERS = 1 << 27  # that a tokenizer is trained on, at most
+_CACHE_FORMAT = 5  # increment when the content of the files changes
+_PIECE = 1 << 20  # characters given to the tokenizer at once: its memory grows with the length of a text
+_FEW = 100  # documents: fewer are too few to draw from
+_TOKENIZER_CHARACTERS = 1 << 27  # the most characters to train a tokenizer on
 
 
 @dataclass
@@ -46,36 +46,35 @@ class TextConfig(SourceConfig):
     )
     builtin: ClassVar[str] = STDLIB
     builders: ClassVar[dict[str, str]] = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
-    # Of a tokenizer that is trained here, by their roles.
+    # Special tokens of a tokenizer that is trained here, by role.
     special_tokens: ClassVar[dict[str, str]] = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
 
     dataset: str = option(
         STDLIB,
         "Hub dataset id, local folder or file (parquet, jsonl, txt), stdlib: the source of Python's own library, or a "
-        "folder text/... of a cache, whose tokens and tokenizer are taken as they are.",
+        "folder text/... of a cache, whose tokens and tokenizer are used as they are.",
     )
-    text_column: str = option("text", "Column that holds the text.")
+    text_column: str = option("text", "Column with the text.")
     streaming: bool = option(
-        False, "Read the dataset as a stream, and of it no more than --max_train_tokens and its share for validation."
+        False, "Stream the dataset, reading only --max_train_tokens and a matching share for validation."
     )
     max_train_tokens: int | None = option(None, "Stop reading training documents after this many tokens.")
     tokenizer: str | None = option(None, "Tokenizer name or folder; by default byte-level BPE trained on the corpus.")
-    vocab_size: int = option(4096, "Vocabulary of the trained tokenizer.")
+    vocab_size: int = option(4096, "Vocabulary size of a tokenizer trained on the corpus.")
     block_size: int = option(128, "Tokens in a sample.")
     min_validation_tokens: int = option(
         200_000,
-        "With fewer tokens of validation or test text the run is refused: differences between models would be those of "
-        "a few documents.",
+        "Refuse to run with fewer tokens of validation or test text: differences would come from a few documents.",
     )
 
     def validate(self) -> None:
-        """Raises ValueError, naming the field, when a value makes no sense."""
+        """Raises ValueError, naming the field, if a value makes no sense."""
         super().validate()
         at_least(self, 2, "block_size")
         at_least(self, 0, "min_validation_tokens")
         require(self.vocab_size > 256, "vocab_size", self.vocab_size, "above 256, the number of bytes")
         if self.max_train_tokens is None:
-            require(not self.streaming, "max_train_tokens", None, "given with --streaming")
+            require(not self.streaming, "max_train_tokens", None, "a number with --streaming")
         else:
             at_least(self, 1, "max_train_tokens")
 
@@ -85,10 +84,10 @@ class TokenBlocks:
     """Consecutive blocks of a flat array of token ids.
 
     Attributes:
-        tokens: All ids, uint16 or uint32, usually memory-mapped.
+        tokens: All token ids, uint16 or uint32, usually memory-mapped.
         block_size: Tokens in a block.
-        partial: Whether a last, shorter block counts too; its missing labels are `IGNORE`.
-        ends: Where each document ends, int64, ascending.
+        partial: Whether to include a last, shorter block. Its missing labels are `IGNORE`.
+        ends: The position where each document ends, int64, ascending.
     """
 
     tokens: np.ndarray
@@ -101,9 +100,9 @@ class TokenBlocks:
         return -(-targets // self.block_size) if self.partial else targets // self.block_size
 
     def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, torch.Tensor]:
-        """`input_ids` and `labels` of some blocks, int64 of shape (len(indices), block_size). Nothing is random.
+        """Returns `input_ids` and `labels` of some blocks, int64 (len(indices), block_size). Nothing is random.
 
-        In evaluation, `units` too: the number of the document that each label belongs to.
+        In evaluation it also returns `units`, the number of the document that each label belongs to.
         """
         size = self.block_size
         ids = np.zeros((len(indices), size + 1), dtype=np.int64)
@@ -120,11 +119,11 @@ class TokenBlocks:
 
 
 def documents_at(ends: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The numbers of the documents that tokens are in, int64 of the same shape; those behind the end are in the last.
+    """Finds the documents that tokens are in, int64 of the same shape. Positions past the end belong to the last one.
 
     Args:
-        ends: Where each document ends.
-        places: Of tokens.
+        ends: The position where each document ends.
+        places: Positions of tokens.
     """
     return np.minimum(np.searchsorted(ends, places, side="right"), len(ends) - 1)
 
@@ -135,11 +134,11 @@ class TextData:
 
     Attributes:
         train: Blocks to train on.
-        validation: Blocks to evaluate on, the last one possibly shorter.
-        test: Blocks to evaluate on once, at the end; None without a test.
-        tokenizer: What made them.
-        vocab_size: One more than the largest id that the tokenizer knows.
-        facts: For the record: number of tokens, how validation text was chosen, and a SHA-256 over all ids, `hash`.
+        validation: Blocks to evaluate on. The last one may be shorter.
+        test: Blocks to evaluate on once, at the end, or None.
+        tokenizer: The tokenizer that made the tokens.
+        vocab_size: One more than the tokenizer's largest id.
+        facts: Facts for the record: number of tokens, how validation text was chosen, and a SHA-256 of all ids, `hash`.
     """
 
     train: TokenBlocks
@@ -151,38 +150,38 @@ class TextData:
 
 
 def prepare_text(config: TextConfig, smallest_sample: int = 2) -> TextData:
-    """Tokenises the dataset of `config`, or finds it in the cache. Processes that ask at once wait for the first.
+    """Tokenises the dataset of `config`, or reads it from the cache. Other processes wait for the one that tokenises.
 
     Args:
-        config: Which, and how.
-        smallest_sample: As many tokens as one needs that is evaluated.
+        config: The config with the dataset and the tokenizer.
+        smallest_sample: Smallest number of tokens that can be evaluated.
 
     Raises:
-        DataError: the dataset or tokenizer cannot be read, is empty, or is too small for one block; or the cache
+        DataError: The dataset or tokenizer cannot be read, the text is empty or too short for one block, or the cache
             cannot be written.
     """
     folder, meta = cached(config, "text", _key(config), TextContent, lambda folder: _build(config, folder))
     if "num_documents" not in meta:
-        raise DataError(f"{folder} was prepared by an older version of hf_gem, without documents; prepare it again")
+        raise DataError(f"{folder} was prepared by an older version of hf_gem, without documents. Prepare it again.")
     tokenizer = _load_tokenizer(str(folder))
     if meta["vocab_size"] != _vocab_size(tokenizer) or not {"train", "validation"} <= meta["num_tokens"].keys():
-        raise DataError(f"the tokens in {folder} are not those of its tokenizer; copy or prepare the folder again")
+        raise DataError(f"the tokens in {folder} do not fit its tokenizer. Copy or prepare the folder again.")
 
     def blocks(split: str, partial: bool, least: int) -> TokenBlocks:
         size = meta["num_tokens"][split]
-        fix = "give more text"
+        fix = "Give more text"
         if split in shares and not is_prepared(config):
-            fix = f"raise --{split}_fraction, now {getattr(config, f'{split}_fraction')}"
+            fix = f"Raise --{split}_fraction (now {getattr(config, f'{split}_fraction')})"
         if size < least:
-            fix = fix if split in shares else f"{fix} or a smaller --block_size"
+            fix = fix if split in shares else f"{fix}, or use a smaller --block_size"
             raise DataError(
-                f"the {split} text of {config.dataset!r} has {size} tokens, less than one block of "
-                f"{config.block_size} needs, {least}; {fix}"
+                f"the {split} text of {shown(config.dataset)} has {size} tokens. One block of {config.block_size} "
+                f"needs {least}. {fix}."
             )
         if partial and size < config.min_validation_tokens:
             raise DataError(
-                f"the {split} text of {config.dataset!r} has {size:,} tokens, fewer than --min_validation_tokens "
-                f"{config.min_validation_tokens:,}; {fix}, or allow fewer"
+                f"the {split} text of {shown(config.dataset)} has {size:,} tokens. --min_validation_tokens is "
+                f"{config.min_validation_tokens:,}. {fix}, or lower --min_validation_tokens."
             )
         tokens = read_tokens(folder, split, meta)
         return TokenBlocks(tokens, config.block_size, partial, read_ends(folder, split, meta) if partial else None)
@@ -199,7 +198,7 @@ def prepare_text(config: TextConfig, smallest_sample: int = 2) -> TextData:
 
 
 def _key(config: TextConfig) -> list[Any]:
-    """All that decides the tokens. Files count by size and time of change, Hub datasets by revision."""
+    """Returns everything that determines the tokens: size and modification time of files, or a Hub revision."""
     source: Any = source_state(config)
     if config.dataset == STDLIB:
         fractions = [config.validation_fraction, config.test_fraction]
@@ -230,7 +229,8 @@ def _build(config: TextConfig, folder: Path) -> dict[str, Any]:
         if split != "train":
             np.save(folder / ENDS.format(split), ends)
     if counts["train"] == 0:
-        raise DataError(f"the dataset {config.dataset!r} holds no text in column {config.text_column!r}")
+        column = shown(config.text_column)
+        raise DataError(f"column {column} of {shown(config.dataset)} has no text. Name another --text_column.")
     save_pretrained(tokenizer, folder)
     return {
         "hash": digest.hexdigest(),
@@ -251,14 +251,14 @@ def _write_tokens(
     digest: Any,
     limit: int | None,
 ) -> np.ndarray:
-    """Writes all ids to `path`, feeds them to `digest`, and returns where each document ends, int64."""
+    """Writes all ids to `path`, feeds them to `digest`, and returns the position where each document ends, int64."""
     count = 0
     ends: list[int] = []
     end: np.ndarray = np.array([_separator(tokenizer)], dtype=dtype)
     with path.open("wb") as file, tqdm(desc=f"Tokenising {path.stem}", unit=" tokens", unit_scale=True) as bar:
         for texts in _batches(documents):
             pieces = [(piece, last) for text in texts for piece, last in _pieces(text)]
-            # verbose=False: texts longer than the model's context are what packing is for
+            # verbose=False: packing handles texts longer than the model's context
             ids = tokenizer([piece for piece, _ in pieces], add_special_tokens=False, verbose=False)["input_ids"]
             for piece_ids, (_, last) in zip(ids, pieces, strict=True):
                 array: np.ndarray = np.asarray(piece_ids, dtype=dtype)
@@ -293,7 +293,7 @@ def _batches(documents: Iterable[str], characters: int = 1 << 22) -> Iterator[li
 
 
 def _pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """Cuts a text at ends of lines into pieces of about a megabyte; True marks the last."""
+    """Cuts a text at line ends into pieces of about a megabyte. True marks the last piece."""
     start = 0
     while start < len(text):
         stop = text.find("\n", start + _PIECE) + 1 or len(text)
@@ -305,10 +305,10 @@ class _Corpus:
     """The documents of each split.
 
     Attributes:
-        splits: `train`, `validation`, and `test` where that was asked for.
-        shares: What is held out of the training text, and how much of it.
-        held_out: How: `hash`, documents drawn by a hash of their name or text; `end`, the end of each document, where
-            they are too few to draw from.
+        splits: `train`, `validation`, and `test` if requested.
+        shares: The parts that are held out of the training text -> their share of it.
+        held_out: How text is held out. `hash` draws documents by a hash of their name or text. `end` takes the end of
+            each document, if there are too few documents to draw from.
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -321,7 +321,7 @@ class _Corpus:
         self.held_out = "hash" if many else "end"
 
     def documents(self, split: str) -> Iterator[str]:
-        """Texts of one of `splits`."""
+        """Yields the texts of a split."""
         whole = not self.shares if split == "train" else split not in self.shares
         for name, text in checked(self._named(split)):
             if not whole and self.held_out == "end":
@@ -330,7 +330,7 @@ class _Corpus:
                 yield text
 
     def _named(self, split: str) -> Iterator[tuple[str, str]]:
-        """Texts with what they are drawn by: the path of a module, or the text itself."""
+        """Yields (name, text) pairs. The name decides the draw: the path of a module, or the text itself."""
         config = self.config
         if config.dataset == STDLIB:
             for name, path in _stdlib_files():
@@ -340,35 +340,36 @@ class _Corpus:
         rows = self._rows[config.own_splits(self.shares).get(split, config.train_split)]
         if rows.column_names and config.text_column not in rows.column_names:
             raise DataError(
-                f"{config.dataset!r} has no column {config.text_column!r}; --text_column can be one of "
-                f"{', '.join(rows.column_names)}"
+                f"{shown(config.dataset)} has no column {shown(config.text_column)}. Its columns are "
+                f"{', '.join(rows.column_names)}. Name one with --text_column."
             )
         try:
             for row in rows.select_columns(config.text_column):
                 text = row[config.text_column]
                 if not isinstance(text, str | None):
                     raise DataError(
-                        f"column {config.text_column!r} of {config.dataset!r} holds {type(text).__name__}, not text; "
-                        f"--text_column can be one of {', '.join(rows.column_names or ['those of the dataset'])}"
+                        f"column {shown(config.text_column)} of {shown(config.dataset)} holds {type(text).__name__}, "
+                        f"not text. The columns are {', '.join(rows.column_names or ['not known'])}. Name one with "
+                        "--text_column."
                     )
                 yield text or "", text or ""
         except (OSError, ValueError, TypeError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"{config.dataset!r} cannot be read: {error}") from error
+            raise DataError(f"cannot read {shown(config.dataset)}: {reason(error)}. Fix the data.") from error
 
     def _part(self, text: str, split: str) -> str:
-        """The part of a text that is for a split: what is held out is its end."""
+        """Returns the part of a text that belongs to a split. The held-out parts are at its end."""
         end, parts = len(text), {}
         for name, share in reversed(self.shares.items()):
             at = end - math.ceil(len(text) * share)
             newline = text.rfind("\n", 0, at)
-            cut = newline + 1 if newline >= at // 2 else at  # at the end of a line, unless lines are very long
+            cut = newline + 1 if newline >= at // 2 else at  # at a line end, unless lines are very long
             parts[name], end = text[cut:end], cut
         return parts.get(split, text[:end])
 
     def _drawn_for(self, name: str) -> str:
-        """The split that a document is drawn for."""
+        """Draws the split of a document."""
         draw = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
         upto = 0.0
         for split, share in self.shares.items():
@@ -379,15 +380,15 @@ class _Corpus:
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:
-    """The modules of the running Python's standard library without tests, by name.
+    """Lists the modules of the running Python's standard library by name, without tests.
 
-    Generated ones are left out: build records, and the help texts of pydoc, 7 % of all in one file.
+    Generated modules are left out: build records, and pydoc's help texts, which are 7 % of the source in one file.
     """
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
     files: dict[str, Path] = {}
     for folder, folders, names in os.walk(root):
-        folders[:] = set(folders) - skipped  # to look into what is installed takes longer than all else here
+        folders[:] = set(folders) - skipped  # looking into installed packages would take most of the time
         paths = [Path(folder, name) for name in names if name.endswith(".py")]
         files |= {path.relative_to(root).as_posix(): path for path in paths}
     return [(name, files[name]) for name in sorted(files) if not name.startswith(("_sysconfigdata", "config-"))]
@@ -396,7 +397,7 @@ def _stdlib_files() -> list[tuple[str, Path]]:
 def _train_tokenizer(documents: Iterable[str], config: TextConfig) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    # A token is about four characters; a sample of a large corpus gives the same merges.
+    # A token is about four characters. A sample of a large corpus gives the same merges.
     limit = min(_TOKENIZER_CHARACTERS, 4 * (config.max_train_tokens or _TOKENIZER_CHARACTERS))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -424,19 +425,22 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the Hub client, JSON and the tokenizers' own reader each raise their own
         raise DataError(
-            f"the tokenizer {name!r} cannot be loaded: {type(error).__name__}: {error}. --tokenizer takes the name or "
-            "folder of one that transformers opens; without it, one is trained on the corpus"
+            f"cannot load the tokenizer {shown(name)}: {reason(error)}. --tokenizer must be a name or folder that "
+            "transformers can open. Check it, or leave it out to train a tokenizer."
         ) from error
     if _separator(tokenizer) is None:
-        raise DataError(f"the tokenizer {name!r} has no end-of-text or [SEP] token, which separates documents")
+        raise DataError(
+            f"the tokenizer {shown(name)} has neither an end-of-text nor a [SEP] token. One is needed to separate "
+            "documents. Use another --tokenizer."
+        )
     return tokenizer
 
 
 def _vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    return 1 + max(tokenizer.get_vocab().values())  # ids may have holes
+    return 1 + max(tokenizer.get_vocab().values())  # ids may have gaps
 
 
 def _separator(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """What follows each document: the end of text, or the [SEP] of BERT."""
+    """Returns the token that follows each document: end of text, or BERT's [SEP]."""
     separator: int | None = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     return separator

@@ -1,6 +1,6 @@
-"""Images: from a dataset, a folder or an array to batches that are augmented and normalised.
+"""Turns images from a dataset, a folder or an array into augmented, normalised batches.
 
-What is random about a sample is a function of the seed and the number of its draw, so it is the same on any number of
+The randomness of a sample depends only on the seed and the number of its draw, so it is the same on any number of
 processes and after a restart.
 """
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..errors import DataError
+from ...files import shown
+from ..errors import DataError, reason
 from .decoded import DecodedImages, prepare_decoded
 from .images import ImageData, VisionConfig, read_splits
 from .normalisation import Normalisation, Preprocessing
@@ -24,19 +25,19 @@ def prepare_images(
     device: torch.device,
     preprocessing: Preprocessing | None = None,
 ) -> ImageData:
-    """The images of `config`.
+    """Prepares the images of `config`.
 
     Args:
-        config: Which, and how they are augmented.
-        seed: Of the augmentation.
-        device: Where resident images are kept.
-        preprocessing: What the model takes. By default, pixels are normalised by the statistics of the training images
-            where these are resident, and by those of ImageNet otherwise.
+        config: The config with the dataset and the augmentation.
+        seed: Seed of the augmentation.
+        device: Device for resident images.
+        preprocessing: The preprocessing that the model expects. By default, pixels are normalised by the statistics of
+            the training images if these are resident, and by those of ImageNet otherwise.
 
     Raises:
-        ConfigError: a package is needed to read the dataset that is not installed.
-        DataError: the dataset cannot be read, has no such columns, or cannot be kept as asked for; or the cache cannot
-            be written.
+        ConfigError: A package that is needed to read the dataset is not installed.
+        DataError: The dataset cannot be read, lacks the named columns, or cannot be resident as requested, or the cache
+            cannot be written.
     """
     splits = read_splits(config)
     wanted = preprocessing or Preprocessing()
@@ -48,7 +49,7 @@ def prepare_images(
 
 
 def image_processor(data: ImageData) -> Any:
-    """What makes model inputs of images as evaluation does, for `save_pretrained` beside the model."""
+    """Makes an image processor that prepares images as evaluation does, to be saved next to the model."""
     from transformers import BitImageProcessor
 
     crop_pct = data.validation.crop_pct if isinstance(data.validation, DecodedImages) else 1.0
@@ -62,13 +63,13 @@ def image_processor(data: ImageData) -> Any:
 
 
 def preprocessing_of(model: str) -> Preprocessing:
-    """What a pretrained model takes.
+    """Reads the preprocessing that a pretrained model expects.
 
     Args:
-        model: The name or folder of one that has an image processor of transformers, or is timm's.
+        model: Name or folder of a timm model, or of a transformers model with an image processor.
 
     Raises:
-        DataError: it has none that can be read.
+        DataError: The model has no image processor that can be read.
     """
     from transformers import AutoImageProcessor
 
@@ -83,6 +84,6 @@ def preprocessing_of(model: str) -> Preprocessing:
         return Preprocessing(Normalisation(processor.image_mean, processor.image_std), side, share)
     except Exception as error:  # the Hub client, JSON and the processors raise their own
         raise DataError(
-            f"how {model!r} takes its images cannot be read: {type(error).__name__}: {error}. --model takes "
-            "timm/<name>, a Hub id, or a folder with a model and its image processor"
+            f"cannot read the image processor of {shown(model)}: {reason(error)}. --model can be timm/<name>, a Hub "
+            "id, or a folder with a model and its image processor. Check the name."
         ) from error

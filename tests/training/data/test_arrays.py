@@ -59,11 +59,11 @@ def test_images_for_a_test_are_others(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"x_train": images().astype(np.float32)}, "float32 images of shape .40, 6, 6. .* Images are uint8"),
+        ({"x_train": images().astype(np.float32)}, "float32 images of shape .40, 6, 6. .* Images must be uint8"),
         ({"x_train": images(40, 2)}, "1 or 3 channels"),
         ({"y_train": LABELS[:7]}, "7 classes"),
-        ({"x_validation": images(2), "y_validation": np.array([3, 9])}, "classes that are not in x_train"),
-        ({"x_test": images(2)}, "y_test.*It needs the arrays x_train, y_train"),
+        ({"x_validation": images(2), "y_validation": np.array([3, 9])}, "classes that do not occur in y_train"),
+        ({"x_test": images(2)}, "y_test.*It must hold the arrays x_train, y_train"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, arrays, message):
@@ -72,10 +72,10 @@ def test_what_does_not_fit_is_named(tmp_path, arrays, message):
 
 
 def test_files_and_splits_that_are_not_there(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere.npz cannot be read"):
+    with pytest.raises(DataError, match=r"cannot read nowhere.npz: "):
         prepare(tmp_path, dataset="nowhere.npz")
     (tmp_path / "bad.npz").write_bytes(b"PK no such thing")
-    with pytest.raises(DataError, match=r"bad.npz cannot be read"):
+    with pytest.raises(DataError, match=r"cannot read .*bad.npz: "):
         prepare(tmp_path, dataset=str(tmp_path / "bad.npz"))
-    with pytest.raises(DataError, match=r"has no x_fit; --train_split can be train"):
+    with pytest.raises(DataError, match=r"has no array 'x_fit'. Its splits are train.*--train_split"):
         prepare(tmp_path, dataset=write(tmp_path / "a.npz"), train_split="fit")

@@ -89,5 +89,5 @@ def test_a_block_of_little_but_separators(tokenizer):
 
 def test_a_tokenizer_without_a_mask(tokens):
     words = Tokenizer(models.WordLevel({"a": 0, "[SEP]": 1, "[UNK]": 2}, "[UNK]"))
-    with pytest.raises(DataError, match=r"has no cls_token, mask_token.*made for BERT"):
+    with pytest.raises(DataError, match=r"has no cls_token, mask_token\. .*made for BERT"):
         MaskedBlocks(tokens, SIZE, PreTrainedTokenizerFast(tokenizer_object=words, sep_token="[SEP]"))
