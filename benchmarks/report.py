@@ -247,43 +247,6 @@ def exhaustive_table(*records: dict[str, Any]) -> str:
     return table([*heads, "results that differ from the formulas"], rows)
 
 
-def draw_sweep(record: dict[str, Any], path: Path) -> None:
-    """Time an element and share of the copy's bandwidth, by size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    points = record["results"]["points"]
-    sizes = [point["elements"] for point in points]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), dpi=110, layout="constrained")
-    names = [("plain", name) for name in points[0]["plain"]["median_seconds"] if name != "copy"]
-    names += [("gated", name) for name in points[0]["gated"]["median_seconds"] if name != "copy"]
-    # What is compiled has the colour of what it is made from, and the first of these the strongest.
-    alone = list(dict.fromkeys(name.removeprefix("torch.compile(").removesuffix(")") for _, name in names))
-    palette = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    colours = dict(zip(alone, [*palette[::2], *palette[1::2]], strict=False))
-    for kind, name in names:
-        colour = colours[name.removeprefix("torch.compile(").removesuffix(")")]
-        ours = name.startswith(("egem", "gem", "segem"))
-        compiled = name.startswith("torch.compile")
-        style = {"lw": 2.2 if ours else 1.0, "ls": ":" if compiled else "--" if kind == "gated" else "-"}
-        seconds = [point[kind]["median_seconds"][name] for point in points]
-        shares = [point[kind]["share_of_copy_bandwidth"][name] for point in points]
-        nanoseconds = [1e9 * t / n for t, n in zip(seconds, sizes, strict=True)]
-        axes[0].plot(sizes, nanoseconds, label=name, color=colour, **style)
-        axes[1].plot(sizes, shares, label=name, color=colour, **style)
-    for axis, label in zip(axes, ("ns an element, forward and backward", "share of a copy's bandwidth"), strict=True):
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel(f"elements, {record['results']['dtype']}")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].set_yscale("log")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
-    figure.savefig(path, metadata={"Software": None})  # without its version
-    plt.close(figure)
-
-
 def headline(records: dict[str, Any]) -> str:
     """What a machine is, and the versions, commits and commands of its records."""
     commits: dict[str, dict[str, None]] = {}
@@ -341,6 +304,8 @@ def write_pages(results: Path, machines: dict[str, dict[str, Any]]) -> None:
     """Writes the page and the plot of each machine next to its records."""
     for machine, records in machines.items():
         if "sweep" in records:
+            from benchmarks.pictures import draw_sweep
+
             draw_sweep(records["sweep"], results / machine / "sweep.png")
         write_atomically(results / machine / "README.md", page(machine, records))
 

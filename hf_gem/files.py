@@ -50,10 +50,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HF_GEM_CACHE") or Path.home() / ".cache" / "hf_gem").expanduser()
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces the content of a file in one step."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # unique, since machines may share a folder
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     flush(partial)
     partial.replace(path)
     flush(path.parent)

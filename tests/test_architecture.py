@@ -24,7 +24,10 @@ OPTIONAL = {"transformers", "timm", "datasets", "accelerate", "matplotlib", "eva
 MAY_NEED_OPTIONAL = {"training", "compare", "cli"}
 # What training can do without is imported where it is used, but for files that are about nothing else.
 DISPENSABLE = {"datasets", "evaluate", "trackio", "sklearn", "scipy", "matplotlib", "markdown_it"}
-MAY_NEED_DISPENSABLE = {"hf_gem/training/metrics.py", "hf_gem/compare/figures.py", "hf_gem/compare/pages.py"}
+MAY_NEED_DISPENSABLE = {
+    "hf_gem/training/metrics.py",
+    *(f"hf_gem/compare/{name}.py" for name in ("drawing", "figures", "pages")),
+}
 PRIVATE_TORCH = re.compile(r"(?<![\w.])torch(?:\.\w+)*\._[a-zA-Z]\w*")
 MOST_LOOSE_FILES, MOST_LINES_OF_FILE, MOST_LINES_OF_FUNCTION = 8, 450, 45
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 
 from ..files import shown, write_atomically
 from ..training.checkpoint import remove_all
@@ -31,6 +29,7 @@ from ..training.record import read_record
 from ..training.signals import STOPPED, Caught, catch_signals
 from .executors import Child, Executor, InProcess, Processes, environment_of, last_lines
 from .plan import PlanError, Run, parse_flags
+from .progress import StudyProgress
 from .study import Study, StudyError
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")  # as transformers saves them
@@ -97,12 +96,9 @@ class Driver:
             self._here = environment(self.recipes.resolve())
             caught.raise_if_requested()  # the signal may also have stopped git, so the commit may be missing
             self._refuse_mixed()
-            done = study.num_records()
-            bar = tqdm(total=done + study.left(), initial=done, desc=study.plan.name, unit="run", smoothing=0)
-            with bar:
+            with StudyProgress(study) as self._progress:
                 while todo := study.missing():
-                    bar.total = bar.n + study.left()
-                    self._work_off(todo, caught, bar)
+                    self._work_off(todo, caught)
         self._refuse_unpaired()
 
     def command(self, run: Run) -> list[str]:
@@ -112,14 +108,14 @@ class Driver:
         ours = {"preset": plan.preset, "hidden_act": act, "learning_rate": run.learning_rate, "seed": run.seed}
         ours |= {"data_seed": run.seed, "output_dir": self._folder(run)}
         tuning = plan.tuning_flags if run.seed in plan.tuning_seeds else {}
-        flags = {"report_to": "none", **plan.flags, **parse_flags(own), **tuning, **ours}
+        flags = {"report_to": "none", "project": plan.name, **plan.flags, **parse_flags(own), **tuning, **ours}
         text = {True: "yes", False: "no"}  # YAML turns words such as mixed_precision: no into booleans
         return [
             str(self.recipes / f"{plan.recipe}.py"),
             *(f"--{name}={text[value] if isinstance(value, bool) else value}" for name, value in flags.items()),
         ]
 
-    def _work_off(self, todo: Sequence[Run], caught: Caught, bar: tqdm[Any]) -> None:
+    def _work_off(self, todo: Sequence[Run], caught: Caught) -> None:
         """Waits until all of these runs are done, here or by another driver."""
         waiting = dict.fromkeys(todo, 0.0)  # the earliest time to check each run
         failure: TrainingError | None = None
@@ -128,11 +124,12 @@ class Driver:
                 caught.raise_if_requested()
                 try:
                     if done := self._start_some(waiting):
-                        bar.update(done)
+                        self._progress.count(done)
                     self._executor.wait([job.child for job in self._under_way], _TICK)
+                    self._progress.look()
                     for job in [job for job in self._under_way if job.child.exitcode is not None]:
                         self._end(job)
-                        bar.update()
+                        self._progress.count()
                 except (OSError, EOFError, TrainingError) as error:
                     # A signal to the whole group may reach a run, or the process that forks them, before this one.
                     time.sleep(_TICK)
@@ -140,7 +137,7 @@ class Driver:
                     if not isinstance(error, TrainingError):
                         raise
                     if failure is None and self._under_way:  # the error is only raised when all of them have ended
-                        bar.write(f"{error}\nWaiting for the other active runs to finish", file=sys.stderr)
+                        self._progress.write(f"{error}\nWaiting for the other active runs to finish")
                     failure = failure or error
                     waiting.clear()
         finally:
@@ -180,6 +177,7 @@ class Driver:
         record = folder / "record.json"
         before = record.stat().st_mtime_ns if record.exists() else None
         device = self._free[0]
+        self._progress.start(run)
         child = self._executor.start(self.command(run), self._log(run), environment_of(device))
         self._under_way.append(_Job(run, lock, device, before, child))
         self._free.popleft()
@@ -188,6 +186,7 @@ class Driver:
         """Stores the record of a run that has ended, and releases its lock and device."""
         try:
             self._under_way.remove(job)
+            self._progress.leave(job.run)
             self._keep_record(job)
             self._refuse_mixed()
             if job.run.seed in self.study.plan.final_seeds:

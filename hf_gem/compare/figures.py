@@ -1,8 +1,7 @@
-"""The pictures of reports and summaries: PNG files, the same for the same numbers."""
+"""The pictures of reports and summaries."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +14,31 @@ from matplotlib.ticker import NullLocator
 
 from ..family.names import is_name, parse
 from ..family.table import FAMILIES
+from .drawing import (
+    BAND,
+    SMALL,
+    End,
+    Picture,
+    label_ends,
+    mark_better,
+    metric_label,
+    new_figure,
+    picture_of,
+    show_metric,
+    show_scale,
+    tidy,
+)
 from .estimates import over_seeds
-from .looks import look
-from .plan import Plan, Run
+from .looks import ink, look
+from .plan import Run
 from .stats import Comparison
 from .study import Study
 
 _FEW = 12  # points of a curve that are marked
+SETTLED = ("better", "worse", "equivalent")
 
 
-def of_study(study: Study, families: Mapping[str, tuple[str, Sequence[Comparison]]]) -> dict[str, bytes]:
+def of_study(study: Study, families: Mapping[str, tuple[str, Sequence[Comparison]]]) -> dict[str, Picture]:
     """All pictures of a report, by the names of their files.
 
     Args:
@@ -32,12 +46,12 @@ def of_study(study: Study, families: Mapping[str, tuple[str, Sequence[Comparison
         families: Baseline -> file of its picture, and the comparisons with it.
     """
     acts = {arm: act for arm, (act, _) in study.choices().items()}
-    pictures = {file: differences(study.plan, found, name, acts) for name, (file, found) in families.items()}
-    pictures["curves.png"] = curves(study)
+    pictures = {file: forests([differences(study, found, name, acts)]) for name, (file, found) in families.items()}
+    pictures["curves.png"] = curves(study, next(iter(families)))
     made = {"n.png": ablation(study, "n"), "eps.png": ablation(study, "eps"), "dose.png": dose(study)}
     if study.plan.tunes:
         made["tuning.png"] = sensitivity(study)
-    return pictures | {file: png for file, png in made.items() if png is not None}
+    return pictures | {file: picture for file, picture in made.items() if picture is not None}
 
 
 @dataclass(frozen=True)
@@ -45,11 +59,12 @@ class Row:
     """One interval of a forest plot.
 
     Attributes:
-        middle: Its middle.
-        interval: The thick line.
-        color: Of both.
-        adjusted: The thin line; None where there is none.
-        points: To draw beneath it.
+        middle: The point in the interval.
+        interval: The ends of the thick line.
+        color: The color of point and lines.
+        adjusted: The ends of the thin line; None if there is none.
+        points: Further points, drawn above the line.
+        settled: Whether there is a verdict. Otherwise the point is hollow.
     """
 
     middle: float
@@ -57,45 +72,77 @@ class Row:
     color: str
     adjusted: tuple[float, float] | None = None
     points: Sequence[float] = ()
+    settled: bool = True
 
 
-def forest(rows: Mapping[str, Row], band: float, label: str, higher_is_better: bool) -> bytes:
-    """A picture of intervals, one beneath the other.
+@dataclass(frozen=True)
+class Panel:
+    """A forest plot: intervals, one beneath the other.
 
-    Args:
-        rows: Name -> what is drawn.
-        band: Half the width of what is of no interest, around 0.
-        label: Of the axis.
-        higher_is_better: Which side an arrow calls better.
+    Attributes:
+        rows: Name -> interval.
+        band: Differences smaller than this are of no interest.
+        label: The label of the horizontal axis.
+        metric: The metric whose differences are shown.
+        higher_is_better: Whether the right side is better.
+        title: The text above the panel.
     """
-    figure, axes = _new_figure(7, 1.4 + 0.5 * len(rows))
-    axes.axvspan(-band, band, color="0.9")
+
+    rows: Mapping[str, Row]
+    band: float
+    label: str
+    metric: str
+    higher_is_better: bool
+    title: str = ""
+
+
+def forests(panels: Sequence[Panel]) -> Picture:
+    """A picture of forest plots, two beside each other if there are several."""
+    columns = min(2, len(panels))
+    lines = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    heights = [1.1 + 0.42 * max(len(panel.rows) for panel in line) for line in lines]
+    figure = new_figure(7 if columns == 1 else 12, sum(heights) + 0.2)
+    grid = figure.subplots(len(lines), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        _forest(axes, panel)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    return picture_of(figure)
+
+
+def _forest(axes: Axes, panel: Panel) -> None:
+    tidy(axes)
+    axes.grid(visible=False, axis="y")
+    axes.axvspan(-panel.band, panel.band, color=BAND, zorder=0)
     axes.axvline(0, color="0.5", lw=0.8)
-    for number, row in enumerate(rows.values()):
-        axes.plot(row.points, np.full(len(row.points), number - 0.2), ".", color="0.6", ms=4)
+    for number, row in enumerate(panel.rows.values()):
+        axes.plot(row.points, np.full(len(row.points), number - 0.25), ".", color="0.65", ms=4)
         if row.adjusted:
             axes.plot(row.adjusted, (number, number), color=row.color, lw=1)
         axes.plot(row.interval, (number, number), color=row.color, lw=3)
-        axes.plot(row.middle, number, "o", color=row.color)
-    axes.set_yticks(range(len(rows)), list(rows))
-    axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.invert_yaxis()
-    axes.set_xlabel(label)
-    x, text = (1, "better \N{RIGHTWARDS ARROW}") if higher_is_better else (0, "\N{LEFTWARDS ARROW} better")
-    side: Any = "right" if x else "left"
-    axes.annotate(text, (x, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", ha=side, va="bottom")
-    return _png_of(figure)
+        axes.plot(row.middle, number, "o", color=row.color, mfc=row.color if row.settled else "white", mew=1.5)
+    axes.set_yticks(range(len(panel.rows)), list(panel.rows))
+    for label, row in zip(axes.get_yticklabels(), panel.rows.values(), strict=True):
+        label.set_color(ink(row.color))
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(panel.rows) - 0.4, -0.6)
+    axes.locator_params(axis="x", nbins=6)  # more would overlap
+    axes.set_title(panel.title, fontsize=11)
+    axes.set_xlabel(panel.label)
+    show_metric(axes.xaxis, panel.metric)
+    mark_better(axes, panel.higher_is_better, across=True)
 
 
-def differences(plan: Plan, comparisons: Sequence[Comparison], baseline: str, acts: Mapping[str, str]) -> bytes:
+def differences(study: Study, comparisons: Sequence[Comparison], baseline: str, acts: Mapping[str, str]) -> Panel:
     """The difference of each arm from the baseline, with its intervals and its seeds.
 
     Args:
-        plan: Of the study.
-        comparisons: With the baseline.
+        study: The study of the comparisons.
+        comparisons: The comparisons with the baseline.
         baseline: An arm.
         acts: Arm -> its activation.
     """
+    plan = study.plan
     rows = {
         f"{c.arm}: {c.verdict}": Row(
             c.difference,
@@ -103,53 +150,139 @@ def differences(plan: Plan, comparisons: Sequence[Comparison], baseline: str, ac
             look(acts[c.arm])["color"],
             c.adjusted_interval,
             np.subtract(c.values, c.baseline).tolist(),
+            c.verdict in SETTLED,
         )
         for c in comparisons
     }
-    return forest(rows, plan.smallest_effect, f"{plan.metric}, difference from {baseline}", plan.higher_is_better)
+    unit = unit_of(study, plan.metric, difference=True)
+    label = metric_label(plan.metric, unit, f"minus that of {baseline}")
+    return Panel(rows, plan.smallest_effect, label, plan.metric, plan.higher_is_better)
 
 
-def curves(study: Study) -> bytes:
-    """The metric of each arm over steps: the mean and the standard deviation of finished runs."""
-    figure, axes = _new_figure(8, 4.2)
-    key = study.plan.metric
-    if not any(key in record["curves"] and len(record["curves"][key]) > 1 for record in _records(study)):
-        key = study.plan.tuning_metric  # test samples are evaluated once
+def unit_of(study: Study, metric: str, difference: bool = False) -> str:
+    """The unit of a metric: nats, per cent or points; empty if it has none.
+
+    Args:
+        study: A study with this metric.
+        metric: A metric, such as `validation_loss`.
+        difference: Whether the unit is for differences.
+    """
+    if metric.endswith("accuracy"):
+        return "points" if difference else "%"
+    counted = {record["result"].get("unit") for record in _records(study)}
+    return "nats" if metric.endswith("_loss") and counted <= {"tokens", "images"} else ""
+
+
+@dataclass(frozen=True)
+class Course:
+    """The values of a metric over steps, for one arm.
+
+    Attributes:
+        steps: The steps of the measurements.
+        values: Seed -> the values at these steps.
+    """
+
+    steps: list[int]
+    values: dict[int, np.ndarray]
+
+    def minus(self, other: Course) -> Course:
+        """The differences at the seeds and steps of both."""
+        steps = sorted({*self.steps} & {*other.steps})
+        seeds = self.values.keys() & other.values.keys()
+        mine, theirs = ([course.steps.index(step) for step in steps] for course in (self, other))
+        return Course(steps, {seed: self.values[seed][mine] - other.values[seed][theirs] for seed in sorted(seeds)})
+
+
+def curves(study: Study, baseline: str) -> Picture:
+    """The metric of each arm over steps, and how far its training loss is from the baseline's.
+
+    Lines are means of finished runs and bands their standard deviations. The first tenth of the steps is left out if
+    two points remain: all arms are alike there, and far from what follows.
+
+    Args:
+        study: With a finished tuning.
+        baseline: An arm.
+    """
+    plan = study.plan
+    known = {key for record in _records(study) for key, curve in record["curves"].items() if len(curve) > 1}
+    key = plan.metric if plan.metric in known else plan.tuning_metric  # test samples are evaluated once
+    panels = [(key, "", _courses(study, key))]
+    losses = _courses(study, "loss")
+    if baseline in losses:
+        paired = {arm: course.minus(losses[baseline]) for arm, course in losses.items()}
+        panels.append(("training_loss", f"minus that of {baseline}", paired))
+    figure = new_figure(2.2 + 4.4 * len(panels), 4.4)
+    for axes, (metric, of, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        axes.set_xlabel("step")
+        axes.set_ylabel(metric_label(metric, unit_of(study, metric), of), fontsize=SMALL)
+        show_metric(axes.yaxis, metric)
+        mark_better(axes, metric.endswith("accuracy"))
+        _draw_courses(axes, {arm: (study.choices()[arm][0], course) for arm, course in found.items()})
+    return picture_of(figure)
+
+
+def _courses(study: Study, metric: str) -> dict[str, Course]:
+    """Arm -> the values of its finished runs, at the steps that all of these runs have."""
+    found = {}
     for arm, runs in study.final_runs().items():
-        finished = [r for run in runs if (r := study.record(run)) and math.isfinite(study.outcome(run))]
-        if not finished:
+        records = {
+            run.seed: record for run in runs if (record := study.record(run)) and math.isfinite(study.outcome(run))
+        }
+        measured = {seed: dict(record["curves"].get(metric, ())) for seed, record in records.items()}
+        steps = sorted(set.intersection(*(set(curve) for curve in measured.values()))) if measured else []
+        late = [step for step in steps if step >= 0.1 * steps[-1]]
+        if len(late) > 1:
+            steps = late
+        if steps:
+            values = {seed: np.array([curve[step] for step in steps], dtype=float) for seed, curve in measured.items()}
+            found[arm] = Course(steps, values)  # NaN for null
+    return found
+
+
+def _draw_courses(axes: Axes, courses: Mapping[str, tuple[str, Course]]) -> None:
+    """Draws means within standard deviations, and names them.
+
+    Args:
+        axes: The panel to draw on.
+        courses: Name -> activation, and its values.
+    """
+    tidy(axes)
+    ends = []
+    for name, (act, course) in courses.items():
+        if not (course.steps and course.values):
             continue
-        found = [dict(record["curves"][key]) for record in finished]
-        steps = sorted(set.intersection(*map(set, found)))
-        steps = steps[1:] if len(steps) > 2 else steps  # before any training all are alike, and far from what follows
-        values = np.array([[curve[step] for step in steps] for curve in found], dtype=float)  # NaN for null
-        middle, width = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0.0
-        style = look(runs[0].act)
-        axes.plot(steps, middle, **style if len(steps) <= _FEW else {**style, "marker": ""}, ms=4, label=arm)
-        axes.fill_between(steps, middle - width, middle + width, color=style["color"], alpha=0.12, lw=0)
-    axes.set(xlabel="step", ylabel=key)
-    return _png_with_legend(figure, axes)
+        values, style = np.array([*course.values.values()]), look(act)
+        middle, width = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(course.steps))
+        marked = style if len(course.steps) <= _FEW else {**style, "marker": ""}
+        axes.plot(course.steps, middle, **marked, ms=4, lw=1.4)
+        axes.fill_between(course.steps, middle - width, middle + width, color=style["color"], alpha=0.1, lw=0)
+        ends.append(End(name, course.steps[-1], float(middle[-1]), style["color"]))
+    axes.margins(x=0.02)
+    label_ends(axes, ends)
 
 
 def _records(study: Study) -> list[dict[str, Any]]:
     return [record for runs in study.final_runs().values() for run in runs if (record := study.record(run))]
 
 
-def sensitivity(study: Study) -> bytes:
+def sensitivity(study: Study) -> Picture:
     """What tuning found, over learning rates: the mean of an activation within the best and the worst of its seeds.
 
     Large markers are the means of the final seeds, at the rates at which these have run.
     """
     plan = study.plan
-    figure, axes = _new_figure(8, 4.4)
-    shade = min(0.15, 0.8 / len(plan.acts))
+    figure = new_figure(8.5, 4.4)
+    axes = figure.subplots()
+    tidy(axes)
     finalists = dict.fromkeys(trial for trials in study.finalists().values() for trial in trials)
+    ends = []
     for number, act in enumerate(plan.acts):
         means, style = study.tuned(act), look(act)
         aside = plan.ratio ** (0.4 * ((number + 0.5) / len(plan.acts) - 0.5))  # or large markers would hide each other
         tuned = {rate: value for rate, value in means.items() if math.isfinite(value)}
         seeds = np.array([[study.outcome(Run(act, rate, seed)) for rate in tuned] for seed in plan.tuning_seeds])
-        axes.plot(list(tuned), list(tuned.values()), **style, ms=4, label=act)
+        axes.plot(list(tuned), list(tuned.values()), **style, ms=4, lw=1.4)
+        shade = min(0.15, 0.8 / len(plan.acts))
         axes.fill_between(list(tuned), seeds.min(0), seeds.max(0), color=style["color"], alpha=shade, lw=0)
         lost = [rate for rate in means if rate not in tuned]
         axes.plot(lost, np.full(len(lost), 0.98), "x", color=style["color"], transform=axes.get_xaxis_transform())
@@ -158,9 +291,22 @@ def sensitivity(study: Study) -> bytes:
             final = _finite(study.value(run, plan.tuning_metric) for run in runs)
             if final:
                 axes.plot(rate * aside, np.mean(final), **{**style, "ls": ""}, ms=9, mfc="white", mew=2)
-    axes.set(xscale="log", xlabel="learning rate", ylabel=plan.tuning_metric)
+        if tuned:
+            ends.append(End(act, max(tuned), tuned[max(tuned)], style["color"]))
+    axes.set(xscale="log", xlabel="learning rate")
     _name_rates(axes, study.rates())
-    return _png_with_legend(figure, axes)
+    return _finished(study, axes, plan.tuning_metric, ends)
+
+
+def _finished(study: Study, axes: Axes, metric: str, ends: Sequence[End]) -> Picture:
+    """The picture of a figure with one panel, whose y is a metric."""
+    axes.set_ylabel(metric_label(metric, unit_of(study, metric)))
+    show_metric(axes.yaxis, metric)
+    mark_better(axes, study.plan.higher_is_better)
+    label_ends(axes, ends)
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    return picture_of(figure)
 
 
 def _name_rates(axes: Axes, rates: Sequence[float]) -> None:
@@ -169,8 +315,8 @@ def _name_rates(axes: Axes, rates: Sequence[float]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def ablation(study: Study, key: str) -> bytes | None:
-    """Outcomes by n or eps, of the arms and of tuning, where members of a family differ in it; None where none do."""
+def ablation(study: Study, key: str) -> Picture | None:
+    """Outcomes by n or eps, of the arms and of tuning; None if no members of a family differ in it."""
     plan = study.plan
     final = {study.choices()[arm][0]: _finite(found.values()) for arm, found in study.outcomes().items()}
     tuned = {act: _finite(study.tuned(act).values()) for act in plan.acts}
@@ -180,21 +326,28 @@ def ablation(study: Study, key: str) -> bytes | None:
         sources["tuning"] = _lines(best, key), {"ls": ":", "mfc": "white"}
     if not any(lines for lines, _ in sources.values()):
         return None
-    figure, axes = _new_figure(7, 4)
+    axes = new_figure(7, 4).subplots()
+    tidy(axes)
+    ends = []
     for source, (lines, style) in sources.items():
         for label, points in lines.items():
             means, bars = _means(points.values())
-            axes.errorbar(list(points), means, bars, **{**_look_of(label), **style}, label=f"{label}: {source}")
-    axes.set(xlabel=key, ylabel=plan.metric, xscale="log" if key == "eps" else "linear")
+            drawn = {**_look_of(label), **style}
+            axes.errorbar(list(points), means, bars, **drawn)
+            ends.append(End(f"{label}: {source}", [*points][-1], means[-1], drawn["color"]))
+    axes.set(xlabel=key, xscale="log" if key == "eps" else "linear")
+    axes.margins(x=0.08)
     if key == "n":
         axes.set_xticks(sorted({n for lines, _ in sources.values() for points in lines.values() for n in points}))
-    return _png_with_legend(figure, axes)
+    else:
+        show_scale(axes.xaxis)
+    return _finished(study, axes, plan.metric, ends)
 
 
-def dose(study: Study) -> bytes | None:
-    """Outcomes by the half point of the gate over the rms of what activations are given at the start.
+def dose(study: Study) -> Picture | None:
+    """Outcomes by the half point of the gate over the rms of what activations receive at the start.
 
-    One line for each n of GEM and E-GEM, and of SE-GEM, with 95 % t intervals over seeds; other activations are level
+    One line for each n of GEM and E-GEM, and of SE-GEM, with 95 % t intervals over seeds. Other activations are level
     lines. None where records do not have the rms, or members of no family differ in the half point.
     """
     lines: dict[str, dict[float, list[float]]] = {}
@@ -207,18 +360,30 @@ def dose(study: Study) -> bytes | None:
             others[act] = float(np.mean(values))
     if not any(len(points) > 1 for points in lines.values()):
         return None
-    figure, axes = _new_figure(8, 4.4)
+    axes = new_figure(8, 4.4).subplots()
+    tidy(axes)
+    ends = []
     for label, points in sorted(lines.items()):
-        family, n = label.split(", n = ")
-        family, half = family.replace("-", "").lower(), 10 ** min(1.5 * int(n) - 4, 0.5)  # whose colours are far apart
-        ratios, style = sorted(points), look(f"{family}_n{n}_eps{half ** (2 * int(n)):g}")
+        style, ratios = _look_of_dose(label), sorted(points)
         means, bars = _means(points[ratio] for ratio in ratios)
-        axes.errorbar(ratios, means, bars if len(points) == 1 else None, **style, label=label)
+        axes.errorbar(ratios, means, bars if len(points) == 1 else None, **style)
         axes.fill_between(ratios, np.subtract(means, bars), np.add(means, bars), color=style["color"], alpha=0.12, lw=0)
+        ends.append(End(label, ratios[-1], means[-1], style["color"]))
+    axes.set(xscale="log", xlabel="half point of the gate / rms of its inputs at the start")
+    axes.margins(x=0.08)
+    show_scale(axes.xaxis)
+    right = axes.get_xlim()[1]
     for act, mean in others.items():
-        axes.axhline(mean, color=look(act)["color"], ls="--", lw=1, label=act)
-    axes.set(xscale="log", ylabel=study.plan.metric, xlabel="half point of the gate / rms of its inputs at the start")
-    return _png_with_legend(figure, axes)
+        axes.axhline(mean, color=look(act)["color"], ls="--", lw=1)
+        ends.append(End(act, right, mean, look(act)["color"]))
+    return _finished(study, axes, study.plan.metric, ends)
+
+
+def _look_of_dose(label: str) -> dict[str, Any]:
+    """The look of a line of `dose`: lines of one family have colours that are far apart."""
+    family, n = label.split(", n = ")
+    half = 10 ** min(1.5 * int(n) - 4, 0.5)
+    return look(f"{family.replace('-', '').lower()}_n{n}_eps{half ** (2 * int(n)):g}")
 
 
 def _dose_of(study: Study, arm: str) -> tuple[str, float] | None:
@@ -267,23 +432,3 @@ def _look_of(label: str) -> dict[str, Any]:
 
 def _finite(values: Iterable[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
-
-
-def _new_figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure, in inches, and its axes. It is not one of pyplot's, which would have to choose a backend."""
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    return figure, figure.subplots()
-
-
-def _png_with_legend(figure: Figure, axes: Axes) -> bytes:
-    axes.grid(alpha=0.3)
-    lines = len(axes.get_legend_handles_labels()[0])
-    figure.set_figheight(max(figure.get_figheight(), 0.2 * (lines + 1)))
-    figure.legend(loc="outside right upper", fontsize="small")
-    return _png_of(figure)
-
-
-def _png_of(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, metadata={"Software": None})  # without the version of matplotlib
-    return buffer.getvalue()

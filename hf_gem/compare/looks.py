@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..family.names import is_name, parse
 from ..fit import MATCH_C
 
-# Names of one function, and approximations that differ from what they stand for by less than 0.0005.
+# Names of one function, and approximations that differ from the exact function by less than 0.0005.
 SAME = {"gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "gelu_fast": "gelu", "gelu_python": "gelu", "swish": "silu"}
-# Of Okabe and Ito, whose colours most people with a colour vision deficiency tell apart.
-_COLORS = {"relu": "#000000", "gelu": "#0072B2", "silu": "#56B4E9", "gem": "#D55E00"}
+# Most of these are from Okabe and Ito. People with any of the usual colour vision deficiencies can tell all of these
+# apart: a test simulates it.
+_COLORS = {
+    **{"relu": "#000000", "gelu": "#0072B2", "silu": "#56B4E9", "gem": "#D55E00", "relu2": "#E69F00"},
+    **{"mish": "#8C564B", "tanh": "#BDBDBD", "xielu": "#F0E442"},
+}
 # From small half points to large ones, darker all the way.
 _SCALES = {"egem": ("#C6DB2B", "#009E73", "#053B48"), "segem": ("#F3BFD9", "#B8559B", "#4A1453")}
-_FURTHER = ("#E69F00", "#7F7F7F", "#8C564B", "#5D3A9B")
+_FURTHER = ("#882255", "#C9B27C", "#5E5E5E")  # for names that are not above, by a hash of the name
 _MARKERS, _LINES = ("o", "s", "^", "D"), ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))
+_DARK_ENOUGH = 0.18  # relative luminance at which text on white has a contrast of 4.5
 
 
 def look(act: str) -> dict[str, Any]:
-    """Colour, marker and line of an activation, as matplotlib's `plot` takes them.
+    """The colour, marker and line of an activation, as arguments of matplotlib's `plot`.
 
-    Members of a family have related colours, darker for larger half points of the gate; n chooses marker and line. An
-    activation with flags of its own is dotted.
+    Members of a family have related colours, darker for larger half points of the gate. n chooses marker and line. An
+    activation with flags of its own has a dotted line.
 
     Args:
-        act: Its name, flags behind it.
+        act: Its name, followed by its flags.
     """
     name, *flags = act.split()
     name, number = SAME.get(name, name), 0
@@ -44,9 +49,25 @@ def look(act: str) -> dict[str, Any]:
     return {"color": color, "marker": _MARKERS[number], "ls": ":" if flags else _LINES[number]}
 
 
+def ink(color: str) -> str:
+    """A colour, darkened until it can be read as text on white."""
+    parts = [part / 255 for part in _parts(color)]
+    luminance = sum(weight * part**2.2 for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+    factor = min(1.0, (_DARK_ENOUGH / luminance) ** (1 / 2.2)) if luminance else 1.0
+    return _hex(255 * factor * part for part in parts)
+
+
 def _between(colors: Sequence[str], share: float) -> str:
     """A colour on the way from the first to the last of some."""
     place = min(1.0, max(0.0, share)) * (len(colors) - 1)
     first = min(int(place), len(colors) - 2)
-    ends = ([int(color[start : start + 2], 16) for start in (1, 3, 5)] for color in colors[first : first + 2])
-    return "#" + "".join(f"{round(a + (place - first) * (b - a)):02X}" for a, b in zip(*ends, strict=True))
+    start, end = map(_parts, colors[first : first + 2])
+    return _hex(a + (place - first) * (b - a) for a, b in zip(start, end, strict=True))
+
+
+def _parts(color: str) -> list[int]:
+    return [int(color[start : start + 2], 16) for start in (1, 3, 5)]
+
+
+def _hex(parts: Iterable[float]) -> str:
+    return "#" + "".join(f"{round(part):02X}" for part in parts)

@@ -1,4 +1,4 @@
-"""Pages: a text in Markdown with its pictures beside it, and the same as one HTML file with its pictures inside."""
+"""Pages: a text in Markdown with its pictures beside it, and the same as one HTML file that contains them."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from markdown_it.token import Token
 from markdown_it.utils import EnvType, OptionsDict
 
 from ..files import write_atomically
+from .drawing import Picture
 from .words import render
 
 
-def write_pages(folder: Path, name: str, text: str, pictures: Mapping[str, bytes]) -> Path:
+def write_pages(folder: Path, name: str, text: str, pictures: Mapping[str, Picture]) -> Path:
     """Writes a page as Markdown and as HTML.
 
     Args:
-        folder: Where to.
-        name: Of both files, without ending.
-        text: Markdown; its first line is the title.
-        pictures: Name of the file -> the bytes of a PNG that the text shows.
+        folder: The folder of the files.
+        name: The name of both files, without ending.
+        text: Markdown. Its first line is the title.
+        pictures: Name of a PNG file that the text shows -> the picture. The HTML page contains the SVG.
 
     Returns:
         The HTML page.
     """
-    for file, png in pictures.items():
-        (folder / file).write_bytes(png)
+    for file, picture in pictures.items():
+        (folder / file).write_bytes(picture.png)
     write_atomically(folder / f"{name}.md", text)
     write_atomically(folder / f"{name}.html", to_html(text, pictures))
     return folder / f"{name}.html"
 
 
-def to_html(text: str, pictures: Mapping[str, bytes]) -> str:
-    """One HTML page that needs no other file; HTML in the text is shown as it is written.
+def to_html(text: str, pictures: Mapping[str, Picture]) -> str:
+    """One HTML page that needs no other file. HTML in the text is shown as it is written.
 
     Args:
-        text: As in `write_pages`.
-        pictures: Likewise.
+        text: Markdown. Its first line is the title.
+        pictures: Name of a PNG file that the text shows -> the picture.
     """
     parser = MarkdownIt("commonmark", {"html": False}, renderer_cls=_Renderer).enable("table")
     body = parser.render(text, {"pictures": pictures})
@@ -47,7 +48,7 @@ def to_html(text: str, pictures: Mapping[str, bytes]) -> str:
 
 
 class _Renderer(RendererHTML):
-    """Puts pictures into the page, each with its title beneath it."""
+    """Puts pictures into the page, each with its title beneath it, and each table into a box that scrolls."""
 
     def render(self, tokens: Sequence[Token], options: OptionsDict, env: EnvType) -> str:
         for before, token, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
@@ -57,8 +58,15 @@ class _Renderer(RendererHTML):
 
     def image(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
         token = tokens[idx]
-        png = env["pictures"].get(token.attrs["src"])
-        if png is not None:
-            token.attrs["src"] = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        picture = env["pictures"].get(token.attrs["src"])
+        if picture is not None:
+            token.attrs["src"] = f"data:image/svg+xml;base64,{base64.b64encode(picture.svg).decode()}"
         title = self.renderInline(token.children or (), options, env)
         return f"{super().image(tokens, idx, options, env)}<figcaption>{title}</figcaption>"
+
+    def table_open(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
+        # With a tabindex the keyboard can scroll it too.
+        return f'<div class="table" tabindex="0">{self.renderToken(tokens, idx, options, env)}'
+
+    def table_close(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
+        return f"{self.renderToken(tokens, idx, options, env).rstrip()}</div>\n"

@@ -1,4 +1,4 @@
-"""What a study will do, find and cost, before it runs."""
+"""A preview of a study: its runs, the differences that it can find, and its cost."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from .words import render
 
 @dataclass(frozen=True)
 class Detectable:
-    """What differences a study can find.
+    """The smallest differences that a study is likely to find.
 
     Attributes:
-        effect: In standard deviations of the differences of a pair; None where there is no such difference.
-        seen: For each arm, the same in the unit of the metric, by the spread that was seen; with the evaluation sample,
-            where the records have parts of it.
+        effect: The smallest difference, in standard deviations of paired differences; None if no difference can be
+            found.
+        seen: The same for each arm, in the unit of the metric, computed from the spread that was seen. It includes the
+            spread over the evaluation sample if the records have it.
     """
 
     effect: float | None
@@ -34,7 +35,7 @@ class Detectable:
 
 
 def detectable(plan: Plan, comparisons: Sequence[Comparison] = ()) -> Detectable:
-    """What differences the planned seeds can find."""
+    """The smallest differences that the planned seeds are likely to find."""
     effect = minimum_detectable_effect(len(plan.final_seeds), len(plan.arms) - 1)
     if len(plan.final_seeds) < plan.min_seeds or math.isinf(effect):
         return Detectable(None, [])
@@ -43,7 +44,7 @@ def detectable(plan: Plan, comparisons: Sequence[Comparison] = ()) -> Detectable
 
 
 def _spread(c: Comparison) -> float:
-    """Standard deviation of paired differences that would give their mean the standard error that it has."""
+    """The standard deviation of paired differences that matches the standard error of their mean."""
     if c.components:
         return math.sqrt(len(c.seeds)) * c.components.estimate.error
     return float(np.subtract(c.values, c.baseline).std(ddof=1))
@@ -51,12 +52,12 @@ def _spread(c: Comparison) -> float:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the final seeds are expected to say of an arm, by its tuning.
+    """What the tuning of an arm predicts for the final seeds.
 
     Attributes:
-        seen: Variance of the mean difference from the baseline over the tuning seeds.
-        planned: The same over the final seeds, with the same samples.
-        effect: The true difference that is found with power 0.8; None where there is none.
+        seen: The variance of the mean difference from the baseline over the tuning seeds.
+        planned: The same over the final seeds, with the same evaluation samples.
+        effect: The true difference that is found with power 0.8; None if there is no such difference.
     """
 
     seen: Components
@@ -65,7 +66,7 @@ class Expected:
 
 
 def expected(study: Study) -> dict[str, Expected]:
-    """Arm -> what is expected, of those with tuning runs whose records have the parts of their outcomes."""
+    """Arm -> its prediction, for arms whose tuning runs recorded the parts of their outcomes."""
     seeds, effect = len(study.plan.final_seeds), detectable(study.plan).effect
     return {
         arm: Expected(
@@ -78,21 +79,21 @@ def expected(study: Study) -> dict[str, Expected]:
 
 
 def preview(plan: Plan) -> str:
-    """What a plan runs, and which differences that can find."""
+    """Describes what a plan runs, and which differences it can find."""
     tuning, final = plan.num_runs()
     return render("preview.txt.j2", plan=plan, tuning=tuning, final=final, detectable=detectable(plan))
 
 
 def dry_run(plan: Plan, folder: Path, jobs: int) -> str:
-    """The runs that would be started now, how long what is planned takes, and how exact it is expected to be.
+    """Lists the runs that would start now, and predicts how long the study takes and how precise it will be.
 
     Args:
-        plan: Of the study.
-        folder: Of the study; it need not be there.
-        jobs: Runs at once; see `Driver`.
+        plan: The plan of the study.
+        folder: The folder of the study. It need not exist.
+        jobs: Number of runs at once; see `Driver`.
 
     Raises:
-        PlanError: the folder is that of another plan.
+        PlanError: the folder belongs to another plan.
     """
     missing, left, seconds = list(plan.tuning_runs()), sum(plan.num_runs()), list[float]()
     hardware: dict[str, Any] = {}
@@ -119,12 +120,12 @@ def dry_run(plan: Plan, folder: Path, jobs: int) -> str:
 
 
 def occupied(hours: float, jobs: int, hardware: Mapping[str, Any]) -> str:
-    """What a study of some hours takes of a machine: GPU-hours where it has GPUs, and otherwise core-hours.
+    """The cost of a study: GPU-hours on a machine with GPUs, and core-hours on another.
 
     Args:
-        hours: Of the study.
-        jobs: Runs at once; see `Driver`.
-        hardware: Of a record.
+        hours: How long the study takes.
+        jobs: Number of runs at once; see `Driver`.
+        hardware: The hardware of a record.
     """
     if hardware["gpus"]:
         return f"{hours * min(max(1, jobs), len(hardware['gpus'])):.2g} GPU-hours"

@@ -99,8 +99,8 @@ class _Family:
         """Returns the rows of the table of verdicts."""
         return [
             [
-                c.arm, signed(c.difference), span(c.interval), span(c.adjusted_interval), f"{c.p_holm:.4g}",
-                f"{c.p_equivalence_holm:.4g}", f"{c.diverged[0]} / {c.diverged[1]}", f"**{c.verdict}**",
+                c.arm, f"**{c.verdict}**", signed(c.difference), span(c.interval), span(c.adjusted_interval),
+                f"{c.p_holm:.4g}", f"{c.p_equivalence_holm:.4g}", f"{c.diverged[0]} / {c.diverged[1]}",
                 "" if c.further_seeds is None else f"{c.further_seeds:,}",
             ]
             for c in self.comparisons

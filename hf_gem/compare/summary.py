@@ -10,16 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from ..files import markdown_code, markdown_text
+from .drawing import metric_label
 from .estimates import interquartile_mean
-from .figures import Row, forest
+from .figures import SETTLED, Panel, Row, forests, unit_of
 from .looks import SAME, look
 from .pages import write_pages
 from .plan import PlanError
 from .stats import Comparison
 from .study import Study
 from .words import cell, render, span
-
-_AXIS = "gain, in smallest effects of interest"
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def _pooled(gains: Sequence[np.ndarray]) -> tuple[float, float, float] | None:
 
 
 def write_summary(studies: Sequence[Study], baseline: str, folder: Path) -> Path:
-    """Writes `summary.md`, `summary.html` and `summary.png`.
+    """Writes `summary.md`, `summary.html`, `summary.png` and `summary.svg`.
 
     Args:
         studies: Studies with different names.
@@ -117,8 +116,9 @@ def write_summary(studies: Sequence[Study], baseline: str, folder: Path) -> Path
         gains=[row for summary in summaries for row in _rows(summary)],
         settings=settings,
     )
-    intervals = {name: shown for summary in summaries for name, shown in _intervals(summary)}
-    return write_pages(folder, "summary", text, {"summary.png": forest(intervals, 1, _AXIS, higher_is_better=True)})
+    picture = forests([_panel(study, summaries, baseline) for study in studies])
+    (folder / "summary.svg").write_bytes(picture.svg)
+    return write_pages(folder, "summary", text, {"summary.png": picture})
 
 
 def _rows(summary: Summary) -> Iterator[list[str]]:
@@ -126,21 +126,25 @@ def _rows(summary: Summary) -> Iterator[list[str]]:
     for name, f in summary.findings.items():
         c, middle = f.comparison, float(f.gains.mean()) if len(f.gains) else math.nan
         yield [
-            markdown_code(summary.act), name, str(len(f.gains)), cell(middle, "+.3g"), span(f.interval),
-            f"{c.diverged[0]} / {c.diverged[1]}", f"**{c.verdict}**",
+            markdown_code(summary.act), name, f"**{c.verdict}**", str(len(f.gains)), cell(middle, "+.3g"),
+            span(f.interval), f"{c.diverged[0]} / {c.diverged[1]}",
         ]  # fmt: skip
     if summary.pooled:
         middle, low, high = summary.pooled
         pairs = sum(len(f.gains) for f in summary.findings.values())
-        yield [markdown_code(summary.act), "all", str(pairs), f"{middle:+.3g}", span((low, high)), "", ""]
+        yield [markdown_code(summary.act), "all", "", str(pairs), f"{middle:+.3g}", span((low, high)), ""]
 
 
-def _intervals(summary: Summary) -> Iterator[tuple[str, Row]]:
-    """Yields the rows of an activation in the forest plot."""
-    color = look(summary.act)["color"]
-    for name, f in summary.findings.items():
-        if len(f.gains) > 1:
-            yield f"{summary.act}: {name}", Row(float(f.gains.mean()), f.interval, color, points=f.gains.tolist())
-    if summary.pooled:
-        middle, low, high = summary.pooled
-        yield f"{summary.act}: all", Row(middle, (low, high), color)
+def _panel(study: Study, summaries: Sequence[Summary], baseline: str) -> Panel:
+    """The panel of a study in the picture: gains in the unit of its own metric."""
+    plan, rows = study.plan, {}
+    for summary in summaries:
+        f = summary.findings.get(plan.name)
+        if f and len(f.gains) > 1:
+            gains, interval = (np.multiply(plan.smallest_effect, part) for part in (f.gains, f.interval))
+            settled = f.comparison.verdict in SETTLED
+            color = look(summary.act)["color"]
+            name = f"{summary.act}: {f.comparison.verdict}"
+            rows[name] = Row(gains.mean(), tuple(interval), color, points=gains.tolist(), settled=settled)
+    label = f"gain over {baseline} in " + metric_label(plan.metric, unit_of(study, plan.metric, difference=True))
+    return Panel(rows, plan.smallest_effect, label, plan.metric, higher_is_better=True, title=plan.name)

@@ -105,8 +105,8 @@ def start_tracker(accelerator: Accelerator, config: TrainConfig, name: str) -> N
         config.project,
         config=redacted({k: v for k, v in asdict(config).items() if v is not None}),
         init_kwargs={
-            "trackio": {"name": name, "resume": "allow"},
-            "wandb": {"name": name, "id": name, "resume": "allow"},
+            "trackio": {"name": name, "group": config.act_label, "resume": "allow"},
+            "wandb": {"name": name, "id": name, "group": config.act_label, "resume": "allow"},
         },
     )
 

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from .checkpoint import CheckpointStore
 from .clock import Clock
 from .config import TrainConfig, trajectory
+from .curve import LiveCurve
 from .data.order import SampleOrder
 from .device import batch_to_device
 from .errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError, reason
@@ -30,7 +31,7 @@ from .launch import layers_to_shard, start_tracker
 from .loss import IGNORE
 from .memory import checkpoint_gradients, fit_to_memory
 from .optim import learning_rate, make_optimizer
-from .progress import Progress
+from .progress import Progress, clock_time, headline
 from .push import CheckpointPusher
 from .record import MetricsLog, evaluation_record, hash_tensors, new_record, new_session, results, write_record
 from .signals import agreed_stop, catch_signals
@@ -113,6 +114,7 @@ class _Run:
         self.order = SampleOrder(len(task.train), config.data_seed)
         self.folder = Path(config.output_dir)
         self.log = MetricsLog(self.folder / "log.jsonl")
+        self.picture = LiveCurve(self.folder / "loss_curve.png")
         self.saved = 0  # the newest saved step
         self.owes_evaluation = False  # whether a signal interrupted the evaluation at that step
         self.record = new_record(task, config, accelerator, self.order)
@@ -167,6 +169,7 @@ class _Run:
         if self.is_main and start < steps:
             self.session["first_step"] = start + 1
             self.record["sessions"].append(self.session)
+            print(headline(self.record, self.session, self.accelerator.device, start), flush=True)
         self.began = time.perf_counter()
         # The name never changes, so a resumed run continues its curve.
         start_tracker(self.accelerator, self.config, f"{self.folder.name}-{self.record['run_id']}")
@@ -363,13 +366,15 @@ class _Run:
             named = {f"{part}_{name}": value for part, e in found.items() for name, value in e.values.items()}
             self.log.add(step=step, **named)
             for part, e in found.items():
-                tqdm.write(f"step {step}: {part} " + ", ".join(f"{k} {v:.5g}" for k, v in e.values.items()))
+                shown = ", ".join(f"{name} {value:.5g}" for name, value in e.values.items())
+                tqdm.write(f"{clock_time()} step {step}: {part} {shown}")
             self.accelerator.log(named, step=step)
             self.record["evaluation"] = evaluation_record(self.task, found) if last else None
+            if step and not last:  # the recipe draws the last one, with the unit of its loss
+                self.picture.draw({**self.record, **results(self.log, self.task)})
         if step:  # the effect of the last update shows only here; only the main process has the values
-            loss = found["validation"].values.get("loss", 0.0)
-            lost = torch.tensor(float(not math.isfinite(loss)), device=self.accelerator.device)
-            self.finite &= self.accelerator.reduce(lost, "sum") == 0
+            lost = not math.isfinite(found["validation"].values.get("loss", 0.0))
+            self.finite &= self.accelerator.reduce(self.finite.new_full((), lost, dtype=torch.float32), "sum") == 0
 
     def _is_finite(self) -> bool:
         return bool(self.finite.item())  # waits for the device

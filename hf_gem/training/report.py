@@ -1,8 +1,7 @@
-"""What a finished run leaves for people: a picture of its loss and a model card, both made from its record."""
+"""The results of a finished run: its model, a picture of its loss and a model card."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from ..family.names import is_name
 from ..files import markdown_block, markdown_code, markdown_text, save_pretrained
 from ..integrations.hub import loading_notes, save_for_hub
+from .curve import can_draw, draw_loss
 from .errors import CheckpointError
 from .push import push_run
 
@@ -22,20 +22,20 @@ _TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 
 
 def save_results(model: Any, processor: Any, record: dict[str, Any], **card: Any) -> None:
-    """Writes what a finished run leaves: weights, tokenizer or image processor, `loss_curve.png` and the card.
+    """Saves the results of a finished run: weights, tokenizer or image processor, `loss_curve.png` and the card.
 
-    They go to the output folder of the run, and then to the Hub, if the run was told to push: these files and no others
-    that lie there.
+    They go to the output folder of the run. If the config says so, these files, and no others of the folder, are then
+    pushed to the Hub.
 
     Args:
-        model: A transformers model. With an activation of the family it is saved by `save_for_hub`.
-        processor: Likewise; None where the model takes its inputs as they are.
-        record: Of the run.
+        model: A transformers model. If it has an activation of the family, `save_for_hub` saves it.
+        processor: The tokenizer or image processor; None if the model has none.
+        record: The record of the run.
         card: Further values for the card; see `write_card`.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written; the last checkpoint has everything.
-        PushError: the Hub did not take it.
+        CheckpointError: the disk is full, or the folder cannot be written. The last checkpoint is complete.
+        PushError: the push failed.
     """
     config = record["config"]
     folder = Path(config["output_dir"])
@@ -49,12 +49,15 @@ def save_results(model: Any, processor: Any, record: dict[str, Any], **card: Any
             model.save_pretrained(work)
         if processor is not None:
             save_pretrained(processor, work)
-        picture = plot_loss(record, work / "loss_curve.png", card["loss_unit"])
+        if picture := can_draw():
+            draw_loss(record, work / "loss_curve.png", card["loss_unit"])
+        else:
+            print("no loss_curve.png, since matplotlib is not installed; the losses are in record.json")
         write_card(record, work / "README.md", picture=picture, **card)
         files = _move(work, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"the trained model cannot be written to {folder}: {error}. Its last checkpoint is complete; make room and "
+            f"cannot write the trained model to {folder}: {error}. Its last checkpoint is complete. Make room and "
             "start the same command again"
         ) from error
     if config["push_to_hub"]:
@@ -63,7 +66,7 @@ def save_results(model: Any, processor: Any, record: dict[str, Any], **card: Any
 
 
 def _move(folder: Path, to: Path) -> list[str]:
-    """Moves all files of a folder, which goes, into another one; returns their paths within it."""
+    """Moves all files of a folder into another and deletes the first; returns their relative paths."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     for name in names:
         (to / name).parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +76,7 @@ def _move(folder: Path, to: Path) -> list[str]:
 
 
 def text_card(record: dict[str, Any], **values: Any) -> dict[str, Any]:
-    """The values of a card that all language models have in common, and others; for `save_results`."""
+    """The values of a card that all language models share, and some more; for `save_results`."""
     return {
         "processor_class": "AutoTokenizer",
         "on_hub": record["data"].get("on_hub", False),
@@ -83,11 +86,11 @@ def text_card(record: dict[str, Any], **values: Any) -> dict[str, Any]:
 
 
 def image_card(model: str, record: dict[str, Any]) -> dict[str, Any]:
-    """The values of a card that all image classifiers have in common; for `save_results`.
+    """The values of a card that all image classifiers share; for `save_results`.
 
     Args:
-        model: Its name in the recipe.
-        record: Of the run.
+        model: The name of the model in the recipe.
+        record: The record of the run.
     """
     size = record["data"]["image_size"]
     return {
@@ -97,19 +100,19 @@ def image_card(model: str, record: dict[str, Any]) -> dict[str, Any]:
         "processor_class": "AutoImageProcessor",
         "loss_unit": "nats per image",
         "on_hub": record["data"].get("on_hub", False),
-        "limits": f"It tells {record['data']['num_classes']} classes apart, in images of {size} x {size} pixels like "
-        "those of its data, and answers with one of them whatever it is shown.",
+        "limits": f"It knows {record['data']['num_classes']} classes, in images of {size} x {size} pixels like those "
+        "of its data. It answers with one of these classes for any image.",
     }
 
 
 def import_of(model: Any) -> str:
-    """The module whose import loading a model needs, with an activation of the family or, one of hf_gem, always."""
+    """The module to import before loading a model: that of the model if it is one of hf_gem, and otherwise hf_gem."""
     home = type(model).__module__
     return home if home.startswith("hf_gem.") else "hf_gem"
 
 
 def print_summary(record: dict[str, Any]) -> None:
-    """The last lines of a recipe: how the loss fell, and where everything is."""
+    """Prints the last lines of a recipe: the losses, and where the files are."""
     result, folder = record["result"], Path(record["config"]["output_dir"])
     picture = folder / "loss_curve.png"
     if "validation_accuracy" in result:
@@ -128,43 +131,6 @@ def print_summary(record: dict[str, Any]) -> None:
     print(f"Model card: {folder / 'README.md'}")
 
 
-def plot_loss(record: dict[str, Any], path: Path, unit: str) -> bool:
-    """Draws training and validation loss over steps as a PNG, and validation accuracy where there is one.
-
-    Returns:
-        Whether it did; without matplotlib it says that there is no picture.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"no {path.name}, since matplotlib is not installed; the losses are in record.json")
-        return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
-    for key, label, style in (
-        ("loss", "training", {"lw": 0.8}),
-        ("validation_loss", "validation", {"marker": "o", "ms": 3}),
-    ):
-        steps, losses = zip(*record["curves"][key], strict=True) if record["curves"][key] else ((), ())
-        axes.plot(steps, losses, label=label, **style)
-    config = record["config"]
-    scale = "log" if "validation_relative_l2" in record["result"] else "linear"  # over orders of magnitude
-    axes.set(xlabel="step", ylabel=f"loss ({unit})", yscale=scale)
-    axes.set_title(f"{record['recipe']} {record['preset']}, {config['hidden_act']}, seed {config['seed']}", fontsize=10)
-    axes.grid(alpha=0.3)
-    if accuracy := record["curves"].get("validation_accuracy"):
-        right = axes.twinx()
-        axes.plot([], [], "s--", ms=3, color="C2", label="validation accuracy (right)")  # for the legend
-        right.plot(*zip(*accuracy, strict=True), "s--", ms=3, color="C2")
-        right.set(ylabel="accuracy", ylim=(None, 1))
-    axes.legend(loc="center right")  # where neither a loss that has fallen nor an accuracy that has risen is
-    figure.savefig(path)
-    plt.close(figure)
-    return True
-
-
 def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)  # which is one of Python too
 
@@ -173,14 +139,14 @@ _SHOWN: dict[str, Any] = {"text": markdown_text, "code": markdown_code, "block":
 
 
 def write_card(record: dict[str, Any], path: Path, picture: bool = True, **more: Any) -> None:
-    """Fills the template of model cards from a record.
+    """Writes a model card.
 
     Args:
-        record: Of a finished run.
+        record: The record of a finished run.
         path: The card to write.
         picture: Whether `loss_curve.png` is beside it.
-        more: Further values for the template; among them `auto_class`, `imported`, the module of hf_gem that loading
-            needs, and `ours`, where `hidden_act` does not say whether the model has activations of the family.
+        more: Further values for the template. Among them are `auto_class`; `imported`, the module to import before
+            loading; and `ours`, whether the model has activations of the family, if `hidden_act` does not say so.
     """
     config = record["config"]
     ours = more.pop("ours", is_name(config["hidden_act"]))
@@ -206,7 +172,7 @@ def write_card(record: dict[str, Any], path: Path, picture: bool = True, **more:
 
 
 def _card_data(record: dict[str, Any], ours: bool, more: dict[str, Any]) -> ModelCardData:
-    """What the Hub reads from a card."""
+    """The metadata of a card, which the Hub reads."""
     config, result = record["config"], record["result"]
     metric = next(name for name in ("accuracy", "relative_l2", "perplexity") if f"validation_{name}" in result)
     dataset = config.get("dataset") or config["problem"]

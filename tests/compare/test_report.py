@@ -124,6 +124,7 @@ def test_another_baseline_has_a_report_of_its_own(study, capsys):
     report = (toy.folder / "against-gem" / "report.md").read_text()
     assert "of `relu` was 0.0" in report
     assert "above that of `gem`" in report
+    assert "| arm | verdict | difference |" in report  # what is asked first
     assert "The baseline of the plan is `relu`." in report
     assert (toy.folder / "report.md").read_text() == first
     with pytest.raises(SystemExit):

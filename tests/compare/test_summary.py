@@ -12,7 +12,7 @@ from tests.compare.toy import run
 for package in ("scipy", "matplotlib", "markdown_it"):
     pytest.importorskip(package, reason="summaries need it")
 
-from hf_gem.compare.summary import summarise, write_summary  # noqa: E402
+from hf_gem.compare.summary import _panel, summarise, write_summary  # noqa: E402
 
 FEW = {"learning_rates": [0.01], "tuning_seeds": [], "final_seeds": [0, 1, 2, 3]}
 
@@ -40,8 +40,16 @@ def test_gains_are_in_smallest_effects_of_interest(study, tmp_path, capsys):
     assert "summary.html" in capsys.readouterr().out
     text = (tmp_path / "pages" / "summary.md").read_text()
     for name, pairs in (("one", 4), ("two", 4), ("all", 8)):
-        assert re.search(rf"\| `gem_n2` \| {name} \| {pairs} \| \+", text)
+        assert re.search(rf"\| `gem_n2` \| {name} \| [^|]* \| {pairs} \| \+", text)
     assert (tmp_path / "pages" / "summary.png").exists()
+    assert b"</svg>" in (tmp_path / "pages" / "summary.svg").read_bytes()
+    panel = _panel(two, summarise([one, two], "relu"), "relu")
+    assert panel.title == "two"
+    assert panel.label == "gain over relu in validation loss"
+    assert sorted(name.partition(":")[0] for name in panel.rows) == ["gelu", "gem_n2"]
+    (row,) = (row for name, row in panel.rows.items() if name.startswith("gem_n2"))
+    assert row.points == pytest.approx(np.multiply(gains[4:], 0.02))  # in the unit of the metric
+    assert row.middle == pytest.approx(np.mean(row.points))
 
 
 def test_studies_that_point_in_different_directions_have_no_common_gain(study):
@@ -62,7 +70,7 @@ def test_a_study_in_which_an_activation_diverged_stays(study, tmp_path):
     for each in (one, two):
         run(each)
     write_summary([one, two], "relu", tmp_path)
-    assert "| `gem` | two | 0 | - | - | 8 / 0 | **worse** |" in (tmp_path / "summary.md").read_text()
+    assert "| `gem` | two | **worse** | 0 | - | - | 8 / 0 |" in (tmp_path / "summary.md").read_text()
 
 
 def test_an_approximation_stands_in_the_row_of_what_it_approximates(study):

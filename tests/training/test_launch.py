@@ -1,6 +1,7 @@
 """What the launcher, this machine and the config cannot do together is refused."""
 
 import importlib.util
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from accelerate.state import AcceleratorState
 
 from hf_gem.training.config import TrainConfig
 from hf_gem.training.errors import ConfigError
-from hf_gem.training.launch import launched, make_accelerator
+from hf_gem.training.launch import launched, make_accelerator, start_tracker
 
 
 def make(folder, **fields):
@@ -59,6 +60,20 @@ def test_auto_is_resolved_for_the_record(tmp_path):
     config = TrainConfig(output_dir=str(tmp_path), report_to="auto")
     make_accelerator(config)
     assert config.report_to in ("trackio", "none")
+
+
+@pytest.mark.parametrize("tracker", ["trackio", "wandb"])
+def test_a_tracker_groups_runs_by_activation(tmp_path, tracker):
+    accelerator = MagicMock()
+    config = TrainConfig(
+        output_dir=str(tmp_path), report_to=tracker, project="study", hidden_act="egem_n2", eps="match"
+    )
+    start_tracker(accelerator, config, "run-0123")
+    ((project,), more) = accelerator.init_trackers.call_args
+    assert project == "study"
+    chosen = more["init_kwargs"][tracker]
+    assert (chosen["name"], chosen["group"], chosen["resume"]) == ("run-0123", "egem_n2-match", "allow")
+    assert more["config"]["hidden_act"] == "egem_n2"
 
 
 def test_what_the_launcher_chose_is_read_back(tmp_path, monkeypatch):

@@ -5,10 +5,9 @@ from unittest.mock import MagicMock
 
 import pytest
 from huggingface_hub import ModelCard
-from PIL import Image
 
 from hf_gem.training.errors import CheckpointError
-from hf_gem.training.report import plot_loss, save_results, write_card
+from hf_gem.training.report import save_results, write_card
 
 MarkdownIt = pytest.importorskip("markdown_it", reason="pages are read by it").MarkdownIt
 
@@ -151,14 +150,6 @@ def test_a_full_disk_at_the_end_is_explained(tmp_path):
     for broken in ((Model(), None), (MagicMock(), Processor())):
         with pytest.raises(CheckpointError, match=r"No space left.*last checkpoint is complete.*same command again"):
             save_results(*broken, record)
-
-
-def test_the_plot_is_a_picture_with_two_curves(tmp_path):
-    plot_loss(RECORD, tmp_path / "loss.png", "nats per token")
-    with Image.open(tmp_path / "loss.png") as image:
-        colours = {tuple(c) for _, c in image.convert("RGB").getcolors(1 << 20)}
-        assert image.size == (1050, 600)
-    assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two
 
 
 PAYLOAD = (
