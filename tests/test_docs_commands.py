@@ -25,7 +25,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md",
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 MAKEFILE = (ROOT / "Makefile").read_text()
 ASSIGNMENT = re.compile(r"[A-Z_]+=")
-NOT_OURS = {"cd", "git", "hf", "rsync", "vllm"}
+NOT_OURS = {"cd", "git", "hf", "rsync", "trackio", "vllm"}
 
 
 def commands(page):
@@ -81,7 +81,9 @@ def check_torchrun(arguments):
 
 
 def check_launched(parser, arguments):
-    if not any(argument.endswith(".py") for argument in arguments):  # a part of a command, named in the text
+    if not any(
+        argument.endswith(".py") or argument.startswith("hf_gem.") for argument in arguments
+    ):  # a part of a command, named in the text
         assert all(argument in parser.format_help() for argument in arguments), arguments
         return
     with contextlib.redirect_stderr(io.StringIO()) as said:
@@ -89,7 +91,10 @@ def check_launched(parser, arguments):
     assert isinstance(parsed, argparse.Namespace), said.getvalue()
     config = getattr(parsed, "config_file", None)
     assert config is None or (ROOT / config).is_file(), f"there is no {config}"
-    check_flags(ROOT / parsed.training_script, parsed.training_script_args)
+    script = parsed.training_script
+    if parsed.module:  # the package has the recipes too
+        script = script.removeprefix("hf_gem.").replace(".", "/") + ".py"
+    check_flags(ROOT / script, parsed.training_script_args)
 
 
 def check_flags(file, arguments):
@@ -105,6 +110,10 @@ def check_flags(file, arguments):
             assert (ROOT / value).is_file(), f"there is no {value}"
         if flag == "preset":
             assert value in recipe(file).PRESETS, f"{file.name} has no preset {value}"
+
+
+# What `hf-gem train` takes for a recipe in the documentation -> its file.
+RECIPES = {"gpt2": "gpt2_pretrain.py", "bert": "bert_pretrain.py", "vision_train": "vision_train.py", "pinn": "pinn.py"}
 
 
 def recipe(file):
@@ -124,6 +133,14 @@ def check_hf_gem(arguments):
     names = itertools.takewhile(lambda word: re.fullmatch("[a-z]+", word), arguments)
     command = next(names, None)
     said = help_of(command) if command else help_of()
+    if command == "run":  # what follows the script is for it
+        script = next((i for i, argument in enumerate(arguments) if argument.endswith(".py")), len(arguments))
+        arguments = arguments[:script]
+    if command == "train":  # what follows the recipe is for it
+        place = next((i for i, argument in enumerate(arguments) if argument in RECIPES), len(arguments))
+        if arguments[place + 1 :]:
+            check_flags(ROOT / "recipes" / RECIPES[arguments[place]], arguments[place + 1 :])
+        arguments = arguments[:place]
     for argument in arguments:
         if argument.startswith("--"):
             flag = argument.partition("=")[0]

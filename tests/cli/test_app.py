@@ -76,7 +76,7 @@ def test_a_missing_package_is_named_with_what_brings_it(hf_gem, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = hf_gem("plot", "gem")
     assert code == 1
-    assert err == 'error: the package matplotlib is not installed. Install it with: pip install "hf-gem[train]"\n'
+    assert err == 'error: The package matplotlib is not installed. Install it with: pip install "hf-gem[train]"\n'
 
 
 def test_a_warning_takes_one_line(hf_gem, monkeypatch):

@@ -114,7 +114,7 @@ def test_convert_by_images(hf_gem, vit, tmp_path):
         (("--to", "egem", "--eps", "fit"), "--eps fit needs --data"),
         (("--to", "egem", "--data", "x.txt"), "--data needs --eps fit or match"),
         (("--to", "egem", "--eps", "-1"), "eps must be positive"),
-        (("--to", "gelu"), "none of the family"),
+        (("--to", "gelu"), "not one of the family"),
         (("--to", "egem", "--eps", "fit", "--data", "nowhere.txt"), "there is no data at nowhere.txt"),
         (("--to", "egem", "--eps", "fit", "--data", __file__, "--batch-size", "999"), "less than one batch"),
         (("--to", "egem", "--skip", "nothing"), "nothing"),
