@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Goal, built_kernels, make_parser, pick_device, write
+from benchmarks.common import Goal, built_kernels, make_parser, pick_device, slope_size, write
 from hf_gem import _kernels, activation
 from hf_gem._kernels import formulas
 from hf_gem.family.table import family_named
@@ -169,8 +169,8 @@ def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
 def compare(functions: list[Function], x: Tensor, what: str, check: str, rounds: bool) -> list[Row]:
     """Value and slope against float64; with `rounds`, a failure is a result that is not rounded correctly.
 
-    The ulp of a slope, which may cross zero, is that of its greater term where f(x) / x is one. Below `_SMALLEST` it is
-    the ulp of that, since what such results are made of may underflow.
+    The ulp of a slope is that of its `slope_size`. Below `_SMALLEST` it is the ulp of that, since what such results are
+    made of may underflow.
     """
     rows = []
     found = {"value": (0, 0, 0.0), "slope": (0, 0, 0.0)}
@@ -183,7 +183,7 @@ def compare(functions: list[Function], x: Tensor, what: str, check: str, rounds:
             same = (result == nearest) | (result.isnan() & nearest.isnan())
             finite = result.isfinite() & nearest.isfinite()
             wrong = ~same if rounds else ~same & ~finite
-            size = exact.abs() if kind == "value" else exact.abs().fmax((exacts[0] / wide).abs())
+            size = exact.abs() if kind == "value" else slope_size(exact, exacts[0], wide)
             unit = spacing(size.clamp(min=_SMALLEST), x.dtype)
             error = torch.where(finite, (result - exact).abs() / unit, 0.0).max().item()
             found[kind] = cases + x.numel(), failures + int(wrong.sum()), max(greatest, error)
