@@ -1,10 +1,13 @@
 # make demo: a fresh clone to a trained GPT-2.
 # make test: linters, types and the tests that one waits for.   make test-slow: those that take long.
 # make test-oldest: the tests that one waits for, with the oldest versions that pyproject.toml allows; where there is no
-# GPU, UV_TORCH_BACKEND=cpu in front spares gigabytes.
+# GPU, UV_TORCH_BACKEND=cpu in front spares gigabytes.   make versions: both, and the table of their outcomes.
 # make study: a small comparison of activations, from its plan to a report.
 # make gpu: all that is measured on a GPU, in half an hour; ARGS="--device cpu --quick" tries it out without one.
 # make verify: how exact everything is, in one table, and the tests that show it.
+# make coverage: which lines and branches of hf_gem the tests that one waits for go through.
+# make mutants: what no test notices, of small changes in the arithmetic, the names and the statistics.
+# make fuzz: the readers of names, plans and records against made-up input; on Linux, ARGS="--seconds 600".
 # make peers: the test suites of transformers and timm with the family in their models, from their source distributions.
 # make bench: the benchmarks of the CPU and the table of their goals, in less than ten minutes.
 PYTHON ?= python3
@@ -20,7 +23,7 @@ RUN = $(VENV)/bin
 READY = $(VENV)/.ready
 OLDEST = $(VENV)-oldest
 
-.PHONY: demo test test-slow test-oldest lint verify bench gpu peers study setup clean
+.PHONY: demo test test-slow test-oldest versions coverage mutants fuzz lint verify bench gpu peers study setup clean
 
 # Without OMP_NUM_THREADS, accelerate's launcher gives a process one thread.
 demo: $(READY)
@@ -28,13 +31,30 @@ demo: $(READY)
 		recipes/gpt2_pretrain.py --preset demo --hidden_act gem_n2 $(DEMO_ARGS)
 
 test: lint
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) -m "not slow" $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) -m "not slow" --junitxml=build/tests/newest.xml $(TEST_ARGS)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) -m slow $(TEST_ARGS)
 
 test-oldest: $(OLDEST)/.ready
-	HF_GEM_OLDEST=1 OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) -m "not slow" $(TEST_ARGS)
+	HF_GEM_OLDEST=1 OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) -m "not slow" \
+		--junitxml=build/tests/oldest.xml $(TEST_ARGS)
+
+versions: test-oldest test
+	$(RUN)/python -m tests.versions --oldest $(OLDEST) build/tests/oldest.xml --newest $(VENV) build/tests/newest.xml
+
+coverage: $(READY)
+	$(RUN)/python -m coverage erase
+	OMP_NUM_THREADS=1 $(RUN)/python -m coverage run -m pytest -n $(JOBS) -m "not slow" $(TEST_ARGS)
+	$(RUN)/python -m coverage combine --quiet
+	$(RUN)/python -m coverage report
+
+mutants: $(READY)
+	OMP_NUM_THREADS=1 $(RUN)/python -m tests.mutation.run $(ARGS)
+
+fuzz: $(READY)
+	$(RUN)/python -c 'import atheris' 2>/dev/null || $(RUN)/python -m pip install --quiet atheris
+	OMP_NUM_THREADS=1 $(RUN)/python -m tests.fuzz.run $(ARGS)
 
 lint: $(READY)
 	$(RUN)/ruff check .

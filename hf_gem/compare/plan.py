@@ -14,11 +14,10 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from transformers.activations import ACT2FN
 
 from ..family.names import is_claimed, parse
-from ..files import check_type, redact
+from ..files import check_type, read_yaml, redact
 from ..training.errors import ConfigError
 
 # Metric of a recipe -> whether higher is better. On test samples runs are compared, on validation samples they are
@@ -126,23 +125,25 @@ class Plan:
         require(self.metric in METRICS, f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
         require(len(self.arms) > 1, "it has one arm, and a comparison takes two")
         for name in (self.baseline, *self.further_baselines):
-            require(name in self.arms, f"baseline {name!r} is no arm; arms: {', '.join(self.arms)}")
+            require(name in self.arms, f"baseline {name!r} is no arm; arms: {reprlib.repr(list(self.arms))}")
         for act, *own in map(str.split, self.acts):
-            require(act in ACT2FN, f"the activation {act!r} is not known")
-            require(not is_claimed(act) or parse(act).name == act, f"write {act!r} in its canonical spelling")
+            require(act in ACT2FN, f"the activation {reprlib.repr(act)} is not known")
+            require(not is_claimed(act) or parse(act).name == act,
+                    f"write {reprlib.repr(act)} in its canonical spelling")  # fmt: skip
             _check_flags(parse_flags(own), require)
         require(len(set(map(slug, self.acts))) == len(self.acts), "two activations would have runs of the same names")
         require(all(self.arms.values()), "every arm needs an activation")
         rates = self.learning_rates
         require(rates and all(0 < a < b for a, b in itertools.pairwise(rates)) and 0 < rates[0] <= rates[-1] < 1e100,
-                f"learning_rates must be positive, finite and ascending, got {rates}")  # fmt: skip
+                f"learning_rates must be positive, finite and ascending, got {reprlib.repr(rates)}")  # fmt: skip
         require(all(float(f"{rate:g}") == rate for rate in rates),
-                f"learning_rates have six digits at most, as in the names of runs, got {rates}")  # fmt: skip
+                "learning_rates have six digits at most, as in the names of runs, "
+                f"got {reprlib.repr(rates)}")  # fmt: skip
         shared = sorted(set(self.tuning_seeds) & set(self.final_seeds))
-        require(not shared, f"seeds {shared} are both tuning and final seeds")
+        require(not shared, f"seeds {reprlib.repr(shared)} are both tuning and final seeds")
         for seeds in (self.tuning_seeds, self.final_seeds):
-            require(all(seed >= 0 for seed in seeds), f"seeds must be at least 0, got {seeds}")
-            require(len(set(seeds)) == len(seeds), f"seeds must differ, got {seeds}")
+            require(all(seed >= 0 for seed in seeds), f"seeds must be at least 0, got {reprlib.repr(seeds)}")
+            require(len(set(seeds)) == len(seeds), f"seeds must differ, got {reprlib.repr(seeds)}")
         require(len(self.final_seeds) > 1, "final_seeds needs two or more")
         require(self.tuning_seeds or not self.tunes, "tuning_seeds is empty, and there is something to choose")
         require(0 < self.smallest_effect < 1e100,
@@ -179,6 +180,8 @@ class Plan:
         if odd := [act for act in self.acts if _MARKS.search(act)]:
             raise PlanError(f"plan {self.name!r}: acts must have none of `|<>[]$\\, got {reprlib.repr(odd[0])}")
         text = json.dumps(asdict(self), ensure_ascii=False)
+        if re.search("[\ud800-\udfff]", text):
+            raise PlanError(f"plan {self.name!r} holds half a character, which no file can be written with; remove it")
         if redact(text) != text:
             raise PlanError(
                 f"plan {self.name!r} holds a password or token, and plans are kept and shown; take it out, and give it "
@@ -293,9 +296,9 @@ def parse_flags(words: Sequence[str]) -> dict[str, Any]:
         if not (name and equals and value):
             raise PlanError(f"--set takes FLAG=VALUE, such as dataset=data/mnist, got {word!r}")
         try:
-            flags[name] = yaml.safe_load(value)
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise PlanError(f"the value of {reprlib.repr(word)} cannot be read: {error or 'too deep'}") from error
+            flags[name] = read_yaml(value)
+        except ValueError as error:
+            raise PlanError(f"the value of {reprlib.repr(word)} cannot be read: {error}") from error
     return flags
 
 
@@ -311,10 +314,8 @@ def load_plan(path: Path) -> Plan:
             raise PlanError(f"the plan {path} must define `plan`, a hf_gem.compare.plan.Plan, got {plan!r}")
         return plan
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise PlanError(f"the plan {path} is nested too deeply to be read") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise PlanError(f"the plan {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise PlanError(f"the plan {path} must hold one `field: value` a line, got a {type(values).__name__}")
@@ -328,7 +329,7 @@ def load_plan(path: Path) -> Plan:
         if isinstance(rates := values.get("learning_rates"), list):  # YAML takes 1e-3 for a string
             values["learning_rates"] = [float(rate) if isinstance(rate, (str, int)) else rate for rate in rates]
     except (TypeError, ValueError, OverflowError) as error:
-        raise PlanError(f"the plan {path}: {error}") from error
+        raise PlanError(f"the plan {path}: {str(error)[:150]}") from error
     return plan_of(values, path)
 
 
@@ -343,9 +344,10 @@ def plan_of(values: Mapping[Any, Any], path: Path) -> Plan:
         PlanError: a field is missing, unknown or makes no sense.
     """
     known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(Plan)}
-    if unknown := sorted(str(name)[:40] for name in values if name not in known):
+    if unknown := [reprlib.repr(name).strip("'") for name in values if name not in known]:
+        more = f" and {len(unknown) - 5} more" if unknown[5:] else ""
         raise PlanError(
-            f"the plan {path} has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+            f"the plan {path} has unknown fields {', '.join(unknown[:5])}{more}; known are {', '.join(sorted(known))}"
         )
     if missing := [name for name, needed in known.items() if needed and name not in values]:
         raise PlanError(f"the plan {path} lacks the fields {', '.join(missing)}")

@@ -9,17 +9,30 @@ hold, is read off the model, with what was put into it by hand:
 
 from __future__ import annotations
 
+import reprlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from torch import nn
 
 from ..family.names import GemSpec, is_claimed, parse
+from ..files import check_type
 from .slots import BUILT, Slot, does_more, join, module_slots, replace, slot_at, spec_of
 
 PLAN = "hf_gem"  # the key of a plan in a config
 _VERSION = 1
+
+
+class _Plan(TypedDict):
+    version: Literal[1]
+    model: str
+    base: str
+    parts: list[str]
+    activations: dict[str, list[str]]
+    fields: dict[str, Any]
+
+
 _HALF_HARD_CODED = {"hgnet_v2", "resnet", "rt_detr_resnet", "uvdoc"}  # model types; see `complete`
 
 
@@ -124,15 +137,16 @@ def parts_inside(parts: dict[str, Any], path: str) -> tuple[str, ...]:
 
 def check_plan(given: Any) -> None:
     """Raises ValueError, saying what to do, where this is no plan or one of another version."""
-    plan: dict[str, Any] = given if isinstance(given, dict) else {}
-    shape = {"model": str, "base": str, "parts": list, "activations": dict, "fields": dict}
-    well_formed = all(isinstance(plan.get(key), kind) for key, kind in shape.items()) and plan["activations"]
-    if not well_formed or plan.get("version") != _VERSION:
+    try:
+        check_type(given, _Plan, PLAN)
+        if not given["activations"]:
+            raise ValueError("it names no activation")
+    except ValueError as error:
         raise ValueError(
-            f"cannot read the conversion in this config, {PLAN}={str(given)[:200]}: this hf_gem reads version "
-            f"{_VERSION}; upgrade hf_gem, or remove the key to load the model unconverted"
-        )
-    for name in plan["activations"]:
+            f"cannot read the conversion in this config, {PLAN}={reprlib.repr(given)} ({error}): this hf_gem reads "
+            f"version {_VERSION}; upgrade hf_gem, or remove the key to load the model unconverted"
+        ) from None
+    for name in given["activations"]:
         parse(name)
 
 
@@ -208,9 +222,9 @@ def apply_plan(
     if missing and not unfinished:
         path, name = next(iter(missing.items()))
         raise ValueError(
-            f"{type(model).__name__} has no activation at {path!r}, which {plan['model']} had when it was converted to "
-            f"{name!r}: it was built by other code. Convert the original model again, or remove the key {PLAN!r} from "
-            "its config to load it unconverted"
+            f"{type(model).__name__} has no activation at {path!r:.80}, which {plan['model']:.80} had when it was "
+            f"converted to {name!r}: it was built by other code. Convert the original model again, or remove the key "
+            f"{PLAN!r} from its config to load it unconverted"
         )
     replace(model, slots, make)
     if kept:

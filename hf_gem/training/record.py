@@ -180,7 +180,7 @@ def read_record(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: sessions must have one at least, got none")
     for name, curve in record["curves"].items():
         if any(len(pair) != 2 or pair[0] is None for pair in curve):
-            raise ValueError(f"{path}: curves[{name!r}] must have pairs of step and value")
+            raise ValueError(f"{path}: curves[{reprlib.repr(name)}] must have pairs of step and value")
     if not str(record["result"].get("unit", "none")).isalpha():
         raise ValueError(f"{path}: result.unit must be a word, got {reprlib.repr(record['result']['unit'])}")
     if not 0 < (record.get("activation_inputs") or {"rms": 1})["rms"] < math.inf:
