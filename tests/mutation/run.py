@@ -124,6 +124,8 @@ class _Run:
 
 
 def _passes(session: pytest.Session, items: list[pytest.Item]) -> bool:
+    if session.config.pluginmanager.has_plugin("terminalreporter"):
+        session.config.pluginmanager.unregister(name="terminalreporter")  # which knows where the terminal is
     for item, following in zip(items, [*items[1:], None], strict=True):
         session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         if session.testsfailed:
