@@ -5,6 +5,7 @@ What it finds is written to build/fuzz, from where `--input FILE` runs it again.
 """
 
 import argparse
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -49,8 +50,16 @@ def fuzz(target: str, seconds: int, given: str | None) -> None:
     words = FOUND / f"{target}.dict"
     words.write_text("".join('"' + word.replace("\\", "\\\\") + '"\n' for word in targets.WORDS[function]))
     limits = ["-max_len=20000", "-timeout=60", "-rss_limit_mb=8000", f"-max_total_time={seconds}"]
-    places = [f"-artifact_prefix={FOUND}/{target}-", f"-dict={words}", "-print_final_stats=1"]
-    atheris.Setup([sys.argv[0], *limits, *places, given or str(corpus)], function)
+    places = [f"-artifact_prefix={FOUND}/{target}-", f"-dict={words}"]
+
+    def tried(data: bytes) -> None:
+        try:
+            function(data)
+        except BaseException:
+            (FOUND / f"{target}-{hashlib.sha256(data).hexdigest()[:16]}").write_bytes(data)
+            raise
+
+    atheris.Setup([sys.argv[0], *limits, *places, given or str(corpus)], tried)
     atheris.Fuzz()
 
 
