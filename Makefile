@@ -1,11 +1,14 @@
 # make demo: from a fresh clone to a trained GPT-2.
 # make test: linters, type checks and the fast tests.   make test-slow: the slow tests.
 # make test-oldest: the fast tests with the oldest versions that pyproject.toml allows; on a machine without a GPU, put
-# UV_TORCH_BACKEND=cpu before it to save gigabytes.
+# UV_TORCH_BACKEND=cpu before it to save gigabytes.   make versions: test and test-oldest, and a table of the outcomes.
 # make study: a small comparison of activations, from its plan to a report.
 # make gpu: all GPU measurements in half an hour; ARGS="--device cpu --quick" tries them out without a GPU.
 # make verify: a table of how exact everything is, and the tests that show it.
 # make peers: the test suites of transformers and timm, from their source distributions, with the family in the models.
+# make coverage: the lines and branches of hf_gem that the fast tests run.
+# make mutants: small changes in the arithmetic, the names and the statistics that no test notices.
+# make fuzz: random bytes for the readers of names, plans and records; on Linux, ARGS="--seconds 600".
 # make docs: the documentation site, in site/.
 # make bench: the CPU benchmarks and the table of their goals, in less than ten minutes.
 PYTHON ?= python3
@@ -21,7 +24,7 @@ RUN = $(VENV)/bin
 READY = $(VENV)/.ready
 OLDEST = $(VENV)-oldest
 
-.PHONY: demo test test-slow test-oldest lint verify docs bench gpu peers study setup clean
+.PHONY: demo test test-slow test-oldest versions coverage mutants fuzz lint verify docs bench gpu peers study setup clean
 
 # Without OMP_NUM_THREADS, accelerate's launcher gives a process only one thread.
 demo: $(READY)
@@ -29,13 +32,30 @@ demo: $(READY)
 		recipes/gpt2_pretrain.py --preset demo --hidden_act gem_n2 $(DEMO_ARGS)
 
 test: lint
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) -m "not slow" $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) -m "not slow" --junitxml=build/tests/newest.xml $(TEST_ARGS)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) -m slow $(TEST_ARGS)
 
 test-oldest: $(OLDEST)/.ready
-	HF_GEM_OLDEST=1 OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) -m "not slow" $(TEST_ARGS)
+	HF_GEM_OLDEST=1 OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) -m "not slow" \
+		--junitxml=build/tests/oldest.xml $(TEST_ARGS)
+
+versions: test-oldest test
+	$(RUN)/python -m tests.versions --oldest $(OLDEST) build/tests/oldest.xml --newest $(VENV) build/tests/newest.xml
+
+coverage: $(READY)
+	$(RUN)/python -m coverage erase
+	OMP_NUM_THREADS=1 $(RUN)/python -m coverage run -m pytest -n $(JOBS) -m "not slow" $(TEST_ARGS)
+	$(RUN)/python -m coverage combine --quiet
+	$(RUN)/python -m coverage report
+
+mutants: $(READY)
+	OMP_NUM_THREADS=1 $(RUN)/python -m tests.mutation.run $(ARGS)
+
+fuzz: $(READY)
+	$(RUN)/python -c 'import atheris' 2>/dev/null || $(RUN)/python -m pip install --quiet atheris
+	OMP_NUM_THREADS=1 $(RUN)/python -m tests.fuzz.run $(ARGS)
 
 lint: $(READY)
 	$(RUN)/ruff check .

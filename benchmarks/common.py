@@ -40,6 +40,14 @@ _CHUNK = 2**22  # elements compared in float64 at a time
 _SLEEP = 400_000  # GPU cycles per call, about 200 us: longer than Python takes to launch one
 
 
+def slope_size(slope: Tensor, value: Tensor, x: Tensor) -> Tensor:
+    """The sizes by whose ulp a slope is measured, in float64: the greater of the slope and f(x) / x.
+
+    Where a slope crosses zero it is a difference of such terms, and no arithmetic gives it to an ulp of its own.
+    """
+    return slope.abs().fmax((value / x).abs())
+
+
 class WrongResultError(RuntimeError):
     """A contestant computes wrong results."""
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Goal, built_kernels, make_parser, pick_device, write
+from benchmarks.common import Goal, built_kernels, make_parser, pick_device, slope_size, write
 from hf_gem import _kernels, activation
 from hf_gem._kernels import formulas
 from hf_gem.family.table import family_named
@@ -169,8 +169,8 @@ def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
 def compare(functions: list[Function], x: Tensor, what: str, check: str, rounds: bool) -> list[Row]:
     """Compares value and slope with float64. With `rounds`, a result that is not correctly rounded is a failure.
 
-    A slope may cross zero, so its ulp is that of the larger of the slope and f(x) / x. Below `_SMALLEST` it is the ulp
-    at `_SMALLEST`, since intermediate results may underflow.
+    The ulp of a slope is that of its `slope_size`. Below `_SMALLEST` it is the ulp at `_SMALLEST`, since intermediate
+    results may underflow.
     """
     rows = []
     found = {"value": (0, 0, 0.0), "slope": (0, 0, 0.0)}
@@ -183,7 +183,7 @@ def compare(functions: list[Function], x: Tensor, what: str, check: str, rounds:
             same = (result == nearest) | (result.isnan() & nearest.isnan())
             finite = result.isfinite() & nearest.isfinite()
             wrong = ~same if rounds else ~same & ~finite
-            size = exact.abs() if kind == "value" else exact.abs().fmax((exacts[0] / wide).abs())
+            size = exact.abs() if kind == "value" else slope_size(exact, exacts[0], wide)
             unit = spacing(size.clamp(min=_SMALLEST), x.dtype)
             error = torch.where(finite, (result - exact).abs() / unit, 0.0).max().item()
             found[kind] = cases + x.numel(), failures + int(wrong.sum()), max(greatest, error)

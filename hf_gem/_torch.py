@@ -44,6 +44,12 @@ __all__ = [
 ]
 
 
+# Torch has deprecated TorchScript. The release of hf_gem that supports this version of torch does without: then
+# `GemActivation._scripted`, `__jit_unused_properties__`, `arithmetic.Real` and the comments on TorchScript in
+# family/arithmetic.py go, which is all that it costs; a scripted module runs the formula of its family.
+TORCHSCRIPT_ENDS = "2.16"
+
+
 # ---- modes
 
 

@@ -85,12 +85,30 @@ def read_json(path: Path, kind: Any) -> Any:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # no half characters, which no file can be written with
     except RecursionError:
         raise ValueError(f"{path} cannot be read: it is nested too deeply") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from error
     check_type(value, kind, f"{path}:")
     return value
+
+
+def read_yaml(text: str) -> Any:
+    """What a text in YAML holds, which may be of any origin.
+
+    Raises:
+        ValueError: it cannot be read. PyYAML raises all kinds of errors where a number or a date is none.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(reason if len(reason) <= 300 else f"{reason[:200]} ... {reason[-90:]}") from error
 
 
 def check_type(value: Any, kind: Any, where: str) -> None:
@@ -137,6 +155,8 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind in _KINDS:
         if isinstance(value, bool):  # bool is a subclass of int
             return kind is bool
+        if isinstance(value, int) and abs(value) >= 2**1023:  # beyond floats, so that no mean of it could be taken
+            return False
         return isinstance(value, (int, float) if kind is float else kind)
     if get_origin(kind) is Literal:
         return any(type(value) is type(allowed) and value == allowed for allowed in get_args(kind))

@@ -81,9 +81,11 @@ def check_torchrun(arguments):
 
 
 def check_launched(parser, arguments):
-    if not any(
-        argument.endswith(".py") or argument.startswith("hf_gem.") for argument in arguments
-    ):  # a part of a command, named in the text
+    if "hf_gem" in arguments:  # a launcher starts python -m hf_gem
+        check_hf_gem(arguments[arguments.index("hf_gem") + 1 :])
+        return
+    if not any(argument.endswith(".py") or argument.startswith("hf_gem.") for argument in arguments):
+        # A part of a command, named in the text.
         assert all(argument in parser.format_help() for argument in arguments), arguments
         return
     with contextlib.redirect_stderr(io.StringIO()) as said:

@@ -9,6 +9,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from hf_gem._torch import TORCHSCRIPT_ENDS
+from hf_gem.modules import GemActivation
 from tests.helpers import ROOT
 
 tomllib = pytest.importorskip("tomllib", reason="new in Python 3.11")
@@ -38,3 +40,9 @@ def test_the_target_takes_its_versions_from_pyproject():
 @pytest.mark.parametrize(("package", "bound"), bounds().items())
 def test_the_oldest_versions_are_installed(package, bound):
     assert Version(Version(metadata.version(package)).public) == bound
+
+
+def test_torchscript_ends():
+    """A reminder: hf_gem/_torch.py lists what goes."""
+    newest = Version(metadata.version("torch")) >= Version(TORCHSCRIPT_ENDS)
+    assert hasattr(GemActivation, "_scripted") != newest

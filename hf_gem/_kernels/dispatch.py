@@ -11,7 +11,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .._torch import in_dispatch_mode, in_functorch_transform, lacks_own_memory
-from ..family.table import Family
+from ..family.table import Family, family_named
 from ..files import shown
 from . import cpu, formulas
 from .printer import DTYPES
@@ -107,23 +107,10 @@ def run(operation: str, family: Family, n: int, eps: float | Tensor, *inputs: Te
     backend = _kernels_for(operation, family, n, eps, inputs)
     if backend is None:
         return formulas.run(operation, family, n, eps, *inputs)
-    like, layout = inputs[_LIKE[operation]], torch.preserve_format
-    strides: Sequence[tuple[int, ...]] | None = None
-    if 1 in like.shape:
-        if all(x.is_contiguous() for x in inputs):
-            layout = torch.contiguous_format
-        else:
-            key = operation, family.kernels, n, like.dtype, like.shape, *(x.stride() for x in inputs)
-            strides = _strides.get(key)
-            if strides is None:
-                return _noted(key, formulas.run(operation, family, n, eps, *inputs))
-    y = torch.empty_like(like, memory_format=layout)
-    outputs: tuple[Tensor, ...] = (y, torch.empty_like(y)) if operation == "glu_backward" else (y,)
-    if strides is not None:
-        outputs = tuple(y.as_strided(y.shape, stride) for y, stride in zip(outputs, strides, strict=True))
+    outputs = _buffers(operation, family, n, inputs)
+    strides = outputs[0].stride()
     # Kernels read a dense tensor as one block of memory. Other tensors are first copied into the layout of the result.
-    y = outputs[0]
-    dense = [x if x.stride() == y.stride() or _runs_like(x, y) else torch.empty_like(y).copy_(x) for x in inputs]
+    dense = [x if x.stride() == strides or _runs_like(x, strides) else _copy(x, strides) for x in inputs]
     try:
         backend.launch(operation, family, n, eps, outputs, dense)
     except Exception as error:
@@ -131,24 +118,49 @@ def run(operation: str, family: Family, n: int, eps: float | Tensor, *inputs: Te
             raise
         _give_up_triton(error)
         return formulas.run(operation, family, n, eps, *inputs)
-    return outputs if operation == "glu_backward" else y
+    return outputs if operation == "glu_backward" else outputs[0]
 
 
-# The strides of results with a dimension of size 1. For such layouts, they depend on every operation of the formulas.
-_strides: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
+def _buffers(operation: str, family: Family, n: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Allocates the results with the strides that the formulas give."""
+    like = inputs[_LIKE[operation]]
+    if 1 not in like.shape:
+        y = torch.empty_like(like)
+    elif all(x.is_contiguous() for x in inputs):
+        y = torch.empty_like(like, memory_format=torch.contiguous_format)
+    else:
+        kind = like.shape, like.dtype, like.device
+        strides = _strides(operation, family.kernels, n, *kind, *(x.stride() for x in inputs))
+        return tuple(like.new_empty_strided(like.shape, stride) for stride in strides)
+    return (y, torch.empty_like(y)) if operation == "glu_backward" else (y,)
 
 
-def _noted(key: tuple[Any, ...], results: Any) -> Any:
-    """Records the strides of some results, so that the kernels can return the same ones next time."""
-    if len(_strides) >= 1024:
-        _strides.clear()
-    _strides[key] = [y.stride() for y in (results if isinstance(results, tuple) else (results,))]
-    return results
+@functools.lru_cache(maxsize=1024)
+def _strides(
+    operation: str,
+    kernels: str,
+    n: int,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    *strides: tuple[int, ...],
+) -> list[tuple[int, ...]]:
+    """Finds the strides of the formulas' results by running them once for each layout.
+
+    With a dimension of size 1, they depend on every operation of the formulas, and the meta device gives other ones.
+    """
+    inputs = (torch.empty_strided(shape, stride, dtype=dtype, device=device) for stride in strides)
+    results = formulas.run(operation, family_named(kernels), n, 1.0, *inputs)
+    return [y.stride() for y in (results if isinstance(results, tuple) else (results,))]
 
 
-def _runs_like(x: Tensor, y: Tensor) -> bool:
-    """Whether x has its elements in memory in the same order as a dense y."""
-    return all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), y.stride(), strict=True))
+def _runs_like(x: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether x has its elements in memory in the same order as a dense tensor with these strides."""
+    return all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), strides, strict=True))
+
+
+def _copy(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    return x.new_empty_strided(x.shape, strides).copy_(x)
 
 
 def keeps_output(family: Family, n: int, eps: float | Tensor, x: Tensor, save: str) -> bool:

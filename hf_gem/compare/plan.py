@@ -13,11 +13,10 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from transformers.activations import ACT2FN
 
 from ..family.names import is_claimed, parse
-from ..files import check_type, redact, shown
+from ..files import check_type, read_yaml, redact, shown
 from ..training.errors import ConfigError
 
 # Metric of a recipe -> whether higher is better. Runs are tuned on validation samples and compared on test samples. If
@@ -125,7 +124,7 @@ class Plan:
         require(self.metric in METRICS, f"metric must be one of {', '.join(METRICS)}, got {shown(self.metric)}")
         require(len(self.arms) > 1, "a comparison needs at least two arms, got one")
         for name in (self.baseline, *self.further_baselines):
-            require(name in self.arms, f"baseline must be one of the arms {', '.join(self.arms)}, got {shown(name)}")
+            require(name in self.arms, f"baseline must be one of the arms {shown(list(self.arms))}, got {shown(name)}")
         for act, *own in map(str.split, self.acts):
             require(act in ACT2FN, f"unknown activation {shown(act)}")
             canonical = not is_claimed(act) or parse(act).name == act
@@ -178,6 +177,8 @@ class Plan:
         if odd := [act for act in self.acts if _MARKS.search(act)]:
             raise PlanError(f"plan {shown(self.name)}: acts must not contain `|<>[]$\\, got {shown(odd[0])}")
         text = json.dumps(asdict(self), ensure_ascii=False)
+        if re.search("[\ud800-\udfff]", text):
+            raise PlanError(f"plan {self.name!r} holds half a character, which no file can be written with; remove it")
         if redact(text) != text:
             raise PlanError(
                 f"plan {shown(self.name)} contains a password or token. Plans are stored and shown. Remove it, and use "
@@ -292,9 +293,9 @@ def parse_flags(words: Sequence[str]) -> dict[str, Any]:
         if not (name and equals and value):
             raise PlanError(f"a flag must have the form FLAG=VALUE, such as dataset=data/mnist, got {shown(word)}")
         try:
-            flags[name] = yaml.safe_load(value)
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise PlanError(f"cannot read the value of {shown(word)}: {error or 'it is nested too deeply'}") from error
+            flags[name] = read_yaml(value)
+        except ValueError as error:
+            raise PlanError(f"cannot read the value of {shown(word)}: {error}") from error
     return flags
 
 
@@ -310,10 +311,8 @@ def load_plan(path: Path) -> Plan:
             raise PlanError(f"the plan {path} must define `plan`, a hf_gem.compare.plan.Plan, got {shown(plan)}")
         return plan
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise PlanError(f"cannot read the plan {path}: it is nested too deeply") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise PlanError(f"cannot read the plan {path}: {error}") from error
     if not isinstance(values, dict):
         raise PlanError(f"the plan {path} must have one `field: value` per line, got a {type(values).__name__}")
@@ -327,7 +326,7 @@ def load_plan(path: Path) -> Plan:
         if isinstance(rates := values.get("learning_rates"), list):  # YAML reads 1e-3 as a string
             values["learning_rates"] = [float(rate) if isinstance(rate, (str, int)) else rate for rate in rates]
     except (TypeError, ValueError, OverflowError) as error:
-        raise PlanError(f"the plan {path}: {error}") from error
+        raise PlanError(f"the plan {path}: {str(error)[:150]}") from error
     return plan_of(values, path)
 
 
@@ -342,7 +341,7 @@ def plan_of(values: Mapping[Any, Any], path: Path) -> Plan:
         PlanError: A field is missing, unknown or makes no sense.
     """
     known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(Plan)}
-    if unknown := sorted(str(name)[:40] for name in values if name not in known):
+    if unknown := [shown(name).strip("'") for name in values if name not in known]:
         raise PlanError(
             f"the plan {path} has the unknown fields {', '.join(unknown)[:80]}. Known fields are "
             f"{', '.join(sorted(known))}. Remove or rename the others."

@@ -54,7 +54,7 @@ def _load_model(original: Any, model: nn.Module, filename: Any, *args: Any, **kw
     if written is not None:
         try:
             plan = json.loads(written)
-        except ValueError:
+        except (ValueError, RecursionError):
             plan = written  # not a plan, so `apply_plan` raises an error
         apply_plan(plan, model, get_activation, keep="the file")
     return original(model, filename, *args, **kwargs)

@@ -11,16 +11,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from torch import nn
 
 from ..family.names import GemSpec, is_claimed, parse
-from ..files import shown
+from ..files import check_type, shown
 from .slots import BUILT, Slot, does_more, join, module_slots, replace, slot_at, spec_of
 
 PLAN = "hf_gem"  # the key of a plan in a config
 _VERSION = 1
+
+
+class _Plan(TypedDict):
+    version: Literal[1]
+    model: str
+    base: str
+    parts: list[str]
+    activations: dict[str, list[str]]
+    fields: dict[str, Any]
+
+
 _HALF_HARD_CODED = {"hgnet_v2", "resnet", "rt_detr_resnet", "uvdoc"}  # model types; see `complete`
 
 
@@ -124,15 +135,16 @@ def parts_inside(parts: dict[str, Any], path: str) -> tuple[str, ...]:
 
 def check_plan(given: Any) -> None:
     """Raises ValueError if this is not a plan, or a plan of another version."""
-    plan: dict[str, Any] = given if isinstance(given, dict) else {}
-    shape = {"model": str, "base": str, "parts": list, "activations": dict, "fields": dict}
-    well_formed = all(isinstance(plan.get(key), kind) for key, kind in shape.items()) and plan["activations"]
-    if not well_formed or plan.get("version") != _VERSION:
+    try:
+        check_type(given, _Plan, PLAN)
+        if not given["activations"]:
+            raise ValueError("it names no activation")
+    except ValueError as error:
         raise ValueError(
-            f"cannot read the conversion in this config, {PLAN}={shown(given)}. This hf_gem reads version {_VERSION}. "
-            "Upgrade hf_gem, or remove the key to load the model unconverted."
-        )
-    for name in plan["activations"]:
+            f"cannot read the conversion in this config, {PLAN}={shown(given)}: {error}. This hf_gem reads version "
+            f"{_VERSION}. Upgrade hf_gem, or remove the key to load the model unconverted."
+        ) from None
+    for name in given["activations"]:
         parse(name)
 
 

@@ -15,13 +15,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 from transformers.activations import ACT2FN
 from transformers.hf_argparser import string_to_bool
 
 from ..family.names import GemSpec, is_claimed, parse
-from ..files import redact, shown
+from ..files import read_yaml, redact, shown
 from ..fit import MATCH_C
 from ..surgery.scales import check_match
 
@@ -280,9 +279,9 @@ def _nearest(name: str, allowed: Iterable[str]) -> str:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        reason = str(error).rstrip(".") or "it is nested too deeply"
+        values = read_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = str(error).rstrip(".")
         raise ValueError(f"cannot read --config {shown(path)}: {reason}. Name a file with YAML in it.") from error
     if values is None:
         return {}

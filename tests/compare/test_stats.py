@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from hf_gem.compare import stats
+from hf_gem.compare.estimates import over_seeds
+from hf_gem.compare.power import further_seeds
 from hf_gem.compare.stats import compare
 from hf_gem.compare.two_way import components
 from tests.compare.simulated import STUDIES, crossed, rate_bound, simulate
@@ -227,6 +229,67 @@ def test_what_holds_on_these_documents_alone_is_not_better():
     assert found.components.limited_by == "groups"
     assert found.further_seeds is None  # for no seeds settle it
     assert compare(outcomes, "base", 1e-6, False, 8)[0].verdict == "better"
+
+
+def test_how_many_seeds_would_settle_what_is_open():
+    outcomes, parts = crossed(8, 40, ALL, np.random.default_rng(12))
+    (found,) = compare(outcomes, "base", 0.01, False, 8)
+    assert (found.verdict, found.barred) == ("inconclusive", False)
+    differences = np.subtract(found.values, found.baseline)
+    assert found.further_seeds == further_seeds(differences, 0.01, 8, 1, 0.0) == 24
+    assert compare(outcomes, "base", 0.01, False, 8, parts)[0].further_seeds is None  # other documents would
+    outcomes, _ = crossed(8, 40, ALL, np.random.default_rng(11))
+    (found,) = compare(outcomes, "base", 0.01, False, 8)
+    assert (found.verdict, found.barred, found.further_seeds) == ("better", False, None)
+
+
+def test_intervals_of_several_arms_are_wider_and_of_one_arm_they_are_its_own():
+    outcomes, _ = crossed(8, 40, ALL, np.random.default_rng(13), arms=2)
+    for found in compare(outcomes, "base", 0.01, False, 8):
+        seeds = over_seeds(np.subtract(found.values, found.baseline))
+        assert found.adjusted_interval == seeds.interval(0.05 / 2)
+        (alone,) = compare({arm: outcomes[arm] for arm in ("base", found.arm)}, "base", 0.01, False, 8)
+        assert alone.adjusted_interval == alone.interval == found.interval
+
+
+@pytest.mark.filterwarnings("error:invalid value", "ignore:Precision loss")
+def test_outcomes_that_do_not_vary_have_no_correlation():
+    varies, constant = {0: 1.0, 1: 1.2, 2: 0.9, 3: 1.1}, dict.fromkeys(range(4), 1.0)
+    for base, arm in ((varies, constant), (constant, varies)):
+        (found,) = compare({"base": base, "arm": arm}, "base", 0.01, False, 8)
+        assert math.isnan(found.correlation)
+
+
+@pytest.mark.parametrize(
+    ("gain", "p", "p_equivalence", "diverged", "expected"),
+    [
+        (1.0, 0.049, 1.0, (0, 0), "better"),
+        (1.0, 0.05, 1.0, (0, 0), "inconclusive"),
+        (1.0, 0.049, 1.0, (0, 1), "better"),
+        (1.0, 0.049, 1.0, (1, 0), "inconclusive"),
+        (-1.0, 0.049, 1.0, (0, 0), "worse"),
+        (-1.0, 0.05, 1.0, (0, 0), "inconclusive"),
+        (-1.0, 0.049, 1.0, (1, 0), "worse"),
+        (-1.0, 0.049, 1.0, (0, 1), "inconclusive"),
+        (0.0, 0.049, 1.0, (0, 0), "inconclusive"),
+        (1.0, 0.049, 0.049, (1, 1), "equivalent"),
+        (1.0, 1.0, 0.05, (0, 0), "inconclusive"),
+        (1.0, 1.0, 0.049, (0, 1), "inconclusive"),
+        (1.0, 1.0, 0.049, (1, 0), "inconclusive"),
+    ],
+)
+def test_the_word_for_an_arm(gain, p, p_equivalence, diverged, expected):
+    gains = np.full(8, gain)
+    assert stats.verdict(gains, p, p_equivalence, enough=True, diverged=diverged) == expected
+    assert stats.verdict(gains, p, p_equivalence, enough=False, diverged=diverged) == "inconclusive"
+
+
+@pytest.mark.parametrize(("seeds", "groups"), [(2, 2), (1, 4), (4, 1)])
+def test_two_seeds_and_two_documents_are_the_least_that_have_components(seeds, groups):
+    outcomes, parts = crossed(seeds, groups, ALL, np.random.default_rng(1))
+    (found,) = compare(outcomes, "base", 0.01, False, 2, parts)
+    assert (found.components is not None) == (seeds == groups == 2) == math.isfinite(found.p_two_way)
+    assert found.verdict == "inconclusive"
 
 
 def test_runs_that_diverged_count_with_documents():

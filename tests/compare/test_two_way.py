@@ -115,6 +115,8 @@ def test_order_unit_and_empty_groups_do_not_matter():
     moved = components(sums + 5 * counts, counts)
     assert numbers(moved) == pytest.approx([found.mean + 5, *numbers(found)[1:]])
     assert components(10 * sums, 10 * counts).estimate.p() == pytest.approx(found.estimate.p())
+    even, ones = drawn(8, 20, draw)[0], np.ones(20)  # as images count
+    assert numbers(components(even, ones)) == pytest.approx(numbers(components(10 * even, 10 * ones)))
 
 
 def test_differences_that_are_all_equal():
@@ -141,6 +143,7 @@ def test_what_other_numbers_of_seeds_and_documents_are_expected_to_give():
     assert numbers(found.planned(8, 40)) == pytest.approx(numbers(found))
     more = found.planned(16, 40)
     assert (more.seeds, more.groups, more.both) == pytest.approx((found.seeds / 2, found.groups, found.both / 2))
+    assert found.planned(8, 80).group_degrees == pytest.approx(2 * found.group_degrees)
     large = found.planned(8, 400_000)
     assert large.limited_by == "seeds"
     assert large.variance == pytest.approx(found.seeds, rel=0.01)

@@ -117,6 +117,13 @@ def test_malformed_names(name, nearest):
     assert not is_name(name)
 
 
+def test_names_have_200_characters_at_most():
+    longest = "egem_eps1." + "0" * 190
+    assert parse(longest) == parse("egem_eps1")
+    with pytest.raises(ValueError, match="does not follow the grammar"):
+        parse(longest + "0")
+
+
 @pytest.mark.parametrize("name", [None, 2, b"gem", ["gem"]])
 def test_a_name_is_a_string(name):
     with pytest.raises(TypeError, match="must be a string") as error:
@@ -126,7 +133,7 @@ def test_a_name_is_a_string(name):
     assert not is_claimed(name)
 
 
-@pytest.mark.parametrize("n", [1, 32, np.int64(3), np.uint8(2)])
+@pytest.mark.parametrize("n", [1, 32, np.int64(1), np.int64(32), np.uint8(2)])
 def test_good_n(n):
     checked = check_n(n)
     assert type(checked) is int

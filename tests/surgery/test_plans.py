@@ -59,6 +59,11 @@ def test_a_plan_of_what_was_put_in_by_hand():
         (lambda plan: {**plan, "version": 2}, r"reads version 1\. Upgrade hf_gem, or remove the key"),
         (lambda plan: {"version": 1}, "cannot read the conversion"),
         (lambda plan: "gem", "cannot read the conversion"),
+        (lambda plan: {**plan, "activations": {}}, "names no activation"),
+        (lambda plan: {**plan, "activations": {"gem": "1.act"}}, r"activations\['gem'\] must be a list, got '1.act'"),
+        (lambda plan: {**plan, "activations": {"gem": [1]}}, r"activations\['gem'\]\[0\] must be text, got 1"),
+        (lambda plan: {**plan, "parts": [[]]}, r"parts\[0\] must be text"),
+        (lambda plan: {**plan, "model": "x" * 9999, "activations": {"gem": ["y" * 9999]}}, "has no activation at 'yyy"),
         (lambda plan: {**plan, "activations": {"gem": ["1.act", "9.act"]}}, "has no activation at '9.act'"),
         (lambda plan: {**plan, "activations": {"gem_n0": ["1.act"]}}, "got activation name 'gem_n0'"),
     ],
@@ -69,9 +74,10 @@ def test_a_plan_that_does_not_fit(change, message):
     plan = change(plan_of(net))
     fresh = model()
     before = occupants(fresh)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         apply_plan(plan, fresh, hf_gem.get_activation)
     assert occupants(fresh) == before
+    assert len(str(error.value)) < 600
 
 
 class _Scaled(nn.Module):
