@@ -25,6 +25,7 @@ _ROOT = Path(__file__).parent.parent
 _FALLBACK = (
     *(f"family/{name}.py" for name in ("arithmetic", "table", "egem", "segem", "formulas", "names")),
     *(f"surgery/{name}.py" for name in ("slots", "plans", "fields", "configs")),
+    "_kernels/replaceable.py",
     "integrations/fallback.py",
 )
 _IMPORT = re.compile(r"^from (?:\.+|hf_gem\.)(?:\w+\.)*(\w+) import", re.MULTILINE)
