@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import functional
 from ._kernels import check_save
+from ._kernels.replaceable import LAYER, kernel_condition
 from .family.arithmetic import saturated, scale, scale_tensor, working
 from .family.names import GemSpec, parse
 from .family.table import DEFAULT_EPS
@@ -59,6 +60,9 @@ class GemActivation(nn.Module):
     """
 
     __jit_unused_properties__: ClassVar[list[str]] = ["eps", "spec"]
+    # What the package kernels of Hugging Face looks for.
+    kernel_layer_name: ClassVar[str] = LAYER
+    kernel_condition = staticmethod(kernel_condition)
 
     def __init__(
         self,

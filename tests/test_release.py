@@ -62,7 +62,7 @@ def test_the_source_has_what_the_tests_need(built):
     _, source, _ = built
     for name in ("README.md", "SECURITY.md", "CITATION.cff", "LICENSE", "Makefile", "pyproject.toml"):
         assert name in source
-    for folder in ("hf_gem", "recipes", "benchmarks", "tests", "docs", "results", "model_cards"):
+    for folder in ("hf_gem", "recipes", "benchmarks", "tests", "docs", "results", "model_cards", "notebooks"):
         assert any(name.startswith(f"{folder}/") for name in source), folder
     assert not any(".venv" in name or "__pycache__" in name for name in source)
 

@@ -9,11 +9,12 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .._kernels.replaceable import LAYER, kernel_condition
 from ..family.egem import EGEM  # noqa: F401  # importing it adds it to the table
 from ..family.formulas import forward
 from ..family.names import parse
@@ -30,12 +31,17 @@ class Activation(nn.Module):
         inplace: Ignored. The input is never overwritten.
     """
 
+    # With the package kernels, a package of the family's kernels can replace `forward`.
+    kernel_layer_name: ClassVar[str] = LAYER
+    kernel_condition = staticmethod(kernel_condition)
+
     def __init__(self, name: str, inplace: bool = False) -> None:
         super().__init__()
         self.spec = parse(name)
+        self.family, self.n, self.init_eps = self.spec.family, self.spec.n, self.spec.eps
         self.log_ratio = nn.Parameter(torch.zeros(1)) if self.spec.learnable else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         eps: float | Tensor = self.spec.eps
         if self.log_ratio is not None:
             wide = torch.promote_types(self.log_ratio.dtype, torch.float32)

@@ -26,6 +26,7 @@ _FALLBACK = (
     "files.py",
     *(f"family/{name}.py" for name in ("arithmetic", "table", "egem", "segem", "formulas", "names")),
     *(f"surgery/{name}.py" for name in ("slots", "plans", "fields", "configs")),
+    "_kernels/replaceable.py",
     "integrations/fallback.py",
 )
 _IMPORT = re.compile(r"^from (?:\.+|hf_gem\.)(?:\w+\.)*(\w+) import", re.MULTILINE)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._kernels.replaceable import is_replaced
 from .._torch import uncompiled
 from ..modules import CALLED, GemActivation
 from .inputs import example_inputs
@@ -161,7 +162,7 @@ def say_what_did_not_run(model: nn.Module) -> None:
     if copied or any(uncompiled(m) is not None or m._compiled_call_impl is not None for m in modules.values()):
         return
     ours = {path: module for path, module in modules.items() if isinstance(module, GemActivation)}
-    idle = {path: module for path, module in ours.items() if CALLED not in vars(module)}
+    idle = {path: module for path, module in ours.items() if CALLED not in vars(module) and not is_replaced(module)}
     if not idle:
         return
     for module in idle.values():

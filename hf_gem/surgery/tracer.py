@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import functional
+from .._kernels.replaceable import is_replaced
 from .._torch import TorchDispatchMode, is_local_scalar
 from ..family.names import GemSpec
 from ..modules import GemActivation
@@ -311,12 +312,14 @@ _GATE_NAMES = {*_GATES.values(), "clamp", "relu6"}
 
 
 def _counts_as_one(module: nn.Module) -> bool:
-    return type(module).__module__ in (*_LIBRARIES, "torch.nn.modules.rnn")
+    return type(module).__module__ in (*_LIBRARIES, "torch.nn.modules.rnn") or is_replaced(module)
 
 
 def _module_name(module: nn.Module, operations: list[tuple[str, str] | None]) -> tuple[str, str]:
     """The name and kind of a module that counts as one call, or ("", "") for the identity."""
     cls = type(module)
+    if isinstance(module, GemActivation):
+        return module.spec.name, "gem"
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         name = getattr(module, "mode", cls.__name__).lower()
         relu = "relu" in (name, getattr(module, "nonlinearity", "")) or name == "rnn_relu"
