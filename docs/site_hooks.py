@@ -52,7 +52,7 @@ def _expanded(entries: list[Any]) -> list[Any]:
 def on_files(files: Files, config: MkDocsConfig) -> None:
     """Adds what is outside docs/ and named in the navigation or linked to, and what that links to in turn."""
     pages = [DOCS / file.src_uri for file in files.documentation_pages()]
-    todo = [ROOT / "README.md", *pages, *(ROOT / uri for uri in _uris(config.nav) if uri not in files.src_uris)]
+    todo = [ROOT / "README.md", *pages, *(_source(uri) for uri in _uris(config.nav) if uri not in files.src_uris)]
     while todo:
         path = todo.pop()
         uri = site_uri(path)
@@ -60,6 +60,12 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
             files.append(_file(path, uri, config))
         if path.suffix == ".md" and path.is_file():
             todo += [target for target in _targets(path) if site_uri(target) not in files.src_uris]
+
+
+def _source(uri: str) -> Path:
+    """The file of the repository that a page is made from; a notebook for a page that is not there."""
+    path = ROOT / uri
+    return path if path.exists() else path.with_suffix(".ipynb")
 
 
 def _uris(entries: Any) -> Iterator[str]:
@@ -74,6 +80,8 @@ def site_uri(path: Path) -> str:
     if path == ROOT / "README.md":
         return "index.md"
     uri = path.relative_to(DOCS if path.is_relative_to(DOCS) else ROOT).as_posix()
+    if path.suffix == ".ipynb":
+        return uri.replace(".ipynb", ".md")
     return uri if path.suffix in {".md", *COPIED} else f"{uri}.md"
 
 
@@ -95,7 +103,9 @@ def _file(path: Path, uri: str, config: MkDocsConfig) -> File:
     if path.suffix in {".md", *COPIED}:
         return File.generated(config, uri, abs_src_path=str(path), inclusion=inclusion)
     text = path.read_text()
-    shown = _notebook(text) if path.suffix == ".ipynb" else _fenced(text, LANGUAGES.get(path.suffix, "text"))
+    if path.suffix == ".ipynb":
+        return File.generated(config, uri, content=_notebook(text), inclusion=inclusion)
+    shown = _fenced(text, LANGUAGES.get(path.suffix, "text"))
     name = path.relative_to(ROOT).as_posix()
     content = f"---\nsearch:\n  exclude: true\n---\n\n# `{name}`\n\n{shown}\n"
     return File.generated(config, uri, content=content, inclusion=inclusion)
