@@ -94,23 +94,6 @@ def read_json(path: Path, kind: Any) -> Any:
     return value
 
 
-def read_yaml(text: str) -> Any:
-    """What a text in YAML holds, which may be of any origin.
-
-    Raises:
-        ValueError: it cannot be read. PyYAML raises all kinds of errors where a number or a date is none.
-    """
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except (ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(reason if len(reason) <= 300 else f"{reason[:200]} ... {reason[-90:]}") from error
-
-
 def check_type(value: Any, kind: Any, where: str) -> None:
     """Checks that a value matches a type annotation.
 

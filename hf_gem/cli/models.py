@@ -127,6 +127,6 @@ def _advice(given: str, found: Profile) -> str:
         lines.append("These studies are small. Whether they hold for another width, depth or dataset is not known.")
     if found.matched:
         names = " and ".join(found.matched)
-        lines.append(f"E-GEM with its gate at that rms is {names}. That this trains better is not known.")
+        lines.append(f"E-GEM with its gate at that rms is {names}. In the one study of it, GEM trained better.")
     lines.append(f"To keep what a trained model computes: hf-gem convert {given} OUT --to egem --eps fit --data FILE.")
     return "\n".join(lines)

@@ -16,7 +16,8 @@ from typing import Any, get_type_hints
 from transformers.activations import ACT2FN
 
 from ..family.names import is_claimed, parse
-from ..files import check_type, read_yaml, redact, shown
+from ..files import check_type, redact, shown
+from ..training.config import read_yaml
 from ..training.errors import ConfigError
 
 # Metric of a recipe -> whether higher is better. Runs are tuned on validation samples and compared on test samples. If

@@ -33,6 +33,11 @@ _IMPORT = re.compile(r"^from (?:\.+|hf_gem\.)(?:\w+\.)*(\w+) import", re.MULTILI
 _CODE = "modeling_gem"
 # Files of hf_gem.training with models that transformers does not have -> the Auto class that builds them.
 _OWN = {"image_models": "AutoModelForImageClassification", "coordinate_models": "AutoModel"}
+_RUNTIMES = (
+    "**Other runtimes may compute another function without a message.** llama.cpp (GGUF) and SGLang's own GPT-2 never "
+    "read the activation of a GPT-2, and run GELU. vLLM is right if hf_gem is installed beside it. Compare some "
+    "log-probabilities with those of transformers first; hf_gem's docs/serving.md shows how."
+)
 _START, _END = "<!-- loading: written by hf_gem -->", "<!-- /loading -->"
 
 
@@ -118,8 +123,11 @@ def loading_notes(auto: str, location: str, stops: bool = True, own: bool = Fals
         "Otherwise it uses the files `gem_*.py` in the checkpoint, which compute the same function in plain torch, "
         "more slowly. They need transformers 5.17 or newer. "
     )
-    filled = textwrap.fill(text + otherwise, 120, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
-    return f"{_START}\n{filled}\n{_END}"
+    paragraphs = [text + otherwise, *([_RUNTIMES] if auto == "AutoModelForCausalLM" else [])]
+    filled = "\n\n".join(
+        textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False) for paragraph in paragraphs
+    )
+    return f"{_START}\n{filled}\n{_END}".replace("\0", " ")
 
 
 def _check(model: Any) -> tuple[list[str], dict[str, str]]:
@@ -291,6 +299,10 @@ def _with_notes(card: str, auto: str, notes: str, imported: str) -> str:
     return f"""{card.rstrip()}
 
 ## Use
+
+```bash
+pip install hf-gem
+```
 
 ```python
 import {imported}  # registers the activation

@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.hf_argparser import string_to_bool
 
 from ..family.names import GemSpec, is_claimed, parse
-from ..files import read_yaml, redact, shown
+from ..files import redact, shown
 from ..fit import MATCH_C
 from ..surgery.scales import check_match
 
@@ -234,7 +234,7 @@ def parse_config(
     values = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(types, unset))))
     given = {name: values[name] for name in types if values[name] is not unset}
     try:
-        from_file = _read_yaml(values["config"]) if values["config"] else {}
+        from_file = _read_config(values["config"]) if values["config"] else {}
         named = from_file.pop("preset", None)
         preset = values["preset"] or str(named or default_preset)
         if preset not in presets:
@@ -277,7 +277,24 @@ def _nearest(name: str, allowed: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(text: str) -> Any:
+    """Reads YAML from an untrusted source.
+
+    Raises:
+        ValueError: The text cannot be read. PyYAML raises many kinds of errors for malformed numbers and dates.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(reason if len(reason) <= 300 else f"{reason[:200]} ... {reason[-90:]}") from error
+
+
+def _read_config(path: str) -> dict[str, Any]:
     try:
         values = read_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

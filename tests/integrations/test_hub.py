@@ -233,6 +233,11 @@ def test_notes_name_the_place():
     assert 'AutoModel.from_pretrained("me/model", trust_remote_code=True)' in loading_notes("AutoModel", "me/model")
 
 
+def test_the_card_of_a_language_model_warns_of_runtimes_that_do_not_read_the_activation():
+    assert "llama.cpp" in loading_notes("AutoModelForCausalLM", "me/model")
+    assert "llama.cpp" not in loading_notes("AutoModelForImageClassification", "me/model")
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_a_folder_of_that_name_is_not_the_package(tmp_path, installed):
     """`import hf_gem` succeeds where a folder hf_gem lies beside a script, and brings nothing."""
