@@ -122,7 +122,7 @@ def test_what_a_study_found_is_on_the_page():
         assert f"**{comparison.verdict}**" in row
     assert f"runs {study.num_records()}" in text
     assert seconds_a_run(study) > 0
-    assert "Not run" in report.evidence_table({"results": {}})
+    assert "not run" in report.evidence_table({"results": {}})
 
 
 def test_a_study_that_was_cut_off_in_its_tuning_says_so(tmp_path):

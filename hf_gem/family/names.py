@@ -181,6 +181,10 @@ def parse(name: str) -> GemSpec:
     if match is None:
         raise _malformed(name)
     family, n, eps, learnable = match.groups()
+    if FAMILIES[family].fixed_eps is not None and (eps or learnable):
+        raise _malformed(
+            name, f" {family} has a fixed eps of {FAMILIES[family].fixed_eps:g}, and its names contain none."
+        )
     try:
         return GemSpec(family, int(n or 1), _read_eps(eps), learnable is not None)
     except ValueError as error:

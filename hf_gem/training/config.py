@@ -248,7 +248,7 @@ def parse_config(
         config = cls(**{name: value for name, value in chosen.items() if value is not None})
         config.validate()
     except ValueError as error:
-        parser.error(str(error))
+        parser.fail(str(error))
     return config, preset
 
 
@@ -268,7 +268,9 @@ class _Parser(HfArgumentParser):
         return values
 
     def error(self, message: str) -> NoReturn:
-        message = _LONG_QUOTE.sub(r"\1...'", message)  # argparse quotes a value in full
+        self.fail(_LONG_QUOTE.sub(r"\1...'", message))  # argparse quotes a value in full
+
+    def fail(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {redact(message)}\n")
 
 

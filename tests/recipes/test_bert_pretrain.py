@@ -58,7 +58,7 @@ def test_a_run_leaves_everything_and_says_where(reference):
     card = (folder / "README.md").read_text()
     assert f"{last:.4f} nats per masked token" in card
     assert "pipeline_tag: fill-mask" in card
-    assert "linear decay to 0.0 of it" in card
+    assert "linear decay to 0.0 times the peak" in card
 
 
 def test_the_saved_model_loads(reference):

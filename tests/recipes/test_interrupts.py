@@ -127,7 +127,7 @@ def test_images_that_are_being_decoded(tmp_path, monkeypatch, interrupted, numbe
     with monkeypatch.context() as context:
         calls = send_at(context, Rows, "image", number, count=100)
         line = interrupted(vision_train, number, *flags, f"--output_dir={tmp_path / 'run'}")
-    assert "stopped while the data were prepared" in line
+    assert "stopped while preparing the data" in line
     assert len(calls) < 1700  # of 1797
     run_here(vision_train, tmp_path / "run", *flags)
 

@@ -56,7 +56,7 @@ def test_the_demo_learns_the_digits(demo):
     assert (record["result"]["unit"], record["data"]["num_classes"]) == ("images", 10)
     assert list(record["activation_inputs"]["layers"]) == ["layers.1", "layers.3", "layers.6", "layers.8"]
     card = (folder / "README.md").read_text()
-    for fact in (f"{accuracy:.2f} % of 359 images", "pipeline_tag: image-classification", "1,438 images to train on"):
+    for fact in (f"{accuracy:.2f} % of 359 images", "pipeline_tag: image-classification", "1,438 images for training"):
         assert fact in card
     assert not any(mark in card for mark in ("{{", "{%", "None"))
 

@@ -69,7 +69,10 @@ def test_samples_that_cannot_be_read():
 
 @pytest.mark.parametrize(
     ("act", "message"),
-    [(nn.Identity, "found an rms of nan over all activations"), (nn.ReLU, "found an rms of 0 over all activations")],
+    [
+        (nn.Identity, "an rms of nan over all activations"),
+        (nn.ReLU, "an rms of 0 over all activations"),
+    ],
 )
 def test_no_eps_belongs_to_what_is_measured(act, message):
     def zero():
