@@ -182,9 +182,7 @@ def parse(name: str) -> GemSpec:
         raise _malformed(name)
     family, n, eps, learnable = match.groups()
     if FAMILIES[family].fixed_eps is not None and (eps or learnable):
-        raise _malformed(
-            name, f" {family} has a fixed eps of {FAMILIES[family].fixed_eps:g}, and its names contain none."
-        )
+        raise _malformed(name, f" {family} has a fixed eps of {FAMILIES[family].fixed_eps:g}.")
     try:
         return GemSpec(family, int(n or 1), _read_eps(eps), learnable is not None)
     except ValueError as error:

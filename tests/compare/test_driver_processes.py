@@ -122,7 +122,11 @@ def test_a_study_that_is_interrupted_at_any_moment_stops_and_goes_on_to_the_same
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     process = subprocess.Popen(command, **streams, text=True, bufsize=1, start_new_session=True)
     lines = queue.Queue()
-    reader = threading.Thread(target=lambda: [lines.put(line.split()) for line in process.stdout], daemon=True)
+    events = {"start", "stopped", "done"}  # the other lines are the log of the study
+    reader = threading.Thread(
+        target=lambda: [lines.put(words) for line in process.stdout if (words := line.split() or [""])[0] in events],
+        daemon=True,
+    )
     reader.start()
     studies, sent, stopped, number = [], 0, 0, 0
 
