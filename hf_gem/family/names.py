@@ -186,7 +186,8 @@ def parse(name: str) -> GemSpec:
     try:
         return GemSpec(family, int(n or 1), _read_eps(eps), learnable is not None)
     except ValueError as error:
-        raise _malformed(name, f" {str(error).split('. ')[1]}.") from None  # the sentence that says what is allowed
+        _, *sentences = str(error).split(". ")  # the second one says what is allowed; float's own error has only one
+        raise _malformed(name, "".join(f" {sentence.rstrip('.')}." for sentence in sentences[:1])) from None
 
 
 def is_name(name: object) -> bool:

@@ -117,6 +117,11 @@ def test_malformed_names(name, nearest):
     assert not is_name(name)
 
 
+def test_a_number_with_two_signs_is_malformed():
+    with pytest.raises(ValueError, match=r"got activation name 'egem_eps1em-6'\. Allowed names: .* Did you mean"):
+        parse("egem_eps1em-6")
+
+
 def test_names_have_200_characters_at_most():
     longest = "egem_eps1." + "0" * 190
     assert parse(longest) == parse("egem_eps1")

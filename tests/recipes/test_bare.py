@@ -91,7 +91,8 @@ def test_a_study_runs_and_says_what_its_report_needs(tmp_path):
     done = bare("recipes/compare.py", "--plan", tmp_path / "plan.yaml", "--study", study)
     assert done.returncode == 1
     line = done.stderr.splitlines()[-1]
-    assert line.startswith(f"error: the runs are kept in {study}, and their report needs the package matplotlib")
+    assert line.startswith(f"error: the runs are saved in {study}, but their report needs a package.")
+    assert "The package matplotlib is not installed." in line
     assert len(list((study / "records").glob("*.json"))) == 4
 
 
