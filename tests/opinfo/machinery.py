@@ -27,6 +27,7 @@ __all__ = [
     "SampleInput",
     "TestCase",
     "TestGradients",
+    "assert_same",
     "composite_compliance",
     "floating_types_and",
     "instantiate_device_type_tests",
@@ -54,6 +55,12 @@ def _running_test():
 
 
 common_utils.extract_test_fn = core.extract_test_fn = _running_test
+
+
+def assert_same(got, expected, bits=True):
+    """Compares bit by bit, or otherwise within what the divisions of GPU kernels may be off."""
+    tolerance = 0 if bits else 2.0**-18
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 def mark_slow(case, pattern):
