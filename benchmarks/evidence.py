@@ -128,8 +128,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
     dataset = joined(arguments.dataset, SCRATCH / "dataset.npz")
     plan, jobs = load_plan(PLAN), arguments.jobs or max(1, min(8, (os.cpu_count() or 1) // 2))
     flags = _QUICK if arguments.quick else {}
-    if arguments.quick:
-        plan = replace(plan, arms={name: plan.arms[name] for name in ("relu", "egem")})
+    chosen = {plan.baseline, *(arguments.arms or (["egem"] if arguments.quick else plan.arms))}
+    plan = replace(plan, arms={name: act for name, act in plan.arms.items() if name in chosen})
     if (folder / "plan.json").exists():
         plan = Study(folder).plan  # from a run that was cut off
     else:
@@ -160,6 +160,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__, rounds=1)
     parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: 8)")
     parser.add_argument("--jobs", type=int, help="runs at once; by default one for two cores, at most 8")
+    arms = load_plan(PLAN).arms
+    parser.add_argument("--arms", nargs="+", choices=arms, help="activations to compare with relu (default: all)")
     parser.add_argument("--dataset", type=Path, nargs="+", default=[DATASET], help="(default: data/cifar10.npz)")
     arguments = parser.parse_args(argv)
     write("evidence", arguments, argv, *run(arguments))
