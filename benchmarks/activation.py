@@ -1,8 +1,8 @@
-"""The activation alone in eager mode, forward and backward: python -m benchmarks.activation
+"""Times activations alone in eager mode, forward and backward: python -m benchmarks.activation
 
-Beside torch's own activations, which users take now, and inside gated MLPs beside `silu(gate) * up` and Liger's SwiGLU.
-On a GPU also beside torch.compile of the formulas and beside a copy: the share of its bandwidth counts one tensor read
-and one written forward, two read and one written backward.
+Compares them with torch's own activations, and in gated MLPs with `silu(gate) * up` and Liger's SwiGLU. On a GPU, also
+compares them with torch.compile of the formulas and with a copy. The share of the copy's bandwidth counts one tensor
+read and one written forward, and two read and one written backward.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ GATED = {
 ORDERS = (1, 2, 3)
 LARGE = 8192 * 3072  # elements from which only bandwidth matters
 
-# (shape, dtype) -> the limits of a ratio to gelu and to relu
+# (shape, dtype) -> limits of the ratios to gelu and relu
 CPU_GOALS: dict[tuple[tuple[int, ...], torch.dtype], dict[str, float]] = {
     ((1024, 3072), torch.float32): {"gelu": 0.60, "relu": 1.0},
     ((1024, 3072), torch.bfloat16): {"gelu": 0.75},

@@ -1,7 +1,7 @@
-"""What the benchmarks share: timing side by side, goals, and the JSON that a run leaves.
+"""Code that the benchmarks share: timing, goals, and the JSON record of a run.
 
-Every figure is a ratio of times that were taken in turns in one process, so that a machine that slows down or speeds up
-does so for all. Every contestant is compared with float64 first, and nothing is timed beside one that is wrong.
+Every figure is a ratio of times that were taken in turns in one process, so that changes in the machine's speed affect
+all contestants alike. Every contestant is first compared with float64. If one is wrong, nothing is timed.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _SLEEP = 400_000  # GPU cycles per call, about 200 us: longer than Python takes 
 
 
 def slope_size(slope: Tensor, value: Tensor, x: Tensor) -> Tensor:
-    """The sizes by whose ulp a slope is measured, in float64: the greater of the slope and f(x) / x.
+    """Returns the sizes whose ulp is the unit for errors of a slope, in float64: the larger of the slope and f(x) / x.
 
-    Where a slope crosses zero it is a difference of such terms, and no arithmetic gives it to an ulp of its own.
+    Near its zeros, a slope is a difference of such terms, and no arithmetic computes it to an ulp of its own.
     """
     return slope.abs().fmax((value / x).abs())
 
@@ -369,9 +369,9 @@ def slug(name: str) -> str:
 def make_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     """Makes a parser with the flags that all benchmarks share."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", help="cpu, cuda ...; by default a GPU where there is one")
+    parser.add_argument("--device", help="cpu, cuda ...; by default a GPU if there is one")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each contestant (default: {rounds})")
-    parser.add_argument("--quick", action="store_true", help="as little as shows that it runs; its figures say nothing")
+    parser.add_argument("--quick", action="store_true", help="only test that it runs; the figures mean nothing")
     parser.add_argument("--results", type=Path, help="folder of the records (benchmarks/results; build/ for --quick)")
     return parser
 
@@ -389,7 +389,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def _dirty() -> bool:
-    """Whether the code differs from the commit, ignoring records that earlier runs wrote."""
+    """Returns whether the code differs from the commit, ignoring records that earlier runs wrote."""
     made = [f":(exclude){path}" for path in ("benchmarks/results", "benchmarks/README.md")]
     command = ["git", "status", "--porcelain", "--", ".", *made]
     done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent.parent, check=False)

@@ -1,7 +1,7 @@
-"""What a device is and whether it computes right: python -m benchmarks.device
+"""Measures the speed of a device and checks its results: python -m benchmarks.device
 
-Its clocks under load, the bandwidth of a copy and the speed of a matrix product, against which all else can be held;
-then the tests that need a GPU, those of the kernels and those that count values on a device.
+Measures the clocks under load, the bandwidth of a copy and the speed of a matrix product, for comparison with all other
+figures. Then runs the tests that need a GPU, those of the kernels and those that count values on a device.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def run_suite(arguments: tuple[str, ...], device: torch.device, seconds: float) 
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         command += ["--continue-on-collection-errors", f"--junitxml={report}"]
-        ended = run_for(seconds, command, here)  # in the group that a stage is stopped with
+        ended = run_for(seconds, command, here)  # in the process group of the stage, so that both stop together
         found = outcomes(report) if report.exists() else {"tests": 0, "failures": {}, "skipped": {}, "seconds": seconds}
     return {"status": 124 if ended.stopped else ended.status, **found}
 
@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__, rounds=1)
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all tests (default: 8)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for all tests (default: 8)")
     arguments = parser.parse_args(argv)
     write("device", arguments, argv, *run(arguments))
 

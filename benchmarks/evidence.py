@@ -1,9 +1,9 @@
-"""A study of activations on CIFAR-10 that fits into some minutes of one GPU: python -m benchmarks.evidence
+"""Runs a study of activations on CIFAR-10 in a few minutes on one GPU: python -m benchmarks.evidence
 
-recipes/plans/cifar10-fast.yaml, by recipes/compare.py, several runs at once on one card. Two runs of each arm are timed
-first; learning rates and seeds are then as many as fit. The study stays in a folder beside the record; after a cut, the
-same command goes on with it, and without the folder begins another. Needs the images in --dataset: `x_train`,
-`y_train`, `x_test` and `y_test` as NumPy arrays in an .npz file, or in several, whose parts are put together.
+Runs recipes/plans/cifar10-fast.yaml with recipes/compare.py, several runs at once on one card. First times two runs of
+each arm, then uses as many learning rates and seeds as fit. The study stays in a folder next to the record. If it was
+cut off, the same command resumes it. Delete the folder to start a new one. The images must be in --dataset: `x_train`,
+`y_train`, `x_test` and `y_test` as NumPy arrays in an .npz file, or in several, which are concatenated.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DATASET = ROOT / "data" / "cifar10.npz"
 SCRATCH = QUICK_RESULTS / "evidence"  # for the timed runs and prepared data
 GRIDS = ((4, 4), (3, 4), (3, 3), (2, 2))  # numbers of learning rates and tuning seeds, best first
 _MOST_SEEDS = 40
-_RESERVE = 0.85  # of the time; the rest is for the reports and for variation
+_RESERVE = 0.85  # share of the time; the rest is for the reports and for variation
 _QUICK = {"steps": 3, "warmup_steps": 1, "global_batch_size": 8, "micro_batch_size": 8, "model": "resnet8x2-cifar"}
 
 
@@ -158,8 +158,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__, rounds=1)
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: 8)")
-    parser.add_argument("--jobs", type=int, help="runs at once; by default one for two cores, at most 8")
+    parser.add_argument("--minutes", type=float, default=8.0, help="total time (default: 8)")
+    parser.add_argument("--jobs", type=int, help="runs at once; by default one per two cores, at most 8")
     arms = load_plan(PLAN).arms
     parser.add_argument("--arms", nargs="+", choices=arms, help="activations to compare with relu (default: all)")
     parser.add_argument("--dataset", type=Path, nargs="+", default=[DATASET], help="(default: data/cifar10.npz)")

@@ -1,9 +1,9 @@
-"""All 2^32 float32 inputs against the formulas in float64: python -m benchmarks.exhaustive --name egem
+"""Checks all 2^32 float32 inputs against the formulas in float64: python -m benchmarks.exhaustive --name egem
 
-Measured are the value, the slope, and for E-GEM the slope from the rounded output, of the kernels and of the formulas
-in float32: the worst error in ulp (units in the last place) where the exact result is a normal number, and the worst
-absolute error below. `common.slope_size` says what the ulp of a slope is. On a CPU kernels and formulas are compared
-bit by bit.
+Checks the value, the slope, and for E-GEM the slope from the rounded output, of the kernels and of the formulas in
+float32. Measures the worst error in ulp (units in the last place) where the exact result is a normal number, and the
+worst absolute error below that. `common.slope_size` defines the ulp of a slope. On a CPU, also compares kernels and
+formulas bit by bit.
 """
 
 from __future__ import annotations
@@ -208,8 +208,8 @@ def run(name: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], list[
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__, rounds=1)
-    parser.add_argument("--name", nargs="+", default=["egem"], help="functions by their names (default: egem)")
-    parser.add_argument("--stride", type=int, default=1, help="every how many inputs (default: 1, all)")
+    parser.add_argument("--name", nargs="+", default=["egem"], help="names of the functions (default: egem)")
+    parser.add_argument("--stride", type=int, default=1, help="check every STRIDE-th input (default: 1, all)")
     arguments = parser.parse_args(argv)
     for name in arguments.name:
         write("exhaustive", arguments, argv, *run(name, arguments), part=f"-{parse(name).name}")

@@ -1,8 +1,8 @@
-"""All that is measured on a GPU, in half an hour: make gpu, or python -m benchmarks.gpu [STAGE ...]
+"""Runs all GPU benchmarks in half an hour: make gpu, or python -m benchmarks.gpu [STAGE ...]
 
-Stages are the scripts of this folder, each in a process of its own with a limit of time. Each leaves its record, and
-after each the page of this machine is made anew, so what is cut off or fails costs one stage. Exit status 1 says that
-one failed; the record `gpu.json` and the page have its last lines.
+Each stage runs a script of this folder in its own process, with a time limit. It writes a record, and then the page of
+this machine is written again, so a failure costs only one stage. The exit status is 1 if a stage failed. `gpu.json` and
+the page contain its last lines.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.common import QUICK_RESULTS, RESULTS, Goal, machine, make_parser
 from benchmarks.processes import run_for
 from hf_gem.files import shown
 
-_PLANNED = 0.93  # of the time of a stage; the rest is for starting it and writing its record
+_PLANNED = 0.93  # share of a stage's time; the rest is for starting it and writing its record
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, rounds=0)
     parser.set_defaults(rounds=None)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"by default all: {', '.join(STAGES)}")
-    parser.add_argument("--minutes", type=float, default=9.0, help="limit of each stage (default: 9)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of each stage (default: 9)")
     parser.add_argument("--dataset", nargs="+", default=[], help="CIFAR-10 as .npz, for `evidence`; see its --help")
     arguments = parser.parse_intermixed_args(argv)
     if unknown := [name for name in arguments.stages if name not in STAGES]:

@@ -1,8 +1,8 @@
-"""What the Triton kernels compile to, for GPUs that need not be there: python -m benchmarks.instructions
+"""Counts the instructions of the Triton kernels, without a GPU: python -m benchmarks.instructions
 
-Triton compiles for any card on any machine. Counted are the instructions of a program whose block is full, by element.
-From them follows how far a kernel can keep up with memory: the time that it takes to read and write its tensors, as
-fast as a copy does, by the time that it takes to issue its instructions, where that is longer.
+Triton compiles for any card on any machine. Counts the instructions per element of a program with a full block. They
+limit the share of a copy's speed that a kernel can reach: the time to read and write its tensors as fast as a copy
+does, divided by the time to issue its instructions if that is longer.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="by default all")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="by default all")
     parser.add_argument("--n", nargs="+", type=int, default=[1, 2, 3], help="by default 1 2 3")
-    parser.add_argument("--json", action="store_true", help="print all that was found, as JSON; write no table")
+    parser.add_argument("--json", action="store_true", help="print all results as JSON, and write no table")
     arguments = parser.parse_args(argv)
     found = list(all_kernels(arguments.targets, arguments.dtypes, arguments.n))
     if arguments.json:

@@ -1,8 +1,8 @@
-"""What activations hold in memory for the backward pass: python -m benchmarks.memory
+"""Measures the memory that activations hold for the backward pass: python -m benchmarks.memory
 
-Bytes held are counted by hooks on the tensors that autograd saves: each storage once, parameters and inputs left out.
-They are the same on every machine, and of a whole model are counted on fake tensors, which have shapes and no memory.
-On a GPU the peak of a real training step is measured too.
+Hooks on the tensors that autograd saves count the bytes held: each storage once, without parameters and inputs. The
+counts are the same on every machine. Those of a whole model come from fake tensors, which have shapes but no memory. On
+a GPU, the peak of a real training step is measured too.
 """
 
 from __future__ import annotations

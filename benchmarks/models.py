@@ -13,7 +13,7 @@ from hf_gem.training.loss import WHOLE_SEQUENCES
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a model and its batch. `length` is that of a sequence, or the side of an image."""
+    """The size of a model and its batch. `length` is the length of a sequence, or the side of an image."""
 
     batch: int
     length: int

@@ -1,4 +1,4 @@
-"""Pictures of the records of benchmarks."""
+"""Draws pictures from the records of the benchmarks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _MADE_FROM = {"Liger SwiGLU": "silu", "Liger GEGLU": "gelu"}
 
 
 def draw_sweep(record: dict[str, Any], path: Path) -> None:
-    """Draws the time an element takes, and the share of a copy's bandwidth, by size.
+    """Draws the time per element, and the share of a copy's bandwidth, by size.
 
-    A column has the activations as they are, compiled, or gated.
+    Each column has the activations in eager mode, compiled, or gated.
     """
     points = record["results"]["points"]
     names = [name for name in points[0]["plain"]["median_seconds"] if name != "copy"]
@@ -55,7 +55,7 @@ def _draw_line(axes: Any, name: str, points: Sequence[tuple[int, float]]) -> End
     shown = name.removeprefix(_COMPILED).removesuffix(")") if name.startswith(_COMPILED) else name
     act = _MADE_FROM.get(shown) or shown.partition("(")[0].removesuffix("_glu")
     style = {**look(act), "marker": "", "lw": 2.2 if act.startswith(tuple(FAMILIES)) else 1.2}
-    if "(" in shown:  # it is several operations, beside a fused one of the same activation
+    if "(" in shown:  # several operations, next to a fused one of the same activation
         style["ls"] = "--"
     axes.plot(*zip(*points, strict=True), **style)
     return End(shown, *points[-1], style["color"])

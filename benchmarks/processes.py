@@ -1,4 +1,4 @@
-"""Commands that run for a limited time, their output shown as it comes."""
+"""Runs commands for a limited time, and shows their output as it comes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""GPT-2 124M as its recipe trains it, and with one thing changed: python -m benchmarks.recipe_step
+"""Times GPT-2 124M as its recipe trains it, and with one thing changed: python -m benchmarks.recipe_step
 
-A variant is a command line of recipes/gpt2_pretrain.py. Its model, objective, optimizer and precision are made by the
-recipe's own code, and an optimizer step is done as in its loop, on random tokens; the variants take turns. Last, the
-loop itself trains as shipped, with its data, logs and evaluation.
+A variant is a command line of recipes/gpt2_pretrain.py. The recipe's own code makes its model, objective, optimizer and
+precision, and an optimizer step runs as in its loop, on random tokens. The variants take turns. Finally, the loop
+itself trains as shipped, with its data, logs and evaluation.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ VARIANTS = {  # the most important first, in case time is short
     "micro-batches of 32": Variant(("--micro_batch_size=32",)),
     "relu": Variant(("--hidden_act=relu",)),
 }
-_SHARE = 0.65  # of the time, for compiling the variants
+_SHARE = 0.65  # share of the time for compiling the variants
 _attention = F.scaled_dot_product_attention
 
 
@@ -252,7 +252,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__, rounds=9)
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: 8)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="total time (default: 8)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="by default all")
     arguments = parser.parse_args(argv)
     write("recipe_step", arguments, argv, *run(arguments))

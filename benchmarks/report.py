@@ -1,7 +1,7 @@
 """Makes pages with tables and plots from the records: python -m benchmarks.report
 
-One for each machine, beside its records, and the list of machines with their goals in benchmarks/README.md. Prints the
-table of goals. With --check, ends with status 1 where a goal is missed.
+Makes a page for each machine, next to its records, and lists the machines with their goals in benchmarks/README.md.
+Prints the table of goals. With --check, exits with status 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def number(value: float) -> str:
 
 
 def goal_table(records: dict[str, Any], brief: bool = False) -> str:
-    """The goals of one machine and how they came out; `brief` sums up the counts that had to be 0 and are."""
+    """Makes a table of the goals of one machine and their results. `brief` sums up the goals of 0 that are met."""
     rows, num_zeros = [], 0
     for record in records.values():
         for goal in record["goals"]:
@@ -172,7 +172,7 @@ def device_table(record: dict[str, Any]) -> str:
 
 
 def recipe_step_table(record: dict[str, Any]) -> str:
-    """Tokens per second of the recipe, and of the recipe with one thing changed."""
+    """Makes a table of the tokens per second of the recipe, and of the recipe with one thing changed."""
     results = record["results"]
     rows = []
     for name, variant in results["variants"].items():
@@ -248,7 +248,7 @@ def exhaustive_table(*records: dict[str, Any]) -> str:
 
 
 def headline(records: dict[str, Any]) -> str:
-    """What a machine is, and the versions, commits and commands of its records."""
+    """Describes a machine, and lists the versions, commits and commands of its records."""
     commits: dict[str, dict[str, None]] = {}
     for environment in (record["environment"] for record in records.values()):
         hardware, versions = environment["hardware"], environment["versions"]
@@ -327,8 +327,8 @@ def report(results: Path, readme: Path) -> dict[str, dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
-    parser.add_argument("--readme", type=Path, default=README, help="where the tables go (default: %(default)s)")
-    parser.add_argument("--check", action="store_true", help="status 1 where a goal is missed")
+    parser.add_argument("--readme", type=Path, default=README, help="file for the tables (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if a goal is missed")
     arguments = parser.parse_args(argv)
     machines = report(arguments.results, arguments.readme)
     missed = 0

@@ -1,8 +1,8 @@
-"""Time of activations by size, forward with backward, in eager mode: python -m benchmarks.sweep
+"""Times activations by size, forward with backward, in eager mode: python -m benchmarks.sweep
 
-From 2^4 elements on, beside torch's own activations, torch.compile of all, xIELU of transformers, a copy, and on a GPU
-Liger's gated kernels. As shares of the copy's bandwidth an activation moves five tensors, a gated one eight, the copy
-two. On a GPU, times below 2^20 elements contain what Python takes to launch.
+Sizes start at 2^4 elements. Also times torch's own activations, torch.compile of all, xIELU of transformers, a copy,
+and on a GPU Liger's gated kernels. For the share of the copy's bandwidth, an activation moves five tensors, a gated one
+eight, and the copy two. On a GPU, times below 2^20 elements include the launch by Python.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__, rounds=9)
     parser.add_argument("--largest", type=int, help="power of two of the largest size; by default 24, on a GPU 28")
-    parser.add_argument("--step", type=int, default=1, help="from one power of two to the next (default: 1)")
+    parser.add_argument("--step", type=int, default=1, help="step between the powers of two (default: 1)")
     parser.add_argument(
-        "--compiled", action=argparse.BooleanOptionalAction, default=True, help="torch.compile of all takes part"
+        "--compiled", action=argparse.BooleanOptionalAction, default=True, help="also time torch.compile of all"
     )
     arguments = parser.parse_args(argv)
     write("sweep", arguments, argv, *run(arguments))

@@ -1,9 +1,9 @@
-"""Training steps of whole models, eager and compiled: python -m benchmarks.train_step
+"""Times training steps of whole models, eager and compiled: python -m benchmarks.train_step
 
-GPT-2, BERT and ResNet-50 with one activation each, all else the same: forward, backward and AdamW, on random data. On
-a GPU GPT-2 124M, BERT-base and ResNet-50 on 224 x 224 in bf16 autocast; on a CPU small ones in float32, where linear
-layers take nearly all of the time. Before anything is timed, each loss and the norm of its gradient are compared with
-those of the plain formulas.
+A step is forward, backward and AdamW, on random data. The models are GPT-2, BERT and ResNet-50, and only their
+activation changes. On a GPU, they are GPT-2 124M, BERT-base and ResNet-50 on 224 x 224 in bf16 autocast. On a CPU, they
+are small ones in float32, where linear layers take nearly all of the time. Before anything is timed, each loss and the
+norm of its gradient are compared with those of the plain formulas.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def require_right(name: str, objective: Callable[..., Tensor], plain: Objective,
         expected = loss_and_norm(plain, plain, data)
     got = loss_and_norm(objective, plain, data)
     allowed = 5e-2 if plain.autocast else 1e-3
-    if not torch.allclose(got, expected, rtol=allowed, atol=0.0):  # NaN is not
+    if not torch.allclose(got, expected, rtol=allowed, atol=0.0):  # NaN is never close
         raise WrongResultError(
             f"{name} is wrong and was not timed: loss and norm of the gradient are {got.tolist()}, the formulas give "
             f"{expected.tolist()}, and the tolerance is {allowed:.1%}"

@@ -1,9 +1,9 @@
-// The kernels of one family for one n on a CPU. `printer.py` writes its formulas in place of the line FORMULAS, and the
-// build compiles the file with the flags that Inductor uses for the machine: vector instructions, OpenMP, no contraction
-// of products and sums. So the results are the bits of the formulas in torch. Several of them come out of one pass, and
-// work that cannot change a lane is skipped.
+// The CPU kernels of one family for one n. `printer.py` replaces the line FORMULAS by the formulas of the family, and
+// the build compiles the file with Inductor's flags for the machine: vector instructions, OpenMP, no contraction of
+// products and sums. So the results equal those of the formulas in torch bit for bit. A kernel computes several results
+// in one pass, and skips work that cannot change a lane.
 
-#include <ATen/cpu/vec/functional.h>  // which has the conversions of float16
+#include <ATen/cpu/vec/functional.h>  // has the conversions of float16
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
@@ -27,7 +27,7 @@ inline To bits(From from) {
 
 // FORMULAS
 
-// What a block of inputs becomes: V... -> std::tuple<V...>
+// The operations on a block of inputs: V... -> std::tuple<V...>
 struct Activation {
   Constants k;
   std::tuple<V> operator()(V z) const {
@@ -78,8 +78,8 @@ struct BackwardAt {
 };
 #endif
 
-// Half types are computed in two registers of floats. For bfloat16 these hold the even and the odd elements: each is
-// the upper half of a float where it stands, and no element changes its lane.
+// Half types are computed in two registers of floats. For bfloat16, one holds the even elements and the other the odd
+// ones. Each element becomes the upper half of the float in its place, so none moves to another lane.
 
 template <class T>
 inline std::tuple<V, V> widen(at::vec::Vectorized<T> x) {
@@ -91,8 +91,8 @@ inline std::tuple<V, V> widen(at::vec::Vectorized<T> x) {
   }
 }
 
-// Rounds to the upper sixteen bits, ties to even. A NaN stays one where its lower half is zero, as it is in those that
-// come from bfloat16 and in those that arithmetic makes.
+// Rounds to the upper sixteen bits, ties to even. A NaN stays a NaN if its lower half is zero, as in NaNs that come
+// from bfloat16 or from arithmetic.
 inline VInt rounded(V x) {
   const VInt b = bits<VInt>(x);
   return b + VInt(0x7fff) + ((b >> VInt(16)) & VInt(1));
@@ -108,7 +108,7 @@ inline at::vec::Vectorized<T> narrow(V first, V second) {
   }
 }
 
-// `count` elements from i on, a register of T: one of float, two for the half types.
+// Computes `count` elements from i on, at most one register of T. Half types need two registers of floats.
 template <class T, class F, class... Out, class... In, size_t... O>
 inline void block(const F& f, int64_t i, int64_t count, std::tuple<Out*...> out, std::index_sequence<O...>, const In*... in) {
   using VT = at::vec::Vectorized<T>;
@@ -127,7 +127,7 @@ inline void block(const F& f, int64_t i, int64_t count, std::tuple<Out*...> out,
   }
 }
 
-// Takes all by value: what is stored through `out` cannot change it, and it stays in registers.
+// Takes all arguments by value: stores through `out` cannot change them, so they stay in registers.
 template <class T, class F, class... Out, class... In>
 void range(F f, int64_t i, int64_t end, std::tuple<Out*...> out, const In*... in) {
   constexpr int64_t size = at::vec::Vectorized<T>::size();

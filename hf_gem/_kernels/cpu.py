@@ -71,7 +71,7 @@ class Library:
         self._failed = False
 
     def ready(self, work: float, wait: bool) -> bool:
-        """Whether the kernels can run now. If not, adds `work` to the count of elements, or with `wait` builds them."""
+        """Returns whether the kernels can run now. If not, counts `work` elements, or with `wait` builds them."""
         if self._functions is not None:
             return True
         lock = _lock
@@ -197,7 +197,7 @@ def _function(library: ctypes.CDLL, operation: str, dtype: torch.dtype) -> Calla
 
 @functools.cache
 def _fingerprint(family: Family, n: int) -> str:
-    """A hash of everything that a library depends on: the source, torch, the compiler and the processor."""
+    """Returns a hash of everything that a library depends on: the source, torch, the compiler and the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -155,7 +155,7 @@ def _strides(
 
 
 def _runs_like(x: Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether x has its elements in memory in the same order as a dense tensor with these strides."""
+    """Returns whether x has its elements in memory in the same order as a dense tensor with these strides."""
     return all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), strides, strict=True))
 
 
@@ -164,7 +164,7 @@ def _copy(x: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 def keeps_output(family: Family, n: int, eps: float | Tensor, x: Tensor, save: str) -> bool:
-    """Whether the backward pass keeps the output of `forward`; `hf_gem.functional.egem` documents the rule.
+    """Returns whether the backward pass keeps the output of `forward`; `hf_gem.functional.egem` documents the rule.
 
     Raises:
         ValueError: `save` is unknown, or not available for this function.

@@ -13,7 +13,7 @@ from ..family.table import Family
 
 
 def run(operation: str, family: Family, n: int, eps: float | Tensor, *inputs: Tensor) -> Any:
-    """Like `dispatch.run`, but eps may be a tensor, and the results can be differentiated.
+    """Computes what `dispatch.run` does, but eps may be a tensor, and the results can be differentiated.
 
     If the inputs have different strides, the first operand determines those of the result: the one made from x or gate.
     """

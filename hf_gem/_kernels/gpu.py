@@ -32,7 +32,7 @@ _compiled: dict[tuple[str, str, int, torch.dtype, torch.device], Any] = {}
 
 @functools.cache
 def kernels(name: str, n: int) -> dict[str, Any]:
-    """The kernels of a family for one n, by operation. Their source goes into `linecache`, where Triton reads it."""
+    """Returns the kernels of a family for one n, by operation. Puts their source into `linecache`, for Triton."""
     source = triton_source(family_named(name), n)
     file = f"<hf_gem {name} n={n}>"
     linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
@@ -43,7 +43,7 @@ def kernels(name: str, n: int) -> dict[str, Any]:
 
 @functools.cache
 def constants(operation: str, dtype: torch.dtype) -> dict[str, int]:
-    """The compile-time constants of a kernel, in the order of its arguments."""
+    """Returns the compile-time constants of a kernel, in the order of its arguments."""
     wanted = {"DIGITS": digits(dtype)} if operation == "backward_at" else {}
     return {**wanted, "BLOCK": _BYTES_A_PROGRAM // dtype.itemsize}
 
@@ -72,7 +72,7 @@ def launch(
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A context that makes the device of the tensors the current one, since Triton launches there."""
+    """Returns a context that makes the device of the tensors the current one, since Triton launches there."""
     if device.type == "cpu":  # the interpreter
         return contextlib.nullcontext()
     module = torch.get_device_module(device)

@@ -67,7 +67,7 @@ class _Printer:
         return self._names[text]
 
     def key(self, x: Symbol) -> str:
-        """The key of a symbol in `operations`."""
+        """Returns the key of a symbol in `operations`."""
         return f"bits {_NAMES[x.dtype]}" if x.op == "bits" else x.op
 
     # ---- differences between the languages
@@ -90,7 +90,7 @@ _BINARY = {op: f"({{0}} {op} {{1}})" for op in ("+", "-", "*", "/", "<", "<=", "
 
 
 def _single(value: float) -> float:
-    """The float32 to which torch rounds a number that is combined with a tensor."""
+    """Returns the float32 to which torch rounds a number that is combined with a tensor."""
     return float(torch.tensor(value, dtype=torch.float32))
 
 
@@ -153,7 +153,7 @@ class _Cpp(_Printer):
 
 
 def _below(*symbols: Symbol) -> dict[Symbol, None]:
-    """The given symbols and everything that they are computed from."""
+    """Returns the given symbols and everything that they are computed from."""
     found: dict[Symbol, None] = {}
     todo = list(symbols)
     while todo:
@@ -200,7 +200,7 @@ def _traced(family: Family, n: int) -> Traced:
 
 
 def cpp_source(family: Family, n: int) -> str:
-    """The C++ source of all kernels of a family for one n: `cpu.cpp` with the formulas inserted."""
+    """Returns the C++ source of all kernels of a family for one n: `cpu.cpp` with the formulas inserted."""
     found = _traced(family, n)
     constants: dict[str, str] = {}
     functions = []
@@ -221,7 +221,7 @@ def cpp_source(family: Family, n: int) -> str:
 
 
 def _functions(found: Traced) -> dict[str, dict[str, Symbol]]:
-    """The functions to print: name -> outputs."""
+    """Returns the functions to print: name -> outputs."""
     slopes_at = {f"slope_at_{count}": {"slope": symbol} for count, symbol in found.slope_at.items()}
     return {"value_and_slope": {"value": found.value, "slope": found.slope}, **slopes_at}
 
@@ -231,7 +231,7 @@ def _block(head: str, lines: list[str], tail: str = "") -> list[str]:
 
 
 def triton_source(family: Family, n: int) -> str:
-    """The Python source of all kernels of a family for one n: `triton_kernels.py` with the formulas inserted."""
+    """Returns the Python source of a family's kernels for one n: `triton_kernels.py` with the formulas inserted."""
     found = _traced(family, n)
     parts = []
     for name, outputs in _functions(found).items():

@@ -1,8 +1,8 @@
 """The Triton kernels of one family for one n.
 
-`printer.triton_source` writes the formulas of a family in place of the two below, those of the identity, and `gpu` runs
-what comes out. Every program handles BLOCK neighbouring elements of tensors that are dense and laid out alike. Only the
-last one may have fewer, and needs masks, beside which loads and stores of 16 bytes are not to be had.
+`printer.triton_source` replaces the two formulas of the identity below by those of a family, and `gpu` runs the result.
+Each program handles BLOCK neighbouring elements of dense tensors with the same layout. Only the last program may have
+fewer elements. It needs masks, which rule out loads and stores of 16 bytes.
 """
 
 import triton
@@ -30,7 +30,7 @@ def slope_at(z, r, e, DIGITS: tl.constexpr):
 
 @triton.jit
 def divide(x, y):
-    """Within two roundings, where |y| is in 2^-126 to 2^126; beyond, 1 / y may come out as 0."""
+    """Divides to within two roundings if |y| is from 2^-126 to 2^126. Beyond that, 1 / y may become 0."""
     if INTERPRETED:
         return x / y
     return libdevice.fast_dividef(x, y)
@@ -38,14 +38,14 @@ def divide(x, y):
 
 @triton.jit
 def block(numel, BLOCK: tl.constexpr):
-    """Where this program's elements start, in int64, and how many of them there are."""
+    """Returns the start of this program's elements, in int64, and their number."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     return start, tl.minimum(numel - start, BLOCK).to(tl.int32)
 
 
 @triton.jit
 def load(ptr, start, count, SIZE: tl.constexpr):
-    """SIZE elements, or the first `count` of them."""
+    """Loads SIZE elements, or the first `count` of them."""
     offsets = tl.arange(0, SIZE)
     mask = None if count is None else offsets < count
     return tl.load(ptr + start + offsets, mask=mask).to(tl.float32)

@@ -46,17 +46,17 @@ def checked(folder: Path) -> Path:
 
 
 def seal(file: Path) -> str:
-    """The expected content of `FILE.sha256`, the checksum next to a file."""
+    """Returns the expected content of `FILE.sha256`, the checksum next to a file."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def seal_of(file: Path) -> Path:
-    """The path of the checksum of a file."""
+    """Returns the path of the checksum of a file."""
     return file.with_name(file.name + ".sha256")
 
 
 def is_intact(file: Path) -> bool:
-    """Whether a file in a `checked` folder exists, is not a link, belongs to this user and matches its checksum."""
+    """Returns whether a file in a `checked` folder exists, is no link, is this user's own and matches its checksum."""
     try:
         status = file.lstat()
         own = stat.S_ISREG(status.st_mode) and not _is_strangers(status) and not _others_write(status)
@@ -66,7 +66,7 @@ def is_intact(file: Path) -> bool:
 
 
 def _is_strangers(status: os.stat_result) -> bool:
-    """Whether a file belongs to neither this user nor the system.
+    """Returns whether a file belongs to neither this user nor the system.
 
     The owner of `/` counts as the system too, since root may have another user number in a container.
     """
@@ -82,7 +82,7 @@ def _others_write(status: os.stat_result) -> bool:
 
 
 def _is_own_group(status: os.stat_result) -> bool:
-    """Whether a group is the user's private group, which has no other members."""
+    """Returns whether a group is the user's private group, which has no other members."""
     import grp
     import pwd
 

@@ -1,4 +1,4 @@
-"""The command line `hf-gem`: one file for each group of commands. What a command needs is imported when it runs."""
+"""The command line `hf-gem`, with one file for each group of commands. Commands import what they need when they run."""
 
 from .app import app, main
 

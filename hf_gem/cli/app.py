@@ -1,4 +1,4 @@
-"""The command `hf-gem`: the table of its commands, errors of one line, exit codes."""
+"""The command `hf-gem`: registers its commands, prints errors in one line and sets the exit code."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..training.errors import TrainingError, missing_package
 from . import environment, functions, models, records, timing, training
 from .common import PASS_ON
 
-# Usage errors of click, which newer versions of typer hold within themselves.
+# click's UsageError. Newer versions of typer contain their own copy of click.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
-_USAGE = 2  # exit code of a command line that cannot be read
+_USAGE = 2  # exit code for a wrong command line
 
 app = typer.Typer(
     name="hf-gem",
@@ -58,10 +58,10 @@ def _without_command(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `hf-gem`; ends the process with its exit code where that is not 0.
+    """Runs `hf-gem`. Exits the process if the exit code is not 0.
 
     Args:
-        argv: The arguments; by default those of the process.
+        argv: The arguments. By default those of the process.
     """
     arguments = None if argv is None else list(argv)
     try:
@@ -90,5 +90,5 @@ def _stop(message: object, status: int) -> NoReturn:
 
 
 def _one_line(message: object) -> str:
-    """A message without line breaks, in which no word is longer than 80 characters."""
+    """Returns a message without line breaks, and shortens words of more than 80 characters."""
     return re.sub(r"\S{81,}", lambda found: f"{found[0][:38]}...{found[0][-38:]}", " ".join(str(message).split()))

@@ -1,4 +1,4 @@
-"""Batches for `hf-gem convert --eps fit` and `match`, from text, from images, or from arrays."""
+"""Reads batches for `hf-gem convert --eps fit` and `--eps match` from text, images or arrays."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from torch import Tensor, nn
 from ..training.errors import DataError
 from .loading import Source
 
-_LENGTH = 128  # tokens of a sequence, at most
+_LENGTH = 128  # maximum number of tokens in a sequence
 _IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 Batch = dict[str, Tensor] | Tensor
 
 
 def read(path: Path, model: nn.Module, source: Source, count: int, size: int) -> list[Batch]:
-    """Batches of what a model takes.
+    """Reads batches of a model's inputs.
 
     Args:
-        path: A folder of images; an `.npz` file with an array for each argument of the model, samples along the first
-            axis; or any other file, as text for the model's tokenizer.
-        model: What takes the batches.
-        source: Where it comes from, with its tokenizer or its processor of images.
-        count: How many batches, at most.
-        size: Samples of a batch.
+        path: Folder of images, `.npz` file with an array for each argument of the model (samples along the first axis),
+            or any other file, which is read as text.
+        model: The model that takes the batches.
+        source: Where the model, its tokenizer and its image processor come from.
+        count: Maximum number of batches.
+        size: Number of samples in a batch.
 
     Raises:
-        DataError: there is too little, or it cannot be read.
+        DataError: There is too little data, or it cannot be read.
     """
     if not path.exists():
         raise DataError(f"there is no data at {path}. Give a text file, a folder of images or an .npz file.")
@@ -51,7 +51,7 @@ def read(path: Path, model: nn.Module, source: Source, count: int, size: int) ->
 
 
 def _parts(samples: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` samples; what is left over is dropped."""
+    """Yields lists of `size` samples. Drops the remaining samples."""
     while len(part := list(itertools.islice(samples, size))) == size:
         yield part
 

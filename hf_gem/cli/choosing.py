@@ -1,4 +1,4 @@
-"""What studies say about the kind of model that a person has: the rows of `choosing.yaml` that apply."""
+"""Finds the studies in `choosing.yaml` that apply to a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..family.names import GemSpec
 from ..fit import match_eps
 from ..surgery.kinds import activation_slots, describe, is_gate
 
-_SMALL_SCALE = 0.3  # rms between those of the studies: 0.16 and 0.55
+_SMALL_SCALE = 0.3  # between the rms values in the studies, 0.16 and 0.55
 _RESNETS = {"resnet", "cifar_resnet", "timm.models.resnet"}
 _PLAIN_CNNS = {"gem_convnet", "timm.models.vgg"}
 _GATED = ({"gate_proj", "up_proj"}, {"wi_0", "wi_1"}, {"w1", "w2", "w3"}, {"gate_up_proj"})
@@ -22,7 +22,7 @@ _GATED = ({"gate_proj", "up_proj"}, {"wi_0", "wi_1"}, {"w1", "w2", "w3"}, {"gate
 
 @cache
 def findings() -> tuple[dict[str, Any], ...]:
-    """The rows: kind, model, use or None for not known, and why."""
+    """Returns the rows of `choosing.yaml`, with the keys kind, model, use (None if not known) and why."""
     import yaml
 
     path = Path(__file__).with_name("choosing.yaml")
@@ -31,14 +31,14 @@ def findings() -> tuple[dict[str, Any], ...]:
 
 @dataclass(frozen=True)
 class Profile:
-    """What decides which studies apply.
+    """The properties of a model that decide which studies apply.
 
     Attributes:
-        model: Its class.
-        kind: As in the rows, or a kind of which there is no study.
-        activations: Those that it has.
-        width: Of a transformer.
-        rms: Of what the activations of a new transformer are given.
+        model: Name of its class.
+        kind: Its kind, as in `choosing.yaml`, or a kind that was not studied.
+        activations: Names of its activations.
+        width: Hidden size, for a transformer.
+        rms: Root mean square of the inputs of activations, for a transformer before training.
     """
 
     model: str
@@ -49,31 +49,31 @@ class Profile:
 
     @property
     def findings(self) -> list[dict[str, Any]]:
-        """The rows of its kind."""
+        """The rows of `choosing.yaml` for this kind."""
         return [row for row in findings() if row["kind"] == self.kind]
 
     @property
     def matched(self) -> list[str]:
-        """E-GEM whose gate is half open at the rms, for n = 1 and 2."""
+        """Names of the E-GEM members whose gate is half open at the rms, for n = 1 and 2."""
         if self.rms is None:
             return []
         return [GemSpec("egem", n, match_eps(self.rms, n)).name for n in (1, 2)]
 
 
 def profile(model: nn.Module) -> Profile:
-    """The profile of a model of transformers or timm, which may be on the meta device."""
+    """Returns the profile of a transformers or timm model, which may be on the meta device."""
     names = dict.fromkeys(describe(slot.occupant) for slot in activation_slots(model))
     activations = tuple(name for name in names if not is_gate(name))
     config: Any = getattr(model, "config", None)
     family = getattr(config, "model_type", None) or type(model).__module__
     width, rms = _scale(config)
-    kind = "other, of which there is no study"
+    kind = "other (no study)"
     if family in _RESNETS:
         kind = "ResNet"
     elif family in _PLAIN_CNNS:
         kind = "plain CNN"
     elif any(_has_gated_mlp(module) for module in model.modules()):
-        kind = "transformer with gated MLPs, of which there is no study"
+        kind = "transformer with gated MLPs (no study)"
     elif family == "bert":
         kind = "BERT"
     elif _generates_text(config) and rms is not None:
@@ -82,7 +82,7 @@ def profile(model: nn.Module) -> Profile:
 
 
 def _scale(config: Any) -> tuple[int | None, float | None]:
-    """Width, and rms of the inputs of activations at the start: behind a normalisation, weights of one std."""
+    """Returns the width, and the rms of activation inputs before training: a normalisation, then weights of one std."""
     width, std = getattr(config, "hidden_size", None), getattr(config, "initializer_range", None)
     if not isinstance(width, int) or not isinstance(std, float):
         return None, None

@@ -1,4 +1,4 @@
-"""What commands share: options, output as JSON, and which exceptions are mistakes of the user."""
+"""Options, JSON output and error handling that the commands share."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import typer
 from ..files import to_json
 from ..training.errors import ConfigError, TrainingError
 
-UNMET = 3  # exit code of a check that was asked for and failed
-# Of a command that hands all that follows its arguments on to a script.
+UNMET = 3  # exit code if a requested check fails
+# Settings of a command that passes further arguments on to a script.
 PASS_ON: dict[str, Any] = {"allow_extra_args": True, "allow_interspersed_args": False, "ignore_unknown_options": True}
-Script = Callable[[], None]  # what such a command returns: `main` runs it, and its errors are its own
+Script = Callable[[], None]  # such a command returns one; `main` calls it and does not catch its errors
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @contextlib.contextmanager
 def user_errors(prefix: str = "") -> Iterator[None]:
-    """Takes what the library raises in a `with` block for a mistake of the user, who gets its message in one line.
+    """Turns exceptions in a `with` block into a ConfigError, which the user sees as one line.
 
     Args:
-        prefix: What stands before the message.
+        prefix: Text before the message.
 
     Raises:
-        ConfigError: in place of the usual errors.
+        ConfigError: The block raised an exception that a mistake of the user can cause.
     """
     try:
         yield
@@ -37,5 +37,5 @@ def user_errors(prefix: str = "") -> Iterator[None]:
 
 
 def show(values: Mapping[str, Any] | Sequence[Any], text: str, as_json: bool) -> None:
-    """Prints a result, for a machine or for a person."""
+    """Prints a result as JSON or as text."""
     print(to_json(values, indent=2) if as_json else text)

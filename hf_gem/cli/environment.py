@@ -1,4 +1,4 @@
-"""`hf-gem env`: what a bug report needs, without tokens and without the home folder."""
+"""`hf-gem env`: prints what a bug report needs, without tokens and the path of the home folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def env(as_json: AsJson = False) -> None:
 
 
 def environment_facts() -> dict[str, dict[str, Any]]:
-    """Section -> name -> value."""
+    """Returns section -> name -> value."""
     from .. import __file__ as package
     from ..training.environment import PACKAGES, environment
 
@@ -53,7 +53,7 @@ def _more_versions(known: Sequence[str]) -> dict[str, str]:
 
 
 def _kernels() -> dict[str, Any]:
-    """What computes a float32 tensor here, and which C++ kernels have been built."""
+    """Returns which kernels this machine uses, and which C++ kernels have been built."""
     import torch
 
     from ..files import cache_folder
@@ -76,7 +76,7 @@ def _has_triton() -> bool:
 
 
 def _first_line(command: Sequence[str]) -> str | None:
-    """The first line that a program prints; None where it is not there or fails."""
+    """Returns the first line that a program prints, or None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -85,7 +85,7 @@ def _first_line(command: Sequence[str]) -> str | None:
 
 
 def _private(value: Any) -> Any:
-    """A value without tokens, and with `~` for the home folder."""
+    """Returns a value without tokens, and with `~` for the home folder."""
     if isinstance(value, str):
         home = str(Path("~").expanduser())
         return redact(value.replace(home, "~") if home != "/" else value)

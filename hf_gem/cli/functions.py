@@ -1,4 +1,4 @@
-"""`hf-gem list`, `show` and `plot`: the functions themselves."""
+"""`hf-gem list`, `show` and `plot`: print and draw activation functions."""
 
 from __future__ import annotations
 
@@ -109,12 +109,12 @@ def plot(
         str | None, typer.Option(help="Draw a ready-made figure instead.", autocompletion=_complete_figure)
     ] = None,
     rows: Annotated[
-        str, typer.Option(help="What to draw, of function, slope and gate, with commas.")
+        str, typer.Option(help="What to draw: function, slope or gate, separated by commas.")
     ] = "function,slope",
-    beside: Annotated[str, typer.Option(help="Activations to draw for comparison, with commas.")] = "relu,gelu,swish",
+    beside: Annotated[str, typer.Option(help="Activations to compare with, separated by commas.")] = "relu,gelu,swish",
     reach: Annotated[float, typer.Option(help="Draw x from -REACH to REACH.")] = 3.0,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="File to write; its ending is the format: .png, .svg or .pdf.")
+        Path, typer.Option("--output", "-o", help="File to write. Its suffix sets the format: .png, .svg or .pdf.")
     ] = Path("activations.png"),
 ) -> None:
     """Draw functions, slopes and gates as PNG or SVG."""
@@ -134,7 +134,7 @@ def plot(
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    """Lines of a table whose first row is its head; columns of numbers are flush right."""
+    """Returns the lines of a table. The first row is its head, and columns of numbers are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     numbers = [all(_is_number(cell) for cell in column[1:]) for column in zip(*rows, strict=True)]
     return [

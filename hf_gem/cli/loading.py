@@ -1,4 +1,4 @@
-"""Models by what a person calls them: a folder, a timm model, a model type of transformers, an id of the Hub."""
+"""Finds, builds, loads and saves models, given a folder, a timm model, a transformers model type or a Hub id."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ..training.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from.
+    """The origin of a model.
 
     Attributes:
-        given: What the person wrote.
+        given: What the user wrote.
         library: `timm` or `transformers`.
-        name: What that library calls it.
-        is_type: Whether it is a model type of transformers, which has a default config and no weights.
+        name: Name of the model in that library.
+        is_type: Whether this is a model type of transformers, which has a default config but no weights.
     """
 
     given: str
@@ -36,11 +36,11 @@ class Source:
 
 
 def find(given: str) -> Source:
-    """The source that a person has named.
+    """Finds the model that the user named.
 
     Raises:
-        ConfigError: there is no such model.
-        ModuleNotFoundError: its library is not installed.
+        ConfigError: There is no such model.
+        ModuleNotFoundError: Its library is not installed.
     """
     if Path(given).is_dir():
         return _of_folder(given)
@@ -67,14 +67,14 @@ def find(given: str) -> Source:
 
 
 def build(source: Source, act: str | None = None) -> nn.Module:
-    """A model with new weights, on the meta device where its class allows it.
+    """Builds a model with new weights, on the meta device if its class allows that.
 
     Args:
-        source: What to build.
-        act: An activation of the family, in place of its own.
+        source: The model to build.
+        act: An activation of the family that replaces the model's own.
 
     Raises:
-        ConfigError: it cannot be built.
+        ConfigError: The model cannot be built.
     """
     with _explained(source, "built"):
         if source.library == "timm":
@@ -92,10 +92,10 @@ def build(source: Source, act: str | None = None) -> nn.Module:
 
 
 def load(source: Source) -> nn.Module:
-    """A model with its weights, in evaluation mode.
+    """Loads a model with its weights, in evaluation mode.
 
     Raises:
-        ConfigError: it has none, or they cannot be loaded.
+        ConfigError: It has no weights, or they cannot be loaded.
     """
     if source.is_type:
         raise ConfigError(
@@ -117,7 +117,7 @@ def load(source: Source) -> nn.Module:
 
 
 def save(model: nn.Module, source: Source, folder: Path) -> None:
-    """Saves a model with what its source has besides the weights: a tokenizer, or a processor of images."""
+    """Saves a model with the tokenizer or image processor of its source."""
     if source.library == "timm":
         import timm
 
@@ -133,7 +133,7 @@ def save(model: nn.Module, source: Source, folder: Path) -> None:
 
     try:
         AutoProcessor.from_pretrained(source.name, trust_remote_code=False).save_pretrained(folder)
-    except Exception as error:  # transformers raises several kinds for a model without either
+    except Exception as error:  # transformers raises different exceptions for a model without either
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         warnings.warn(f"{folder} has no tokenizer or image processor: {reason}", stacklevel=2)
 
@@ -175,7 +175,7 @@ def _config(source: Source) -> Any:
 
 
 def _model_class(config: Any) -> Any:
-    """The class that a config names, or else the first one that an Auto class builds from it."""
+    """Returns the class that a config names, or otherwise the first one that an Auto class builds from it."""
     from transformers.models.auto import modeling_auto
 
     found: dict[str, Any] = {}
@@ -194,7 +194,7 @@ def _model_class(config: Any) -> Any:
 def _on_meta(make: Callable[[], nn.Module]) -> nn.Module:
     with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
         return make()
-    return make()  # some constructors compute numbers with tensors
+    return make()  # some constructors read values of tensors
 
 
 @contextlib.contextmanager
@@ -203,7 +203,7 @@ def _explained(source: Source, done: str) -> Iterator[None]:
         yield
     except (ConfigError, ModuleNotFoundError):
         raise
-    except Exception as error:  # both libraries raise whatever their models do
+    except Exception as error:  # both libraries pass on whatever their models raise
         raise ConfigError(
             f"the model {source.given!r:.80} cannot be {done}: {type(error).__name__}: {error}"
         ) from error

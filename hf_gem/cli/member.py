@@ -1,4 +1,4 @@
-"""What `hf-gem list` and `hf-gem show` know about a member of a family, computed from its formulas."""
+"""Computes what `hf-gem list` and `hf-gem show` print about members of a family."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..family.names import GemSpec, grammar, parse
 from ..family.table import FAMILIES
 from ..init import gain
 
-ORDERS = (1, 2, 3)  # the n of the paper
+ORDERS = (1, 2, 3)  # the paper's values of N
 _AT = (-3.0, -1.0, -0.3, -0.1, 0.0, 0.1, 0.3, 1.0, 3.0)
 _SMOOTH = {"egem", "segem"}  # families proven to be C^(2n)
-_NUM_POINTS = 2**17  # on each side of 0; extrema are then exact to some 3e-6, for n = 32
+_NUM_POINTS = 2**17  # on each side of 0; the error of extrema is then about 3e-6 for n = 32
 
 
 def family_row(name: str) -> dict[str, Any]:
-    """A family as `hf-gem list` shows it: its names and defaults, and the gain and the largest slope for each n."""
+    """Returns a family's names and defaults, and its gain and largest slope for each n."""
     family = FAMILIES[name]
     members = [GemSpec(name, n) for n in ORDERS]
     return {
@@ -38,13 +38,13 @@ def family_row(name: str) -> dict[str, Any]:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """What `hf-gem show` shows of a member.
+    """Returns what `hf-gem show` prints about a member.
 
     Args:
-        name: Of the family.
+        name: Name of the member.
 
     Raises:
-        ValueError: the name is malformed.
+        ValueError: The name is malformed.
     """
     spec = parse(name)
     fixed = replace(spec, learnable=False)
@@ -68,25 +68,25 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def half_point(spec: GemSpec) -> float:
-    """The x at which the gate is half open."""
+    """Returns the x at which the gate is half open."""
     return float(spec.eps ** (1 / (2 * spec.n)))
 
 
 def functions(spec: GemSpec) -> tuple[Any, Any]:
-    """The function and its slope, of float64 tensors."""
+    """Returns the function and its slope, for float64 tensors."""
     family = spec.definition
     return (lambda x: forward(family, spec.n, spec.eps, x)), (lambda x: slope(family, spec.n, spec.eps, x))
 
 
 def _extremes(spec: GemSpec) -> dict[str, tuple[float, float | None]]:
-    """Largest and smallest slope, lowest value, largest distance from ReLU; each with its x, or None for several x."""
+    """Finds extreme slopes, lowest value and largest distance from ReLU, each with its x, or None for several x."""
     side = half_point(spec) * torch.logspace(-3, 3, _NUM_POINTS, dtype=torch.float64)
     x = torch.cat((-side.flip(0), side))
     value, derivative = (function(x) for function in functions(spec))
 
     def largest(what: Tensor, sign: int = 1) -> tuple[float, float | None]:
         place = int((sign * what).argmax())
-        equal = x[what == what[place]]  # neighbours may be, in their last digit
+        equal = x[what == what[place]]  # neighbours may round to the same value
         unique = float(equal.max() - equal.min()) < 0.01 * abs(float(x[place]))
         return float(what[place]), float(x[place]) if unique else None
 

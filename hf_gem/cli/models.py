@@ -20,18 +20,18 @@ _NUMBER = "a number, fit or match"
 def audit(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)],
     act: Annotated[
-        str | None, typer.Option(help="Build the model with this activation, to see what it reaches.")
+        str | None, typer.Option(help="Build the model with this activation, to see where it is used.")
     ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Load the weights too.")] = False,
     check: Annotated[
-        bool, typer.Option("--check", help=f"Exit with {UNMET} unless every activation that ran is of the family.")
+        bool, typer.Option("--check", help=f"Exit with status {UNMET} unless all activations belong to the family.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a model once and list its activations.
 
-    Without --pretrained only the config is read, and the model needs no memory. A folder is one that save_pretrained,
-    a recipe or timm has written.
+    Without --pretrained, only the config is read, and the model needs no memory. A folder must have been written by
+    save_pretrained, a recipe or timm.
     """
     from .. import audit as audit_model
     from .. import convert as convert_model
@@ -53,22 +53,22 @@ def audit(
 
 def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the converted model; new or empty.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder for the converted model.")],
     to: Annotated[str, typer.Option(help="The activation, such as egem or gem_n2.")],
-    eps: Annotated[str | None, typer.Option(help=f"In place of the eps in the name: {_NUMBER}.")] = None,
+    eps: Annotated[str | None, typer.Option(help=f"Overrides the eps in the name: {_NUMBER}.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="For fit and match: a text file, a folder of images, or an .npz file of inputs.")
     ] = None,
-    num_batches: Annotated[int, typer.Option("--num-batches", min=1, help="Batches of --data, at most.")] = 4,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Samples of a batch.")] = 8,
+    num_batches: Annotated[int, typer.Option("--num-batches", min=1, help="Maximum number of batches of --data.")] = 4,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Number of samples in a batch.")] = 8,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Choose an eps for each layer.")] = False,
-    skip: Annotated[list[str] | None, typer.Option(help="Paths to leave, such as '*.pooler.*'.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Paths to skip, such as '*.pooler.*'.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Replace the activations of a pretrained model and save it.
 
-    --eps fit chooses n and eps so that the outputs change least on --data. --eps match is for a model that is still to
-    be trained: it puts the gate at the scale of the inputs.
+    --eps fit chooses n and eps so that the outputs change least on --data. --eps match is for a model that you are
+    going to train: it sets the gate to the scale of the inputs.
     """
     from .. import convert as convert_model
     from .batches import read
@@ -100,9 +100,9 @@ def _eps(text: str | None) -> float | str | None:
 
 
 def choose(model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)], as_json: AsJson = False) -> None:
-    """Say which activation the studies support for a model.
+    """Print which activation the studies support for a model.
 
-    Only the config is read. Differences have 95 % intervals; below 0 is better for a loss, above 0 for an accuracy.
+    Only the config is read. Differences have 95 % intervals. Below 0 is better for a loss, above 0 for an accuracy.
     """
     from .choosing import profile
     from .loading import build, find

@@ -1,4 +1,4 @@
-"""`hf-gem report`, `summary` and `card`: pages made from the records of studies."""
+"""`hf-gem report`, `summary` and `card`: write pages from the records of studies."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..training.errors import ConfigError
 
 
 def report(
-    study: Annotated[Path, typer.Argument(metavar="STUDY", help="Folder of a study, as `hf-gem compare` has made it.")],
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="Folder of a study that `hf-gem compare` ran.")],
     baseline: Annotated[
-        str | None, typer.Option(help="Compare with another arm than the plan's; the report gets a folder of its own.")
+        str | None, typer.Option(help="Baseline to use instead of the plan's. The report then gets its own folder.")
     ] = None,
 ) -> None:
     """Write the report of a study from its records."""
@@ -26,7 +26,7 @@ def report(
 
 def summary(
     study: Annotated[list[Path], typer.Argument(metavar="STUDY", help="Folders of the studies.")],
-    baseline: Annotated[str, typer.Option(help="An arm that all of them have.")] = "relu",
+    baseline: Annotated[str, typer.Option(help="An arm that all studies have.")] = "relu",
     output_dir: Annotated[
         Path, typer.Option("--output-dir", "--output_dir", help="Folder for summary.md, summary.html and summary.png.")
     ] = Path(),
@@ -46,7 +46,7 @@ def card(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="Folder of a study of the same recipe.")],
     record: Annotated[Path | None, typer.Option(help="The run's record, if it is elsewhere.")] = None,
 ) -> None:
-    """Put what a study found into the model card of a run."""
+    """Add the results of a study to the model card of a run."""
     from ..training.signals import run_recipe
 
     run_recipe(lambda: print(f"Model card: {_add_comparison(folder, study, record or folder / 'record.json')}"))

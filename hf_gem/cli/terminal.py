@@ -1,4 +1,4 @@
-"""Curves as text: two columns and four rows of Braille dots in each character."""
+"""Draws curves as text, with two columns and four rows of Braille dots in each character."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of U+2800, by row and column
+_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # bits of the dots in U+2800, by row and column
 
 
 def plot(
     title: str, curves: Sequence[Callable[[Tensor], Tensor]], low: float, high: float, width: int = 34, height: int = 10
 ) -> list[str]:
-    """Lines of text that show functions between two x.
+    """Draws functions as lines of text.
 
     Args:
         title: The first line.
-        curves: The first is drawn whole, the others dotted, behind it.
+        curves: The functions. The first is drawn solid, the others dotted.
         low: Smallest x.
         high: Largest x.
-        width: Characters of the drawing.
-        height: Lines of the drawing.
+        width: Width of the drawing in characters.
+        height: Height of the drawing in lines.
     """
     x = torch.linspace(low, high, 2 * width, dtype=torch.float64)
     rows = [curve(x) for curve in curves]
@@ -31,7 +31,7 @@ def plot(
     for number, y in enumerate(rows):
         places = [round((top - value) * scale) for value in y.tolist()]
         for column, place in enumerate(places):
-            if number and column % 4 > 1:  # a gap of a dotted curve
+            if number and column % 4 > 1:  # a gap in a dotted curve
                 continue
             before = places[max(column - 1, 0)] if not number else place
             for dot in range(min(place, before + (place > before)), max(place, before - (place < before)) + 1):
@@ -45,6 +45,6 @@ def plot(
 
 
 def side_by_side(left: Sequence[str], right: Sequence[str]) -> str:
-    """Two plots of one height."""
+    """Joins two plots of the same height."""
     width = max(map(len, left))
     return "\n".join(f"{one:<{width}}  {other}".rstrip() for one, other in zip(left, right, strict=True))

@@ -1,4 +1,4 @@
-"""`hf-gem bench`: how long activations take on this machine, beside those of torch."""
+"""`hf-gem bench`: times activations on this machine, next to those of torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..training.errors import ConfigError
 from .common import AsJson, show, user_errors
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_SECONDS = 0.02  # of one measurement, at least
-_KERNELS = "compiled"  # on a CPU: waits until they are built
+_SECONDS = 0.02  # target time of one measurement
+_KERNELS = "compiled"  # on a CPU, waits until they are built
 
 
 def bench(
@@ -22,14 +22,14 @@ def bench(
     ] = None,
     shape: Annotated[str, typer.Option(help="Shape of the tensor.")] = "1024x3072",
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(_DTYPES)}.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="Device of torch; by default a GPU where there is one.")] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="Measurements of each activation, taken in turns.")] = 15,
+    device: Annotated[str | None, typer.Option(help="Device of torch. By default a GPU, if there is one.")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Number of measurements of each activation.")] = 15,
     as_json: AsJson = False,
 ) -> None:
-    """Time activations beside GELU, ReLU and SiLU.
+    """Time activations next to GELU, ReLU and SiLU.
 
-    A time is that of the forward and the backward pass. Ratios are medians over rounds, with their quartiles; below 1
-    is faster. Run it while the machine does nothing else.
+    Times include the forward and the backward pass. Ratios are medians over rounds, with quartiles. Below 1 is faster.
+    Run it while the machine does nothing else.
     """
     import torch
 
@@ -83,7 +83,7 @@ def _measure(names: Sequence[str], x: Any, rounds: int) -> list[dict[str, Any]]:
 
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """Median and quartiles, over rounds, of the ratio within a round."""
+    """Computes the median and the quartiles of the ratios of all rounds."""
     ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return middle, low, high

@@ -1,4 +1,4 @@
-"""The pictures of reports and summaries."""
+"""Draws the pictures of reports and summaries."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ SETTLED = ("better", "worse", "equivalent")
 
 
 def of_study(study: Study, families: Mapping[str, tuple[str, Sequence[Comparison]]]) -> dict[str, Picture]:
-    """All pictures of a report, by the names of their files.
+    """Draws all pictures of a report, and returns them by file name.
 
     Args:
-        study: With a finished tuning.
+        study: A study whose tuning is finished.
         families: Baseline -> file of its picture, and the comparisons with it.
     """
     acts = {arm: act for arm, (act, _) in study.choices().items()}
@@ -77,7 +77,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Panel:
-    """A forest plot: intervals, one beneath the other.
+    """A forest plot: intervals, one below the other.
 
     Attributes:
         rows: Name -> interval.
@@ -97,7 +97,7 @@ class Panel:
 
 
 def forests(panels: Sequence[Panel]) -> Picture:
-    """A picture of forest plots, two beside each other if there are several."""
+    """Draws forest plots, in two columns if there are several."""
     columns = min(2, len(panels))
     lines = [panels[start : start + columns] for start in range(0, len(panels), columns)]
     heights = [1.1 + 0.42 * max(len(panel.rows) for panel in line) for line in lines]
@@ -134,12 +134,12 @@ def _forest(axes: Axes, panel: Panel) -> None:
 
 
 def differences(study: Study, comparisons: Sequence[Comparison], baseline: str, acts: Mapping[str, str]) -> Panel:
-    """The difference of each arm from the baseline, with its intervals and its seeds.
+    """Returns a panel with the difference of each arm from the baseline, its intervals and its seeds.
 
     Args:
         study: The study of the comparisons.
         comparisons: The comparisons with the baseline.
-        baseline: An arm.
+        baseline: Name of the baseline arm.
         acts: Arm -> its activation.
     """
     plan = study.plan
@@ -160,7 +160,7 @@ def differences(study: Study, comparisons: Sequence[Comparison], baseline: str, 
 
 
 def unit_of(study: Study, metric: str, difference: bool = False) -> str:
-    """The unit of a metric: nats, per cent or points; empty if it has none.
+    """Returns the unit of a metric: nats, per cent or points. Empty if it has none.
 
     Args:
         study: A study with this metric.
@@ -186,7 +186,7 @@ class Course:
     values: dict[int, np.ndarray]
 
     def minus(self, other: Course) -> Course:
-        """The differences at the seeds and steps of both."""
+        """Returns the differences at the seeds and steps that both have."""
         steps = sorted({*self.steps} & {*other.steps})
         seeds = self.values.keys() & other.values.keys()
         mine, theirs = ([course.steps.index(step) for step in steps] for course in (self, other))
@@ -194,14 +194,14 @@ class Course:
 
 
 def curves(study: Study, baseline: str) -> Picture:
-    """The metric of each arm over steps, and how far its training loss is from the baseline's.
+    """Draws the metric of each arm over steps, and the difference of its training loss from the baseline's.
 
-    Lines are means of finished runs and bands their standard deviations. The first tenth of the steps is left out if
-    two points remain: all arms are alike there, and far from what follows.
+    Lines are means of finished runs, and bands are standard deviations. The first tenth of the steps is left out if two
+    points remain, because all arms are alike there and far from their later values.
 
     Args:
-        study: With a finished tuning.
-        baseline: An arm.
+        study: A study whose tuning is finished.
+        baseline: Name of the baseline arm.
     """
     plan = study.plan
     known = {key for record in _records(study) for key, curve in record["curves"].items() if len(curve) > 1}
@@ -222,7 +222,7 @@ def curves(study: Study, baseline: str) -> Picture:
 
 
 def _courses(study: Study, metric: str) -> dict[str, Course]:
-    """Arm -> the values of its finished runs, at the steps that all of these runs have."""
+    """Returns arm -> the values of its finished runs, at the steps that all of these runs have."""
     found = {}
     for arm, runs in study.final_runs().items():
         records = {
@@ -240,7 +240,7 @@ def _courses(study: Study, metric: str) -> dict[str, Course]:
 
 
 def _draw_courses(axes: Axes, courses: Mapping[str, tuple[str, Course]]) -> None:
-    """Draws means within standard deviations, and names them.
+    """Draws means with bands of one standard deviation, and labels them.
 
     Args:
         axes: The panel to draw on.
@@ -266,9 +266,9 @@ def _records(study: Study) -> list[dict[str, Any]]:
 
 
 def sensitivity(study: Study) -> Picture:
-    """What tuning found, over learning rates: the mean of an activation within the best and the worst of its seeds.
+    """Draws the results of tuning by learning rate: means of activations, with bands from the best to the worst seed.
 
-    Large markers are the means of the final seeds, at the rates at which these have run.
+    Large markers are the means of the final seeds, at the rates at which they ran.
     """
     plan = study.plan
     figure = new_figure(8.5, 4.4)
@@ -278,7 +278,7 @@ def sensitivity(study: Study) -> Picture:
     ends = []
     for number, act in enumerate(plan.acts):
         means, style = study.tuned(act), look(act)
-        aside = plan.ratio ** (0.4 * ((number + 0.5) / len(plan.acts) - 0.5))  # or large markers would hide each other
+        aside = plan.ratio ** (0.4 * ((number + 0.5) / len(plan.acts) - 0.5))  # otherwise large markers would overlap
         tuned = {rate: value for rate, value in means.items() if math.isfinite(value)}
         seeds = np.array([[study.outcome(Run(act, rate, seed)) for rate in tuned] for seed in plan.tuning_seeds])
         axes.plot(list(tuned), list(tuned.values()), **style, ms=4, lw=1.4)
@@ -299,7 +299,7 @@ def sensitivity(study: Study) -> Picture:
 
 
 def _finished(study: Study, axes: Axes, metric: str, ends: Sequence[End]) -> Picture:
-    """The picture of a figure with one panel, whose y is a metric."""
+    """Labels a figure with one panel, whose y is a metric, and returns its picture."""
     axes.set_ylabel(metric_label(metric, unit_of(study, metric)))
     show_metric(axes.yaxis, metric)
     mark_better(axes, study.plan.higher_is_better)
@@ -310,19 +310,19 @@ def _finished(study: Study, axes: Axes, metric: str, ends: Sequence[End]) -> Pic
 
 
 def _name_rates(axes: Axes, rates: Sequence[float]) -> None:
-    """Ticks at learning rates, on a logarithmic axis; slanted, since ten of them would overlap."""
+    """Puts ticks at learning rates on a logarithmic axis. They are slanted, since ten of them would overlap."""
     axes.set_xticks(rates, [f"{rate:.3g}" for rate in rates], rotation=45, ha="right", rotation_mode="anchor")
     axes.xaxis.set_minor_locator(NullLocator())
 
 
 def ablation(study: Study, key: str) -> Picture | None:
-    """Outcomes by n or eps, of the arms and of tuning; None if no members of a family differ in it."""
+    """Draws outcomes of arms and tuning by n or eps. Returns None if no members of a family differ in it."""
     plan = study.plan
     final = {study.choices()[arm][0]: _finite(found.values()) for arm, found in study.outcomes().items()}
     tuned = {act: _finite(study.tuned(act).values()) for act in plan.acts}
     best = {act: [plan.best(values)] for act, values in tuned.items() if values}
     sources: dict[str, tuple[Any, dict[str, Any]]] = {"final seeds": (_lines(final, key), {})}
-    if plan.metric == plan.tuning_metric:  # what stands on one axis has to be of one kind
+    if plan.metric == plan.tuning_metric:  # one axis can only show one metric
         sources["tuning"] = _lines(best, key), {"ls": ":", "mfc": "white"}
     if not any(lines for lines, _ in sources.values()):
         return None
@@ -345,10 +345,11 @@ def ablation(study: Study, key: str) -> Picture | None:
 
 
 def dose(study: Study) -> Picture | None:
-    """Outcomes by the half point of the gate over the rms of what activations receive at the start.
+    """Draws outcomes by the half point of the gate, divided by the rms of the activations' inputs at the start.
 
-    One line for each n of GEM and E-GEM, and of SE-GEM, with 95 % t intervals over seeds. Other activations are level
-    lines. None where records do not have the rms, or members of no family differ in the half point.
+    GEM and E-GEM share a line for each n, and so does SE-GEM, with 95 % t intervals over seeds. Other activations are
+    horizontal lines. Returns None if the records do not have the rms, or no members of a family differ in the half
+    point.
     """
     lines: dict[str, dict[float, list[float]]] = {}
     others: dict[str, float] = {}
@@ -380,16 +381,16 @@ def dose(study: Study) -> Picture | None:
 
 
 def _look_of_dose(label: str) -> dict[str, Any]:
-    """The look of a line of `dose`: lines of one family have colours that are far apart."""
+    """Returns the look of a line of `dose`. Lines of one family have clearly different colours."""
     family, n = label.split(", n = ")
     half = 10 ** min(1.5 * int(n) - 4, 0.5)
     return look(f"{family.replace('-', '').lower()}_n{n}_eps{half ** (2 * int(n)):g}")
 
 
 def _dose_of(study: Study, arm: str) -> tuple[str, float] | None:
-    """The line that an arm is a point of, and where; None where its records do not say.
+    """Returns the line of `dose` that an arm belongs to, and its place there.
 
-    Nor has an arm a place there whose flags change more than eps.
+    Returns None if its records do not contain it, or if its flags change more than eps.
     """
     ratios, label = [], ""
     if not all(flag.startswith(("eps=", "match_c=")) for flag in study.choices()[arm][0].split()[1:]):
@@ -404,14 +405,14 @@ def _dose_of(study: Study, arm: str) -> tuple[str, float] | None:
 
 
 def _means(groups: Iterable[Sequence[float]]) -> tuple[list[float], list[float]]:
-    """Means, and half the widths of their 95 % t intervals; 0 for a single value."""
+    """Returns means, and half the widths of their 95 % t intervals (0 for a single value)."""
     estimates = [(np.array(values), len(values) > 1) for values in groups]
     means = [float(values.mean()) for values, _ in estimates]
     return means, [np.ptp(over_seeds(values).interval()) / 2 if some else 0.0 for values, some in estimates]
 
 
 def _lines(outcomes: Mapping[str, list[float]], key: str) -> dict[str, dict[float, list[float]]]:
-    """Outcomes of the activations that differ in n or eps alone, by its value; only where there are two or more."""
+    """Groups outcomes of activations that differ only in n or eps, by its value. Leaves out groups of one value."""
     lines: dict[str, dict[float, list[float]]] = {}
     for act, values in outcomes.items():
         if is_name(act) and values:
@@ -425,7 +426,7 @@ def _lines(outcomes: Mapping[str, list[float]], key: str) -> dict[str, dict[floa
 
 
 def _look_of(label: str) -> dict[str, Any]:
-    """Of a line of `_lines`: that of the activation with what it has fixed."""
+    """Returns the look of a line of `_lines`, which is that of the activation with the same fixed n or eps."""
     family, *fixed = label.removesuffix(", learnable").split(", ")
     return look("_".join([family, *(text.replace(" = ", "") for text in fixed)]))
 

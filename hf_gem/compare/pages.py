@@ -1,4 +1,4 @@
-"""Pages: a text in Markdown with its pictures beside it, and the same as one HTML file that contains them."""
+"""Writes pages as Markdown with separate pictures, and as one HTML file that contains them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def write_pages(folder: Path, name: str, text: str, pictures: Mapping[str, Pictu
     """Writes a page as Markdown and as HTML.
 
     Args:
-        folder: The folder of the files.
-        name: The name of both files, without ending.
+        folder: Folder for the files.
+        name: Name of both files, without suffix.
         text: Markdown. Its first line is the title.
         pictures: Name of a PNG file that the text shows -> the picture. The HTML page contains the SVG.
 
@@ -36,7 +36,7 @@ def write_pages(folder: Path, name: str, text: str, pictures: Mapping[str, Pictu
 
 
 def to_html(text: str, pictures: Mapping[str, Picture]) -> str:
-    """One HTML page that needs no other file. HTML in the text is shown as it is written.
+    """Converts Markdown to an HTML page that needs no other file. HTML in the text is shown as text.
 
     Args:
         text: Markdown. Its first line is the title.
@@ -48,7 +48,7 @@ def to_html(text: str, pictures: Mapping[str, Picture]) -> str:
 
 
 class _Renderer(RendererHTML):
-    """Puts pictures into the page, each with its title beneath it, and each table into a box that scrolls."""
+    """A renderer that embeds pictures with their titles below them, and puts tables into boxes that scroll."""
 
     def render(self, tokens: Sequence[Token], options: OptionsDict, env: EnvType) -> str:
         for before, token, after in zip(tokens, tokens[1:], tokens[2:], strict=False):

@@ -1,4 +1,4 @@
-"""What a terminal or a log shows of a study: how far it is, and which runs are under way."""
+"""Shows the progress of a study on a terminal or in a log."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .plan import Run
 from .study import Study
 
 _BAR = "{desc} {percentage:.0f}%|{bar}| {n:.1f} of {total} runs, {remaining} left{postfix}"
-_EVERY = 1.0  # seconds between looks at the logs of runs
-_TAIL = 4096  # bytes at the end of a log, in which its last line is
+_EVERY = 1.0  # seconds between reads of the logs of runs
+_TAIL = 4096  # bytes at the end of a log that contain its last line
 
 
 class StudyProgress:
-    """A bar on a terminal and lines in a log. Both name the runs under way, and the bar counts their steps.
+    """A bar on a terminal, or lines in a log. Both name the current runs, and the bar counts their steps.
 
     Args:
-        study: The study that is run.
+        study: The study that runs.
     """
 
     def __init__(self, study: Study) -> None:
@@ -34,7 +34,7 @@ class StudyProgress:
         self.done = self.first = study.num_records()
         self.left = study.left()
         self.began, self.looked = time.monotonic(), 0.0
-        self.under_way: dict[Run, int | None] = {}  # its steps, as soon as they are known
+        self.under_way: dict[Run, int | None] = {}  # their numbers of steps, once known
         width = bar_width()
         self.has_lines = not width
         self.bar: tqdm[NoReturn] = tqdm(
@@ -56,18 +56,18 @@ class StudyProgress:
         self.bar.close()
 
     def start(self, run: Run) -> None:
-        """Shows that a run begins."""
+        """Shows that a run has started."""
         self.under_way[run] = None
         if self.has_lines:
             self._print(f"{run.name} begins")
         self._draw()
 
     def leave(self, run: Run) -> None:
-        """Shows that a run is no longer under way. `count` counts it."""
+        """Shows that a run has stopped. `count` counts it."""
         self.under_way.pop(run, None)
 
     def count(self, runs: int = 1) -> None:
-        """Counts runs that have a record now, from here or from another driver."""
+        """Counts runs that have a record now, from this driver or another one."""
         self.done += runs
         self.left = self.study.left()
         if self.has_lines:
@@ -76,7 +76,7 @@ class StudyProgress:
         self._draw()
 
     def look(self) -> None:
-        """Draws the bar with the steps of the runs under way, at most once a second."""
+        """Draws the bar with the steps of the current runs, at most once a second."""
         if not self.has_lines and time.monotonic() > self.looked + _EVERY:
             self.looked = time.monotonic()
             self._draw()
@@ -95,10 +95,10 @@ class StudyProgress:
         self.bar.set_postfix_str("".join(names[:1]) + more, refresh=True)
 
     def _share(self, run: Run) -> float:
-        """How much of a run is done, by the last line of its log."""
+        """Returns the share of a run that is done, from the last line of its log."""
         folder = self.study.folder / "runs" / run.name
         if self.under_way[run] is None:
-            with contextlib.suppress(OSError, ValueError):  # it is not there yet, or not whole
+            with contextlib.suppress(OSError, ValueError):  # it does not exist yet, or is incomplete
                 self.under_way[run] = read_record(folder / "record.json")["config"].get("steps")
         steps = self.under_way[run]
         return min(1.0, _last_step(folder / "log.jsonl") / steps) if steps else 0.0
@@ -108,7 +108,7 @@ class StudyProgress:
 
 
 def _last_step(log: Path) -> int:
-    """The last step in the log of a run; 0 if it has none yet."""
+    """Returns the last step in the log of a run, or 0 if it has none yet."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _TAIL))

@@ -99,7 +99,7 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
 
 
 def loading_notes(auto: str, location: str, stops: bool = True, own: bool = False) -> str:
-    """The section of a model card that explains how to load a checkpoint of `save_for_hub`, in Markdown.
+    """Returns the section of a model card that explains how to load a checkpoint of `save_for_hub`, in Markdown.
 
     Args:
         auto: Name of the Auto class.
@@ -165,7 +165,7 @@ def _check(model: Any) -> tuple[list[str], dict[str, str]]:
 
 
 def _origin(cls: type) -> type | None:
-    """The transformers or hf_gem class of a model, also if the code of a checkpoint derives from it."""
+    """Returns the transformers or hf_gem class of a model, also if the code of a checkpoint derives from it."""
     home = cls.__module__
     if home.startswith("transformers.") or _is_own(home):
         return cls
@@ -174,28 +174,28 @@ def _origin(cls: type) -> type | None:
 
 
 def _is_own(module: str) -> bool:
-    """Whether a module of hf_gem defines models, or is a checkpoint's copy of such a module."""
+    """Returns whether a module of hf_gem defines models, or is a checkpoint's copy of such a module."""
     return any(module == f"hf_gem.training.{name}" or _is_copy(module, f"gem_{name}") for name in _OWN)
 
 
 def _is_copy(module: str, name: str) -> bool:
-    """Whether a module is a file of this name in a checkpoint. Only transformers imports under such module names."""
+    """Returns whether a module is a file of this name in a checkpoint. Only transformers imports such module names."""
     return module.startswith("transformers_modules.") and module.endswith(f".{name}")
 
 
 def _own_code(model: Any) -> Path | None:
-    """The file that defines a model of hf_gem, or the copy of that file in a checkpoint."""
+    """Returns the file that defines a model of hf_gem, or the copy of that file in a checkpoint."""
     origin = _origin(type(model))
     return Path(str(sys.modules[origin.__module__].__file__)) if origin and _is_own(origin.__module__) else None
 
 
 def _own_name(file: Path) -> str:
-    """The name in hf_gem of a file found by `_own_code`."""
+    """Returns the name in hf_gem of a file found by `_own_code`."""
     return file.stem.removeprefix("gem_")
 
 
 def _auto_map(model: Any) -> dict[str, str]:
-    """Auto class -> the class that it builds for the config of this model."""
+    """Returns Auto class -> the class that it builds for the config of this model."""
     from transformers.models.auto import modeling_auto
 
     config_class = type(model.config)
@@ -209,7 +209,7 @@ def _auto_map(model: Any) -> dict[str, str]:
 
 
 def _code(auto_map: dict[str, str], names: list[str], own: Path | None) -> dict[str, str]:
-    """File name -> source of all code in a checkpoint. Files of hf_gem import from the files next to them."""
+    """Returns file name -> source of all code in a checkpoint. Files of hf_gem import from the files next to them."""
     families = {parse(name).family: parse(name).definition for name in names}
     foreign = {name: family for name, family in families.items() if not family.value.__module__.startswith("hf_gem.")}
     homes = {name: _home(family) for name, family in foreign.items()}
@@ -226,7 +226,7 @@ def _code(auto_map: dict[str, str], names: list[str], own: Path | None) -> dict[
 
 
 def _home(family: Family) -> tuple[str, str]:
-    """The variable of a user's own family in its file, and that file with its imports changed for a checkpoint.
+    """Returns the variable of a user's own family in its file, and that file with its imports changed for a checkpoint.
 
     Raises:
         ValueError: There is no such file, or it imports more of hf_gem than a checkpoint contains.
@@ -254,7 +254,7 @@ def _home(family: Family) -> tuple[str, str]:
 
 
 def _modeling(auto_map: dict[str, str], names: list[str], own: str | None, families: dict[str, str]) -> str:
-    """The source of the module that loads a checkpoint.
+    """Returns the source of the module that loads a checkpoint.
 
     Args:
         auto_map: Auto class -> class.

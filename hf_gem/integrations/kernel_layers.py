@@ -1,4 +1,4 @@
-"""Layers of a package for kernels, in which this file is `layers.py`; see `kernels.py` beside it."""
+"""The layers of a package for Hugging Face's `kernels`, into which `kernels.py` copies this file as `layers.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..functional import activation
 
 
 class GemActivation(nn.Module):
-    """The forward of a module of the family with a fixed eps, whose attributes it reads."""
+    """A layer whose forward replaces that of a module of the family with a fixed eps, and reads its attributes."""
 
     family: str
     n: int
@@ -17,5 +17,5 @@ class GemActivation(nn.Module):
     can_torch_compile = True
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        # Modules of a checkpoint of save_for_hub have no choice of what to save.
+        # Modules in a checkpoint of save_for_hub have no attribute `save`.
         return activation(x, self.family, self.n, self.init_eps, getattr(self, "save", "auto"))

@@ -1,4 +1,4 @@
-"""The kernels of the family as a package that Hugging Face's kernels loads, from a folder or from the Hub."""
+"""Writes the kernels of the family as a package that Hugging Face's `kernels` loads from a folder or the Hub."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .._kernels.replaceable import LAYER, PACKAGE
 
 _ROOT = Path(__file__).parent.parent
 _BACKENDS = ("cpu", "cuda", "rocm", "xpu")
-_VERSION = 1  # to be raised when a layer or a function changes what it takes
-# Of hf_gem they import each other only, and that by relative imports.
+_VERSION = 1  # raise it when the arguments of a layer or a function change
+# Within hf_gem, these files only import each other, by relative imports.
 _COPIED = (
     *("_torch.py", "files.py", "functional.py"),
     *(f"family/{name}.py" for name in ("__init__", "arithmetic", "table", "egem", "segem", "formulas", "names")),
@@ -56,11 +56,11 @@ def write_kernel_package(folder: str | Path) -> list[Path]:
     """Writes a package of the family's kernels that needs no hf_gem, for `kernels.kernelize` and `kernels.get_kernel`.
 
     Its layer `GemActivation` replaces the forward of hf_gem's modules, and of those in a checkpoint of `save_for_hub`
-    that was loaded without hf_gem. Those run as plain torch otherwise, in several passes over memory. Modules with a
+    that was loaded without hf_gem. Otherwise those run as plain torch, in several passes over memory. Modules with a
     learnable eps keep their forward.
 
     Args:
-        folder: Where to, made if need be. Use it with `kernels.LocalLayerRepository`, or upload it as a kernel
+        folder: The folder, created if needed. Use it with `kernels.LocalLayerRepository`, or upload it as a kernel
             repository.
 
     Returns:
@@ -76,12 +76,12 @@ def write_kernel_package(folder: str | Path) -> list[Path]:
         written[variant / "metadata.json"] = json.dumps(_metadata(backend, digest[:12], files), indent=2) + "\n"
     for path, text in written.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text.encode())  # on every system with the line ends that the digest has
+        path.write_bytes(text.encode())  # the line endings of the digest, on every system
     return list(written)
 
 
 def _files() -> dict[str, str]:
-    """Path in a variant -> text: floors of hf_gem as they are, without the C++ kernels, and what is around them."""
+    """Returns path in a variant -> text. Most are copies of files of hf_gem; the C++ kernels are left out."""
     layers = Path(__file__).with_name("kernel_layers.py").read_text(encoding="utf-8")
     return {
         "__init__.py": _INIT,
@@ -92,7 +92,7 @@ def _files() -> dict[str, str]:
 
 
 def _metadata(backend: str, unique: str, files: dict[str, str]) -> dict[str, object]:
-    """What metadata.json says of a variant. Its id is the name that the package is imported under."""
+    """Returns the content of a variant's metadata.json. The package is imported under its id."""
     digests = {name: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for name, text in files.items()}
     return {
         "id": f"{PACKAGE}{backend}_{unique}",

@@ -42,7 +42,7 @@ class ActName(str):
 
 
 def _function(x: Tensor, n: int, eps: float, family: str, inplace: bool = False) -> Tensor:
-    """An activation function with the signature of timm's. `inplace` is ignored, and the input is never overwritten.
+    """Computes an activation, with the signature of timm's. Ignores `inplace`, and never overwrites the input.
 
     The backward pass keeps the input, because nfnet multiplies the result in place.
     """

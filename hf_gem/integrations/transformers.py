@@ -61,7 +61,7 @@ def _install_activations(module: ModuleType) -> None:
 
 
 def _instantier_with_names(instantier: Any) -> Any:
-    """An empty dict of the type of `ACT2FN`, for copies and pickles. Unpickling imports hf_gem to find this."""
+    """Returns an empty dict of the type of `ACT2FN`, for copies and pickles. Unpickling imports hf_gem to find this."""
     copied, shared = instantier(), sys.modules["transformers.activations"].ACT2FN
     if issubclass(type(shared), instantier):  # otherwise nothing is registered, or transformers has another version
         copied.__class__ = type(shared)
@@ -82,7 +82,7 @@ _OVERWRITTEN = {"minimax_m3_vl_text", "step3p5"}
 
 
 def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
-    """If a keyword for an activation is not a field of this config, applies its name to the field the config reads."""
+    """Applies a keyword for an activation that is not a field of this config to the field that the config reads."""
     from_file = config.transformers_version is not None
     if type(config) is sys.modules["transformers.configuration_utils"].PreTrainedConfig:
         original(config, **kwargs)  # the base class, which can read any file
@@ -206,7 +206,7 @@ def _refuse(missing: dict[str, str], model: Any, _: Any) -> None:
 
 
 def _constructors() -> list[Any]:
-    """The models whose `__init__` is running, innermost first.
+    """Returns the models whose `__init__` is running, innermost first.
 
     Only the call stack shows this, since a model and its parts share a config.
     """
@@ -325,7 +325,7 @@ def _initialize_weights(original: Any, model: Any, module: Any, *args: Any, **kw
 
 
 def _training_step(original: Any, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """After the first step, warns about activations of the family that did not run in it."""
+    """Warns after the first step about activations of the family that did not run in it."""
     loss = original(trainer, model, *args, **kwargs)
     if not vars(trainer).get(CALLED):
         vars(trainer)[CALLED] = True

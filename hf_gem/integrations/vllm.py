@@ -1,4 +1,4 @@
-"""vLLM: names of the family in its table of activations, which its own GPT-2, BERT and others read.
+"""vLLM: adds the names of the family to its table of activations, which its own GPT-2, BERT and others read.
 
 vLLM loads hf_gem through the entry point `vllm.general_plugins` in pyproject.toml, in each of its processes.
 """
@@ -17,13 +17,13 @@ from ..surgery.fields import nested_configs
 from ..surgery.plans import PLAN
 from .registry import Installer, refuse_conflicts
 
-_TABLES = ("_ACTIVATION_REGISTRY",)  # the gated one has fused kernels that take the gate and the input as one tensor
+_TABLES = ("_ACTIVATION_REGISTRY",)  # not the gated table, whose fused kernels take gate and input as one tensor
 
 
 def _refuse_converted(name: str) -> None:
     """Raises ValueError while vLLM builds its own class for a converted model.
 
-    Such a class asks for one name for all of its layers. A conversion may have left layers out or given each its own.
+    Such a class uses one name for all of its layers. A conversion may have left layers out or given each its own.
     """
     current = sys.modules["vllm.config"].get_current_vllm_config_or_none()
     config = current.model_config.hf_config if current and current.model_config else None
@@ -44,7 +44,7 @@ def _install(module: ModuleType) -> None:
 
 
 def _with_names(lazy: Any) -> Any:
-    """A subclass of vLLM's mapping that builds a module for every name of the family, a new one each time."""
+    """Returns a subclass of vLLM's mapping that builds a new module whenever a name of the family is looked up."""
 
     class Names(lazy):  # type: ignore[misc]
         of_hf_gem = True
@@ -52,7 +52,7 @@ def _with_names(lazy: Any) -> Any:
         def __getitem__(self, key: str) -> nn.Module:
             if not is_claimed(key):
                 return super().__getitem__(key)  # type: ignore[no-any-return]
-            spec = parse(key)  # a malformed name raises, saying the nearest
+            spec = parse(key)  # for a malformed name, the error names the nearest valid one
             _refuse_converted(spec.name)
             return get_activation(spec.name)
 

@@ -90,7 +90,7 @@ def _with(checkpoint: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _load_state_dict(model: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-    """`load_state_dict` for LightningModule, which runs after a model is built and before its weights are loaded."""
+    """Restores a conversion in LightningModule's `load_state_dict`, after building and before loading the weights."""
     plan = (_checkpoint.get() or {}).get(PLAN)
     if plan is not None:
         _checkpoint.set(None)

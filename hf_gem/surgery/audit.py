@@ -205,7 +205,7 @@ def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _table(calls: tuple[ActivationCall, ...], title: str) -> list[str]:
-    """The lines of a table, one per function and location. Empty if there are no calls."""
+    """Returns the lines of a table, one per function and location. Empty if there are no calls."""
     groups: dict[tuple[str, str], list[ActivationCall]] = {}
     for call in calls:
         groups.setdefault((call.function, call.location), []).append(call)

@@ -155,7 +155,7 @@ def _settle(
 
 
 def _member(family: str, n: int, eps: float) -> GemSpec:
-    """The member with this eps, rounded to three digits and clamped to the range, or with the family's fixed eps."""
+    """Returns the member with the family's fixed eps, or with this eps, rounded to three digits and put into range."""
     low, high = EPS_RANGE
     if family_named(family).fixed_eps is not None:
         return GemSpec(family, n)
@@ -240,7 +240,7 @@ def _as_function(activation: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def relative_change(before: list[Tensor], after: list[Tensor]) -> float | None:
-    """Root mean square of the change relative to that of `before`, over finite values. None if the shapes differ."""
+    """Returns the rms of the change relative to that of `before`, over finite values. None if the shapes differ."""
     if [b.shape for b in before] != [a.shape for a in after]:
         return None
     change = size = 0.0
@@ -256,7 +256,7 @@ def relative_change(before: list[Tensor], after: list[Tensor]) -> float | None:
 
 @contextlib.contextmanager
 def put_back(model: nn.Module, slots: Iterable[Slot]) -> Iterator[contextlib.ExitStack]:
-    """A context that restores the occupants of slots when it ends, unless the stack is emptied."""
+    """Returns a context that restores the occupants of slots when it ends, unless the stack is emptied."""
     with contextlib.ExitStack() as stack:
         stack.callback(match_nested_tensors, model)
         for slot in slots:

@@ -16,7 +16,7 @@ from .slots import Slot
 
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 _QUANTISED = ("torch.ao.nn.quantized.modules", "torch.ao.nn.intrinsic.quantized.modules")
-_NOT_QUANTISED = ("FloatFunctional", "PackedParams", "Embedding", "EmbeddingBag")  # embeddings only store them so
+_NOT_QUANTISED = ("FloatFunctional", "PackedParams", "Embedding", "EmbeddingBag")  # embeddings output floats
 
 
 def check_arguments(
@@ -89,7 +89,7 @@ def _check_choice_of_eps(spec: GemSpec, eps: float | str | None, data: Any, per_
 
 
 def check_wrappers(model: nn.Module, spec: GemSpec, chosen: dict[str, Slot]) -> None:
-    """Raises ValueError if a wrapper tracks the parameters, and a learnable eps adds some or a PReLU's go away."""
+    """Raises ValueError if a wrapper tracks the parameters, and the conversion adds an eps or removes a PReLU's."""
     going = [path for path, slot in chosen.items() if _has_weights(slot)]
     if not spec.learnable and not going:
         return

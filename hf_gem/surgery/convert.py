@@ -100,7 +100,7 @@ class Conversion:
         return values
 
     def _about_eps(self) -> list[str]:
-        """Lines that explain the choice of eps, largest errors or rms first. Empty if the caller gave eps."""
+        """Returns lines that explain the choice of eps, largest errors or rms first. Empty if the caller gave eps."""
         rows: list[tuple[float, str]] = []
         for r in self.replaced:
             if r.rms is not None:
@@ -384,6 +384,6 @@ def _edge(found: Fit) -> str:
 
 
 def _families(names: list[str]) -> list[str]:
-    """The names. If there are many, as after a fit per layer, those of the family are shortened to `egem_*`."""
+    """Returns the names. If there are many, as after a fit per layer, those of the family are shortened to `egem_*`."""
     many = len(set(names)) > _MOST
     return [f"{parse(name).family}_*" if many and is_name(name) else name for name in names]

@@ -123,7 +123,7 @@ def set_activation(config: Any, name: str, *, fields: str | Iterable[str] | None
 
 
 def _no_field(config: Any, name: str, found: list[ActivationField], wanted: Any) -> str:
-    """The message for a config without a field to set."""
+    """Returns the message for a config without a field to set."""
     others = ", ".join(f"{field.path}={shown(field.value)}" for field in found)
     if wanted is not None:
         problem, fix = f" that matches fields={shown(wanted)}. It has {others or 'none'}.", ""
@@ -138,7 +138,7 @@ def _no_field(config: Any, name: str, found: list[ActivationField], wanted: Any)
 
 
 def activation_fields(config: Any) -> Iterator[ActivationField]:
-    """All fields that name an activation, inside and outside the body, depth first.
+    """Yields all fields that name an activation, inside and outside the body, depth first.
 
     Raises:
         TypeError: `config` is not a transformers config.
@@ -152,7 +152,7 @@ def activation_fields(config: Any) -> Iterator[ActivationField]:
 
 
 def declares(config: Any, name: str) -> bool:
-    """Whether the class of a config has a field with this name or alias."""
+    """Returns whether the class of a config has a field with this name or alias."""
     return name in config.attribute_map or name in _parameters(type(config))  # type: ignore[arg-type]
 
 
@@ -171,17 +171,17 @@ def nested_configs(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def is_body(key: str) -> bool:
-    """Whether a field with this name belongs to the body of a network, not to a pooler, a head, a projector etc."""
+    """Returns whether a field with this name belongs to the body of a network, not to a pooler, head, projector etc."""
     return not _words(key) & _OTHER_PARTS
 
 
 def is_activation_key(key: str) -> bool:
-    """Whether a field with this name selects an activation, provided its value names one."""
+    """Returns whether a field with this name selects an activation, provided its value names one."""
     return key in _DERIVED or bool(_words(key) & _ACTIVATION_WORDS)
 
 
 def plain_name(value: str) -> str:
-    """The name of an activation without T5's prefix for a gated MLP."""
+    """Returns the name of an activation without T5's prefix for a gated MLP."""
     return value.removeprefix(_GATED)
 
 
@@ -249,6 +249,6 @@ def _known_name(name: str) -> str:
 
 
 def is_config(value: object) -> bool:
-    """Whether this is a transformers config. If transformers is not imported, nothing is."""
+    """Returns whether this is a transformers config. If transformers is not imported, nothing is."""
     module = sys.modules.get("transformers.configuration_utils")
     return module is not None and isinstance(value, module.PreTrainedConfig)

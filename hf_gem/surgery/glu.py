@@ -165,7 +165,7 @@ def _can_fuse(act: Any) -> bool:
 
 
 def _glu(*, act: Any, gate: Any, up: Any) -> Any:
-    """`act(gate) * up`, in one call if the result only differs by rounding."""
+    """Computes `act(gate) * up`, in one call if the result only differs by rounding."""
     plain = type(gate) is Tensor and type(up) is Tensor and not is_tracing()  # not sharded, nested, an fx proxy etc.
     if plain and gate.shape == up.shape and gate.dtype == up.dtype and _can_fuse(act) and not _is_watched(act):
         if not torch.compiler.is_compiling():
@@ -178,7 +178,7 @@ def _glu(*, act: Any, gate: Any, up: Any) -> Any:
 
 
 def _is_watched(act: nn.Module) -> bool:
-    """Whether a call does more than the class defines, because of hooks or a replaced forward."""
+    """Returns whether a call does more than the class defines, because of hooks or a replaced forward."""
     return has_hooks(act) or "forward" in vars(act)
 
 
@@ -194,7 +194,7 @@ def _original(module: nn.Module) -> Any:
 
 
 def _kept_methods(module: nn.Module) -> dict[str, str]:
-    """Attribute -> name of the method of its class that the instance stores there, as with accelerate's hooks."""
+    """Returns attribute -> name of the class's method that the instance stores there, as with accelerate's hooks."""
     kept = {key: held for key, held in vars(module).items() if inspect.ismethod(held) and held.__self__ is module}
     names = {key: held.__name__ for key, held in kept.items()}
     return {key: name for key, name in names.items() if getattr(type(module), name, None) is kept[key].__func__}
@@ -208,7 +208,7 @@ def _set_class(module: nn.Module, cls: Any) -> None:
 
 @functools.cache
 def _fused(cls: Any, keys: frozenset[str]) -> Any:
-    """The subclass with the same name whose methods call `_glu` for the products of `keys`."""
+    """Returns the subclass with the same name whose methods call `_glu` for the products of `keys`."""
     methods, _ = _products(cls, keys)
     if not methods:
         return cls  # a pickle from another version of its library
@@ -357,19 +357,19 @@ class _Rewriter(ast.NodeTransformer):
         return node
 
     def _is_call(self, node: ast.AST) -> TypeGuard[ast.Call]:
-        """Whether this is `self.key(gate)`."""
+        """Returns whether this is `self.key(gate)`."""
         if not isinstance(node, ast.Call) or self._attribute(node.func) not in self._keys or node.keywords:
             return False
         return len(node.args) == 1 and not isinstance(node.args[0], ast.Starred)
 
     def _attribute(self, node: ast.AST) -> str:
-        """The name of the attribute if this is `self.attribute`, otherwise ""."""
+        """Returns the name of the attribute if this is `self.attribute`, otherwise ""."""
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self._self:
             return node.attr
         return ""
 
     def _is_fresh(self, gate: ast.AST) -> bool:
-        """Whether this is the result of a layer. The result of a function may be a view of its argument."""
+        """Returns whether this is the result of a layer. The result of a function may be a view of its argument."""
         return isinstance(gate, ast.Call) and self._attribute(gate.func) != ""
 
     def _may_change(self, up: ast.AST, gate: ast.AST) -> bool:

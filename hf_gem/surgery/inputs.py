@@ -71,7 +71,7 @@ def _nested(config: Any) -> Iterator[Any]:
 
 
 def _timm_size(model: nn.Module, timm_config: Any) -> tuple[int, ...]:
-    """The input size that a model was built for, which may differ from that of its pretrained weights."""
+    """Returns the input size that a model was built for, which may differ from that of its pretrained weights."""
     channels, *size = timm_config["input_size"]
     stem = timm_config.get("first_conv")
     if isinstance(stem, str):
@@ -113,7 +113,7 @@ def _pixels(config: _Config) -> Tensor:
 
 
 def _samples(config: _Config) -> Tensor:
-    """A waveform, with a channel dimension for codecs, or a spectrogram for models that read one."""
+    """Returns a waveform, with a channel dimension for codecs, or a spectrogram for models that read one."""
     bins, length = config.get("num_mel_bins"), config.get("max_length")
     if bins and length:
         return torch.zeros(1, length, bins)

@@ -22,11 +22,11 @@ _GATE = re.compile(r"(h|hard|log)?sigmoid|(hard)?tanh|softsign|softplus|sqrtsoft
 
 
 def kind(occupant: Any) -> str | None:
-    """The kind of an activation in lower-case letters, such as `relu`, `gelutanh` or `hardswish`.
+    """Returns the kind of an activation in lower-case letters, such as `relu`, `gelutanh` or `hardswish`.
 
-    None for anything else. A module is no activation if it is a layer, or has a submodule that is not an activation. A
-    class does not count, since it is only stored to be instantiated, and neither does a function that needs more than
-    one argument.
+    Returns None for anything else. A module is no activation if it is a layer, or has a submodule that is not an
+    activation. A class does not count, since it is only stored to be instantiated, and neither does a function that
+    needs more than one argument.
     """
     if isinstance(occupant, GemActivation):
         return occupant.family
@@ -48,12 +48,12 @@ def _without_partials(function: Any) -> Any:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether a module does more than apply a function, for example a ConvReLU, which applies a ReLU at the end."""
+    """Returns whether a module does more than apply a function, as a ConvReLU, which applies a ReLU at the end."""
     return is_layer(module) or any(kind(child) is None for child in module.children())
 
 
 def _num_required(function: Callable[..., Any]) -> int:
-    """The number of required arguments, for example two if a bias is added before the activation. 0 if unknown."""
+    """Returns the number of required arguments, such as two if a bias is added before the activation. 0 if unknown."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a function written in C
@@ -62,7 +62,7 @@ def _num_required(function: Callable[..., Any]) -> int:
 
 
 def is_elementwise(occupant: Any) -> bool:
-    """Whether an activation is elementwise, as far as one trial shows.
+    """Returns whether an activation is elementwise, as far as one trial shows.
 
     Those of torch, transformers and timm are. Someone's own `GatedGELU` may halve the channels, and a `NormGELU` may
     normalise.
@@ -85,30 +85,30 @@ def is_elementwise(occupant: Any) -> bool:
 
 
 def describe(occupant: Any) -> str:
-    """The name of an activation in a report: the full name for a member of the family, otherwise its kind."""
+    """Returns the name of an activation in a report: the full name for a member of the family, otherwise its kind."""
     return occupant.spec.name if isinstance(occupant, GemActivation) else kind(occupant) or type(occupant).__name__
 
 
 def is_gate(kind: str) -> bool:
-    """Whether this is a bounded function or a softplus, which networks use as a gate rather than between layers."""
+    """Returns whether this is a bounded function or a softplus, which networks use as a gate, not between layers."""
     return _GATE.fullmatch(kind) is not None
 
 
 def is_stock(occupant: Any) -> bool:
-    """Whether this is an activation outside the family, and not a gate."""
+    """Returns whether this is an activation outside the family, and not a gate."""
     what = kind(occupant)
     return what is not None and what not in FAMILIES and not is_gate(what)
 
 
 def activation_slots(model: nn.Module) -> Iterator[Slot]:
-    """The slots that hold an elementwise activation, members of the family included and gates excluded."""
+    """Yields the slots that hold an elementwise activation, members of the family included and gates excluded."""
     for slot in stock_slots(model):
         if not is_gate(kind(slot.occupant) or "") and is_elementwise(slot.occupant):
             yield slot
 
 
 def stock_slots(model: nn.Module, also: tuple[type, ...] = ()) -> Iterator[Slot]:
-    """All slots that hold an activation: submodules, also those in containers, and attributes that are functions.
+    """Yields all slots with an activation: submodules, also those in containers, and attributes that are functions.
 
     A slot in a module that occurs twice is listed once, under its first path.
 

@@ -36,7 +36,7 @@ _HALF_HARD_CODED = {"hgnet_v2", "resnet", "rt_detr_resnet", "uvdoc"}  # model ty
 
 
 def added(model: nn.Module, built: bool = False) -> Iterator[Slot]:
-    """The slots with an activation of the family that was put in after the model was built, by conversion or by hand.
+    """Yields the slots whose activation of the family was put in after the model was built, by conversion or by hand.
 
     With `built`, activations that the config selects are included.
     """
@@ -46,7 +46,7 @@ def added(model: nn.Module, built: bool = False) -> Iterator[Slot]:
 
 
 def specs(model: nn.Module, replaced: bool = False) -> set[GemSpec]:
-    """The members of the family in a model. With `replaced`, this includes members that a conversion replaced."""
+    """Returns the members of the family in a model. With `replaced`, includes members that a conversion replaced."""
     modules = list(model.modules())
     if replaced:
         modules += [old for module in modules for old in vars(module).get("replaces", ()) if isinstance(old, nn.Module)]
@@ -54,7 +54,7 @@ def specs(model: nn.Module, replaced: bool = False) -> set[GemSpec]:
 
 
 def unnamed(model: nn.Module) -> str | None:
-    """The reason why a model cannot be saved by the names of its activations, or None if it can."""
+    """Returns the reason why a model cannot be saved by the names of its activations, or None if it can."""
     for slot in added(model):
         module: Any = slot.occupant
         if module.num_parameters != 1:
@@ -74,7 +74,7 @@ def unnamed(model: nn.Module) -> str | None:
 
 
 def shared_eps(model: nn.Module) -> str | None:
-    """The reason why a learnable eps in several places cannot be saved, or None if no eps is shared."""
+    """Returns the reason why a learnable eps in several places cannot be saved, or None if no eps is shared."""
     places: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         eps = dict(module.named_parameters(recurse=False)).get("log_ratio")  # not one that a PEFT wrapper forwards
@@ -91,7 +91,7 @@ def shared_eps(model: nn.Module) -> str | None:
 
 
 def plan_of(model: nn.Module, without: tuple[str, ...] = (), built: bool = False) -> dict[str, Any] | None:
-    """The conversion of a model as JSON values, including activations that were put in by hand. None if there is none.
+    """Returns the conversion of a model as JSON values, with activations put in by hand. None if there is none.
 
     Args:
         model: The model.
@@ -119,7 +119,7 @@ def plan_of(model: nn.Module, without: tuple[str, ...] = (), built: bool = False
 
 
 def parts_of(model: nn.Module) -> dict[str, Any]:
-    """Path -> part, where a part is the outermost module built from a transformers config. Outer parts come first."""
+    """Returns path -> part. A part is the outermost module built from a transformers config. Outer parts come first."""
     parts: dict[int, tuple[str, Any]] = {}
     for path, module in model.named_modules():
         if hasattr(module, "base_model_prefix") and hasattr(module, "config"):
@@ -128,7 +128,7 @@ def parts_of(model: nn.Module) -> dict[str, Any]:
 
 
 def parts_inside(parts: dict[str, Any], path: str) -> tuple[str, ...]:
-    """The path prefixes of the parts inside the part at `path`, relative to it."""
+    """Returns the path prefixes of the parts inside the part at `path`, relative to it."""
     start = join(path, "")
     return tuple(join(other.removeprefix(start), "") for other in parts if other.startswith(start) and other != path)
 

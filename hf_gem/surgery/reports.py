@@ -6,7 +6,7 @@ import re
 
 
 def path_patterns(paths: list[str]) -> str:
-    """The distinct paths, with `*` for differing indices, and for numbers inside names if there are still too many."""
+    """Lists the distinct paths, with `*` for differing indices, and for numbers in names if there are too many."""
     for few, number in ((1, r"(?<![^.])\d+(?![^.])"), (3, r"\d+(?![^.])")):
         if len(set(paths)) > few:
             paths = [re.sub(number, "*", path) for path in paths]
@@ -15,5 +15,5 @@ def path_patterns(paths: list[str]) -> str:
 
 
 def places(paths: list[str]) -> str:
-    """The number of paths, and the shortened paths."""
+    """Returns the number of paths, and the shortened paths."""
     return f"{len(paths)} at {path_patterns(paths)}"

@@ -57,7 +57,7 @@ def run(model: nn.Module, batch: Any, batch_statistics: bool = False) -> Any:
 
 
 def outputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    """The floating-point tensors that a model returns for a batch."""
+    """Returns the floating-point tensors that a model returns for a batch."""
     return [leaf for leaf in tree_leaves(run(model, batch)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
@@ -73,13 +73,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def copied_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all buffers, so that a forward pass can write to them."""
+    """Returns copies of all buffers, so that a forward pass can write to them."""
     return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module, training: tuple[type[nn.Module], ...] = ()) -> Iterator[None]:
-    """A context for evaluation mode without gradients, compilation or fused encoder layers. It restores all state.
+    """Sets evaluation mode without gradients, compilation or fused encoder layers. Restores all state at the end.
 
     Only values written into buffers are not restored; use `copied_buffers` for these.
 

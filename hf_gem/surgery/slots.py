@@ -53,18 +53,18 @@ class Slot:
 
 
 def join(path: str, key: str) -> str:
-    """The dotted path of `key` in the module at `path`. With `key=""`, the prefix of all paths in that module."""
+    """Joins the path of a module and a key in it. With `key=""`, returns the prefix of all paths in that module."""
     return f"{path}.{key}" if path else key
 
 
 def spec_of(occupant: object) -> GemSpec | None:
-    """The spec of a module of the family, from hf_gem or from the code of a checkpoint. None for anything else."""
+    """Returns the spec of a module of the family, from hf_gem or the code of a checkpoint. None for anything else."""
     spec = getattr(occupant, "spec", None)
     return spec if isinstance(spec, GemSpec) else None  # in other modules, `spec` may mean something else
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module is itself a layer: a torch layer that is not an activation, or a module with weights.
+    """Returns whether a module is itself a layer: a torch layer that is not an activation, or a module with weights.
 
     Weights with one element do not count, and neither do those of PReLU.
     """
@@ -75,7 +75,7 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def does_more(occupant: object) -> bool:
-    """Whether a module is more than an activation, judging by its weights and its parts.
+    """Returns whether a module is more than an activation, judging by its weights and its parts.
 
     Names do not matter, since any module may be an activation. An Identity does not count as more: it may take the
     place of an activation.
@@ -102,7 +102,7 @@ def slot_at(model: nn.Module, path: str) -> Slot:
 
 
 def module_slots(model: nn.Module) -> Iterator[Slot]:
-    """The slots of all submodules. A slot in a module that occurs twice is listed once, under its first path."""
+    """Yields the slots of all submodules. A slot in a module that occurs twice is listed once, under its first path."""
     keys: dict[str, list[str]] = {}
     for path, _ in model.named_modules(remove_duplicate=False):
         above, _, key = path.rpartition(".")
@@ -150,7 +150,7 @@ def replace(
 
 
 def _neighbour(model: nn.Module, path: str) -> Tensor | None:
-    """A weight of the innermost module around a path that has weights."""
+    """Returns a weight of the innermost module around a path that has weights."""
     while path:
         path = path.rpartition(".")[0]
         for tensor in model.get_submodule(path).parameters():
@@ -184,7 +184,7 @@ def match_nested_tensors(model: nn.Module) -> None:
 
 
 def converted(model: nn.Module) -> Iterator[Slot]:
-    """The slots whose module replaced something."""
+    """Yields the slots whose module replaced something."""
     return (slot for slot in module_slots(model) if "replaces" in vars(slot.occupant))
 
 

@@ -114,7 +114,7 @@ def trace(
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether this is a module of the family, or an activation module from torch, transformers or timm."""
+    """Returns whether this is a module of the family, or an activation module from torch, transformers or timm."""
     home, name = type(module).__module__, type(module).__name__.lower()
     of_torch = home == "torch.nn.modules.activation" and (name in _ACTIVATIONS or name == "leakyrelu")
     return isinstance(module, GemActivation) or home in _LIBRARIES or of_torch
@@ -288,7 +288,7 @@ class _Operations(TorchDispatchMode):  # torch has no types here
 
 
 def _recognise(packet: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The name and kind of an aten operation, or None if it is neither an activation nor a gate."""
+    """Returns the name and kind of an aten operation, or None if it is neither an activation nor a gate."""
     if packet in _GATES:
         return _GATES[packet], "gate"
     if packet == "gelu" and kwargs.get("approximate") == "tanh":
@@ -316,7 +316,7 @@ def _counts_as_one(module: nn.Module) -> bool:
 
 
 def _module_name(module: nn.Module, operations: list[tuple[str, str] | None]) -> tuple[str, str]:
-    """The name and kind of a module that counts as one call, or ("", "") for the identity."""
+    """Returns the name and kind of a module that counts as one call, or ("", "") for the identity."""
     cls = type(module)
     if isinstance(module, GemActivation):
         return module.spec.name, "gem"

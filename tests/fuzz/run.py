@@ -1,7 +1,7 @@
 """Fuzzes the readers of names, plans and records with atheris: python -m tests.fuzz.run --seconds 60
 
-What it finds is written to build/fuzz, from where `--input FILE` runs it again. atheris has wheels for Linux and Python
-3.11 or newer; `make fuzz` installs it.
+Inputs that fail are written to build/fuzz. `--input FILE` runs one of them again. atheris has wheels for Linux and
+Python 3.11 or newer; `make fuzz` installs it.
 """
 
 import argparse
@@ -19,9 +19,9 @@ NAMES = ("name", "study_plan", "conversion", "record")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", default=NAMES, metavar="|".join(NAMES))
-    parser.add_argument("--seconds", type=int, default=60, help="for each target")
-    parser.add_argument("--input", help="a file that was found; runs it and no other")
-    parser.add_argument("--here", action="store_true", help="in this process, which ends with the first target")
+    parser.add_argument("--seconds", type=int, default=60, help="time for each target")
+    parser.add_argument("--input", help="a file in build/fuzz; runs only this input")
+    parser.add_argument("--here", action="store_true", help="fuzz the first target in this process, then exit")
     args = parser.parse_args()
     if unknown := set(args.targets) - set(NAMES):
         parser.error(f"no targets {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def fuzz(target: str, seconds: int, given: str | None) -> None:
-    """Fuzzes one target and ends the process."""
+    """Fuzzes one target, then exits the process."""
     try:
         import atheris
     except ImportError:

@@ -1,7 +1,7 @@
-"""What is fuzzed: readers of names, plans and records, with inputs to start from.
+"""The fuzz targets: readers of names, plans and records, with seed inputs.
 
-A target takes any bytes. It returns where they are refused as they should be, by a ValueError that is fit to be read,
-and where they are read and written again as the same thing. Everything else is a fault.
+A target takes any bytes. Either a readable ValueError refuses them, or they are read, written and read again with the
+same result. Everything else is a bug.
 """
 
 import copy
@@ -23,7 +23,7 @@ from hf_gem.surgery.plans import apply_plan, plan_of
 from hf_gem.training.record import read_record, write_record
 from tests.fuzz.run import ROOT
 
-LONGEST = 600  # characters of a message
+LONGEST = 600  # maximum number of characters in a message
 _FOLDER = tempfile.TemporaryDirectory()
 
 
@@ -38,7 +38,7 @@ def _file(data: bytes, name: str) -> Path:
 
 
 def name(data: bytes) -> None:
-    """A string gives a spec that prints as a name of the same spec, or an error."""
+    """Checks that a string gives an error, or a spec whose name gives the same spec."""
     text = data.decode("utf-8", "surrogateescape")
     try:
         spec = parse(text)
@@ -52,7 +52,7 @@ def name(data: bytes) -> None:
 
 
 def study_plan(data: bytes) -> None:
-    """A plan of a study in YAML is the same after it has been through JSON, as it is frozen."""
+    """Checks that a study plan in YAML is the same after a round trip through JSON, as in a frozen plan."""
     try:
         plan = load_plan(_file(data, "plan.yaml"))
     except PlanError as error:
@@ -71,7 +71,7 @@ _STOCK = _model()
 
 
 def conversion(data: bytes) -> None:
-    """A plan of a conversion changes activations alone, and the model then has this plan; or nothing is changed."""
+    """Checks that a conversion plan only changes activations and the model then has this plan, or nothing changes."""
     model = copy.deepcopy(_STOCK)
     try:
         plan = json.loads(data)
@@ -86,13 +86,13 @@ def conversion(data: bytes) -> None:
     made = plan_of(model) or {"activations": {}}
     assert not missing
     assert type(model[0]) is nn.Linear
-    if plan["model"] == type(model).__name__:  # of another class, what this one lacks is left out
+    if plan["model"] == type(model).__name__:  # a plan of another class skips what this one lacks
         asked, done = ({path for paths in of["activations"].values() for path in paths} for of in (plan, made))
         assert done == asked
 
 
 def record(data: bytes) -> None:
-    """A record is the same after it has been written and read again."""
+    """Checks that a record is the same after it is written and read again."""
     try:
         found = read_record(_file(data, "record.json"))
     except ValueError as error:
@@ -114,14 +114,14 @@ def _files(folder: str, pattern: str, most: int) -> list[bytes]:
 
 
 _NAMES = b"gem_n2 egem egem_n2_eps1em6 segem_eps0.01_learnable EGEM-N2 gem2 e_gem_eps1e-400".split()
-# Target -> what to start from.
+# Target -> seed inputs.
 TARGETS: dict[Callable[[bytes], None], Callable[[], list[bytes]]] = {
     name: lambda: _NAMES,
     study_plan: lambda: _files("recipes/plans", "*.yaml", 5_000),
     conversion: _conversions,
     record: lambda: _files("results", "**/records/*.json", 20_000)[:20],
 }
-# Words that random bytes hardly ever make.
+# Words that random bytes hardly ever contain.
 WORDS = {
     name: ["gem", "egem", "segem", "_n", "_eps", "em", "_learnable"],
     study_plan: [

@@ -1,4 +1,4 @@
-"""Small changes of the functions in a file, such as < for <=, of which tests should notice each."""
+"""Makes small changes to the functions in a file, such as < for <=. Tests should notice each of them."""
 
 import ast
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ class Mutant:
     """A changed file.
 
     Attributes:
-        function: Where, as in `GemSpec.name`.
-        line: Of the file.
-        change: For people.
-        source: Of the whole file.
+        function: Qualified name of the changed function, such as `GemSpec.name`.
+        line: Line of the change in the file.
+        change: The code before and after, as text.
+        source: Source of the whole changed file.
     """
 
     function: str
@@ -33,7 +33,7 @@ class Mutant:
 
 
 def mutants(source: str) -> Iterator[Mutant]:
-    """All changes of the bodies of functions. Messages of errors, docstrings, defaults and constants stay."""
+    """Yields all changes to the bodies of functions. Error messages, docstrings and defaults stay."""
     for name, function in _functions(ast.parse(source)):
         for statement in function.body:
             for node, new in _changes(statement):
@@ -43,7 +43,7 @@ def mutants(source: str) -> Iterator[Mutant]:
 
 
 def code_of(source: str, file: str, function: str) -> CodeType:
-    """The code of a function of a file, by its qualified name."""
+    """Returns the code of a function in a file, by its qualified name."""
     code = compile(source, file, "exec", dont_inherit=True)
     for part in function.split("."):
         code = next(c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == part)
@@ -59,7 +59,7 @@ def _functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.Funct
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
-    """Nodes in a node, each with what is put in its place."""
+    """Yields nodes inside a node, each with its replacement."""
     if isinstance(node, (ast.JoinedStr, ast.FunctionDef)) or _is_docstring(node):
         return
     yield from ((node, new) for new in _replacements(node))
@@ -114,7 +114,7 @@ def _copy(node: ast.AST, **changes: object) -> ast.AST:
 
 
 def _replaced(source: str, node: ast.AST, text: str) -> str:
-    """The source with a text in the place of a node, whose columns count bytes."""
+    """Replaces a node in the source by a text. Columns of nodes count bytes."""
     lines = source.encode().splitlines(keepends=True)
     before = b"".join(lines[: node.lineno - 1]) + lines[node.lineno - 1][: node.col_offset]
     after = lines[node.end_lineno - 1][node.end_col_offset :] + b"".join(lines[node.end_lineno :])

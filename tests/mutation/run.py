@@ -1,9 +1,9 @@
-"""Changes the files below in small ways, one at a time, and runs the tests of each: python -m tests.mutation.run
+"""Makes small changes to files, one at a time, and runs the tests of each: python -m tests.mutation.run
 
-What no test notices is printed. All tests are collected once. Each change is tried in a fork of that process, whose
-functions get the changed code: it runs the tests that pass through the changed line, the quickest first, until one
-fails. Tools that wrap each function (mutmut) or start Python for each change (cosmic-ray) were no choice: TorchScript
-and the printer of the kernels read the formulas, and torch takes seconds to start.
+Prints the changes that no test notices. All tests are collected once. Each change is tried in a fork of that process,
+in which the function gets the changed code. The fork runs the tests that execute the changed line, the quickest first,
+until one fails. mutmut does not work here: it wraps each function, but TorchScript and the printer of the kernels read
+the formulas. cosmic-ray is too slow: it starts Python for each change, and torch takes seconds to start.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import pytest
 
 from tests.mutation.mutants import Mutant, code_of, mutants
 
-# File -> the tests of what is in it, for pytest, without simulated studies and other tests that take seconds.
+# File -> arguments of pytest for its tests, without simulated studies and other tests that take seconds.
 TESTS = {
     "hf_gem/family/names.py": [
         "tests/family/test_names.py",
@@ -44,13 +44,13 @@ TESTS = {
     ],
 }
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 120  # seconds of CPU time; a loop without an end is noticed by it
+LIMIT = 120  # seconds of CPU time, which stops endless loops
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", default=list(TESTS), help="of those above; all by default")
-    parser.add_argument("--only", default="", help="functions whose names have this in them")
+    parser.add_argument("files", nargs="*", default=list(TESTS), help="files of TESTS to change; by default all")
+    parser.add_argument("--only", default="", help="only change functions whose name contains this")
     args = parser.parse_args()
     survived = 0
     for file in args.files:
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 class _Run:
-    """A plugin of pytest that tries all mutants of a file in place of running the tests once."""
+    """A pytest plugin that tries all mutants of a file instead of running the tests once."""
 
     def __init__(self, file: str, only: str) -> None:
         self.file, self.only = file, only
@@ -87,7 +87,7 @@ class _Run:
         return True
 
     def _measure(self, session: pytest.Session) -> tuple[dict[int, list[str]], dict[str, float]]:
-        """Line -> tests that pass through it, and test -> seconds, of a fork in which all tests run."""
+        """Runs all tests in a fork. Returns line -> the tests that execute it, and test -> seconds."""
         with tempfile.NamedTemporaryFile() as file:
 
             def measure() -> bool:
@@ -125,7 +125,7 @@ class _Run:
 
 def _passes(session: pytest.Session, items: list[pytest.Item]) -> bool:
     if session.config.pluginmanager.has_plugin("terminalreporter"):
-        session.config.pluginmanager.unregister(name="terminalreporter")  # which knows where the terminal is
+        session.config.pluginmanager.unregister(name="terminalreporter")  # it would still write to the terminal
     for item, following in zip(items, [*items[1:], None], strict=True):
         session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         if session.testsfailed:
@@ -134,7 +134,7 @@ def _passes(session: pytest.Session, items: list[pytest.Item]) -> bool:
 
 
 def _in_fork(function: object) -> bool:
-    """Whether a function returns True, in a fork that says nothing."""
+    """Returns whether a function returns True, in a fork without output."""
     if (process := os.fork()) == 0:
         passed = False
         with contextlib.suppress(BaseException):

@@ -1,4 +1,4 @@
-"""The operators of the family as OpInfo: what they are given, what they refuse, and which dtypes they take."""
+"""The operators of the family as OpInfo, with their sample inputs, error inputs and dtypes."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from tests.helpers import needs_compiler
 from tests.opinfo.machinery import ErrorInput, OpInfo, SampleInput, floating_types_and
 
 ORDERS = (1, 2, 3, 4)
-BUILT = (1, 2)  # the orders of which other tests build kernels too
+BUILT = (1, 2)  # the orders for which other tests build kernels too
 DTYPES = floating_types_and(torch.half, torch.bfloat16)
 EPS = 0.3
-# x, and the eps that are learnt for it.
+# Shape of x, and shape of its learnable eps.
 _SHAPES = [((2, 3, 4), ()), ((5,), (5,)), ((2, 3, 4), (3, 1)), ((2, 3, 2, 2), (3, 1, 1))]
 _EDGES = [((), ()), ((2, 0, 3), (3,)), ((2, 1, 3), (1, 3))]
 
 
 def backends(op: OpInfo) -> list[str]:
-    """What can compute an operator here; no kernel takes a tensor eps."""
+    """Returns the backends that can compute an operator here. No kernel takes a tensor eps."""
     return ["eager"] + ["compiled"] * (not needs_compiler.args[0] and "learnable" not in op.variant_test_name)
 
 
-# Operators, as they stand in the names of tests, whose paths are those of others too: they are not waited for.
+# A pattern for names of tests whose operators run the same code as others. These tests are marked slow.
 ALIKE = "gem_glu_gem|gem_glu_segem|gem_glu_egem_learnable|segem_learnable|[a-z]_gem_cpu"
 
 
 def away_from_zero(shape: tuple[int, ...], **kwargs: Any) -> Tensor:
-    """Points of both signs around the gate, none so near 0 that a finite difference would straddle it."""
+    """Draws points of both signs around the gate, so far from 0 that no finite difference straddles it."""
     requires_grad = kwargs.pop("requires_grad", False)
     x = make_tensor(shape, low=0.05, high=2.0, **kwargs) * make_tensor(shape, low=-1, high=1, **kwargs).sign()
     return x.masked_fill(x == 0, 0.5).requires_grad_(requires_grad)
 
 
 def saves(family: str, n: int, dtype: torch.dtype, learnable: bool) -> list[str]:
-    """What the backward pass can be told to keep."""
+    """Returns the possible values of `save`."""
     possible = family != "segem" and not (learnable and dtype == torch.half)
     return ["input", "output"] if possible else ["input"]
 
@@ -152,7 +152,7 @@ OPERATORS = [
 
 
 def module_forms(family: str, kwargs: dict[str, Any]) -> Iterator[Callable[[Tensor], Tensor]]:
-    """What else computes the same as a function with a fixed eps: `activation` and the modules."""
+    """Yields what computes the same as a function with a fixed eps: `activation` and the modules."""
     n, save = kwargs["n"], kwargs["save"]
     eps = kwargs.get("eps")
     yield lambda x: hf_gem.activation(x, family, n, eps, save)

@@ -1,4 +1,4 @@
-"""PyTorch's own test machinery. What its import changes in the process is put back, for the other tests there."""
+"""PyTorch's own test machinery. Undoes what its import changes in the process, for the sake of the other tests."""
 
 import re
 import sys
@@ -44,7 +44,7 @@ torch._C.ScriptMethod.__call__ = common_utils.meth_call
 
 
 def _running_test():
-    """The function of the running test. torch's own reads the source of every frame, which takes longer than a test."""
+    """Returns the function of the running test. torch's version reads the source of every frame, which is slow."""
     frame = sys._getframe()
     while frame is not None:
         case = frame.f_locals.get("self")
@@ -64,7 +64,7 @@ def assert_same(got, expected, bits=True):
 
 
 def mark_slow(case, pattern):
-    """Gives the tests of a class whose names match a pattern the marker `slow`."""
+    """Marks the tests of a class whose names match a pattern as `slow`."""
     for name, test in list(vars(case).items()):
         if name.startswith("test_") and re.search(pattern, name):
             setattr(case, name, pytest.mark.slow(test))

@@ -1,1 +1,1 @@
-"""The test suites of transformers and timm, run with an activation of the family and with their own: see run.py."""
+"""Runs the test suites of transformers and timm with our activations and with their own; see run.py."""

@@ -1,9 +1,9 @@
 """Runs the test suites of transformers and timm with the family, and writes docs/peers.md: python -m tests.peers.run
 
-It fetches the source distributions of the installed versions from PyPI, which stay out of the repository, and runs
-transformers' tests/test_modeling_common.py for small models of many types and timm's tests/test_models.py for one
-small model of each module: once with an activation of their own, and once with each of ours. What fails with ours and
-not with theirs is ours to fix.
+It fetches the source distributions of the installed versions from PyPI, which are not added to the repository. It runs
+transformers' tests/test_modeling_common.py for small models of many types, and timm's tests/test_models.py for one
+small model of each module: once with an activation of the library, and once with each of ours. We fix tests that only
+fail with ours.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.sweeps.timm_models import example, names
 
 TABLE = ROOT / "docs" / "peers.md"
 HERE = Path(__file__).parent
-# The first of each is the baseline; none means the activations that a model has.
+# The first of each is the baseline. An empty name means the model's own activations.
 ARMS = {"transformers": ("gelu", "gem_n2", "segem_learnable"), "timm": ("", "gem_n2")}
 Results = dict[str, dict[str, str]]  # arm -> test -> "passed", "skipped", or the error
 
@@ -50,10 +50,10 @@ _ABOUT = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("libraries", nargs="*", default=list(ARMS), metavar="transformers|timm")
-    parser.add_argument("--sources", type=Path, default=ROOT / "build" / "peers", help="folder of what is fetched")
-    parser.add_argument("--only", default="", help="an expression of pytest's -k; the page says so")
-    parser.add_argument("--arms", nargs="+", help="activations to run, all by default; the others keep their results")
-    parser.add_argument("--models", type=int, default=1000, help="at most so many modules of timm")
+    parser.add_argument("--sources", type=Path, default=ROOT / "build" / "peers", help="folder for the fetched files")
+    parser.add_argument("--only", default="", help="an expression for pytest's -k, which the page shows")
+    parser.add_argument("--arms", nargs="+", help="activations to run (default: all); the others keep their results")
+    parser.add_argument("--models", type=int, default=1000, help="maximum number of timm modules")
     parser.add_argument("--table", action="store_true", help="only write the page, from the last results")
     args = parser.parse_args()
     folder = args.sources.resolve()
@@ -65,12 +65,12 @@ def main() -> None:
 
 
 def run(library: str, arm: str, folder: Path, only: str, num_models: int) -> None:
-    """Runs one suite with one activation; the results are an XML file in the folder."""
+    """Runs one suite with one activation, and writes the results to an XML file in the folder."""
     source = fetch(library, folder)
     env = {**os.environ, "PEERS_ACT": arm, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join(map(str, (source, folder / "needs", ROOT)))
     if library == "transformers":
-        shutil.rmtree(source / "src", ignore_errors=True)  # the installed one is tested
+        shutil.rmtree(source / "src", ignore_errors=True)  # so that the installed one is tested
         shutil.copy(HERE / "transformers_suite.py", source / "tests" / "test_peers.py")
         what = ["tests/test_peers.py"]
     else:
@@ -89,7 +89,7 @@ def _path(library: str, arm: str, folder: Path) -> Path:
 
 
 def read(library: str, folder: Path) -> tuple[Results, str]:
-    """The results of those arms of a library that have run, and the expression that selected the tests."""
+    """Reads the results of the arms that have run, and the expression that selected the tests."""
     results: Results = {}
     only = ""
     for arm in ARMS[library]:
@@ -109,7 +109,7 @@ def read(library: str, folder: Path) -> tuple[Results, str]:
 
 
 def render(results: dict[str, tuple[Results, str]]) -> str:
-    """The whole page."""
+    """Returns the whole page."""
     text = _INTRO.format(**{name: version(name).partition("+")[0] for name in ("torch", *ARMS)})
     for library, (arms, only) in results.items():
         if len(arms) < 2:
@@ -122,7 +122,7 @@ def render(results: dict[str, tuple[Results, str]]) -> str:
 
 
 def _subject(test: str) -> re.Match[str] | None:
-    """What a test is about: a type of model, or a model in the id of a parametrised test."""
+    """Finds the subject of a test: a model type, or the model in the id of a parametrised test."""
     return re.search(r"^(\w+)ModelTest |\[(?:\d+-)?([a-z]\w*)", test)
 
 

@@ -8,21 +8,21 @@ import tarfile
 from importlib.metadata import version
 from pathlib import Path
 
-# Of transformers' suite, the source distribution lacks these; what is inherited from them is not run.
+# The source distribution of transformers lacks these. Tests inherited from them are not run.
 _MISSING = {
     "tests/__init__.py": "",
     "tests/exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
     "tests/generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
 }
-_NEEDS = ("parameterized",)  # of transformers' suite, and of nothing else here
+_NEEDS = ("parameterized",)  # only transformers' suite needs these
 
 
 def fetch(library: str, folder: Path) -> Path:
-    """The unpacked source distribution of the installed version of a library; from PyPI where it is not there yet.
+    """Returns the unpacked source distribution of the installed version of a library. Fetches it from PyPI if needed.
 
     Args:
         library: `transformers` or `timm`.
-        folder: Where to keep it; beside it, in `needs`, what the suites import.
+        folder: Folder for it. The subfolder `needs` gets what the suites import.
     """
     number = version(library)
     source = folder / f"{library}-{number}"

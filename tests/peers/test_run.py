@@ -1,4 +1,4 @@
-"""What is made of the results of the suites, which themselves take long and need PyPI."""
+"""Tests the page that is made from the results of the suites. The suites themselves take long and need PyPI."""
 
 from tests.peers import run
 

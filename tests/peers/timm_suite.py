@@ -1,6 +1,6 @@
-"""A plugin of pytest for timm's tests/test_models.py: only the models PEERS_MODELS, with the activation PEERS_ACT.
+"""A pytest plugin that runs timm's tests/test_models.py for the models PEERS_MODELS with the activation PEERS_ACT.
 
-Without PEERS_ACT they have their own activations. Run by run.py, in the folder of timm's sources.
+Without PEERS_ACT, they have their own activations. run.py uses this in the folder of timm's sources.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _plain = timm.create_model
 
 @functools.wraps(_plain)
 def _create_model(name: str, *args: Any, **kwargs: Any) -> Any:
-    with mock.patch.object(timm, "create_model", _plain):  # which hf_gem calls in its turn
+    with mock.patch.object(timm, "create_model", _plain):  # hf_gem calls it
         return hf_gem.create_timm_model(name, os.environ["PEERS_ACT"], *args, **kwargs)[0]
 
 
 if os.environ.get("PEERS_ACT"):
-    timm.create_model = _create_model  # before the suite takes it from there
+    timm.create_model = _create_model  # before the suite imports it
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:

@@ -1,6 +1,6 @@
-"""transformers' `ModelTesterMixin` for small models of many types, whose activation is PEERS_ACT.
+"""Runs transformers' `ModelTesterMixin` for small models of many types with the activation PEERS_ACT.
 
-Run by run.py, in the folder of transformers' sources: `tests` is theirs here.
+run.py runs this in the folder of transformers' sources, so `tests` is their package.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _USUAL = {
     "hidden_size": _WIDTH,
     "num_hidden_layers": 2,
     "num_attention_heads": _HEADS,
-    "intermediate_size": 32,  # grouped products of experts want multiples of 16 bytes
+    "intermediate_size": 32,  # grouped products of experts need multiples of 16 bytes
     "max_position_embeddings": 64,
 }
 _DECODER = {**_USUAL, "num_key_value_heads": 2}
@@ -48,7 +48,7 @@ def _image() -> dict[str, torch.Tensor]:
     return {"pixel_values": floats_tensor([_BATCH, 3, _IMAGE, _IMAGE])}
 
 
-# Of each type: its field for the activation, the other fields of a small config, classes, and inputs.
+# Type -> its field for the activation, the other fields of a small config, its classes and its inputs.
 _TYPES: dict[str, tuple[str, dict[str, Any], list[str], Any]] = {
     "Bert": ("hidden_act", _USUAL, ["Model", "ForMaskedLM", "ForSequenceClassification"], _text),
     "Roberta": ("hidden_act", _USUAL, ["Model", "ForMaskedLM", "ForTokenClassification"], _text),
