@@ -21,7 +21,9 @@ from hf_gem.compare.figures import _dose_of, dose  # noqa: E402
 def test_a_report_without_scipy_says_where_the_runs_are(study, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
     toy = study(**TWO_ARMS)
-    with pytest.raises(ConfigError, match="the runs are saved in .*, but their report needs .* scipy is not installed"):
+    with pytest.raises(
+        ConfigError, match=r"the runs are saved in .*, but their report needs .* scipy is not installed"
+    ):
         write_report(toy)
 
 
