@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports from its own floor and from those before it. No two names share a floor.
 FLOORS = [
     *("_torch", "files", "family", "_kernels", "functional", "modules", "init", "fit"),
-    *("surgery", "integrations", "training", "compare", "recipes", "cli", "__main__"),
+    *("surgery", "integrations", "training", "recipes", "compare", "cli", "__main__"),
 ]
 # The package itself: its __init__ collects the public surface of the core, and whoever imports it gets all of that.
 PACKAGE = FLOORS.index("integrations")

@@ -88,11 +88,10 @@ def draw(figure: Figure, reach: float = 3.0) -> Any:
         raise ConfigError(f"the row {unknown[0]!r} is not known. The rows are {', '.join(_AXES)}.")
     if not 0 < reach < float("inf"):
         raise ConfigError(f"reach must be above 0 and finite, got {reach}.")
-    from matplotlib.figure import Figure as Canvas  # not of pyplot, which would have to choose a backend
+    from ..compare.drawing import new_figure
 
     columns = len(figure.panels)
-    size = (1.6 + 3.2 * columns, 2.8 * len(figure.rows))
-    shown = Canvas(figsize=size, dpi=110, layout="constrained")
+    shown = new_figure(1.6 + 3.2 * columns, 2.8 * len(figure.rows), h_pad=None)
     axes = shown.subplots(len(figure.rows), columns, sharex=True, sharey="row", squeeze=False)
     for column, panel in enumerate(figure.panels):
         axes[0, column].set_title(panel.title)
@@ -110,10 +109,13 @@ def draw(figure: Figure, reach: float = 3.0) -> Any:
 
 def save(figure: Figure, path: Path, reach: float = 3.0) -> None:
     """Draws a figure into a file, whose ending is the format."""
-    import matplotlib as mpl
+    shown = draw(figure, reach)
+    if path.suffix == ".svg":
+        from ..compare.drawing import svg_of
 
-    with mpl.rc_context({"svg.hashsalt": "hf_gem"}):  # the same bytes each time
-        draw(figure, reach).savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        path.write_bytes(svg_of(shown))
+    else:
+        shown.savefig(path)
 
 
 def _style(name: str) -> dict[str, Any]:

@@ -11,16 +11,9 @@ from typing import Annotated
 
 import typer
 
-from ..recipes import FOLDER
+from ..recipes import FOLDER, recipe_files
 from ..training.errors import ConfigError, missing_package
 from .common import AsJson, Script, show
-
-_NO_RECIPES = ("__init__", "compare")
-
-
-def recipe_files() -> dict[str, Path]:
-    """Name of a recipe -> its file."""
-    return {path.stem: path for path in sorted(FOLDER.glob("*.py")) if path.stem not in _NO_RECIPES}
 
 
 def _complete_recipe(incomplete: str) -> list[str]:

@@ -14,7 +14,6 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
-from scipy.optimize import isotonic_regression
 
 from .looks import ink
 
@@ -43,18 +42,30 @@ class Picture:
     svg: bytes
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A figure, in inches. It does not belong to pyplot, which would have to choose a backend."""
-    return Figure(figsize=(width, height), dpi=110, layout=ConstrainedLayoutEngine(h_pad=0.08))
+def new_figure(width: float, height: float, h_pad: float | None = 0.08) -> Figure:
+    """A figure. It does not belong to pyplot, which would have to choose a backend.
+
+    Args:
+        width: In inches.
+        height: In inches.
+        h_pad: Inches above and below each panel; None for those of matplotlib.
+    """
+    return Figure(figsize=(width, height), dpi=110, layout=ConstrainedLayoutEngine(h_pad=h_pad))
 
 
 def picture_of(figure: Figure) -> Picture:
     """The files of a finished figure."""
-    png, svg = io.BytesIO(), io.BytesIO()
+    png = io.BytesIO()
     figure.savefig(png, metadata={"Software": None})  # without the version of matplotlib
+    return Picture(png.getvalue(), svg_of(figure))
+
+
+def svg_of(figure: Figure) -> bytes:
+    """A finished figure as SVG: the same bytes for the same numbers."""
+    svg = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "hf_gem"}):  # or the names inside would be new each time
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    return Picture(png.getvalue(), svg.getvalue())
+    return svg.getvalue()
 
 
 def tidy(axes: Axes) -> None:
@@ -142,6 +153,8 @@ def label_ends(axes: Axes, ends: Sequence[End]) -> None:
     ends = sorted((end for end in ends if math.isfinite(end.y)), key=lambda end: end.y)
     if not ends:
         return
+    from scipy.optimize import isotonic_regression  # other pictures do without scipy
+
     figure = axes.figure
     assert isinstance(figure, Figure)
     figure.draw_without_rendering()  # lays the figure out

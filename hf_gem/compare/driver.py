@@ -22,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..files import shown, write_atomically
+from ..recipes import recipe_files
 from ..training.checkpoint import remove_all
 from ..training.environment import environment
 from ..training.errors import Interrupted, TrainingError
@@ -72,7 +73,7 @@ class Driver:
         allow_mixed: bool = False,
         executor: Executor | None = None,
     ) -> None:
-        known = sorted(path.stem for path in recipes.glob("*.py") if path.stem not in ("compare", "__init__"))
+        known = recipe_files(recipes)
         if study.plan.recipe not in known:
             raise PlanError(
                 f"{recipes} has no recipe {shown(study.plan.recipe)}. It has {', '.join(known)}. Name one in the plan."

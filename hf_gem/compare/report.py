@@ -38,6 +38,8 @@ def write_report(study: Study, baseline: str | None = None) -> Path:
     """
     plan, folder = study.plan, study.folder
     with needed_for(f"the runs are saved in {folder}, but their report"):
+        import scipy  # noqa: F401  # the verdicts and the labels of lines import it, but too late for this error
+
         from . import figures, pages
     if baseline is not None and baseline != plan.baseline:
         plan.require_arm(baseline)

@@ -8,3 +8,9 @@ from pathlib import Path
 _HERE = Path(__file__).resolve().parent
 FOLDER = _HERE if (_HERE / "plans").is_dir() else _HERE.parent.parent / "recipes"
 __path__ = [str(FOLDER)]
+_NO_RECIPES = ("__init__", "compare")
+
+
+def recipe_files(folder: Path = FOLDER) -> dict[str, Path]:
+    """Name of a recipe -> its file, for the recipes in a folder."""
+    return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem not in _NO_RECIPES}

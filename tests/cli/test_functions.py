@@ -95,6 +95,7 @@ def test_plot_writes_png_and_svg(hf_gem, tmp_path):
     assert hf_gem("plot", "--figure", "gates", "--output", svg)[0] == 0
     first = svg.read_bytes()
     assert ET.fromstring(first).tag.endswith("svg")
+    assert b"Matplotlib v" not in first
     hf_gem("plot", "--figure", "gates", "--output", svg)
     assert svg.read_bytes() == first
 

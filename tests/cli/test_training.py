@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_gem.cli.training import recipe_files
-from hf_gem.recipes import FOLDER
+from hf_gem.recipes import FOLDER, recipe_files
 from tests.helpers import ROOT, run_python
 
 SCRIPT = """

@@ -1,6 +1,7 @@
 """What a report says of a study."""
 
 import json
+import sys
 
 import pytest
 
@@ -8,12 +9,22 @@ from hf_gem import cli
 from hf_gem.compare.plan import Run
 from hf_gem.compare.report import write_report
 from hf_gem.compare.study import StudyError
+from hf_gem.training.errors import ConfigError
 from tests.compare.toy import TWO_ARMS, run
 
 for package in ("scipy", "matplotlib", "markdown_it"):
     pytest.importorskip(package, reason="reports need it")
 
 from hf_gem.compare.figures import _dose_of, dose  # noqa: E402
+
+
+def test_a_report_without_scipy_says_where_the_runs_are(study, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    toy = study(**TWO_ARMS)
+    with pytest.raises(
+        ConfigError, match=r"the runs are saved in .*, but their report needs .* scipy is not installed"
+    ):
+        write_report(toy)
 
 
 def test_runs_that_the_tuning_does_not_choose_are_told(study):
