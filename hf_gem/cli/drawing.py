@@ -102,7 +102,7 @@ def draw(figure: Figure, reach: float = 3.0) -> Any:
         for row, what in enumerate(figure.rows):
             axes[row, column].grid(alpha=0.3)
             axes[row, 0].set_ylabel(_AXES[what])
-        axes[0, column].legend(fontsize=8)
+        axes[0, column].legend(loc="upper left", fontsize=8)
         axes[-1, column].set_xlabel("x")
     return shown
 

@@ -12,5 +12,5 @@ _NO_RECIPES = ("__init__", "compare")
 
 
 def recipe_files(folder: Path = FOLDER) -> dict[str, Path]:
-    """Name of a recipe -> its file, for the recipes in a folder."""
+    """Returns name -> file of the recipes in a folder."""
     return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem not in _NO_RECIPES}
