@@ -54,22 +54,22 @@ TORCHSCRIPT_ENDS = "2.16"
 
 
 def in_dispatch_mode() -> bool:
-    """Whether a `TorchDispatchMode` is active: fake tensors, counters, `hf_gem.audit`."""
+    """Returns whether a `TorchDispatchMode` is active: fake tensors, counters, `hf_gem.audit`."""
     return bool(torch._C._len_torch_dispatch_stack() > 0)
 
 
 def in_functorch_transform() -> bool:
-    """Whether a torch.func transform is active."""
+    """Returns whether a torch.func transform is active."""
     return bool(torch._C._are_functorch_transforms_active())
 
 
 def in_forward_ad() -> bool:
-    """Whether a level of forward-mode differentiation is open."""
+    """Returns whether a level of forward-mode differentiation is open."""
     return bool(torch.autograd.forward_ad._current_level >= 0)
 
 
 def is_tracing() -> bool:
-    """Whether `torch.jit.trace` is running."""
+    """Returns whether `torch.jit.trace` is running."""
     return bool(torch.jit.is_tracing())
 
 
@@ -77,7 +77,7 @@ def is_tracing() -> bool:
 
 
 def lacks_own_memory(tensor: Tensor) -> bool:
-    """Whether a tensor has no memory, or memory that does not hold its values.
+    """Returns whether a tensor has no memory, or memory that does not hold its values.
 
     Examples are lazily negated tensors, autograd's zero tensors and the batches of `jacobian(vectorize=True)`.
     """
@@ -85,12 +85,12 @@ def lacks_own_memory(tensor: Tensor) -> bool:
 
 
 def is_local_scalar(operation: Any) -> bool:
-    """Whether an aten operation reads one number from a tensor, as `tensor.item()` does."""
+    """Returns whether an aten operation reads one number from a tensor, as `tensor.item()` does."""
     return operation is torch.ops.aten._local_scalar_dense.default
 
 
 def waits_for_device(operation: Any) -> bool:
-    """Whether an aten operation waits for the GPU: it returns a number, or the size of its result depends on values."""
+    """Returns whether an aten operation waits for the GPU to read a number, or the size of its result."""
     return is_local_scalar(operation) or torch.Tag.dynamic_output_shape in operation.tags
 
 
@@ -103,22 +103,22 @@ def wait_on_device(cycles: int) -> None:
 
 
 def children(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The submodules of a module by name: its own dict, not a copy."""
+    """Returns the submodules of a module by name: its own dict, not a copy."""
     return module._modules
 
 
 def module_buffers(module: nn.Module) -> dict[str, Tensor | None]:
-    """The buffers of a module by name: its own dict, not a copy."""
+    """Returns the buffers of a module by name: its own dict, not a copy."""
     return module._buffers
 
 
 def module_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The parameters of a module by name: its own dict, not a copy."""
+    """Returns the parameters of a module by name: its own dict, not a copy."""
     return module._parameters
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether any hooks, global ones included, run when a module is called."""
+    """Returns whether any hooks, global ones included, run when a module is called."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(own or _has_any_global_hook())
 
@@ -127,7 +127,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def uncompiled(model: nn.Module) -> nn.Module | None:
-    """The model inside a `torch.compile` wrapper, or None if `model` is not a wrapper."""
+    """Returns the model inside a `torch.compile` wrapper, or None if `model` is not a wrapper."""
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None or not isinstance(model, dynamo.OptimizedModule):
         return None
@@ -136,7 +136,7 @@ def uncompiled(model: nn.Module) -> nn.Module | None:
 
 
 def without_compiler() -> contextlib.AbstractContextManager[Any]:
-    """A context in which compiled code runs uncompiled, and nothing is compiled."""
+    """Returns a context in which compiled code runs uncompiled, and nothing is compiled."""
     loaded = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
 

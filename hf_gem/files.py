@@ -37,7 +37,7 @@ _REPR.maxstring = _REPR.maxlong = _REPR.maxother = _LONGEST
 
 
 def shown(value: object) -> str:
-    """The repr of a value, shortened to 80 characters, for an error message."""
+    """Returns the repr of a value, shortened to 80 characters, for an error message."""
     try:
         text = _REPR.repr(value)
     except ValueError:  # Python refuses to print integers of more than a few thousand digits
@@ -46,7 +46,7 @@ def shown(value: object) -> str:
 
 
 def cache_folder() -> Path:
-    """The folder for files that take time to recompute: `$HF_GEM_CACHE`, or `~/.cache/hf_gem`."""
+    """Returns the folder for files that take time to recompute: `$HF_GEM_CACHE`, or `~/.cache/hf_gem`."""
     return Path(os.environ.get("HF_GEM_CACHE") or Path.home() / ".cache" / "hf_gem").expanduser()
 
 
@@ -134,7 +134,7 @@ def check_type(value: Any, kind: Any, where: str) -> None:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether `check_type` passes."""
+    """Returns whether `check_type` passes."""
     if kind in _KINDS:
         if isinstance(value, bool):  # bool is a subclass of int
             return kind is bool
@@ -164,14 +164,14 @@ def _message(value: Any, allowed: str, where: str) -> str:
 
 
 def _name(kind: Any) -> str:
-    """The name of a type in a message."""
+    """Returns the name of a type in a message."""
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     return str(_KINDS.get(kind) or {list: "a list", dict: "a mapping"}[_container(kind)])
 
 
 def is_inside(name: str) -> bool:
-    """Whether a relative path read from a file stays inside its folder."""
+    """Returns whether a relative path read from a file stays inside its folder."""
     parts = PurePosixPath(name).parts
     plain = bool(parts) and "\\" not in name and "\0" not in name and ":" not in name
     return plain and not PurePosixPath(name).is_absolute() and ".." not in parts

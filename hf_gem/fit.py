@@ -97,7 +97,7 @@ class Histogram:
         return math.nan if self.num_nonfinite or not len(values) else math.sqrt(_mean_square(values, shares))
 
     def points(self) -> tuple[Tensor, Tensor]:
-        """The distinct finite values (float64) and their counts (int64), both on the CPU."""
+        """Returns the distinct finite values (float64) and their counts (int64), both on the CPU."""
         values = torch.arange(-(2**15), 2**15, dtype=torch.int16, device="cpu").view(torch.bfloat16)
         counts = self.counts.cpu()
         kept = (counts > 0) & values.isfinite()
@@ -264,13 +264,13 @@ def _check_range(eps_range: tuple[float, float], orders: list[int]) -> tuple[flo
 
 
 def _pool(samples: Iterable[tuple[Histogram, Target]]) -> tuple[Tensor, Tensor, Tensor]:
-    """The distinct values of all samples, the target at each of them, and their shares of the total count."""
+    """Returns the distinct values of all samples, the target at each of them, and their shares of the total count."""
     values, wanted, counts = map(torch.cat, zip(*(_evaluate(*sample) for sample in samples), strict=True))
     return values, wanted, counts / counts.sum()
 
 
 def _evaluate(histogram: Histogram, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-    """The distinct values, the target at each of them, and their counts, all in float64."""
+    """Returns the distinct values, the target at each of them, and their counts, all in float64."""
     values, counts = histogram.points()
     if not len(values):
         raise ValueError(

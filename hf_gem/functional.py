@@ -219,12 +219,12 @@ def check_tensor(x: Tensor, name: str) -> None:
 
 
 def _conversion(x: Tensor) -> str:
-    """The call that converts a tensor of another dtype to one of `_DTYPES`."""
+    """Returns the call that converts a tensor of another dtype to one of `_DTYPES`."""
     return "dequantize()" if x.is_quantized else "real" if x.is_complex() else "float()"
 
 
 def _wants_formula() -> bool:
-    """Whether the graph is being captured, or a torch.func transform or forward-mode AD needs plain operations."""
+    """Returns whether plain operations are needed: for graph capture, a torch.func transform or forward-mode AD."""
     return torch.compiler.is_compiling() or is_tracing() or in_functorch_transform() or in_forward_ad()
 
 
@@ -273,7 +273,7 @@ class _Activation(torch.autograd.Function):
 
 
 def _backend() -> Any:
-    """The backend for a backward pass that is not differentiated; its context may differ from the forward pass's."""
+    """Returns the backend for a backward pass that is not differentiated. The forward pass may have had another one."""
     return formulas if _wants_formula() else kernels
 
 

@@ -17,7 +17,7 @@ TRANSFORMERS_STD = 0.02  # `initializer_range` of GPT-2, BERT and most others
 
 
 def gain(activation: str | Callable[[Tensor], Tensor], centered: bool = False) -> float:
-    r"""The gain of an activation f, `1 / sqrt(E[f(Z)^2])` for a unit normal Z.
+    r"""Returns the gain of an activation f, `1 / sqrt(E[f(Z)^2])` for a unit normal Z.
 
     He-style initialisation draws weights with std `gain / sqrt(fan_in)`. The gain of ReLU is sqrt(2).
 
@@ -58,7 +58,7 @@ def gain(activation: str | Callable[[Tensor], Tensor], centered: bool = False) -
 
 
 def std_like_width(width: int, like_width: int) -> float:
-    """The std of initial weights with which a narrow model has activation inputs as large as those of a wider one.
+    """Returns the std of initial weights that gives a narrow model activation inputs as large as those of a wider one.
 
     Transformers draws every weight with std 0.02. A layer with `width` inputs of second moment 1 then has outputs with
     a root mean square of `0.02 sqrt(width)`, which is 0.55 at width 768 and 0.16 at width 64. This function returns

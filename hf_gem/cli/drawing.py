@@ -1,4 +1,4 @@
-"""Pictures of activations: functions, slopes and gates, in the colours of the reports."""
+"""Draws functions, slopes and gates of activations, in the colours of the reports."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Panel:
     """A column of a figure.
 
     Attributes:
-        title: Above it.
-        names: The activations in it.
+        title: Text above the column.
+        names: Names of its activations.
     """
 
     title: str
@@ -36,11 +36,11 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """What to draw.
+    """A figure of one column per panel.
 
     Attributes:
-        panels: From left to right.
-        rows: From top to bottom, of `function`, `slope` and `gate`, which is f(x) / x.
+        panels: The columns, from left to right.
+        rows: The rows, from top to bottom: `function`, `slope` or `gate`, which is f(x) / x.
     """
 
     panels: tuple[Panel, ...]
@@ -74,15 +74,15 @@ FIGURES = {
 
 
 def draw(figure: Figure, reach: float = 3.0) -> Any:
-    """A figure of matplotlib.
+    """Returns a matplotlib figure.
 
     Args:
-        figure: What to draw.
-        reach: x goes from minus this to this.
+        figure: The figure to draw.
+        reach: Largest x. The smallest one is its negative.
 
     Raises:
-        ConfigError: an activation or a row is not known.
-        ValueError: a name of the family is malformed.
+        ConfigError: An activation or a row is unknown.
+        ValueError: A name of the family is malformed.
     """
     if unknown := [row for row in figure.rows if row not in _AXES]:
         raise ConfigError(f"the row {unknown[0]!r} is not known. The rows are {', '.join(_AXES)}.")
@@ -108,7 +108,7 @@ def draw(figure: Figure, reach: float = 3.0) -> Any:
 
 
 def save(figure: Figure, path: Path, reach: float = 3.0) -> None:
-    """Draws a figure into a file, whose ending is the format."""
+    """Draws a figure into a file. The suffix sets the format."""
     shown = draw(figure, reach)
     if path.suffix == ".svg":
         from ..compare.drawing import svg_of
@@ -119,7 +119,7 @@ def save(figure: Figure, path: Path, reach: float = 3.0) -> None:
 
 
 def _style(name: str) -> dict[str, Any]:
-    """The colour and line of the reports; the family is drawn over the others."""
+    """Returns the colour and line of the reports. The family is drawn on top of the others."""
     style = {key: value for key, value in look(_stock_name(name)).items() if key != "marker"}
     return {**style, "zorder": 3 if is_claimed(name) else 2}
 
@@ -129,7 +129,7 @@ def _stock_name(name: str) -> str:
 
 
 def _curves(name: str, reach: float) -> dict[str, tuple[Any, Any]]:
-    """Row of a figure -> x and y."""
+    """Returns row -> x and y."""
     function = get_activation(parse(name).name) if is_claimed(name) else STOCK.get(_stock_name(name))
     if function is None:
         raise ConfigError(f"the activation {name!r:.80} is not known. Give names of the family, {', '.join(STOCK)}.")

@@ -1,4 +1,4 @@
-"""`hf-gem train`, `compare`, `recipes` and `run`: training, and other people's scripts with the names registered."""
+"""`hf-gem train`, `compare`, `recipes` and `run`: start training, studies and scripts of your own."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def train(
     launcher: Annotated[
         str | None,
         typer.Option(
-            help="Start processes with accelerate, by a launcher of `hf-gem recipes` such as multi_gpu, or a file.",
+            help="Start processes with accelerate. Give a launcher of `hf-gem recipes`, such as multi_gpu, or a file.",
             autocompletion=_complete_launcher,
         ),
     ] = None,
     num_processes: Annotated[
         int | None,
-        typer.Option("--num-processes", "--num_processes", min=1, help="Processes to start with --launcher."),
+        typer.Option("--num-processes", "--num_processes", min=1, help="Number of processes to start with --launcher."),
     ] = None,
 ) -> Script:
     """Train a model by a recipe.
@@ -116,7 +116,7 @@ def _run_recipe(name: str, arguments: list[str]) -> None:
 
 
 def _run_file(script: Path, arguments: list[str]) -> None:
-    """Runs a file as `python FILE` would; hf_gem, imported before this, has registered the names."""
+    """Runs a file as `python FILE` would. The import of hf_gem has registered the names before."""
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")
@@ -130,7 +130,7 @@ def _run_module(name: str, arguments: list[str]) -> None:
 
 
 def _launch(recipe: str, launcher: str, num_processes: int | None, arguments: list[str]) -> Script:
-    """The start of several processes of a recipe, as `accelerate launch` does it."""
+    """Returns a script that starts several processes of a recipe, as `accelerate launch` does."""
     named = FOLDER / "accelerate" / f"{launcher}.yaml"
     config = named if named.is_file() else Path(launcher)
     if not config.is_file():
@@ -145,6 +145,6 @@ def _launch(recipe: str, launcher: str, num_processes: int | None, arguments: li
 
 
 def _headline(path: Path) -> str:
-    """The first sentence of a script's docstring."""
+    """Returns the first sentence of a script's docstring."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return text.splitlines()[0].partition(": ")[0]

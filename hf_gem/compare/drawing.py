@@ -43,7 +43,7 @@ class Picture:
 
 
 def new_figure(width: float, height: float, h_pad: float | None = 0.08) -> Figure:
-    """A figure. It does not belong to pyplot, which would have to choose a backend.
+    """Returns a figure. It does not belong to pyplot, which would have to choose a backend.
 
     Args:
         width: In inches.
@@ -54,14 +54,14 @@ def new_figure(width: float, height: float, h_pad: float | None = 0.08) -> Figur
 
 
 def picture_of(figure: Figure) -> Picture:
-    """The files of a finished figure."""
+    """Returns the files of a finished figure."""
     png = io.BytesIO()
     figure.savefig(png, metadata={"Software": None})  # without the version of matplotlib
     return Picture(png.getvalue(), svg_of(figure))
 
 
 def svg_of(figure: Figure) -> bytes:
-    """A finished figure as SVG: the same bytes for the same numbers."""
+    """Returns a finished figure as SVG: the same bytes for the same numbers."""
     svg = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "hf_gem"}):  # or the names inside would be new each time
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
@@ -76,12 +76,12 @@ def tidy(axes: Axes) -> None:
 
 
 def readable(metric: str) -> str:
-    """A metric in words: `validation_loss` is "validation loss"."""
+    """Returns a metric in words: `validation_loss` is "validation loss"."""
     return metric.replace("log10_relative_l2", "log10 of relative L2 error").replace("_", " ")
 
 
 def metric_label(metric: str, unit: str, of: str = "") -> str:
-    """The label of an axis.
+    """Returns the label of an axis.
 
     Args:
         metric: A metric, such as `validation_loss`.

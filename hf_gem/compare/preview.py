@@ -35,7 +35,7 @@ class Detectable:
 
 
 def detectable(plan: Plan, comparisons: Sequence[Comparison] = ()) -> Detectable:
-    """The smallest differences that the planned seeds are likely to find."""
+    """Returns the smallest differences that the planned seeds are likely to find."""
     effect = minimum_detectable_effect(len(plan.final_seeds), len(plan.arms) - 1)
     if len(plan.final_seeds) < plan.min_seeds or math.isinf(effect):
         return Detectable(None, [])
@@ -44,7 +44,7 @@ def detectable(plan: Plan, comparisons: Sequence[Comparison] = ()) -> Detectable
 
 
 def _spread(c: Comparison) -> float:
-    """The standard deviation of paired differences that matches the standard error of their mean."""
+    """Returns the standard deviation of paired differences that matches the standard error of their mean."""
     if c.components:
         return math.sqrt(len(c.seeds)) * c.components.estimate.error
     return float(np.subtract(c.values, c.baseline).std(ddof=1))
@@ -120,7 +120,7 @@ def dry_run(plan: Plan, folder: Path, jobs: int) -> str:
 
 
 def occupied(hours: float, jobs: int, hardware: Mapping[str, Any]) -> str:
-    """The cost of a study: GPU-hours on a machine with GPUs, and core-hours on another.
+    """Returns the cost of a study: GPU-hours on a machine with GPUs, and core-hours on another.
 
     Args:
         hours: How long the study takes.

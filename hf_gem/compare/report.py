@@ -153,7 +153,7 @@ def _tuning_spread(study: Study, arm: str) -> float | None:
 
 
 def _by_chance(study: Study, arm: str) -> bool:
-    """Whether the gap between an arm's best and second best in tuning is smaller than the spread of the seeds."""
+    """Returns whether the gap between an arm's two best rates in tuning is smaller than the spread of the seeds."""
     second, apart = study.runner_up(arm), _tuning_spread(study, arm)
     return second is not None and apart is not None and abs(second[1] - study.trials(arm)[study.choices()[arm]]) < apart
 

@@ -136,7 +136,7 @@ def _rows(summary: Summary) -> Iterator[list[str]]:
 
 
 def _panel(study: Study, summaries: Sequence[Summary], baseline: str) -> Panel:
-    """The panel of a study in the picture: gains in the unit of its own metric."""
+    """Returns the panel of a study in the picture: gains in the unit of its own metric."""
     plan, rows = study.plan, {}
     for summary in summaries:
         f = summary.findings.get(plan.name)

@@ -38,7 +38,7 @@ def working(x: Tensor) -> Tensor:
 
 
 def digits(dtype: torch.dtype) -> int:
-    """The number of significant bits of a floating-point dtype."""
+    """Returns the number of significant bits of a floating-point dtype."""
     return 1 - round(math.log2(torch.finfo(dtype).eps))
 
 
@@ -67,7 +67,7 @@ def saturated(eps: Tensor) -> Tensor:
 
 
 def bound(n: int, dtype: torch.dtype) -> float:
-    """The |z r| above which the gate rounds to 1: a power of two whose 2n-th power exceeds e 2^(digits + 3)."""
+    """Returns the |z r| above which the gate rounds to 1: a power of two whose 2n-th power exceeds e 2^(digits + 3)."""
     num_digits = 53 if dtype == torch.float64 else 24
     return 2.0 ** math.ceil((num_digits + 3 + n) / (2 * n))
 
@@ -106,7 +106,7 @@ def positive(z: Tensor) -> Tensor:
 
 
 def complement(z: Tensor, n: int, r: Real, e: Real) -> tuple[Tensor, Tensor, Tensor]:
-    """The parts of 1 - s for z > 0, computed with one division.
+    """Returns the parts of 1 - s for z > 0, computed with one division.
 
     Returns:
         t, whether z r is past the bound, and q. Up to the bound, `1 - s = q e`. Past it, t stays constant and

@@ -75,7 +75,7 @@ def _dual(x: Any) -> Dual:
 
 
 def exact_slope(family: Family, x: Fraction, n: int, eps: Fraction) -> Fraction:
-    """The derivative of `exact` with respect to x."""
+    """Returns the derivative of `exact` with respect to x."""
     slope = _dual(family.exact(Dual(x, Fraction(1)), n, eps)).slope
     return Fraction(slope)
 

@@ -47,7 +47,7 @@ def eps_slope(z: Tensor, n: int, r: Real, e: Real) -> Tensor:
 
 
 def slope_at(y: Tensor, n: int, r: Real, e: Real, digits: int) -> Tensor:
-    """The slope at the x whose output is y, and 0 for y <= 0. Requires n <= MAX_INVERTIBLE_N.
+    """Returns the slope at the x whose output is y, and 0 for y <= 0. Requires n <= MAX_INVERTIBLE_N.
 
     E-GEM is strictly increasing for x > 0 and d log x / d log y <= 1, so a rounded y determines the slope as accurately
     as a rounded x. For y below 2^-40 eps^(1/2n), the slope comes out too small, by less than 2^-25.
@@ -58,7 +58,7 @@ def slope_at(y: Tensor, n: int, r: Real, e: Real, digits: int) -> Tensor:
 
 
 def inverse(y: Tensor, n: int, r: Real, e: Real) -> Tensor:
-    """The x > 0 whose output is y, and 0 for y <= 0. Requires n <= MAX_INVERTIBLE_N."""
+    """Returns the x > 0 whose output is y, and 0 for y <= 0. Requires n <= MAX_INVERTIBLE_N."""
     w, a, b = _preimage(y, n, r, e, 53 if y.dtype == torch.float64 else 24)
     # y is x^(2n+1) / eps far below the scale of the gate, and x far above it.
     k = 1 / (2 * n + 1)
@@ -68,7 +68,7 @@ def inverse(y: Tensor, n: int, r: Real, e: Real) -> Tensor:
 
 
 def invertible(n: int, eps: float | Tensor, dtype: torch.dtype) -> bool:
-    """Whether the slope can be recovered from the output to within a rounding of `dtype`.
+    """Returns whether the slope can be recovered from the output to within a rounding of `dtype`.
 
     This requires n <= MAX_INVERTIBLE_N and outputs that do not underflow too early. An output with an error of half the
     smallest subnormal, h, gives a slope with an error of 2n h / x. The error is largest at y = h, where
@@ -112,7 +112,7 @@ def _preimage(y: Tensor, n: int, r: Real, e: Real, digits: int) -> tuple[Tensor,
 
 
 def _num_steps(n: int, digits: int) -> int:
-    """The number of steps after which `_preimage` gives the slope to a quarter of a rounding to `digits`.
+    """Returns the number of steps after which `_preimage` gives the slope to a quarter of a rounding to `digits`.
 
     The error after one step is 1e-4 for n = 1, 5e-4 for n = 2 and 9e-4 for n = 3 and 4. After two steps it is 1e-9.
     """
@@ -122,7 +122,7 @@ def _num_steps(n: int, digits: int) -> int:
 
 
 def _smallest(dtype: torch.dtype) -> float:
-    """The smallest scaled y that `_preimage` solves for: its squares stay normal, and the slope is negligible there."""
+    """Returns the smallest scaled y that `_preimage` solves for. Its squares are normal and its slope negligible."""
     return 2.0**-200 if dtype == torch.float64 else 2.0**-40
 
 

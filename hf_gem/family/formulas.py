@@ -38,7 +38,7 @@ def slope_at(family: Family, n: int, eps: float | Tensor, y: Tensor) -> Tensor:
 
 
 def inverse(family: Family, n: int, eps: float | Tensor, y: Tensor) -> Tensor:
-    """The x where f(x) = y, in the working dtype of y."""
+    """Returns the x where f(x) = y, in the working dtype of y."""
     assert family.inverse is not None
     z = working(y)
     return family.inverse(z, n, *_scale(eps, n, z))

@@ -43,7 +43,7 @@ def _match(name: str) -> re.Match[str] | None:
 
 
 def grammar(family: Family) -> str:
-    """The form of the names of a family."""
+    """Returns the form of the names of a family."""
     return family.name + ("[_n<N>]" if family.fixed_eps is not None else "[_n<N>][_eps<E>][_learnable]")
 
 
@@ -191,7 +191,7 @@ def parse(name: str) -> GemSpec:
 
 
 def is_name(name: object) -> bool:
-    """Whether `name` is a valid name of the family."""
+    """Returns whether `name` is a valid name of the family."""
     if not isinstance(name, str) or _match(name) is None:
         return False
     try:
@@ -202,7 +202,7 @@ def is_name(name: object) -> bool:
 
 
 def is_claimed(name: object) -> TypeGuard[str]:
-    """Whether `name` was clearly meant as a name of the family: `gem_n0` and `egem-n2`, but not `gemma` or `gelu`."""
+    """Returns whether `name` was meant as a name of the family: `gem_n0` and `egem-n2`, but not `gemma` or `gelu`."""
     return isinstance(name, str) and _patterns(tuple(FAMILIES))[1].fullmatch(name.lower()) is not None
 
 
@@ -231,7 +231,7 @@ def _malformed(name: str, reason: str = "") -> ValueError:
 
 
 def _nearest(name: str) -> str:
-    """The valid name that keeps the recognizable parts of `name`."""
+    """Returns the valid name that keeps the recognizable parts of `name`."""
     text = name.lower()
     letters = re.sub(r"[\W_]", "", text)
     family = next((f for f in FAMILIES if letters.startswith(f)), "gem")

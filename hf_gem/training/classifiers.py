@@ -28,7 +28,7 @@ def depth_and_width(name: str) -> tuple[int, int] | None:
 
 
 def is_own(name: str) -> bool:
-    """Whether `image_models` defines a model of this name."""
+    """Returns whether `image_models` defines a model of this name."""
     return name == "convnet" or depth_and_width(name) is not None
 
 

@@ -189,7 +189,7 @@ def at_least(config: Any, least: int, *names: str) -> None:
 
 
 def is_positive(text: str) -> bool:
-    """Whether this is a finite number above 0."""
+    """Returns whether this is a finite number above 0."""
     try:
         return 0 < float(text) < math.inf
     except ValueError:

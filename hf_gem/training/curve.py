@@ -1,4 +1,4 @@
-"""The picture of a run's loss, at its end and while it trains."""
+"""Draws the loss of a run, while it trains and at its end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GREY, _BLACK = "#999999", "#222222"  # colours that stand for no activation
 
 
 class LiveCurve:
-    """Redraws the picture of a run under way, at most twice a minute and never in its first half.
+    """Redraws the picture of a run, at most twice a minute and never in its first half.
 
     Args:
         path: The file of the picture.
@@ -27,14 +27,14 @@ class LiveCurve:
         self.due = time.monotonic() + _EVERY
 
     def draw(self, record: Mapping[str, Any]) -> None:
-        """Draws what a record has so far."""
+        """Draws the values that a record has so far."""
         if time.monotonic() >= self.due and can_draw():
             draw_loss(record, self.path)
             self.due = time.monotonic() + _EVERY
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is installed."""
+    """Returns whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 

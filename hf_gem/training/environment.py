@@ -39,9 +39,7 @@ def environment(folder: Path | None = None) -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command as it would be typed in the current folder, without secrets; of the launcher's own flags nothing is
-    known here.
-    """
+    """Returns the command as it would be typed in the current folder, without secrets and flags of the launcher."""
     script = Path(sys.argv[0])
     module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`
     if script.is_absolute() and script.is_relative_to(Path.cwd()):

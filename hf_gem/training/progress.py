@@ -20,7 +20,7 @@ _SHOWN_VERSIONS = ("torch", "transformers", "timm", "hf-gem")
 
 
 def bar_width() -> int:
-    """The width of a progress bar in columns; 0 if standard error cannot show one.
+    """Returns the width of a progress bar in columns; 0 if standard error cannot show one.
 
     A log file cannot, and neither can a terminal that reports a width of 0, as inside `script`. Lines suit both.
     """
@@ -31,12 +31,12 @@ def bar_width() -> int:
 
 
 def clock_time() -> str:
-    """The time of day, for the beginning of a line."""
+    """Returns the time of day, for the beginning of a line."""
     return f"{datetime.now():%H:%M:%S}"
 
 
 def time_left(seconds: float, done: float, left: float) -> str:
-    """The remaining time, as text.
+    """Returns the remaining time, as text.
 
     Args:
         seconds: The time spent so far.
@@ -94,7 +94,7 @@ class Progress:
 
 
 def headline(record: Mapping[str, Any], session: Mapping[str, Any], device: torch.device, start: int) -> str:
-    """The first line of a log: time, run, size, precision, device and versions.
+    """Returns the first line of a log: time, run, size, precision, device and versions.
 
     Args:
         record: The record of the run.

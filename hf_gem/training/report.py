@@ -76,7 +76,7 @@ def _move(folder: Path, to: Path) -> list[str]:
 
 
 def text_card(record: dict[str, Any], **values: Any) -> dict[str, Any]:
-    """The values of a card that all language models share, and some more; for `save_results`."""
+    """Returns the values of a card that all language models share, and some more; for `save_results`."""
     return {
         "processor_class": "AutoTokenizer",
         "on_hub": record["data"].get("on_hub", False),
@@ -86,7 +86,7 @@ def text_card(record: dict[str, Any], **values: Any) -> dict[str, Any]:
 
 
 def image_card(model: str, record: dict[str, Any]) -> dict[str, Any]:
-    """The values of a card that all image classifiers share; for `save_results`.
+    """Returns the values of a card that all image classifiers share; for `save_results`.
 
     Args:
         model: The name of the model in the recipe.
@@ -106,7 +106,7 @@ def image_card(model: str, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def import_of(model: Any) -> str:
-    """The module to import before loading a model: that of the model if it is one of hf_gem, and otherwise hf_gem."""
+    """Returns the module to import before loading a model: the one that defines it if that is in hf_gem, or hf_gem."""
     home = type(model).__module__
     return home if home.startswith("hf_gem.") else "hf_gem"
 
@@ -172,7 +172,7 @@ def write_card(record: dict[str, Any], path: Path, picture: bool = True, **more:
 
 
 def _card_data(record: dict[str, Any], ours: bool, more: dict[str, Any]) -> ModelCardData:
-    """The metadata of a card, which the Hub reads."""
+    """Returns the metadata of a card, which the Hub reads."""
     config, result = record["config"], record["result"]
     metric = next(name for name in ("accuracy", "relative_l2", "perplexity") if f"validation_{name}" in result)
     dataset = config.get("dataset") or config["problem"]

@@ -46,7 +46,7 @@ _PATHS = {"PosixPath", "WindowsPath"}  # the folder it was written to, which not
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether the checkpoints of a run are sharded."""
+    """Returns whether the checkpoints of a run are sharded."""
     sharded = StateDictType.SHARDED_STATE_DICT
     return bool(accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.state_dict_type == sharded)
 

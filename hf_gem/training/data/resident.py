@@ -82,7 +82,7 @@ class ResidentImages:
 
 
 def can_be_resident(rows: Rows, size: int | None) -> bool:
-    """Whether images can stay on the device, judged by a few. Decoding later checks that all have the same size."""
+    """Returns whether images can stay on the device, judged by a few. Decoding checks that all sizes are equal."""
     sizes = {rows.image(int(i)).size for i in np.linspace(0, len(rows) - 1, 16)}
     (width, height), *others = sizes
     alike = not others and width == height and size in (None, width)

@@ -269,7 +269,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def is_prepared(config: SourceConfig) -> bool:
-    """Whether the dataset is a folder that `cached` built, or looks like one."""
+    """Returns whether the dataset is a folder that `cached` built, or looks like one."""
     try:
         found: dict[str, Any] = read_json(Path(config.dataset, _META), dict[str, Any])
     except ValueError:
