@@ -146,6 +146,7 @@ def test_twine_finds_nothing_wrong(dist):
 # Runs commands of hf-gem in one process: prints [exit code, standard output, standard error] of each.
 COMMANDS = """
 import contextlib, io, json, sys
+import torch  # without NumPy, it warns when it is imported
 from hf_gem.cli import main
 
 for command in json.loads(sys.argv[1]):

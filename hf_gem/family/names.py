@@ -26,6 +26,9 @@ MAX_LOG2_SCALE = 100
 
 _LONGEST = 200  # characters of a name, several times the length of any meaningful one
 
+_RULE_OF_N = f"n must be an integer from 1 to {MAX_N}."
+_RULE_OF_START = "A learnable eps must start between 1e-37 and 1e37, which fit into float32."
+
 _NUMBER = r"\d+(?:\.\d*)?(?:em?[+-]?\d+)?"
 
 
@@ -55,7 +58,7 @@ def check_n(n: int) -> int:
     """Returns `n` as an int, or raises TypeError (not an integer) or ValueError (outside 1..32)."""
     if type(n) is int and 1 <= n <= MAX_N:  # fast path, since every call of an activation checks n
         return n
-    allowed = f"n must be an integer from 1 to {MAX_N}. The paper uses n=1, 2 and 3."
+    allowed = f"{_RULE_OF_N} The paper uses n=1, 2 and 3."
     try:
         if isinstance(n, bool):
             raise TypeError
@@ -82,16 +85,37 @@ def check_eps(eps: float, n: int = 1) -> float:
         ) from None
     except OverflowError:
         value = math.inf
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"got eps={shown(eps)}. eps must be positive and finite. {fix}")
-    if abs(math.log2(value)) > 2 * n * MAX_LOG2_SCALE:
-        limit = min(2 * n * MAX_LOG2_SCALE * math.log10(2), 307)
+    rule = _broken_rule_of_eps(value, n)
+    if not rule:
+        return value
+    if math.isfinite(value) and value > 0:
         raise ValueError(
-            f"got eps={value!r}. eps must be between 1e-{limit:.0f} and 1e{limit:.0f} for n={n}. Outside this range, "
-            "float32 cannot hold the scale of the gate, and the function is ReLU or zero for all common inputs: use "
-            "that function instead."
+            f"got eps={value!r}. {rule} Outside this range, float32 cannot hold the scale of the gate, and the "
+            "function is ReLU or zero for all common inputs: use that function instead."
         )
-    return value
+    raise ValueError(f"got eps={shown(eps)}. {rule} {fix}")
+
+
+def _broken_rule_of_eps(eps: float, n: int) -> str:
+    if not (math.isfinite(eps) and eps > 0):
+        return "eps must be positive and finite."
+    if abs(math.log2(eps)) > 2 * n * MAX_LOG2_SCALE:
+        limit = min(2 * n * MAX_LOG2_SCALE * math.log10(2), 307)
+        return f"eps must be between 1e-{limit:.0f} and 1e{limit:.0f} for n={n}."
+    return ""
+
+
+def _broken_rule(n: int, eps: float | None, learnable: bool) -> str:
+    """The rule that the parameters of a name break, or an empty string."""
+    if not 1 <= n <= MAX_N:
+        return _RULE_OF_N
+    if eps is None:
+        return ""
+    return _broken_rule_of_eps(eps, n) or (_RULE_OF_START if learnable and not _can_start(eps) else "")
+
+
+def _can_start(eps: float) -> bool:
+    return LEARNABLE_RANGE[0] <= eps <= LEARNABLE_RANGE[1]
 
 
 @dataclass(frozen=True)
@@ -130,11 +154,8 @@ class GemSpec:
                 f"got learnable={shown(self.learnable)}. learnable must be True or False. Write learnable=True to "
                 "train eps."
             )
-        if self.learnable and not LEARNABLE_RANGE[0] <= eps <= LEARNABLE_RANGE[1]:
-            raise ValueError(
-                f"got eps={eps!r} with learnable=True. A learnable eps must start between 1e-37 and 1e37, which fit "
-                "into float32. Choose an eps in that range."
-            )
+        if self.learnable and not _can_start(eps):
+            raise ValueError(f"got eps={eps!r} with learnable=True. {_RULE_OF_START} Choose an eps in that range.")
         object.__setattr__(self, "n", n)
         object.__setattr__(self, "eps", eps)
 
@@ -184,10 +205,12 @@ def parse(name: str) -> GemSpec:
     if FAMILIES[family].fixed_eps is not None and (eps or learnable):
         raise _malformed(name, f" {family} has a fixed eps of {FAMILIES[family].fixed_eps:g}.")
     try:
-        return GemSpec(family, int(n or 1), _read_eps(eps), learnable is not None)
-    except ValueError as error:
-        _, *sentences = str(error).split(". ")  # the second one says what is allowed; float's own error has only one
-        raise _malformed(name, "".join(f" {sentence.rstrip('.')}." for sentence in sentences[:1])) from None
+        parameters = int(n or 1), _read_eps(eps), learnable is not None
+    except ValueError:  # float cannot read 1em+5
+        raise _malformed(name) from None
+    if rule := _broken_rule(*parameters):
+        raise _malformed(name, f" {rule}")
+    return GemSpec(family, *parameters)
 
 
 def is_name(name: object) -> bool:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-import torch
 import wrapt
 
-from . import diffusers, peft, sentence_transformers, timm, transformers, vllm, weights
-from .registry import Installer
+if TYPE_CHECKING:
+    from .registry import Installer
 
-# Module -> the functions that hook into it after its import, and undo that.
-_LIBRARIES = (transformers, timm, peft, diffusers, sentence_transformers, vllm, weights)
+# Library -> the files that hook into it. They import torch, so they wait for the library, which imports it anyway.
+_FILES = {
+    "transformers": ("transformers", "peft"),
+    "timm": ("timm",),
+    "peft": ("peft",),
+    "diffusers": ("diffusers",),
+    "sentence_transformers": ("sentence_transformers",),
+    "vllm": ("vllm",),
+    "safetensors.torch": ("weights",),
+    "lightning.pytorch": ("weights",),
+    "pytorch_lightning": ("weights",),
+}
+# Module of a library -> the functions that hook into it after its import, and undo that.
 _INSTALLERS: dict[str, Installer] = {}
-for _library in _LIBRARIES:
-    _INSTALLERS |= _library.INSTALLERS
 _hooked: set[str] = set()
 _active = False
-_KEPT = "_hf_gem_unregister"  # an attribute of torch, which survives a new import of hf_gem
+_KEPT = "_hf_gem_unregister"  # an attribute of wrapt, which survives a new import of hf_gem
 
 
 def register() -> None:
@@ -32,17 +43,13 @@ def register() -> None:
     global _active
     # An earlier copy of hf_gem may have been imported and removed from sys.modules. Unregister it, since it does not
     # know the modules of this copy and would not save their conversions.
-    before = vars(torch).get(_KEPT, unregister)
+    before = vars(wrapt).get(_KEPT, unregister)
     if before is not unregister:
         before()
-    setattr(torch, _KEPT, unregister)
+    setattr(wrapt, _KEPT, unregister)
     _active = True
-    for name, (install, _) in _INSTALLERS.items():
-        if name in sys.modules:
-            install(sys.modules[name])
-        elif name not in _hooked:
-            _hooked.add(name)
-            wrapt.register_post_import_hook(_on_import, name)
+    for library in _FILES:
+        _after_import(library, _on_library)
 
 
 def unregister() -> None:
@@ -54,6 +61,23 @@ def unregister() -> None:
             uninstall(sys.modules[name])
 
 
-def _on_import(module: ModuleType) -> None:
+def _after_import(name: str, function: Callable[[ModuleType], None]) -> None:
+    if (module := sys.modules.get(name)) is not None:
+        function(module)
+    elif name not in _hooked:
+        _hooked.add(name)
+        wrapt.register_post_import_hook(function, name)
+
+
+def _on_library(library: ModuleType) -> None:
+    if _active:
+        for file in _FILES[library.__name__]:
+            installers = importlib.import_module(f".{file}", __package__).INSTALLERS
+            _INSTALLERS.update(installers)
+            for name in installers:
+                _after_import(name, _on_module)
+
+
+def _on_module(module: ModuleType) -> None:
     if _active:
         _INSTALLERS[module.__name__][0](module)

@@ -88,17 +88,30 @@ def test_a_warning_takes_one_line(hf_gem, monkeypatch):
         assert hf_gem("choose", "gpt2") == (0, "advice\n", "warning: of two lines\n")
 
 
-def test_it_imports_no_library_before_a_command_needs_it():
-    heavy = ("transformers", "timm", "accelerate", "matplotlib", "scipy", "yaml", "rich")
-    code = f"import sys, hf_gem.cli; print([name for name in {heavy} if name in sys.modules])"
-    done = run_python("-c", code)
-    assert done.stdout == "[]\n", done.stderr
+COMPLETION = {"_HF_GEM_COMPLETE": "complete_bash", "COMP_WORDS": "hf-gem train gp", "COMP_CWORD": "2"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [*(([*command, "--help"], {}) for command in ((), ("show",), ("train",))), (["--version"], {}), ([], COMPLETION)],
+)
+def test_it_imports_no_library_before_a_command_needs_it(arguments, environment):
+    heavy = ("torch", "numpy", "transformers", "timm", "accelerate", "matplotlib", "scipy", "yaml", "rich")
+    code = f"""
+import atexit, sys
+atexit.register(lambda: print([name for name in {heavy} if name in sys.modules], file=sys.stderr))
+from hf_gem.cli import main
+main()
+"""
+    done = run_python("-c", code, *arguments, **environment)
+    assert done.returncode == 0
+    assert done.stdout
+    assert done.stderr == "[]\n"
 
 
 def test_completion_and_the_module():
     """`python -m hf_gem` is the command, and completes like it."""
-    environment = {"_HF_GEM_COMPLETE": "complete_bash", "COMP_WORDS": "hf-gem train gp", "COMP_CWORD": "2"}
-    assert run_python("-m", "hf_gem", **environment).stdout.split() == ["gpt2_pretrain"]
+    assert run_python("-m", "hf_gem", **COMPLETION).stdout.split() == ["gpt2_pretrain"]
 
 
 def test_the_commands_of_the_page(hf_gem, tmp_path, monkeypatch):

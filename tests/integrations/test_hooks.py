@@ -60,12 +60,19 @@ BEFORE = """
 import torch
 alone = set(sys.modules)
 import hf_gem
+from hf_gem import *
 added = {name.split(".")[0] for name in set(sys.modules) - alone}
 import transformers, timm
 first = check()
 hf_gem.unregister()
 gone = [name in transformers.activations.ACT2FN for name in ("gem", "gelu")]
 print(json.dumps([sorted(added), first, gone]))
+"""
+
+BEFORE_TORCH = """
+import hf_gem
+loaded = "torch" in sys.modules
+print(json.dumps([loaded, check()]))
 """
 
 AFTER = """
@@ -104,6 +111,10 @@ def test_hf_gem_first():
     assert not {"transformers", "timm", "accelerate", "datasets", "matplotlib", "numpy.testing"} & set(added)
     assert checked == EXPECTED
     assert gone == [False, True]
+
+
+def test_hf_gem_before_torch():
+    assert run(BEFORE_TORCH) == [False, EXPECTED]
 
 
 def test_hf_gem_last():
