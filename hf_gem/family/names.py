@@ -106,7 +106,7 @@ def _broken_rule_of_eps(eps: float, n: int) -> str:
 
 
 def _broken_rule(n: int, eps: float | None, learnable: bool) -> str:
-    """The rule that the parameters of a name break, or an empty string."""
+    """Returns the rule that the parameters of a name break, or an empty string."""
     if not 1 <= n <= MAX_N:
         return _RULE_OF_N
     if eps is None:
