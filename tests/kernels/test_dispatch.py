@@ -62,7 +62,7 @@ def test_the_environment_variable(monkeypatch, value, selected):
     ],
 )
 def test_a_wrong_environment_variable(variable, allowed):
-    command = [sys.executable, "-c", "import hf_gem"]
+    command = [sys.executable, "-c", "import hf_gem; hf_gem.egem"]
     done = subprocess.run(command, env={variable: "fast"}, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert f"got {variable}='fast'. {variable} must be {allowed}" in done.stderr
