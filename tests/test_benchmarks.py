@@ -249,6 +249,25 @@ def test_what_is_wrong_counts_as_a_failure():
     assert [row.failures for row in verify.order(function(lambda x: x), "f", cpu, 10)] == [0, 0, 0]
 
 
+def test_the_slope_from_a_kept_output_has_a_row():
+    """It is compared by itself, in the dtypes in which the output can be kept."""
+    x = torch.tensor([-2.0, 0.5, 1.0, 3.0], dtype=torch.bfloat16)
+
+    def rows(keeping, x):
+        halves = {torch.bfloat16}
+        function = verify.Function(
+            "f", lambda x: x * 1.0, lambda x: x * 1.0, torch.ones_like, keeping, halves.__contains__
+        )
+        found = verify.slope_from_output([function], x, "f", "b")
+        return [(row.check, row.cases, row.failures, row.greatest) for row in found]
+
+    check = "b, slope from the output"
+    assert rows(lambda x: x * 1.0, x) == [(check, 4, 0, 0.0)]
+    assert rows(lambda x: x * 1.0078125, x) == [(check, 4, 0, 1.0)]
+    assert rows(lambda x: x * torch.where(x > 2, torch.inf, 1.0), x) == [(check, 4, 1, 0.0)]
+    assert rows(None, x) == rows(lambda x: x * 1.0, x.half()) == []
+
+
 def test_machines_get_names_fit_for_folders():
     assert slug("Intel(R) Xeon(R) CPU @ 2.20GHz 8 threads") == "intel-xeon-8-threads"
     assert slug("AMD EPYC 7B13 64-Core Processor 2 threads") == "amd-epyc-7b13-64-core-2-threads"
