@@ -101,7 +101,8 @@ $(READY): pyproject.toml
 $(OLDEST)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet uv
-	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable ".[train,dev]"
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable ".[train,dev]" \
+		"numpy<2.4"  # for the interpreter of Triton 3.6, which comes with torch 2.11
 	touch $@
 
 clean:
