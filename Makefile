@@ -23,6 +23,8 @@ ARGS ?=
 RUN = $(VENV)/bin
 READY = $(VENV)/.ready
 OLDEST = $(VENV)-oldest
+# The interpreter of Triton 3.6, which comes with torch 2.11, does not work with newer versions.
+BESIDE_OLDEST = "numpy<2.4"
 
 .PHONY: demo test test-slow test-oldest versions coverage mutants fuzz lint verify docs bench gpu peers study setup clean
 
@@ -102,7 +104,7 @@ $(OLDEST)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet uv
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable ".[train,dev]" \
-		"numpy<2.4"  # for the interpreter of Triton 3.6, which comes with torch 2.11
+		$(BESIDE_OLDEST)
 	touch $@
 
 clean:
