@@ -92,7 +92,7 @@ def test_a_study_runs_and_says_what_its_report_needs(tmp_path):
     assert done.returncode == 1
     line = done.stderr.splitlines()[-1]
     assert line.startswith(f"error: the runs are saved in {study}, but their report needs a package.")
-    assert "The package matplotlib is not installed." in line
+    assert "The package scipy is not installed." in line
     assert len(list((study / "records").glob("*.json"))) == 4
 
 
