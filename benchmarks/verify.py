@@ -180,6 +180,16 @@ def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(beyond, torch.copysign(torch.tensor(math.inf, dtype=torch.float64), nearest), nearest)
 
 
+def judge(got: Tensor, exact: Tensor, size: Tensor, rounds: bool) -> tuple[int, float]:
+    """Counts wrong results, and finds the largest error in the ulp of `size`; `compare` says what is wrong."""
+    result, nearest = got.double(), rounded(exact, got.dtype)
+    same = (result == nearest) | (result.isnan() & nearest.isnan())
+    finite = result.isfinite() & nearest.isfinite()
+    wrong = ~same if rounds else ~same & ~finite
+    error = torch.where(finite, (result - exact).abs() / spacing(size, got.dtype), 0.0).max().item()
+    return int(wrong.sum()), error
+
+
 def compare(functions: list[Function], x: Tensor, what: str, check: str, rounds: bool) -> list[Row]:
     """Compares value and slope with float64. With `rounds`, a result that is not correctly rounded is a failure.
 
@@ -193,14 +203,9 @@ def compare(functions: list[Function], x: Tensor, what: str, check: str, rounds:
         exacts = function.value(wide), function.slope(wide)
         for kind, got, exact in zip(found, value_and_slope(function.call, x), exacts, strict=True):
             cases, failures, greatest = found[kind]
-            result, nearest = got.double(), rounded(exact, x.dtype)
-            same = (result == nearest) | (result.isnan() & nearest.isnan())
-            finite = result.isfinite() & nearest.isfinite()
-            wrong = ~same if rounds else ~same & ~finite
             size = exact.abs() if kind == "value" else slope_size(exact, exacts[0], wide)
-            unit = spacing(size.clamp(min=_SMALLEST), x.dtype)
-            error = torch.where(finite, (result - exact).abs() / unit, 0.0).max().item()
-            found[kind] = cases + x.numel(), failures + int(wrong.sum()), max(greatest, error)
+            wrong, error = judge(got, exact, size.clamp(min=_SMALLEST), rounds)
+            found[kind] = cases + x.numel(), failures + wrong, max(greatest, error)
     for kind, (cases, failures, greatest) in found.items():
         rows.append(Row(what, f"{check}, {kind}", cases, failures, greatest))
     return rows
@@ -217,12 +222,9 @@ def slope_from_output(functions: list[Function], x: Tensor, what: str, check: st
         if function.keeping is None or not function.can_keep(x.dtype):
             continue
         exact = function.slope(wide)
-        slope = value_and_slope(function.keeping, x)[1].double()
-        finite = slope.isfinite() & exact.isfinite()
-        same = (slope == exact) | (slope.isnan() & exact.isnan())
         size = slope_size(exact, function.value(wide), wide).clamp(min=_SMALLEST_FROM_OUTPUT)
-        error = torch.where(finite, (slope - exact).abs() / spacing(size, x.dtype), 0.0).max().item()
-        cases, failures, greatest = cases + x.numel(), failures + int((~finite & ~same).sum()), max(greatest, error)
+        wrong, error = judge(value_and_slope(function.keeping, x)[1], exact, size, rounds=False)
+        cases, failures, greatest = cases + x.numel(), failures + wrong, max(greatest, error)
     if cases:
         yield Row(what, f"{check}, slope from the output", cases, failures, greatest)
 

@@ -46,9 +46,9 @@ def new_figure(width: float, height: float, h_pad: float | None = 0.08) -> Figur
     """Returns a figure. It does not belong to pyplot, which would have to choose a backend.
 
     Args:
-        width: In inches.
-        height: In inches.
-        h_pad: Inches above and below each panel; None for those of matplotlib.
+        width: Width in inches.
+        height: Height in inches.
+        h_pad: Space above and below each panel in inches. None means matplotlib's default.
     """
     return Figure(figsize=(width, height), dpi=110, layout=ConstrainedLayoutEngine(h_pad=h_pad))
 

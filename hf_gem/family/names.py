@@ -27,6 +27,7 @@ MAX_LOG2_SCALE = 100
 _LONGEST = 200  # characters of a name, several times the length of any meaningful one
 
 _RULE_OF_N = f"n must be an integer from 1 to {MAX_N}."
+_RULE_OF_EPS = "eps must be positive and finite."
 _RULE_OF_START = "A learnable eps must start between 1e-37 and 1e37, which fit into float32."
 
 _NUMBER = r"\d+(?:\.\d*)?(?:em?[+-]?\d+)?"
@@ -86,19 +87,19 @@ def check_eps(eps: float, n: int = 1) -> float:
     except OverflowError:
         value = math.inf
     rule = _broken_rule_of_eps(value, n)
-    if not rule:
-        return value
-    if math.isfinite(value) and value > 0:
+    if rule == _RULE_OF_EPS:
+        raise ValueError(f"got eps={shown(eps)}. {rule} {fix}")
+    if rule:
         raise ValueError(
             f"got eps={value!r}. {rule} Outside this range, float32 cannot hold the scale of the gate, and the "
             "function is ReLU or zero for all common inputs: use that function instead."
         )
-    raise ValueError(f"got eps={shown(eps)}. {rule} {fix}")
+    return value
 
 
 def _broken_rule_of_eps(eps: float, n: int) -> str:
     if not (math.isfinite(eps) and eps > 0):
-        return "eps must be positive and finite."
+        return _RULE_OF_EPS
     if abs(math.log2(eps)) > 2 * n * MAX_LOG2_SCALE:
         limit = min(2 * n * MAX_LOG2_SCALE * math.log10(2), 307)
         return f"eps must be between 1e-{limit:.0f} and 1e{limit:.0f} for n={n}."
