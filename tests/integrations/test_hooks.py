@@ -1,15 +1,18 @@
 """When registration happens, that it can be undone, and that it overwrites nothing."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 from torch import nn
 
 import hf_gem
+from hf_gem.integrations import hooks
 from hf_gem.integrations.registry import patch
 
 activations = pytest.importorskip("transformers.activations")
@@ -259,3 +262,13 @@ def test_a_function_patch_under_that_of_somebody_else_goes_quiet():
     assert theirs(-3) == 3
     install(library)
     assert theirs(-3) == 4
+
+
+def test_every_file_is_imported_after_its_library():
+    """The table of hooks.py names the library of each module that a file hooks into."""
+    files = [path for path in Path(hooks.__file__).parent.glob("*.py") if "\nINSTALLERS:" in path.read_text()]
+    assert len(files) > 5
+    for path in files:
+        for module in importlib.import_module(f"hf_gem.integrations.{path.stem}").INSTALLERS:
+            libraries = [library for library, names in hooks._FILES.items() if path.stem in names]
+            assert any(f"{module}.".startswith(f"{library}.") for library in libraries), module
