@@ -24,7 +24,7 @@ RUN = $(VENV)/bin
 READY = $(VENV)/.ready
 OLDEST = $(VENV)-oldest
 # The interpreter of Triton 3.6, which comes with torch 2.11, does not work with newer versions.
-BESIDE_OLDEST = "numpy<2.4"
+BESIDE_OLDEST = numpy<2.4
 
 .PHONY: demo test test-slow test-oldest versions coverage mutants fuzz lint verify docs bench gpu peers study setup clean
 
@@ -103,8 +103,10 @@ $(READY): pyproject.toml
 $(OLDEST)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet uv
+	@# A constraint, since a requirement would get the oldest version too.
+	echo "$(BESIDE_OLDEST)" > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable ".[train,dev]" \
-		$(BESIDE_OLDEST)
+		--constraints $(OLDEST)/constraints.txt
 	touch $@
 
 clean:
