@@ -101,8 +101,8 @@ class GemActivation(nn.Module):
         self.num_parameters = num_parameters
         self.channel_dim = channel_dim
         self.save = save
-        self.e: float  # see __setattr__
-        self.re: float
+        self.r: float  # see __setattr__
+        self.e: float
         self.log_ratio: nn.Parameter | None
         if learnable:
             self.log_ratio = nn.Parameter(torch.zeros(num_parameters))  # not 0-dim, which FSDP2 cannot shard
@@ -127,8 +127,7 @@ class GemActivation(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in ("n", "init_eps") and vars(self).keys() >= {"n", "init_eps"}:
-            r, self.e = scale(self.init_eps, self.n)
-            self.re = r * self.e  # this product and r = re / e are exact; `captured` says why re is stored
+            self.r, self.e = scale(self.init_eps, self.n)
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         if torch.jit.is_scripting():
@@ -148,13 +147,13 @@ class GemActivation(nn.Module):
     def captured(self, x: Tensor, up: Tensor | None = None) -> Tensor:
         """`forward` with a fixed eps, for a compiler. If `up` is given, the result is multiplied by it before rounding.
 
-        Floats become inputs of the compiled graph once they differ, so all layers share one graph, whatever their eps.
-        If r were computed from eps in the graph, it would be a constant. Each layer would then need its own graph, up
-        to the limit beyond which nothing is compiled. r itself is the same for many eps, so passing it would cost one
-        more graph when it first differs. r e differs whenever eps does.
+        Attributes that are floats become inputs of the compiled graph once they differ, so layers share a graph,
+        whatever their eps: the first needs one, the next another with e as an input, and the first with another r a
+        third. If r and e were computed from eps in the graph, they would be constants. Each layer would then need its
+        own graph, up to the limit beyond which nothing is compiled.
         """
         functional.check_tensor(x, "x")
-        y = self.formula(working(x), self.n, self.re / self.e, self.e)
+        y = self.formula(working(x), self.n, self.r, self.e)
         return (y if up is None else y * up).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -176,14 +175,14 @@ class GemActivation(nn.Module):
         # Pickles of version 0.1.0 lack these attributes.
         vars(self).setdefault("family", type(self).__name__.lower())
         vars(self).setdefault("formula", self.spec.definition.value)
-        self.n = self.n  # also sets e and re
+        self.n = self.n  # also sets r and e
 
     def _scripted(self, x: Tensor) -> Tensor:
         """`forward` for TorchScript: the formula, with r and e as tensors."""
         z = working(x)
         log_ratio = self.log_ratio
         if log_ratio is None:
-            r = torch.full([], self.re / self.e, dtype=z.dtype, device=z.device)
+            r = torch.full([], self.r, dtype=z.dtype, device=z.device)
             e = torch.full([], self.e, dtype=z.dtype, device=z.device)
             return self.formula(z, self.n, r, e).to(x.dtype)
         eps = _eps_at(log_ratio, self.init_eps).to(z.dtype)

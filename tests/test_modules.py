@@ -323,10 +323,11 @@ def run_blocks(activations):
     ids=["egem", "segem_n2", "learnable", "one a channel"],
 )
 def test_compiling_layers_with_an_eps_of_their_own(make):
-    """`convert(..., per_layer=True)` leaves such. One graph for the first eps and one for any; a limit is at 8."""
-    count, deviation = run_blocks([make(eps) for eps in (0.01, 0.02, 0.3, 4.0)])
-    assert count == 2
-    assert deviation < 4 * 40 * 2**-24  # 4 layers, each of a slope within some ten roundings and a product of 8 terms
+    """`convert(..., per_layer=True)` makes such layers. The compiler stops at 8 graphs."""
+    values = (0.01, 0.02, 0.3, 4.0, 0.001, 0.5, 1.0, 2e-4, 7.0, 1e-6)
+    count, deviation = run_blocks([make(eps) for eps in values])
+    assert count <= 3
+    assert deviation < len(values) * 40 * 2**-24  # layers, each of a slope within some ten roundings and a product of 8 terms
 
 
 @pytest.mark.parametrize("name", ["egem_eps0.01", "segem_n2_eps3", "gem_n3"])

@@ -83,15 +83,15 @@ def chunked_cross_entropy(
 @contextlib.contextmanager
 def whole_sequences(model: nn.Module) -> Iterator[None]:
     """Lets SDPA assume in a `with` block that no sequence is padded. Generation afterwards needs padding again."""
-    parts = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
-    configs = [config for config in parts if config._attn_implementation == "sdpa"]
-    for config in configs:
-        config._attn_implementation = {"": WHOLE_SEQUENCES}  # only for this part, not for its own parts
+    configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    before = [(config, config._attn_implementation) for config in configs]
     try:
+        for config, name in before:  # a model before its parts, since its config sets those of its parts
+            config._attn_implementation = WHOLE_SEQUENCES if name == "sdpa" else name
         yield
     finally:
-        for config in configs:
-            config._attn_implementation = {"": "sdpa"}
+        for config, name in before:
+            config._attn_implementation = name
 
 
 def _token_losses(objective: nn.Module, hidden: Tensor, head: nn.Module, labels: Tensor, chunk_size: int) -> Output:

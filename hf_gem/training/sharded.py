@@ -77,27 +77,40 @@ def load_sharded(accelerator: Accelerator, folder: Path) -> None:
 
 
 def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    reader = _Reader(folder)
     try:
-        checkpoint.load(state, storage_reader=_Reader(folder), planner=_Planner())
+        checkpoint.load(state, storage_reader=reader, planner=_Planner())
     except CheckpointException as error:  # not a subclass of Exception
         reasons = "; ".join(dict.fromkeys(str(reason) for reason, _ in error.failures.values()))
-        raise ValueError(f"cannot read {folder}: {reasons}") from error
+        raise ValueError(f"cannot read {folder}: {reader.error or reasons}") from error
     return state
 
 
 class _Reader(checkpoint.FileSystemReader):
+    error: Exception | None = None  # of read_metadata; torch 2.11 drops it
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with Path(self.path, _METADATA).open("rb") as file:
-            metadata = _Unpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(f"{file.name} holds a {type(metadata).__name__} instead of a list of tensors")
-        for info in metadata.storage_data.values():
-            if not is_inside(info.relative_path):
-                raise ValueError(f"{file.name} names {shown(info.relative_path)}, which is outside its folder")
+        try:
+            metadata = _read_list(Path(self.path, _METADATA))
+        except Exception as error:
+            self.error = error
+            raise
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def _read_list(path: Path) -> Metadata:
+    """Reads the list of tensors of a sharded checkpoint."""
+    with path.open("rb") as file:
+        metadata = _Unpickler(file).load()
+    if not isinstance(metadata, Metadata):
+        raise pickle.UnpicklingError(f"{path} holds a {type(metadata).__name__} instead of a list of tensors")
+    for info in metadata.storage_data.values():
+        if not is_inside(info.relative_path):
+            raise ValueError(f"{path} names {shown(info.relative_path)}, which is outside its folder")
+    return metadata
 
 
 class _Planner(checkpoint.DefaultLoadPlanner):
