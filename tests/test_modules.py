@@ -327,7 +327,8 @@ def test_compiling_layers_with_an_eps_of_their_own(make):
     values = (0.01, 0.02, 0.3, 4.0, 0.001, 0.5, 1.0, 2e-4, 7.0, 1e-6)
     count, deviation = run_blocks([make(eps) for eps in values])
     assert count <= 3
-    assert deviation < len(values) * 40 * 2**-24  # layers, each of a slope within some ten roundings and a product of 8 terms
+    # Each layer has a slope within some ten roundings, and a product of 8 terms.
+    assert deviation < len(values) * 40 * 2**-24
 
 
 @pytest.mark.parametrize("name", ["egem_eps0.01", "segem_n2_eps3", "gem_n3"])
