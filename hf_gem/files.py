@@ -53,9 +53,12 @@ def cache_folder() -> Path:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces the content of a file in one step."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # unique, since machines may share a folder
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    flush(partial)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     flush(path.parent)
 
 

@@ -16,6 +16,7 @@ from hf_gem.files import (
     redact,
     redacted,
     shown,
+    write_atomically,
 )
 
 MarkdownIt = pytest.importorskip("markdown_it", reason="pages are read by it").MarkdownIt
@@ -187,3 +188,10 @@ def test_cells_stay_in_their_places(text, render):
     assert table.count("\n") == 3
     kinds = [token.type for token in tokens(table)]
     assert (kinds.count("tr_open"), kinds.count("td_open"), kinds.count("th_open")) == (3, 4, 2)
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OSError, match="a"):
+        write_atomically(tmp_path / "a", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -250,7 +250,7 @@ class CheckpointStore:
                 theirs = self._state(path)["identity"]
                 self._compare(theirs, self.identity, str(path), "this command")
                 for other in found:
-                    if other.name > path.name:
+                    if _step_of(other) > self._state(path)["step"]:
                         self._set_aside(other)
                 return path
             if not named:

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -329,7 +329,7 @@ class _Run:
         before, sessions = self.record["nonfinite"], self.record["sessions"]
         if before["rollbacks"] == _MOST_ROLLBACKS or not self.checkpoints.complete():
             raise self._not_finite(step, f"after {before['rollbacks']} rollbacks, at or before step {step}")
-        self._next.result()
+        wait([self._next])  # it draws from the generators that are restored; its result, or error, is not needed
         start, state = self.checkpoints.restore(self.accelerator, "auto")
         self._take_up(start, state)
         counts = {"rollbacks": before["rollbacks"] + 1, "skipped_batches": before["skipped_batches"] + step - start}

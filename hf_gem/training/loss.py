@@ -15,7 +15,6 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..modules import GemActivation
-from .errors import ConfigError
 from .pde import Problem
 
 CHUNK_SIZE = 4096  # tokens: 0.8 GB of float32 logits with a vocabulary of 50k
@@ -163,6 +162,7 @@ class ClassificationLoss(nn.Module):
         self.model = model  # not channels-last: Conv2d(4, 8, 1, stride=2) in torch 2.14 then corrupts the heap on a CPU
         self.label_smoothing = label_smoothing
         self.mixup = mixup
+        self.multiple_of = 1 if mixup is None else 2  # of images in a micro-batch: mixing works on pairs
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> Output:
         """Computes the loss of `pixel_values` (batch, channels, height, width) and `labels` (batch,)."""
@@ -179,11 +179,6 @@ class ClassificationLoss(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not say what it returns
     def _mix(self, pixel_values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if len(labels) % 2:
-            raise ConfigError(
-                f"a micro-batch has {len(labels)} images. Mixup and CutMix work on pairs, so the number must be even. "
-                "Change --global_batch_size or --micro_batch_size."
-            )
         np.random.seed(int(torch.randint(2**31, ())))
         mixed: tuple[Tensor, Tensor] = self.mixup(pixel_values.clone(), labels)  # it works in place
         return mixed

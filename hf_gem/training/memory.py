@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,13 +55,13 @@ def auto_chunk_size(available: int, batch: int, length: int, vocabulary: int, dt
     return 0 if logits <= available * _SHARE_OF_LOGITS else CHUNK_SIZE
 
 
-def largest_micro_batch(share: int, peak: Callable[[int], int], memory: int) -> int:
-    """Finds the largest divisor of a process's share of a batch that fits into memory, or 0.
+def largest_micro_batch(sizes: Sequence[int], peak: Callable[[int], int], memory: int) -> int:
+    """Finds the largest size of a micro-batch that fits into memory, or 0.
 
     Two small tries measure what a sample takes, so that the first large try is close.
 
     Args:
-        share: Number of samples of a batch that one process computes.
+        sizes: The possible sizes, the largest first.
         peak: Returns the peak memory, in bytes, of a forward and backward pass on a number of samples, or raises
             torch.OutOfMemoryError.
         memory: Total number of bytes.
@@ -71,8 +71,8 @@ def largest_micro_batch(share: int, peak: Callable[[int], int], memory: int) -> 
         estimate = 4 + (memory - more) // max((more - few) // 2, 1)
     except torch.OutOfMemoryError:
         estimate = 3
-    for size in range(min(share, max(estimate, 1)), 0, -1):
-        if share % size == 0:
+    for size in sizes:
+        if size <= max(estimate, sizes[-1]):
             try:
                 peak(size)
                 return size
@@ -102,7 +102,15 @@ def fit_to_memory(task: Task, config: TrainConfig, accelerator: Accelerator) -> 
         )
     share = config.global_batch_size // accelerator.num_processes
     tries = config.micro_batch_size == "auto" and accelerator.device.type == "cuda"
-    size = next(n for n in range(min(share, fixed_micro_batch_size(config)), 0, -1) if share % n == 0)
+    multiple = getattr(task.objective, "multiple_of", 1)
+    sizes = [n for n in range(share, 0, -1) if share % n == 0 and n % multiple == 0]
+    size = next((n for n in sizes if n <= fixed_micro_batch_size(config)), None)
+    if size is None:
+        raise ConfigError(
+            f"got micro-batches of at most {min(share, fixed_micro_batch_size(config))} of the {share} images of a "
+            f"process. Mixup and CutMix work on pairs, so the number must be even. Change --global_batch_size or "
+            "--micro_batch_size."
+        )
     found = {}
     if isinstance(task.objective, CausalLMLoss):
         if task.objective.chunk_size == "auto":
@@ -110,7 +118,7 @@ def fit_to_memory(task: Task, config: TrainConfig, accelerator: Accelerator) -> 
             task.objective.chunk_size = _chunk_size(task, config, accelerator, 1 if tries else size)
         found["loss_chunk_size"] = task.objective.chunk_size
     if tries:
-        size = _tried_micro_batch(share, task, config, accelerator)
+        size = _tried_micro_batch(sizes, task, config, accelerator)
     return {"micro_batch_size": size, **found}
 
 
@@ -136,7 +144,7 @@ def _state_bytes(weights: int, config: TrainConfig) -> int:
     return weights * ((2 if config.optimizer == "adamw" else 1) + bool(config.ema_decay))
 
 
-def _tried_micro_batch(share: int, task: Task, config: TrainConfig, accelerator: Accelerator) -> int:
+def _tried_micro_batch(sizes: Sequence[int], task: Task, config: TrainConfig, accelerator: Accelerator) -> int:
     """Finds the largest micro-batch that fits on every process. The tries leave no trace."""
     device = accelerator.device
     if accelerator.is_fsdp2:
@@ -151,7 +159,7 @@ def _tried_micro_batch(share: int, task: Task, config: TrainConfig, accelerator:
         # Stands in for the memory that training takes besides a step.
         kept = _state_bytes(_weight_bytes(task.model), config) + int(total * _SPARE)
         stand_in = torch.empty(min(kept, free), dtype=torch.uint8, device=device)
-        size = largest_micro_batch(share, lambda size: _peak_bytes(task, accelerator, size), memory)
+        size = largest_micro_batch(sizes, lambda size: _peak_bytes(task, accelerator, size), memory)
         del stand_in
     for name, buffer in task.objective.named_buffers():
         buffer.copy_(buffers[name])

@@ -302,6 +302,21 @@ def test_rolling_back_passes_over_the_batches_that_led_there(tmp_path, capsys):
     assert [s["first_step"] for s in record["sessions"]] == [1]
 
 
+def test_rolling_back_needs_no_batch_that_was_made_meanwhile(tmp_path):
+    """The batch of step 5 cannot be read, once, while step 4 computes and fails."""
+    task = make_task(breaking(4))
+    read, errors = task.train.batch, [OSError("the disk is gone")]
+
+    def batch(indices, draws=None):
+        if errors and draws[0] == 4 * 8:
+            raise errors.pop()
+        return read(indices, draws)
+
+    task.train.batch = batch
+    record, _ = run(tmp_path, task, on_nonfinite="rollback", save_every=1)
+    assert (record["status"], errors) == ("finished", [])
+
+
 def test_a_rolled_back_run_resumes_bit_for_bit(tmp_path):
     whole, reference = run(tmp_path / "a", make_task(breaking(4)), on_nonfinite="rollback", keep_checkpoints=9)
     step = tmp_path / "a" / "checkpoints" / "step_00000004"

@@ -67,8 +67,21 @@ def device(memory, base=100, sample=10, spike=0):
 )
 def test_the_largest_divisor_that_fits_is_found_in_few_tries(share, memory, spike, expected, tries):
     peak, tried = device(memory, spike=spike)
-    assert largest_micro_batch(share, peak, memory) == expected
+    sizes = [n for n in range(share, 0, -1) if share % n == 0]
+    assert largest_micro_batch(sizes, peak, memory) == expected
     assert tried == tries
+
+
+def test_mixing_gets_pairs(tmp_path):
+    task, sizes = make_task(), {}
+    for multiple, name in ((1, "all"), (2, "even")):
+        task.objective.multiple_of = multiple
+        config = settings(tmp_path, micro_batch_size=5, global_batch_size=30)
+        sizes[name] = fit_to_memory(task, config, make_accelerator(config))["micro_batch_size"]
+    assert sizes == {"all": 5, "even": 2}
+    config = settings(tmp_path, micro_batch_size=5, global_batch_size=15)
+    with pytest.raises(ConfigError, match=r"work on pairs, so the number must be even\. Change --global_batch_size"):
+        fit_to_memory(task, config, make_accelerator(config))
 
 
 def settings(folder, **fields):
