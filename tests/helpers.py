@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -43,6 +44,13 @@ needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
     reason="needs a C++ compiler, and finds neither $CXX nor g++ nor clang++",
 )
+
+
+def fails_with(package: str, version: str, reason: str) -> pytest.MarkDecorator:
+    """Skips a test with one of the oldest supported versions, such as 5.17, whose fault is not ours."""
+    return pytest.mark.skipif(
+        metadata.version(package).startswith(f"{version}."), reason=f"{package} {version} {reason}"
+    )
 
 
 def write_corpus(path: Path, lines: int = 300) -> Path:

@@ -2,14 +2,16 @@
 
 import contextlib
 import copy
+import itertools
 import os
+from importlib import metadata
 
 import pytest
 import torch
 
 from hf_gem._torch import reset_compiler
 from hf_gem.modules import GemActivation
-from tests.helpers import needs_compiler, save_bytes_tokenizer
+from tests.helpers import fails_with, needs_compiler, save_bytes_tokenizer
 
 pytest.importorskip("transformers")
 
@@ -17,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "error:::hf_gem")
 
-TINY = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+TINY = {"vocab_size": 258, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
 TINY |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
 TINY |= {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
 EXPERTS = {"num_experts_per_tok": 1, "moe_intermediate_size": 32}
@@ -178,7 +180,10 @@ HALF_ON_DISK = {part: "disk" if part in ("model.layers.1", "model.norm") else "c
     "how",
     [
         *({"device_map": "auto"}, {"device_map": "cpu"}, {"low_cpu_mem_usage": True}, {"device_map": HALF_ON_DISK}),
-        {"device_map": "auto", "max_memory": {"cpu": "20KB"}},  # nothing fits
+        pytest.param(
+            {"device_map": "auto", "max_memory": {"cpu": "20KB"}},  # nothing fits
+            marks=fails_with("accelerate", "1.13", "does not put everything on disk"),
+        ),
     ],
     ids=["auto", "cpu", "low_cpu_mem_usage", "half on disk", "all on disk"],
 )
@@ -322,6 +327,9 @@ def _tensor_parallel(act, folder, ids):
 
 
 STRATEGIES = {"ddp": _ddp, "fsdp2": _fsdp2, "tensor_parallel": _tensor_parallel}
+# transformers 5.17 adds up the parts of a gradient before the last of them is there.
+BROKEN = [("tensor_parallel", LEARNABLE)] if metadata.version("transformers").startswith("5.17.") else []
+RUNS = [run for run in itertools.product(STRATEGIES, DISTRIBUTED_ACTS) if run not in BROKEN]
 
 
 def _process(rank, folder):
@@ -329,10 +337,9 @@ def _process(rank, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for strategy, run in STRATEGIES.items():
-        for act in DISTRIBUTED_ACTS:
-            model = run(act, folder, IDS[2 * rank : 2 * rank + 2])
-            torch.save(parameters_and_gradients(model), folder / f"{strategy}-{act}-{rank}.pt")
+    for strategy, act in RUNS:
+        model = STRATEGIES[strategy](act, folder, IDS[2 * rank : 2 * rank + 2])
+        torch.save(parameters_and_gradients(model), folder / f"{strategy}-{act}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -345,10 +352,9 @@ def test_two_processes_equal_one(tmp_path):
         model = build(act).train()
         train(model)
         expected = parameters_and_gradients(model)
-        for strategy in STRATEGIES:
-            for rank in range(2):
-                got = torch.load(tmp_path / f"{strategy}-{act}-{rank}.pt")
-                assert got.keys() == expected.keys()
-                for name, tensors in expected.items():
-                    for tensor, other in zip(tensors, got[name], strict=True):
-                        assert_close(other, tensor, TRAINED, f"{strategy}, {act}, process {rank}, {name}")
+        for strategy, rank in itertools.product([strategy for strategy, of in RUNS if of == act], range(2)):
+            got = torch.load(tmp_path / f"{strategy}-{act}-{rank}.pt")
+            assert got.keys() == expected.keys()
+            for name, tensors in expected.items():
+                for tensor, other in zip(tensors, got[name], strict=True):
+                    assert_close(other, tensor, TRAINED, f"{strategy}, {act}, process {rank}, {name}")

@@ -54,7 +54,8 @@ def test_static_int8(name, tmp_path):
     program.save(str(file))
     model = onnx.load(file)
     nodes = hf_gem.activation_nodes(model)
-    assert {node.op_type for node in model.graph.node if node.name not in nodes} <= {"Conv", "Gemm", "Reshape"}
+    outside = {node.op_type for node in model.graph.node if node.name not in nodes}
+    assert outside - {"Shape", "Concat"} == {"Conv", "Gemm", "Reshape"}  # some exporters compute shapes in the model
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self):

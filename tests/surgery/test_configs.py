@@ -19,6 +19,7 @@ from transformers import (
 
 from hf_gem.surgery.configs import unmask
 from hf_gem.surgery.fields import activation_fields, nested_configs
+from tests.helpers import fails_with
 from tests.surgery.test_fields import neomme
 
 
@@ -32,7 +33,7 @@ def pop2piano():
         LlamaConfig,
         GPT2Config,
         functools.partial(T5Config, feed_forward_proj="gated-gelu"),
-        DbrxConfig,
+        pytest.param(DbrxConfig, marks=fails_with("transformers", "5.17", "cannot read its own Dbrx configs")),
         CLIPConfig,
         LlavaConfig,
         TimmWrapperConfig,

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
+from tests.helpers import fails_with
 from tests.sweeps import timm_models, transformers_models
 from tests.sweeps.look import SILENT
 from tests.sweeps.pool import run
@@ -63,8 +64,14 @@ QUICK = """
 
 
 def sampled(table):
+    old = fails_with("transformers", "5.17", "has this type only as a part")
     return [
-        pytest.param(key, outcome, id=key, marks=[] if key in QUICK.split() else [pytest.mark.slow])
+        pytest.param(
+            key,
+            outcome,
+            id=key,
+            marks=([] if key in QUICK.split() else [pytest.mark.slow]) + ([old] if key == "inkling_audio" else []),
+        )
         for outcome, keys in table.items()
         for key in keys.split()
     ]
