@@ -31,6 +31,11 @@ def _weighted(f: Function, g: Tensor) -> Function:
     return lambda t: (f(t) * g).sum()
 
 
+def _mapped(f: Function) -> Function:
+    """The same function under two vmap."""
+    return lambda t: func.vmap(func.vmap(f))(t[None, None])[0, 0]
+
+
 # ---- first order
 
 
@@ -138,6 +143,22 @@ def func_vmap_of_backward(f: Function, x: Tensor, g: Tensor) -> Tensor:
     return func.vmap(lambda t: torch.autograd.grad(y, x, t)[0])(torch.stack([g, g]))[1]
 
 
+def func_jvp_of_vmap(f: Function, x: Tensor, g: Tensor) -> Tensor:
+    return func_jvp(_mapped(f), x, g)
+
+
+def func_vjp_of_vmap(f: Function, x: Tensor, g: Tensor) -> Tensor:
+    return func_vjp(_mapped(f), x, g)
+
+
+def func_vmap_of_jvp_of_vmap(f: Function, x: Tensor, g: Tensor) -> Tensor:
+    return func_vmap_of_jvp(_mapped(f), x, g)
+
+
+def func_vmap_of_vjp_of_vmap(f: Function, x: Tensor, g: Tensor) -> Tensor:
+    return func_vmap_of_vjp(_mapped(f), x, g)
+
+
 def func_functionalize(f: Function, x: Tensor, g: Tensor) -> Tensor:
     return func.functionalize(func.grad(_weighted(f, g)))(x)
 
@@ -232,6 +253,18 @@ def func_vjp_of_jvp(f: Function, x: Tensor, g: Tensor, v: Tensor) -> Tensor:
 
 def func_vmap_of_jvp_of_vjp(f: Function, x: Tensor, g: Tensor, v: Tensor) -> Tensor:
     return func.vmap(lambda t: func.jvp(func.grad(_weighted(f, g)), (x,), (t,))[1])(torch.stack([v, v]))[1]
+
+
+def func_jvp_of_jvp_of_vmap(f: Function, x: Tensor, g: Tensor, v: Tensor) -> Tensor:
+    return func_jvp_of_jvp(_mapped(f), x, g, v)
+
+
+def func_jvp_of_vjp_of_vmap(f: Function, x: Tensor, g: Tensor, v: Tensor) -> Tensor:
+    return func_jvp_of_vjp(_mapped(f), x, g, v)
+
+
+def func_vjp_of_vjp_of_vmap(f: Function, x: Tensor, g: Tensor, v: Tensor) -> Tensor:
+    return func_grad_of_grad(_mapped(f), x, g, v)
 
 
 def func_hessian(f: Function, x: Tensor, g: Tensor, v: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """PyTorch's generic tests of operators: where each is, and why the others do not apply.
 
 The tests are written here with the machinery that torch installs (`torch.testing._internal`), since the classes
-themselves are in PyTorch's repository only. The lists are those of torch 2.11 to 2.14.
+themselves are in PyTorch's repository only. The lists of test/test_ops.py and test/functorch/test_ops.py are complete
+for the end of 2025, between torch 2.9 and 2.11.
 """
 
 import importlib
@@ -14,9 +15,10 @@ OURS = {
     "TestCommon.test_errors": "test_common.TestCommonCPU.test_errors",
     "TestCommon.test_noncontiguous_samples": "test_common.TestCommonCPU.test_noncontiguous_samples",
     "TestCommon.test_variant_consistency_eager": "test_common.TestCommonCPU.test_variant_consistency_eager",
-    "TestCommon.test_cow_input": "test_common.TestCommonCPU.test_inputs_are_left_alone",
     "TestCompositeCompliance.test_operator": "test_common.TestCompositeComplianceCPU.test_operator",
     "TestCompositeCompliance.test_backward": "test_common.TestCompositeComplianceCPU.test_backward",
+    # Kernels read memory by its address, after which torch no longer shares it: one copy is made, and inputs stay.
+    "TestCompositeCompliance.test_cow_input": "test_common.TestCommonCPU.test_inputs_are_left_alone",
     "TestCompositeCompliance.test_forward_ad": "test_common.TestCompositeComplianceCPU.test_forward_ad",
     "TestMathBits.test_neg_view": "test_common.TestCommonCPU.test_neg_view",
     "TestFakeTensor.test_fake": "test_common.TestCommonCPU.test_fake_and_meta",
@@ -42,8 +44,16 @@ OURS = {
     "TestOperators.test_vmapjvpall": "kinds.func_vmap_of_jvp",
     "TestOperators.test_vmapvjpvjp": "kinds.func_hessian",
     "TestOperators.test_vmapjvpvjp": "kinds.func_vmap_of_jvp_of_vjp",
-    "TestOperators.test_jvpvmap": "kinds.func_jacfwd_of_jacfwd",
-    "TestOperators.test_vjpvmap": "kinds.func_jacrev_of_jacfwd",
+    "TestOperators.test_jvpvmap": "kinds.func_jvp_of_vmap",
+    "TestOperators.test_jvpvmapvmap": "kinds.func_jvp_of_vmap",
+    "TestOperators.test_vjpvmap": "kinds.func_vjp_of_vmap",
+    "TestOperators.test_vjpvmapvmap": "kinds.func_vjp_of_vmap",
+    "TestOperators.test_vmapjvpvmap": "kinds.func_vmap_of_jvp_of_vmap",
+    "TestOperators.test_vmapvjpvmap": "kinds.func_vmap_of_vjp_of_vmap",
+    "TestOperators.test_jvpjvpvmap": "kinds.func_jvp_of_jvp_of_vmap",
+    "TestOperators.test_jvpvjpvmap": "kinds.func_jvp_of_vjp_of_vmap",
+    "TestOperators.test_vjpvjpvmap": "kinds.func_vjp_of_vjp_of_vmap",
+    "TestOperators.test_vmap_autograd_grad": "kinds.func_vmap_of_backward",
     "TestVmapOperatorsOpInfo.test_vmap_exhaustive": "test_gradients.TestVmapCPU.test_vmap_exhaustive",
     # test/functorch/test_aotdispatch.py, test/test_proxy_tensor.py, test/test_meta.py
     "TestEagerFusionOpInfo.test_aot_autograd_exhaustive": "test_compilers.TestCompilersCPU.test_aot_autograd",
@@ -67,6 +77,7 @@ NOT_APPLICABLE = {
     "TestCommon.test_out_warning": _ONE_SURFACE,
     "TestCommon.test_out_requires_grad_error": _ONE_SURFACE,
     "TestCommon.test_out_integral_dtype": _ONE_SURFACE,
+    "TestCommon.test_meta_consistency_out_dtype_mismatch": _ONE_SURFACE,
     "TestBwdGradients.test_inplace_grad": _ONE_SURFACE,
     "TestBwdGradients.test_inplace_gradgrad": _ONE_SURFACE,
     "TestFwdGradients.test_inplace_forward_mode_AD": _ONE_SURFACE,
@@ -78,6 +89,7 @@ NOT_APPLICABLE = {
     "TestCommon.test_complex_half_reference_testing": "a complex tensor " + _REFUSED,
     "TestCommon.test_promotes_int_to_float": "an integer tensor " + _REFUSED,
     "TestCommon.test_non_standard_bool_values": "a bool tensor " + _REFUSED,
+    "TestCommon.test_errors_sparse": "a sparse tensor " + _REFUSED,
     "TestSparseUnaryUfuncs": "a sparse tensor " + _REFUSED,
     "TestNestedTensorOpInfo": "a nested tensor " + _REFUSED,
     "TestCommon.test_numpy_ref": "tests/family compares with exact fractions, which is stronger",
@@ -85,6 +97,21 @@ NOT_APPLICABLE = {
     "TestCommon.test_compare_cpu": "tests/kernels/test_gpu.py compares the bits of a GPU with those of a CPU",
     "TestCommon.test_multiple_devices": "needs two GPUs",
     "TestCommon.test_python_ref": _NO_ATEN,
+    "TestCommon.test_python_ref_errors": _NO_ATEN,
+    "TestCommon.test_python_ref_executor": _NO_ATEN,
+    "TestCommon.test_python_ref_meta": _NO_ATEN,
+    "TestCommon.test_python_ref_torch_fallback": _NO_ATEN,
+    "TestRefsOpsInfo.test_refs_are_in_decomp_table": _NO_ATEN,
+    "TestRefsOpsInfo.test_refs_are_in_python_ref_db": _NO_ATEN,
+    "TestCommon.test_reduction_ops_reduce": "is for reductions",
+    "TestCommon.test_reduction_tag_coverage": "is for reductions",
+    "TestOperators.test_vmapjvpall_has_batch_rule": _NO_ATEN,
+    "TestOperators.test_vmapvjp_has_batch_rule": _NO_ATEN,
+    "TestOperators.test_extremal_numerics": "is for losses and normalisations; benchmarks/verify.py has extreme inputs",
+    "TestOperators.test_view_then_inplace": _ONE_SURFACE,
+    "TestOperators.test_data_write_errors_under_transform": "is about writing to .data, which nothing here does",
+    "TestOperators.test_tensor_with_scalar_list": "is for operators with lists of numbers",
+    "TestOperators.test_ordered_complex_raises": "a complex tensor " + _REFUSED,
     "TestCommon.test_pointwise_tag_coverage": _NO_ATEN,
     "TestTags.test_tags": _NO_ATEN,
     "TestDecomp.test_comprehensive": _NO_ATEN,
@@ -92,10 +119,7 @@ NOT_APPLICABLE = {
     "optests.opcheck, generate_opcheck_tests": _NO_ATEN,
     "TestFakeTensor.test_pointwise_ops": _NO_ATEN,
     "TestCompositeCompliance.test_view_replay": "is for views; these return new tensors",
-    "TestCompositeCompliance.test_cow_input": "kernels read memory by its address, after which torch no longer shares "
-    "it: the results are right, and one copy is made",
     "TestJit.test_variant_consistency_jit": "functions are not scripted; tests/test_modules.py scripts the modules",
-    "TestOperatorsOpInfo.test_vmap_autograd_grad randomness": "nothing here is random",
 }
 
 
