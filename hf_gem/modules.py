@@ -207,13 +207,10 @@ class GEM(GemActivation):
         super().__init__("gem", n, save=save)
 
 
-class EGEM(GemActivation):
-    """E-GEM, `x t / (t + eps)` with `t = x^(2n)` for x > 0, else 0; see `hf_gem.functional.egem`.
+class _FreeEps(GemActivation):
+    """The arguments of the modules whose family has a free eps."""
 
-    Arguments and errors are those of `GemActivation`, without `family`.
-    """
-
-    _name = "egem"
+    _name: ClassVar[str]
 
     def __init__(
         self,
@@ -228,7 +225,16 @@ class EGEM(GemActivation):
         super().__init__(self._name, n, eps, learnable, num_parameters, channel_dim, inplace, save)
 
 
-class SEGEM(EGEM):
+class EGEM(_FreeEps):
+    """E-GEM, `x t / (t + eps)` with `t = x^(2n)` for x > 0, else 0; see `hf_gem.functional.egem`.
+
+    Arguments and errors are those of `GemActivation`, without `family`.
+    """
+
+    _name = "egem"
+
+
+class SEGEM(_FreeEps):
     """SE-GEM, `x` for x >= 0 and `x eps / (x^(2n) + eps)` for x < 0; see `hf_gem.functional.segem`.
 
     Arguments and errors are those of `GemActivation`, without `family`.
