@@ -9,26 +9,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import functional
 from ._kernels import check_save
 from ._kernels.replaceable import LAYER, kernel_condition
-from .family.arithmetic import saturated, scale, scale_tensor, working
+from .family.arithmetic import learnable_eps, scale, scale_tensor, working
 from .family.names import GemSpec, parse
 from .family.table import DEFAULT_EPS, Formula
 from .files import shown
-
-
-def _eps_at(log_ratio: Tensor, init_eps: float) -> Tensor:
-    """`init_eps * exp(log_ratio)`, clamped to 1e-37..1e37 for float32. Half types are computed in float32."""
-    if has_torch_function_unary(log_ratio):  # one node for torch.fx, which cannot trace a branch on a dtype
-        return handle_torch_function(_eps_at, (log_ratio,), log_ratio, init_eps)
-    if log_ratio.dtype != torch.float64:
-        log_ratio = log_ratio.to(torch.float32)
-    # Between these bounds, exp is finite. They do not depend on init_eps: a compiler would make a graph for each value.
-    return saturated(init_eps * torch.exp(log_ratio.clamp(-87.0, 87.0)))
-
 
 # Attributes of a module that can be changed, and the fields of its spec.
 _FIELDS = {"family": "family", "n": "n", "init_eps": "eps"}
@@ -120,7 +108,7 @@ class GemActivation(nn.Module):
     @property
     def eps(self) -> float | Tensor:
         """The current eps: a float, or if learnable a float32 or float64 tensor of shape (num_parameters,)."""
-        return self.init_eps if self.log_ratio is None else _eps_at(self.log_ratio, self.init_eps)
+        return self.init_eps if self.log_ratio is None else learnable_eps(self.log_ratio, self.init_eps)
 
     @property
     def spec(self) -> GemSpec:
@@ -152,7 +140,7 @@ class GemActivation(nn.Module):
             return self.captured(x)
         if self.log_ratio is None:
             return functional.activation(x, self.family, self.n, self.init_eps, self.save)
-        eps = _eps_at(self.log_ratio, self.init_eps)
+        eps = learnable_eps(self.log_ratio, self.init_eps)
         if self.num_parameters == 1:
             return functional.activation(x, self.family, self.n, eps.view([]), self.save)
         x = x.movedim(self.channel_dim, -1)
@@ -202,7 +190,7 @@ class GemActivation(nn.Module):
             r = torch.full([], self.r, dtype=z.dtype, device=z.device)
             e = torch.full([], self.e, dtype=z.dtype, device=z.device)
             return self.formula(z, self.n, r, e).to(x.dtype)
-        eps = _eps_at(log_ratio, self.init_eps).to(z.dtype)
+        eps = learnable_eps(log_ratio, self.init_eps).to(z.dtype)
         if self.num_parameters == 1:
             r, e = scale_tensor(eps.view([]), self.n)
             return self.formula(z, self.n, r, e).to(x.dtype)

@@ -15,6 +15,7 @@ from torch import nn
 from hf_gem import EGEM, GEM, SEGEM, GemActivation, egem, gem, get_activation, parse, segem
 from hf_gem.family.table import FAMILIES, add
 from hf_gem.functional import activation
+from hf_gem.integrations.fallback import Activation
 from tests import oracle
 
 LEARNABLE = {"egem": EGEM, "segem": SEGEM}
@@ -167,6 +168,17 @@ def test_an_eps_that_runs_away_saturates(family, eps):
         formula = torch.func.grad(lambda p: torch.func.functional_call(module, {"log_ratio": p}, x).sum())
         assert closed.item() == formula(module.log_ratio.detach()).item() == 0
         assert module(x).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["egem_n2_eps0.3_learnable", "segem_learnable"])
+def test_the_module_of_a_checkpoint_without_the_package_has_the_same_eps(name):
+    module, alone = get_activation(name), Activation(name)
+    x = torch.linspace(-3, 3, 100)
+    for log_ratio in (-1e4, -90.0, -2.0, 0.0, 0.7, 90.0, 1e4):
+        for twin in (module, alone):
+            nn.init.constant_(twin.log_ratio, log_ratio)
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            assert torch.equal(alone.to(dtype)(x.to(dtype)), module.to(dtype)(x.to(dtype)))
 
 
 def test_a_tensor_eps_saturates():
