@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from . import _kernels as kernels
-from ._kernels import formulas
+from ._kernels import plain
 from ._torch import in_forward_ad, in_functorch_transform, is_tracing
 from .family.arithmetic import working
 from .family.egem import EGEM, GEM
@@ -159,7 +159,7 @@ def gem_glu(gate: Tensor, up: Tensor, family: str = "egem", n: int = 1, eps: flo
         )
     product: Tensor
     if _wants_formula():
-        product = formulas.run("glu", definition, n, eps, gate, up)
+        product = plain.run("glu", definition, n, eps, gate, up)
     elif isinstance(eps, Tensor):
         product = (_activate(definition, working(gate), n, eps, "input") * up).to(gate.dtype)
     elif torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
@@ -281,7 +281,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x = _Recovered.apply(saved, eps, family, n) if ctx.output else saved
     grad_x = grad_eps = None
     if ctx.needs_input_grad[0]:
-        grad_x = formulas.run("backward", family, n, eps, grad, x)
+        grad_x = plain.run("backward", family, n, eps, grad, x)
     if ctx.needs_input_grad[1]:
         grad_eps = (grad * eps_slope(family, n, eps, x)).sum_to_size(eps.shape).to(eps.dtype)
     return grad_x, grad_eps
@@ -289,7 +289,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 def _backend() -> Any:
     """Returns the backend for a backward pass that is not differentiated. The forward pass may have had another one."""
-    return formulas if _wants_formula() else kernels
+    return plain if _wants_formula() else kernels
 
 
 def _saved(ctx: Any) -> tuple[Tensor, ...]:
@@ -333,7 +333,7 @@ class _Glu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        compute = formulas if torch.is_grad_enabled() else _backend()
+        compute = plain if torch.is_grad_enabled() else _backend()
         grads = compute.run("glu_backward", ctx.family, ctx.n, ctx.eps, grad, *ctx.saved_tensors)
         wanted = (gradient if needed else None for gradient, needed in zip(grads, ctx.needs_input_grad, strict=False))
         return *wanted, None, None, None
