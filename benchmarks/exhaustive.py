@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.common import Goal, built_kernels, make_parser, pick_device, slope_size, write
 from hf_gem import _kernels, parse
-from hf_gem._kernels import formulas
+from hf_gem._kernels import plain
 from hf_gem.family.formulas import slope_at
 
 TINY = 2.0**-126  # the smallest normal number
@@ -97,9 +97,9 @@ class Check:
         """Evaluates some inputs."""
         wide = x.double()
         truths, sizes = self._exact(wide)
-        kernels, plain = (self._results(run, x) for run in (_kernels.run, formulas.run))
+        kernels, formulas = (self._results(run, x) for run in (_kernels.run, plain.run))
         for quantity in self.smallest:
-            got, expected = kernels[quantity], plain[quantity]
+            got, expected = kernels[quantity], formulas[quantity]
             exact, size = (of[quantity.partition(" ")[0]] for of in (truths, sizes))
             self.errors["kernels"][quantity].update(x, got, exact, size)
             self.errors["formulas"][quantity].update(x, expected, exact, size)
@@ -120,8 +120,8 @@ class Check:
     def _exact(self, wide: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Computes value and slope in float64, and the sizes that determine the ulp."""
         truths = {
-            "value": formulas.run("forward", self.family, self.n, self.eps, wide),
-            "slope": formulas.run("backward", self.family, self.n, self.eps, torch.ones_like(wide), wide),
+            "value": plain.run("forward", self.family, self.n, self.eps, wide),
+            "slope": plain.run("backward", self.family, self.n, self.eps, torch.ones_like(wide), wide),
         }
         return truths, {"value": truths["value"].abs(), "slope": slope_size(truths["slope"], truths["value"], wide)}
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.common import Goal, built_kernels, make_parser, pick_device, slope_size, write
 from hf_gem import _kernels, activation
-from hf_gem._kernels import formulas
+from hf_gem._kernels import plain
 from hf_gem.family.table import family_named
 from hf_gem.files import markdown_table, replace_between
 
@@ -131,13 +131,13 @@ def member(family: str, n: int, eps: float) -> Function:
     definition = family_named(family)
 
     def slope(x: Tensor) -> Tensor:
-        return formulas.run("backward", definition, n, eps, torch.ones_like(x), x)
+        return plain.run("backward", definition, n, eps, torch.ones_like(x), x)
 
     given = None if definition.fixed_eps is not None else eps
     return Function(
         f"{family}, n = {n}, eps = {eps:g}",
         lambda x: activation(x, family, n, given, save="input"),
-        lambda x: formulas.run("forward", definition, n, eps, x),
+        lambda x: plain.run("forward", definition, n, eps, x),
         slope,
         None if definition.slope_at is None else lambda x: activation(x, family, n, given, save="output"),
         lambda dtype: definition.invertible(n, eps, dtype),
@@ -308,7 +308,7 @@ def bits(device: torch.device, quick: bool) -> list[Row]:
                 grad = torch.linspace(-2, 2, x.numel(), device=device).to(x.dtype)
                 for operation, inputs in (("forward", (x,)), ("backward", (grad, x)), ("glu", (x, grad))):
                     got, expected = (
-                        run(operation, family_named(family), n, 0.01, *inputs) for run in (_kernels.run, formulas.run)
+                        run(operation, family_named(family), n, 0.01, *inputs) for run in (_kernels.run, plain.run)
                     )
                     same = (got == expected) | (got.isnan() & expected.isnan())
                     cases, failures = cases + x.numel(), failures + int((~same).sum())

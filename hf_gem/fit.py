@@ -147,7 +147,11 @@ def match_eps(rms: float, n: int, c: float = MATCH_C) -> float:
                 f"got {name}={shown(value)}. {name} must be positive and finite, since eps is (c rms)^(2n). Measure "
                 "the rms on data that reaches the activation, or set eps yourself."
             )
-    return check_eps(float(f"{(c * rms) ** (2 * n):.2g}"), n)
+    try:
+        eps = (c * rms) ** (2 * n)
+    except OverflowError:  # from a power of floats, where a product would be infinite
+        eps = math.inf
+    return check_eps(float(f"{eps:.2g}"), n)
 
 
 def fit(

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from . import _kernels as kernels
-from ._kernels import formulas
+from ._kernels import plain
 from ._torch import in_forward_ad, in_functorch_transform, is_tracing
 from .family.arithmetic import working
 from .family.egem import EGEM, GEM
-from .family.formulas import eps_slope, forward, inverse, slope, slope_at
+from .family.formulas import eps_slope, forward, inverse
 from .family.names import GemSpec, check_eps, check_n
 from .family.segem import SEGEM
 from .family.table import DEFAULT_EPS, Family, family_named
@@ -68,7 +68,8 @@ def egem(x: Tensor, n: int = 1, eps: float | Tensor = DEFAULT_EPS, save: str = "
             layer or convolution that follows keeps anyway, and recovers the slope from it; the result must then not be
             overwritten in place. `"auto"` keeps the output on GPUs for n up to 4, except for a tensor eps, and except
             in float16 at n = 1 with eps below 7e-5, where outputs underflow. Otherwise it keeps the input, always on
-            CPUs, where recovering the slope costs more time than it saves.
+            CPUs, where recovering the slope costs more time than it saves. Where an output underflows to 0, derivatives
+            from it are those at 0.
 
     Returns:
         A tensor with the shape, dtype and memory format of x. float16 and bfloat16 are computed in float32.
@@ -158,7 +159,7 @@ def gem_glu(gate: Tensor, up: Tensor, family: str = "egem", n: int = 1, eps: flo
         )
     product: Tensor
     if _wants_formula():
-        product = formulas.run("glu", definition, n, eps, gate, up)
+        product = plain.run("glu", definition, n, eps, gate, up)
     elif isinstance(eps, Tensor):
         product = (_activate(definition, working(gate), n, eps, "input") * up).to(gate.dtype)
     elif torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
@@ -186,7 +187,7 @@ def _activate(family: Family, x: Tensor, n: int, eps: float | Tensor, save: str)
     if not torch.is_grad_enabled() or not (x.requires_grad or (isinstance(eps, Tensor) and eps.requires_grad)):
         y: Tensor = kernels.run("forward", family, n, eps, x)
     else:
-        y = _Activation.apply(x, eps, family, n, output)
+        y, _ = _Activation.apply(x, eps, family, n, output)
     return y
 
 
@@ -244,37 +245,51 @@ def _check_eps_tensor(eps: Tensor, x: Tensor) -> None:
 class _Activation(torch.autograd.Function):
     """The activation with closed-form first derivatives.
 
-    For higher derivatives, the backward pass is plain torch, which autograd differentiates. There is no
-    `setup_context`, which would cost as much as a small activation. Callers that need it get the formulas.
+    For higher derivatives, the backward pass is plain torch, which autograd differentiates. If it keeps the output, it
+    recovers x from it, and the second result takes the place of x in the graph: it holds the output, and its gradient
+    is that of x. Gradients of the output itself would have to be divided by the slope, which vanishes near 0.
+
+    There is no `setup_context`, which would cost as much as a small activation. Callers that need it get the formulas.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float | Tensor, family: Family, n: int, output: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, eps: float | Tensor, family: Family, n: int, output: bool) -> Any:
         y: Tensor = kernels.run("forward", family, n, eps, x)
         ctx.family, ctx.n, ctx.output = family, n, output
         ctx.eps = None if isinstance(eps, Tensor) else eps
-        ctx.save_for_backward(y if output else x, *((eps,) if isinstance(eps, Tensor) else ()))
-        return y
+        ctx.set_materialize_grads(False)
+        in_place_of_x = y.detach() if output else None
+        ctx.save_for_backward(in_place_of_x if output else x, *((eps,) if isinstance(eps, Tensor) else ()))
+        return y, in_place_of_x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        saved, *rest = _saved(ctx)
-        family, n, eps = ctx.family, ctx.n, rest[0] if rest else ctx.eps
-        if torch.is_grad_enabled() or ctx.needs_input_grad[1]:
-            x = _Inverse.apply(saved, eps, family, n) if ctx.output else saved
-            grad_x = grad_eps = None
-            if ctx.needs_input_grad[0]:
-                grad_x = formulas.run("backward", family, n, eps, grad, x)
-            if ctx.needs_input_grad[1]:
-                grad_eps = (grad * eps_slope(family, n, eps, x)).sum_to_size(eps.shape).to(eps.dtype)
-            return grad_x, grad_eps, None, None, None
+    def backward(ctx: Any, grad: Tensor | None, grad_x: Tensor | None) -> Any:
+        grad_eps = None
+        if grad is not None:
+            through_y, grad_eps = _gradients(ctx, grad)
+            grad_x = through_y if grad_x is None or through_y is None else grad_x + through_y
+        return grad_x, grad_eps, None, None, None
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the gradients of x and eps that come from the gradient of the output."""
+    saved, *rest = _saved(ctx)
+    family, n, eps = ctx.family, ctx.n, rest[0] if rest else ctx.eps
+    if not (torch.is_grad_enabled() or ctx.needs_input_grad[1]):
         operation = "backward_at" if ctx.output else "backward"
-        return _backend().run(operation, family, n, eps, grad, saved), None, None, None, None
+        return _backend().run(operation, family, n, eps, grad, saved), None
+    x = _Recovered.apply(saved, eps, family, n) if ctx.output else saved
+    grad_x = grad_eps = None
+    if ctx.needs_input_grad[0]:
+        grad_x = plain.run("backward", family, n, eps, grad, x)
+    if ctx.needs_input_grad[1]:
+        grad_eps = (grad * eps_slope(family, n, eps, x)).sum_to_size(eps.shape).to(eps.dtype)
+    return grad_x, grad_eps
 
 
 def _backend() -> Any:
     """Returns the backend for a backward pass that is not differentiated. The forward pass may have had another one."""
-    return formulas if _wants_formula() else kernels
+    return plain if _wants_formula() else kernels
 
 
 def _saved(ctx: Any) -> tuple[Tensor, ...]:
@@ -291,8 +306,8 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
         raise
 
 
-class _Inverse(torch.autograd.Function):
-    """Recovers x from y = egem(x) for derivatives of the backward pass, as a differentiable function of y and eps."""
+class _Recovered(torch.autograd.Function):
+    """Recovers x from y = egem(x). Its gradient is passed on as it is, since y takes the place of x in the graph."""
 
     generate_vmap_rule = True  # a backward pass may be vmapped over several incoming gradients
 
@@ -302,49 +317,11 @@ class _Inverse(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        y, eps, ctx.family, ctx.n = inputs
-        ctx.eps = None if isinstance(eps, Tensor) else eps
-        ctx.save_for_backward(y, output, *((eps,) if isinstance(eps, Tensor) else ()))
+        ctx.dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        y, x, *rest = ctx.saved_tensors
-        eps = rest[0] if rest else ctx.eps
-        # Divide by the same slope that the backward pass of `_Activation`, which comes next, multiplies by.
-        if torch.is_grad_enabled() or ctx.needs_input_grad[1]:
-            steepness = slope(ctx.family, ctx.n, eps, x)
-        else:
-            steepness = slope_at(ctx.family, ctx.n, eps, y)
-        grad_y = _Quotient.apply(grad, steepness)
-        grad_eps = None
-        if ctx.needs_input_grad[1]:
-            grad_eps = (-grad_y * eps_slope(ctx.family, ctx.n, eps, x)).sum_to_size(eps.shape).to(eps.dtype)
-        return grad_y.to(y.dtype), grad_eps, None, None
-
-
-class _Quotient(torch.autograd.Function):
-    """a / b, and 0 where b is 0.
-
-    Derivatives of an inverse divide by slopes that vanish, and that were multiplied in before. So a derivative of this
-    quotient divides first, while the factor is still in the numerator. Autograd's own `a / b / b` would overflow, and
-    `torch.where` would pass on a NaN from the branch that it did not select.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(b != 0, a / b, 0.0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(output, inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        quotient, b = ctx.saved_tensors
-        share = _Quotient.apply(grad, b)
-        return share, -share * quotient
+        return grad.to(ctx.dtype), None, None, None
 
 
 class _Glu(torch.autograd.Function):
@@ -356,7 +333,7 @@ class _Glu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        compute = formulas if torch.is_grad_enabled() else _backend()
+        compute = plain if torch.is_grad_enabled() else _backend()
         grads = compute.run("glu_backward", ctx.family, ctx.n, ctx.eps, grad, *ctx.saved_tensors)
         wanted = (gradient if needed else None for gradient, needed in zip(grads, ctx.needs_input_grad, strict=False))
         return *wanted, None, None, None

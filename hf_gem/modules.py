@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import functional
 from ._kernels import check_save
 from ._kernels.replaceable import LAYER, kernel_condition
-from .family.arithmetic import saturated, scale, scale_tensor, working
+from .family.arithmetic import learnable_eps, scale, scale_tensor, working
 from .family.names import GemSpec, parse
-from .family.table import DEFAULT_EPS
+from .family.table import DEFAULT_EPS, Formula
 from .files import shown
 
-
-def _eps_at(log_ratio: Tensor, init_eps: float) -> Tensor:
-    """`init_eps * exp(log_ratio)`, clamped to 1e-37..1e37 for float32. Half types are computed in float32."""
-    if has_torch_function_unary(log_ratio):  # one node for torch.fx, which cannot trace a branch on a dtype
-        return handle_torch_function(_eps_at, (log_ratio,), log_ratio, init_eps)
-    if log_ratio.dtype != torch.float64:
-        log_ratio = log_ratio.to(torch.float32)
-    # Between these bounds, exp is finite. They do not depend on init_eps: a compiler would make a graph for each value.
-    return saturated(init_eps * torch.exp(log_ratio.clamp(-87.0, 87.0)))
-
-
+# Attributes of a module that can be changed, and the fields of its spec.
+_FIELDS = {"family": "family", "n": "n", "init_eps": "eps"}
 CALLED = "_hf_gem_called"  # an attribute that a module gets when it runs; compiled modules do not get it
 
 
@@ -37,7 +28,7 @@ class GemActivation(nn.Module):
 
     n and eps are plain numbers, so building a model on the meta device loses nothing. Calls accept `inplace`, as
     `torch.nn.functional.relu` does, since a conversion puts this module in its place. The input is never overwritten.
-    You can change `save` at any time: `module.save = "input"`.
+    You can change `save`, `family`, `n` and `init_eps` at any time: `module.save = "input"`.
 
     A learnable eps is `init_eps * exp(log_ratio)`. It stays positive whatever the optimizer does, and it is exactly
     `init_eps` at `log_ratio = 0`, even if the module is cast to bfloat16.
@@ -76,7 +67,7 @@ class GemActivation(nn.Module):
         save: str = "auto",
     ) -> None:
         super().__init__()
-        check_save(save)
+        self.save = save
         spec = GemSpec(family, n, eps, learnable)  # type: ignore[arg-type]  # None means the default of the family
         for name, value in (("num_parameters", num_parameters), ("channel_dim", channel_dim)):
             if not isinstance(value, int) or isinstance(value, bool):
@@ -94,15 +85,15 @@ class GemActivation(nn.Module):
                 f"got num_parameters={shown(num_parameters)} with learnable=False. A fixed eps has no parameters. Set "
                 "learnable=True, or leave out num_parameters."
             )
-        self.family = spec.family
-        self.formula = spec.definition.value  # an attribute, so that TorchScript compiles it
-        self.n = spec.n
-        self.init_eps = spec.eps
+        self.family: str  # `_follow` sets these six
+        self.n: int
+        self.init_eps: float
+        self.formula: Formula
+        self.r: float
+        self.e: float
+        self._follow(spec)
         self.num_parameters = num_parameters
         self.channel_dim = channel_dim
-        self.save = save
-        self.r: float  # see __setattr__
-        self.e: float
         self.log_ratio: nn.Parameter | None
         if learnable:
             self.log_ratio = nn.Parameter(torch.zeros(num_parameters))  # not 0-dim, which FSDP2 cannot shard
@@ -117,17 +108,28 @@ class GemActivation(nn.Module):
     @property
     def eps(self) -> float | Tensor:
         """The current eps: a float, or if learnable a float32 or float64 tensor of shape (num_parameters,)."""
-        return self.init_eps if self.log_ratio is None else _eps_at(self.log_ratio, self.init_eps)
+        return self.init_eps if self.log_ratio is None else learnable_eps(self.log_ratio, self.init_eps)
 
     @property
     def spec(self) -> GemSpec:
         """The family, n, the initial eps and whether it is learnable."""
         return GemSpec(self.family, self.n, self.init_eps, self.log_ratio is not None)
 
+    def _follow(self, spec: GemSpec) -> None:
+        """Sets the attributes that follow from `spec`.
+
+        formula, r and e could be computed in `forward`, but TorchScript compiles only attributes. See also `captured`.
+        """
+        r, e = scale(spec.eps, spec.n)
+        vars(self).update(family=spec.family, n=spec.n, init_eps=spec.eps, formula=spec.definition.value, r=r, e=e)
+
     def __setattr__(self, name: str, value: Any) -> None:
+        if (field := _FIELDS.get(name)) is not None:
+            self._follow(replace(self.spec, **{field: value}))  # raises if the value is out of range
+            return
+        if name == "save":
+            check_save(value)
         super().__setattr__(name, value)
-        if name in ("n", "init_eps") and vars(self).keys() >= {"n", "init_eps"}:
-            self.r, self.e = scale(self.init_eps, self.n)
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         if torch.jit.is_scripting():
@@ -138,7 +140,7 @@ class GemActivation(nn.Module):
             return self.captured(x)
         if self.log_ratio is None:
             return functional.activation(x, self.family, self.n, self.init_eps, self.save)
-        eps = _eps_at(self.log_ratio, self.init_eps)
+        eps = learnable_eps(self.log_ratio, self.init_eps)
         if self.num_parameters == 1:
             return functional.activation(x, self.family, self.n, eps.view([]), self.save)
         x = x.movedim(self.channel_dim, -1)
@@ -158,7 +160,7 @@ class GemActivation(nn.Module):
 
     def extra_repr(self) -> str:
         definition = self.spec.definition
-        parts = [] if type(self) is not GemActivation else [self.family]
+        parts = [] if type(self).__name__.lower() == self.family else [self.family]
         parts.append(f"n={self.n}")
         if definition.fixed_eps is None:
             parts.append(f"eps={self.init_eps:g}")
@@ -170,12 +172,15 @@ class GemActivation(nn.Module):
             parts.append(f"save={self.save!r}")
         return ", ".join(parts)
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = vars(self).copy()
+        del state["formula"]  # the formula of a user's family may be a lambda, which cannot be pickled
+        return state
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # Pickles of version 0.1.0 lack these attributes.
-        vars(self).setdefault("family", type(self).__name__.lower())
-        vars(self).setdefault("formula", self.spec.definition.value)
-        self.n = self.n  # also sets r and e
+        vars(self).setdefault("family", type(self).__name__.lower())  # pickles of version 0.1.0 lack it
+        self._follow(self.spec)
 
     def _scripted(self, x: Tensor) -> Tensor:
         """`forward` for TorchScript: the formula, with r and e as tensors."""
@@ -185,7 +190,7 @@ class GemActivation(nn.Module):
             r = torch.full([], self.r, dtype=z.dtype, device=z.device)
             e = torch.full([], self.e, dtype=z.dtype, device=z.device)
             return self.formula(z, self.n, r, e).to(x.dtype)
-        eps = _eps_at(log_ratio, self.init_eps).to(z.dtype)
+        eps = learnable_eps(log_ratio, self.init_eps).to(z.dtype)
         if self.num_parameters == 1:
             r, e = scale_tensor(eps.view([]), self.n)
             return self.formula(z, self.n, r, e).to(x.dtype)
@@ -207,13 +212,10 @@ class GEM(GemActivation):
         super().__init__("gem", n, save=save)
 
 
-class EGEM(GemActivation):
-    """E-GEM, `x t / (t + eps)` with `t = x^(2n)` for x > 0, else 0; see `hf_gem.functional.egem`.
+class _FreeEps(GemActivation):
+    """The arguments of the modules whose family has a free eps."""
 
-    Arguments and errors are those of `GemActivation`, without `family`.
-    """
-
-    _name = "egem"
+    _name: ClassVar[str]
 
     def __init__(
         self,
@@ -228,7 +230,16 @@ class EGEM(GemActivation):
         super().__init__(self._name, n, eps, learnable, num_parameters, channel_dim, inplace, save)
 
 
-class SEGEM(EGEM):
+class EGEM(_FreeEps):
+    """E-GEM, `x t / (t + eps)` with `t = x^(2n)` for x > 0, else 0; see `hf_gem.functional.egem`.
+
+    Arguments and errors are those of `GemActivation`, without `family`.
+    """
+
+    _name = "egem"
+
+
+class SEGEM(_FreeEps):
     """SE-GEM, `x` for x >= 0 and `x eps / (x^(2n) + eps)` for x < 0; see `hf_gem.functional.segem`.
 
     Arguments and errors are those of `GemActivation`, without `family`.

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import hf_gem
 from hf_gem import egem, gem, segem
-from hf_gem.family.formulas import forward
+from hf_gem.family.formulas import forward, inverse
 from hf_gem.family.table import FAMILIES as TABLE
 from hf_gem.functional import gem_glu
 from tests import oracle
@@ -317,14 +317,20 @@ def test_gradients_from_the_output(n, eps):
     x = both_sides(12).requires_grad_()
     assert gradcheck(function, x)
     assert gradgradcheck(function, x, check_rev_over_rev=True)
-    # A third derivative, through the way back from the output.
-    derivatives = []
+
+
+@orders
+def test_losses_of_values_and_derivatives_from_the_output(n):
+    x = both_sides(12).requires_grad_()
+    eps = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    gradients = []
     for save in ("input", "output"):
-        d = egem(x, n, 0.3, save=save)
-        for _ in range(3):
-            (d,) = torch.autograd.grad(d.sum(), x, create_graph=True)
-        derivatives.append(d)
-    torch.testing.assert_close(*derivatives, rtol=1e-9, atol=1e-9)
+        y = egem(x, n, eps, save=save)
+        of_x, of_eps = torch.autograd.grad(y.sum(), (x, eps), create_graph=True)
+        (second,) = torch.autograd.grad(of_x.square().sum(), x, create_graph=True)
+        loss = (y + of_x + second).square().sum() + of_eps.square()
+        gradients.append(torch.autograd.grad(loss, (x, eps)))
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
 
 
 @orders
@@ -345,34 +351,40 @@ def test_slopes_from_the_output_are_those_from_the_input(n, dtype, eps):
     )
 
 
+def derivatives(x, n, eps, save, num):
+    z = x.clone().requires_grad_()
+    found = [egem(z, n, eps, save=save)]
+    for _ in range(num):
+        found += torch.autograd.grad(found[-1].sum(), z, create_graph=True)
+    return [d.detach() for d in found]
+
+
 @pytest.mark.parametrize("eps", [1e-4, 0.1, 1.0, 30.0])
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_higher_derivatives_from_the_output_keep_their_digits(n, eps):
-    """No NaN, also where the slope, by which the inverse divides, underflows; and above that no digits lost.
-
-    Each derivative is a sum of terms no larger than a few times the largest, of some 50 roundings each. The slope that
-    the output gives is nothing to its own precision below 1e-7 of the gate's scale.
-    """
+def test_higher_derivatives_from_the_output(n, eps):
+    """They are the derivatives from the input at the x that the output gives, so they are as accurate and as finite."""
     scale = eps ** (1 / (2 * n))
     positive = torch.logspace(-6, 3, 300) * scale
-    x = torch.cat([-positive, positive, torch.zeros(1), torch.logspace(-20, -6, 50) * scale])
-
-    def derivatives(dtype, save):
-        z = x.to(dtype).requires_grad_()
-        found = [egem(z, n, eps, save=save)]
-        for order in (1, 2, 3):
-            found += torch.autograd.grad(found[-1].sum(), z, create_graph=order < 3)
-        return found[1:]
-
-    exact = derivatives(torch.float64, "input")
-    for got, expected in zip(derivatives(torch.float32, "output"), exact, strict=True):
-        assert (got - expected)[:600].abs().max() <= 50 * 2**-24 * expected.abs().max()
+    x = torch.cat([-positive, positive, torch.zeros(1), torch.logspace(-30, -6, 100) * scale])
+    y, *found = derivatives(x, n, eps, "output", 5)
+    recovered = inverse(TABLE["egem"], n, eps, y)
+    for got, expected in zip(found, derivatives(recovered, n, eps, "input", 5)[1:], strict=True):
+        assert torch.equal(got, expected)
         assert torch.isfinite(got).all()
-    z = torch.linspace(-1, 2, 50, requires_grad=True)
-    derivative = egem(z, 3, eps, save="output")
-    for _ in range(5):  # what autograd makes of formulas that were made to be differentiated once more
-        (derivative,) = torch.autograd.grad(derivative.sum(), z, create_graph=True)
-        assert torch.isfinite(derivative).all()
+    # Each derivative is a sum of terms no larger than a few times the largest, of some 50 roundings each.
+    exact = derivatives(x.double(), n, eps, "input", 3)[1:]
+    for got, expected in zip(found, exact, strict=False):
+        assert (got - expected)[:600].abs().max() <= 50 * 2**-24 * expected.abs().max()
+
+
+@pytest.mark.parametrize("eps", [1e-4, 1.0, 1e3])
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_higher_derivatives_from_a_rounded_output_are_finite_if_they_fit(n, eps, dtype):
+    x = torch.cat([torch.linspace(-2, 2, 500), torch.logspace(-15, 3, 500)]).to(dtype)
+    exact = derivatives(x.double(), n, eps, "input", 4)
+    for got, expected in zip(derivatives(x, n, eps, "output", 4), exact, strict=True):
+        assert got[expected.abs() < torch.finfo(dtype).max / 2].isfinite().all()
 
 
 def test_an_output_overwritten_in_place():

@@ -5,13 +5,17 @@ import io
 import math
 import pickle
 import warnings
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 import torch
 from torch import nn
 
-from hf_gem import EGEM, GEM, SEGEM, egem, gem, get_activation, parse, segem
+from hf_gem import EGEM, GEM, SEGEM, GemActivation, egem, gem, get_activation, parse, segem
+from hf_gem.family.table import FAMILIES, add
+from hf_gem.functional import activation
+from hf_gem.integrations.fallback import Activation
 from tests import oracle
 
 LEARNABLE = {"egem": EGEM, "segem": SEGEM}
@@ -166,6 +170,17 @@ def test_an_eps_that_runs_away_saturates(family, eps):
         assert module(x).isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["egem_n2_eps0.3_learnable", "segem_learnable"])
+def test_the_module_of_a_checkpoint_without_the_package_has_the_same_eps(name):
+    module, alone = get_activation(name), Activation(name)
+    x = torch.linspace(-3, 3, 100)
+    for log_ratio in (-1e4, -90.0, -2.0, 0.0, 0.7, 90.0, 1e4):
+        for twin in (module, alone):
+            nn.init.constant_(twin.log_ratio, log_ratio)
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            assert torch.equal(alone.to(dtype)(x.to(dtype)), module.to(dtype)(x.to(dtype)))
+
+
 def test_a_tensor_eps_saturates():
     x = torch.tensor([0.02], dtype=torch.float64)
     eps = torch.tensor(1e-60, dtype=torch.float64, requires_grad=True)
@@ -246,6 +261,30 @@ def test_copies(name, duplicate):
     assert twin.spec == module.spec
     assert repr(twin) == repr(module)
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in module.parameters()}
+
+
+@pytest.fixture
+def local_family(monkeypatch):
+    """A user's family whose formula is a lambda."""
+    monkeypatch.setattr("hf_gem.family.table.FAMILIES", FAMILIES.copy())
+    value = lambda z, n, r, e: 2 * FAMILIES["egem"].value(z, n, r, e)  # noqa: E731
+    return add(
+        replace(FAMILIES["egem"], name="zgem", title="Z-GEM", value=value, kernels="", slope_at=None, inverse=None)
+    )
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_saving_a_module_of_a_local_family(local_family, learnable):
+    module = nn.Sequential(GemActivation(local_family.name, 2, 0.1, learnable))
+    x = torch.randn(10)
+    stored = io.BytesIO()
+    torch.save(module, stored)
+    for weights_only in (False, True):
+        stored.seek(0)
+        with torch.serialization.safe_globals([nn.Sequential, GemActivation]):
+            loaded = torch.load(stored, weights_only=weights_only)
+        for twin in (loaded, copy.copy(module), copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert torch.equal(twin(x), module(x))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
@@ -331,17 +370,55 @@ def test_compiling_layers_with_an_eps_of_their_own(make):
     assert deviation < len(values) * 40 * 2**-24
 
 
-@pytest.mark.parametrize("name", ["egem_eps0.01", "segem_n2_eps3", "gem_n3"])
-def test_what_is_compiled_follows_n_and_eps(name):
+CHANGES = [
+    ("egem_eps0.01", [{}, {"init_eps": 0.5}, {"n": 1}, {"n": 2, "init_eps": 1e-6}, {"family": "segem"}]),
+    ("segem_n2_eps3", [{}, {"init_eps": 1}, {"family": "gem"}, {"family": "egem"}, {"init_eps": 2.0}]),
+    ("gem_n3", [{}, {"n": 1}, {"family": "segem"}, {"init_eps": 0.1}]),
+]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(("name", "steps"), CHANGES)
+def test_every_way_to_run_follows_what_is_changed(name, steps):
     module = get_activation(name)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = torch.randn(100)
     torch._dynamo.reset()
-    for changes in ({}, {"init_eps": 0.5}, {"n": 1}, {"n": 2, "init_eps": 1e-6}):
+    for changes in steps:
         for key, value in changes.items():
-            if not (key == "init_eps" and name.startswith("gem")):
-                setattr(module, key, value)
-        assert torch.equal(compiled(x), module(x))
+            setattr(module, key, value)
+        expected = activation(x, module.family, module.n, module.init_eps)
+        for run in (module, compiled, torch.jit.script(module), copy.deepcopy(module)):
+            assert torch.equal(run(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "attribute", "value"),
+    [
+        ("egem", "n", 40),
+        ("egem", "n", 1.5),
+        ("egem", "init_eps", -1.0),
+        ("egem", "init_eps", math.nan),
+        ("egem_n2_eps1e-100", "n", 1),
+        ("egem_learnable", "init_eps", 1e40),
+        ("egem_eps0.1", "family", "gem"),
+        ("segem", "family", "relu"),
+        ("gem", "init_eps", 0.1),
+        ("gem", "save", "outptu"),
+    ],
+)
+def test_a_bad_value_leaves_the_module_as_it_was(name, attribute, value):
+    module = get_activation(name)
+    before = vars(module).copy()
+    with pytest.raises((ValueError, TypeError), match=r"^got "):
+        setattr(module, attribute, value)
+    assert vars(module) == before
+
+
+def test_repr_says_which_family_a_module_has_become():
+    module = EGEM(eps=0.1)
+    module.family = "segem"
+    assert repr(module) == "EGEM(segem, n=1, eps=0.1)"
 
 
 @learnable_families

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from .._torch import in_dispatch_mode, in_functorch_transform, lacks_own_memory
 from ..family.table import Family, family_named
 from ..files import shown
-from . import cpu, formulas
+from . import cpu, plain
 from .printer import DTYPES
 
 BACKENDS = ("auto", "eager", "compiled", "triton")
@@ -106,7 +106,7 @@ def run(operation: str, family: Family, n: int, eps: float | Tensor, *inputs: Te
     """
     backend = _kernels_for(operation, family, n, eps, inputs)
     if backend is None:
-        return formulas.run(operation, family, n, eps, *inputs)
+        return plain.run(operation, family, n, eps, *inputs)
     outputs = _buffers(operation, family, n, inputs)
     strides = outputs[0].stride()
     # Kernels read a dense tensor as one block of memory. Other tensors are first copied into the layout of the result.
@@ -117,7 +117,7 @@ def run(operation: str, family: Family, n: int, eps: float | Tensor, *inputs: Te
         if backend is cpu or backend.interpreted:
             raise
         _give_up_triton(error)
-        return formulas.run(operation, family, n, eps, *inputs)
+        return plain.run(operation, family, n, eps, *inputs)
     return outputs if operation == "glu_backward" else outputs[0]
 
 
@@ -150,7 +150,7 @@ def _strides(
     With a dimension of size 1, they depend on every operation of the formulas, and the meta device gives other ones.
     """
     inputs = (torch.empty_strided(shape, stride, dtype=dtype, device=device) for stride in strides)
-    results = formulas.run(operation, family_named(kernels), n, 1.0, *inputs)
+    results = plain.run(operation, family_named(kernels), n, 1.0, *inputs)
     return [y.stride() for y in (results if isinstance(results, tuple) else (results,))]
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 if TYPE_CHECKING:
     Real = float | Tensor
@@ -59,6 +60,19 @@ def scale_tensor(eps: Tensor, n: int) -> tuple[Tensor, Tensor]:
     for _ in range(2 * n):  # one factor at a time, since r^(2n) alone may overflow
         e = e * r
     return r, e
+
+
+def learnable_eps(log_ratio: Tensor, init_eps: float) -> Tensor:
+    """Returns `init_eps * exp(log_ratio)`, in float32 for half types.
+
+    log_ratio is clamped to -87..87, where exp is finite in float32, so eps changes by a factor of 6e37 at most. These
+    limits do not depend on init_eps, since a compiler would make a graph for each value. eps is also saturated.
+    """
+    if has_torch_function_unary(log_ratio):  # one node for torch.fx, which cannot trace a branch on a dtype
+        return handle_torch_function(learnable_eps, (log_ratio,), log_ratio, init_eps)
+    if log_ratio.dtype != torch.float64:
+        log_ratio = log_ratio.to(torch.float32)
+    return saturated(init_eps * torch.exp(log_ratio.clamp(-87.0, 87.0)))
 
 
 def saturated(eps: Tensor) -> Tensor:

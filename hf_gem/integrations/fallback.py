@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._kernels.replaceable import LAYER, kernel_condition
+from ..family.arithmetic import learnable_eps
 from ..family.egem import EGEM  # noqa: F401  # importing it adds it to the table
 from ..family.formulas import forward
 from ..family.names import parse
@@ -42,10 +43,7 @@ class Activation(nn.Module):
         self.log_ratio = nn.Parameter(torch.zeros(1)) if self.spec.learnable else None
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        eps: float | Tensor = self.spec.eps
-        if self.log_ratio is not None:
-            wide = torch.promote_types(self.log_ratio.dtype, torch.float32)
-            eps = eps * self.log_ratio.to(wide).exp().view([])
+        eps = self.init_eps if self.log_ratio is None else learnable_eps(self.log_ratio, self.init_eps).view([])
         return forward(self.spec.definition, self.spec.n, eps, x)
 
     def extra_repr(self) -> str:

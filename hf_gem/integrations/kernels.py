@@ -16,7 +16,7 @@ _VERSION = 1  # raise it when the arguments of a layer or a function change
 _COPIED = (
     *("_torch.py", "files.py", "functional.py"),
     *(f"family/{name}.py" for name in ("__init__", "arithmetic", "table", "egem", "segem", "formulas", "names")),
-    *(f"_kernels/{name}.py" for name in ("__init__", "dispatch", "formulas", "gpu", "printer", "symbols")),
+    *(f"_kernels/{name}.py" for name in ("__init__", "dispatch", "gpu", "plain", "printer", "symbols")),
     "_kernels/triton_kernels.py",
 )
 _INIT = '''"""The GEM family of activation functions (arXiv 2604.21677), with Triton kernels."""

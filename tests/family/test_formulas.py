@@ -16,6 +16,7 @@ Every rounding may instead lose half a subnormal, which is u times the smallest 
 
 import math
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -103,6 +104,20 @@ def test_values(family, n, eps, dtype, sign):
             return EXACT[family](v, n, Fraction(true_eps))
 
         assert_within(got, x, exact, exact, VALUE_BOUNDS[family](n), dtype)
+
+
+@families
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("n", "eps"), [(1, 1e59), (2, 1e45), (2, 1e120), (5, 1e300), (8, 1e-200), (32, 1e-30), (32, 1.0), (32, 1e300)]
+)
+def test_values_for_extreme_n_and_eps(family, n, eps, sign):
+    # What underflows is multiplied by up to 2^n, and by the scale of the gate.
+    underflow = 2.0 ** (n - 126) * max(1.0, eps ** (1 / (2 * n)))
+    x = samples(torch.float32, n, eps, sign)
+    got = formulas.forward(OURS[family], n, eps, x)
+    exact = partial(EXACT[family], n=n, eps=Fraction(eps))
+    assert_within(got, x, exact, exact, VALUE_BOUNDS[family](n), torch.float32, underflow)
 
 
 @families

@@ -15,7 +15,7 @@ import torch
 
 import hf_gem
 from hf_gem import egem
-from hf_gem._kernels import build, cpu, formulas
+from hf_gem._kernels import build, cpu, plain
 from hf_gem._kernels.printer import cpp_source
 from hf_gem._kernels.trust import is_intact, seal_of
 from hf_gem.family.egem import EGEM
@@ -24,7 +24,7 @@ from tests.helpers import needs_compiler, run_python
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes, modes and signals of POSIX")
 
 X = torch.linspace(-3, 3, 77)
-RIGHT = formulas.run("forward", EGEM, 1, 0.1, X)
+RIGHT = plain.run("forward", EGEM, 1, 0.1, X)
 
 
 def call(backend="compiled"):
@@ -179,7 +179,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     with hf_gem.kernels("compiled"):
         y = hf_gem.egem(x, 1, 0.1)
-assert torch.equal(y, hf_gem._kernels.formulas.run("forward", hf_gem.family.egem.EGEM, 1, 0.1, x))
+assert torch.equal(y, hf_gem._kernels.plain.run("forward", hf_gem.family.egem.EGEM, 1, 0.1, x))
 print(*(str(w.message) for w in caught if "hf_gem" in str(w.message)), sep="\\n")
 """
     done = run_python("-c", script, HF_GEM_CACHE=str(fresh))
@@ -354,7 +354,7 @@ def test_workers_of_a_data_loader(quick_build, before):
         loader = torch.utils.data.DataLoader(_Activated(), num_workers=2, multiprocessing_context="fork", timeout=240)
         for index, (y, has, pid) in enumerate(loader):
             x = torch.arange(40.0) - index
-            assert torch.equal(y[0], formulas.run("forward", EGEM, 1, 0.1, x))
+            assert torch.equal(y[0], plain.run("forward", EGEM, 1, 0.1, x))
             assert has.item()
             assert pid.item() != os.getpid()
     assert loaded() == before
@@ -370,7 +370,7 @@ x = torch.linspace(-3, 3, 77)
 with hf_gem.kernels("compiled"):
     y = hf_gem.egem(x, 1, 0.1)
 assert hf_gem._kernels.cpu.library(hf_gem.family.egem.EGEM, 1)._functions is not None
-assert torch.equal(y, hf_gem._kernels.formulas.run("forward", hf_gem.family.egem.EGEM, 1, 0.1, x))
+assert torch.equal(y, hf_gem._kernels.plain.run("forward", hf_gem.family.egem.EGEM, 1, 0.1, x))
 """
     environment = {**os.environ, "HF_GEM_CACHE": str(fresh)}
     command = [sys.executable, "-W", "error::UserWarning", "-c", script]

@@ -15,7 +15,7 @@ import torch
 
 import hf_gem
 from hf_gem import egem
-from hf_gem._kernels import build, cpu, formulas, run
+from hf_gem._kernels import build, cpu, plain, run
 from hf_gem._kernels.printer import cpp_source
 from hf_gem._kernels.trust import is_intact, seal, seal_of
 from hf_gem.family.egem import EGEM
@@ -48,7 +48,7 @@ def same_bits(a, b):
 def assert_same(operation, family, n, eps, *inputs):
     with hf_gem.kernels("compiled"):
         got = run(operation, family, n, eps, *inputs)
-    expected = formulas.run(operation, family, n, eps, *inputs)
+    expected = plain.run(operation, family, n, eps, *inputs)
     for a, b in zip(*((y,) if isinstance(y, torch.Tensor) else y for y in (got, expected)), strict=True):
         assert a.dtype == b.dtype
         assert a.stride() == b.stride()
@@ -111,7 +111,7 @@ def test_several_threads():
 def test_built_in_the_background_once_it_pays(fresh, monkeypatch):
     monkeypatch.setattr(cpu, "WORTH_BUILDING", 60)
     x = torch.randn(400)
-    expected = formulas.run("forward", EGEM, 2, 0.1, x)
+    expected = plain.run("forward", EGEM, 2, 0.1, x)
     with warnings.catch_warnings(), hf_gem.kernels("auto"):
         warnings.simplefilter("error")
         for _ in range(2):
@@ -197,7 +197,7 @@ def fails(match):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             second = egem(x, 3, 0.1)
-    assert torch.equal(first, formulas.run("forward", EGEM, 3, 0.1, x))
+    assert torch.equal(first, plain.run("forward", EGEM, 3, 0.1, x))
     assert torch.equal(second, first)
 
 

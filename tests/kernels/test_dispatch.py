@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_gem
 from hf_gem import egem, segem
-from hf_gem._kernels import BACKENDS, cpu, dispatch, formulas
+from hf_gem._kernels import BACKENDS, cpu, dispatch, plain
 from hf_gem.family.egem import EGEM
 from hf_gem.family.segem import SEGEM
 from tests.helpers import needs_compiler
@@ -132,7 +132,7 @@ def test_layouts(backend, layout):
     for operation, family, *inputs in cases:
         with hf_gem.kernels(backend):
             got = dispatch.run(operation, family, 1, 0.1, *inputs)
-        expected = formulas.run(operation, family, 1, 0.1, *inputs)
+        expected = plain.run(operation, family, 1, 0.1, *inputs)
         for y, right in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, expected)), strict=True):
             torch.testing.assert_close(y, right, **close)
         if operation != "glu_backward":
@@ -166,7 +166,7 @@ def test_strides_are_those_of_the_formulas(launched, operation):
         shape = [draw.choice((1, 1, 2, 3)) for _ in range(draw.randrange(1, 6))]
         x = any_layout(shape, draw)
         inputs = [x] + [x + 1 if case % 2 else any_layout(shape, draw) for _ in range(count - 1)]
-        expected = formulas.run(operation, EGEM, 1, 0.1, *inputs)
+        expected = plain.run(operation, EGEM, 1, 0.1, *inputs)
         with hf_gem.kernels("compiled"):
             dispatch.run(operation, EGEM, 1, 0.1, *inputs)
             launched.clear()
@@ -246,7 +246,7 @@ def test_compilers_do_not_see_the_choice(monkeypatch):
     monkeypatch.setattr(dispatch, "_GPUS", ("cpu",))  # where `save="auto"` depends on it
     x = torch.randn(8, requires_grad=True)
     compiled = torch.compile(lambda x: egem(x) + segem(x), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), formulas.run("forward", EGEM, 1, 1e-4, x) + segem(x))
+    torch.testing.assert_close(compiled(x), plain.run("forward", EGEM, 1, 1e-4, x) + segem(x))
 
 
 @needs_compiler
@@ -269,7 +269,7 @@ def one_warning(backend, match):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert torch.equal(egem(x), y)
-    assert torch.equal(y, formulas.run("forward", EGEM, 1, 1e-4, x))
+    assert torch.equal(y, plain.run("forward", EGEM, 1, 1e-4, x))
 
 
 @pytest.fixture
@@ -317,11 +317,11 @@ def test_triton_that_cannot_launch(error, monkeypatch):
     x = torch.linspace(-3, 3, 50, requires_grad=True)
     with hf_gem.kernels("triton"), pytest.warns(UserWarning, match=r"plain formulas on GPUs from now on.*C compiler"):
         y = egem(x, 2, 0.5)
-    assert torch.equal(y, formulas.run("forward", EGEM, 2, 0.5, x))
+    assert torch.equal(y, plain.run("forward", EGEM, 2, 0.5, x))
     assert y.grad_fn.output  # decided before the launch failed
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         (got,) = torch.autograd.grad(y.sum(), x)
         egem(x, 2, 0.5)
-    assert torch.equal(got, formulas.run("backward_at", EGEM, 2, 0.5, torch.ones_like(x), y))
+    assert torch.equal(got, plain.run("backward_at", EGEM, 2, 0.5, torch.ones_like(x), y))
     assert launches == ["forward"]

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hf_gem
 from hf_gem import egem, segem
-from hf_gem._kernels import formulas, run
+from hf_gem._kernels import plain, run
 from hf_gem._torch import wait_on_device
 from hf_gem.family.egem import EGEM
 from hf_gem.family.formulas import slope as exact_slope
@@ -44,11 +44,11 @@ def assert_right(operation, family, n, eps, *inputs):
     with hf_gem.kernels("triton"):
         got = run(operation, family, n, eps, *inputs)
     wide = [x.double() for x in inputs]
-    expected = formulas.run(operation, family, n, eps, *wide)
+    expected = plain.run(operation, family, n, eps, *wide)
     x = wide[-1] if operation.startswith("backward") else wide[operation == "glu_backward"]
     slopes = (bound_at(n) if operation == "backward_at" else slope_bound(family, n), None)
     if family is SEGEM:  # the slope is a difference, c - 2n c s, so measured on the scale of the sum
-        c = (formulas.run("forward", SEGEM, n, eps, x) / x).nan_to_num(1.0)
+        c = (plain.run("forward", SEGEM, n, eps, x) / x).nan_to_num(1.0)
         factor = wide[0] * wide[2] if operation == "glu_backward" else wide[0]
         slopes = (slopes[0], (factor * c * (1 + 2 * n * (1 - c))).abs())
     values = (value_bound(family, n), None)

@@ -108,6 +108,17 @@ def test_a_second_conversion():
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("cls", [hf_gem.GEM, hf_gem.EGEM, hf_gem.SEGEM])
+def test_a_class_of_ours_means_one_family(cls):
+    def replaced_indices(**only):
+        acts = (make(2) for make in (hf_gem.GEM, hf_gem.EGEM, hf_gem.SEGEM))
+        return {int(r.path) for r in convert(nn.Sequential(*acts), "gem_n3", inputs=X, **only).replaced}
+
+    index = [hf_gem.GEM, hf_gem.EGEM, hf_gem.SEGEM].index(cls)
+    assert replaced_indices(replace=cls) == {index}
+    assert replaced_indices(replace=hf_gem.GemActivation, skip=cls) == {0, 1, 2} - {index}
+
+
 def test_eps_given_as_a_number():
     assert convert(Everything(), "egem_n2_eps0.1", eps=1e-6, inputs=X).replaced[0].new == "egem_n2_eps1em6"
 

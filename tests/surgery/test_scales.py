@@ -148,6 +148,10 @@ def test_an_eps_beyond_all():
         match_eps(1e-40, 1)
     with pytest.raises(ValueError, match="n must be an integer from 1 to 32"):
         match_eps(1.0, 0)
+    with pytest.raises(ValueError, match=r"got eps=inf\. eps must be positive and finite"):
+        match_eps(1e10, 32)
+    with pytest.raises(ValueError, match=r"an rms of .* over all activations, and found no eps.*Pass other data"):
+        convert(nn.Sequential(nn.ReLU()), "egem_n32", eps="match", data=[1e6 * X])
     assert match_eps(0.5, 2, 0.5) == 0.0039
 
 
