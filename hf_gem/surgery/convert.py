@@ -18,7 +18,7 @@ from ..files import shown, to_json
 from ..fit import MATCH_C, Fit
 from .audit import Audit, audit
 from .calibrate import Calibration, calibrate, replace_all
-from .checks import check_arguments, check_wrappers
+from .checks import check_arguments, check_containers, check_wrappers
 from .configs import own_config, write_plan, write_plan_of_diffusers
 from .kinds import describe, is_elementwise, is_gate, kind, stock_slots
 from .reports import places
@@ -162,6 +162,10 @@ def convert(
     replace a call that is written into a forward method; the audit at the end lists these calls. Layers that share an
     activation still share one afterwards, unless its eps is learnable. `hf_gem.revert` undoes the conversion.
 
+    The module that replaces a function is not a submodule, so loops over `children()` run what they ran before. A
+    learnable eps has to be in a submodule: check such loops. torch.fx and TorchScript also need one, which
+    `block.act = block.act` makes of it.
+
     Hooks stay on the replaced module. The new module never overwrites its input. So the result changes if a model
     ignores the output of `ReLU(inplace=True)` and continues with the input.
 
@@ -210,6 +214,7 @@ def convert(
     if not chosen and not any(reason == _ALREADY for *_, reason in left):
         raise ValueError(_nothing_to_replace(model, left, replace, skip, inputs))
     check_wrappers(model, spec, chosen)
+    check_containers(spec, chosen)
     batches = iter(()) if data is None else iter(data)
     first = next(batches, None)
     if first is None and data is not None:

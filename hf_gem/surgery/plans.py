@@ -17,7 +17,7 @@ from torch import nn
 
 from ..family.names import GemSpec, is_claimed, parse
 from ..files import check_type, shown
-from .slots import BUILT, Slot, does_more, join, module_slots, replace, slot_at, spec_of
+from .slots import BUILT, Slot, does_more, join, module_slots, named_modules, replace, slot_at, spec_of
 
 PLAN = "hf_gem"  # the key of a plan in a config
 _VERSION = 1
@@ -47,7 +47,7 @@ def added(model: nn.Module, built: bool = False) -> Iterator[Slot]:
 
 def specs(model: nn.Module, replaced: bool = False) -> set[GemSpec]:
     """Returns the members of the family in a model. With `replaced`, includes members that a conversion replaced."""
-    modules = list(model.modules())
+    modules = [module for _, module in named_modules(model)]
     if replaced:
         modules += [old for module in modules for old in vars(module).get("replaces", ()) if isinstance(old, nn.Module)]
     return {spec for module in modules if (spec := spec_of(module)) is not None}
