@@ -108,9 +108,9 @@ def check_containers(spec: GemSpec, chosen: dict[str, Slot]) -> None:
         inside = isinstance(slot.owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
         if spec.learnable and inside and slot.key in vars(slot.owner):
             raise ValueError(
-                f"got the learnable {spec.name} for {path}, which is an attribute of a {type(slot.owner).__name__}. Its "
-                "eps is only trained if the activation is a submodule, and then the container would also run it as one "
-                f"of its layers. Use a fixed eps, or exclude it with skip={path!r}."
+                f"got the learnable {spec.name} for {path}, an attribute of a {type(slot.owner).__name__}. Its eps is "
+                "only trained if the activation is a submodule, and then the container would also run it as one of its "
+                f"layers. Use a fixed eps, or exclude it with skip={path!r}."
             )
 
 
