@@ -20,7 +20,7 @@ from .audit import Audit, audit
 from .calibrate import Calibration, calibrate, replace_all
 from .checks import check_arguments, check_containers, check_wrappers
 from .configs import own_config, write_plan, write_plan_of_diffusers
-from .kinds import describe, is_elementwise, is_gate, kind, stock_slots
+from .kinds import describe, foreign_call, is_elementwise, is_gate, kind, stock_slots
 from .reports import places
 from .running import arguments
 from .scales import match
@@ -167,7 +167,8 @@ def convert(
     `block.act = block.act` makes of it.
 
     Hooks stay on the replaced module. The new module never overwrites its input. So the result changes if a model
-    ignores the output of `ReLU(inplace=True)` and continues with the input.
+    ignores the output of `ReLU(inplace=True)` and continues with the input. An activation that its owner's code calls
+    with arguments that the family does not take, such as `self.act(x, approximate="tanh")`, is left alone.
 
     The config of a transformers model stores the conversion: a model saved with `save_pretrained` is converted again
     when it is loaded, before its weights are loaded. The same holds for a timm model saved with `save_for_hf`.
@@ -290,6 +291,8 @@ def _choose(
             reason = "not elementwise, so only replaced if it is in replace="
         elif spec is not None and spec_of(slot.occupant) == spec:
             reason = _ALREADY
+        elif call := foreign_call(slot):
+            reason = f"called as {call}, which the family does not take"
         else:
             chosen[slot.path] = slot
             continue
