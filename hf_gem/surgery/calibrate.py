@@ -168,10 +168,10 @@ def _as_fit(member: GemSpec, sample: _Sample) -> Fit:
 
 def replace_all(model: nn.Module, slots: dict[str, Slot], members: dict[str, GemSpec]) -> None:
     """Replaces the activation in each slot by its member."""
-    by_name: dict[str, list[Slot]] = {}
+    by_member: dict[GemSpec, list[Slot]] = {}
     for path, member in members.items():
-        by_name.setdefault(member.name, []).append(slots[path])
-    replace(model, by_name, get_activation)
+        by_member.setdefault(member, []).append(slots[path])
+    replace(model, by_member, get_activation)
 
 
 def _samples(recorders: dict[str, Recorder], given: GemSpec) -> tuple[dict[str, _Sample], dict[str, float]]:

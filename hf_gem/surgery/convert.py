@@ -25,7 +25,6 @@ from .reports import places
 from .running import arguments
 from .scales import match
 from .slots import Slot, spec_of, undo
-from .tracer import ActivationCall
 
 _Wanted = tuple[str | type, ...]  # names or patterns, and classes
 _ALREADY = "already converted"
@@ -80,11 +79,6 @@ class Conversion:
     unfitted_output_change: float | None = None
     rms: float | None = None
     c: float | None = None
-
-    @property
-    def unreached(self) -> tuple[ActivationCall, ...]:
-        """The other activations that ran in the audit: hard-coded calls, and those in `left`."""
-        return self.audit.others if self.audit is not None else ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as JSON values. NaN and infinity become None, since JSON has neither."""

@@ -102,11 +102,9 @@ def foreign_call(slot: Slot) -> str:
     An example is `self.act(x, approximate='tanh')`. Code without source is not searched.
     """
     takes = inspect.signature(GemActivation.forward)
-    methods = (
-        inspect.unwrap(f) for cls in type(slot.owner).__mro__ for f in vars(cls).values() if inspect.isfunction(f)
-    )
-    mentions = [f for f in methods if inspect.isfunction(f) and slot.key in f.__code__.co_names]
-    for call in itertools.chain(*map(_calls, mentions)):
+    methods = (value for cls in type(slot.owner).__mro__ for value in vars(cls).values() if inspect.isfunction(value))
+    written = (code for code in map(inspect.unwrap, methods) if inspect.isfunction(code))
+    for call in itertools.chain(*(_calls(code) for code in written if slot.key in code.__code__.co_names)):
         if ast.unparse(call.func) == f"self.{slot.key}":
             try:
                 takes.bind("self", *call.args, **{k.arg: k for k in call.keywords if k.arg is not None})

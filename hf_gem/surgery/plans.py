@@ -198,7 +198,7 @@ def apply_plan(
     parts = {name for name, _ in model.get_submodule(ours.rstrip(".")).named_children()}
     is_excerpt = not same_class and parts < set(plan["parts"])  # T5EncoderModel has no decoder
 
-    slots: dict[str, list[Slot]] = {}
+    slots: dict[GemSpec, list[Slot]] = {}
     missing = {}
     kept = []
     for name, paths in plan["activations"].items():
@@ -216,7 +216,7 @@ def apply_plan(
             if keep and present is not None and present != spec:
                 kept.append(f"{present.name!r} at {here!r}, where {keep} had {shown(name)}")
             elif present != spec:
-                slots.setdefault(name, []).append(slot)
+                slots.setdefault(spec, []).append(slot)
     if missing and not unfinished:
         path, name = next(iter(missing.items()))
         raise ValueError(
@@ -257,4 +257,4 @@ def complete(model: nn.Module, make: Callable[[str], nn.Module]) -> None:
         name = getattr(config, "hidden_act", None)
         if getattr(config, "model_type", None) in _HALF_HARD_CODED and is_claimed(name):
             left = [slot for slot in module_slots(part) if type(slot.occupant) is nn.ReLU]
-            replace(part, {parse(name).name: left}, make, written_down=False)
+            replace(part, {parse(name): left}, make, written_down=False)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..family.names import GemSpec, parse
+from ..family.names import GemSpec
 
 BUILT = "_hf_gem_built"  # an attribute of activations that the model gets again whenever it is built
 _PACKED = "used_nested_tensor"  # an attribute; see `match_nested_tensors`
@@ -135,30 +135,30 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def replace(
-    model: nn.Module, slots: dict[str, list[Slot]], make: Callable[[str], nn.Module], written_down: bool = True
+    model: nn.Module, slots: dict[GemSpec, list[Slot]], make: Callable[[str], nn.Module], written_down: bool = True
 ) -> None:
-    """Puts the named activations into slots. Slots that share a module share the new one too, unless it is learnable.
+    """Puts members of the family into slots. Slots that share a module share the new one too, unless it is learnable.
 
     A learnable activation gets the device and dtype of the weights next to it.
 
     Args:
         model: The model in which the paths of the slots start.
-        slots: Activation name -> slots.
+        slots: Member of the family -> slots.
         make: Function that builds the module for a name.
         written_down: Whether the replacement belongs to the model's plan and can be undone.
     """
-    made: dict[tuple[int, str], nn.Module] = {}
+    made: dict[tuple[int, GemSpec], nn.Module] = {}
     ready = []
-    for name, places in slots.items():
-        learnable = parse(name).learnable
+    for spec, places in slots.items():
         for slot in places:
             old = slot.occupant
             # Everyone who imports a function shares it, so that does not mean that this model shares its activations.
-            distinct = learnable or not isinstance(old, nn.Module)
-            new = None if distinct else made.get((id(old), name))
+            distinct = spec.learnable or not isinstance(old, nn.Module)
+            new = None if distinct else made.get((id(old), spec))
             overwritten = type(slot.owner).__name__ in _OVERWRITES
             if new is None or overwritten:
-                new = made[id(old), name] = _make(make, name, _neighbour(model, slot.path) if learnable else None)
+                neighbour = _neighbour(model, slot.path) if spec.learnable else None
+                new = made[id(old), spec] = _make(make, spec.name, neighbour)
             if overwritten and hasattr(new, "save"):  # the class in a checkpoint has no such choice
                 vars(new)["save"] = "input"
             if written_down:

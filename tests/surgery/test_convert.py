@@ -105,7 +105,7 @@ def test_everything(name):
     assert replaced(report) == REACHED
     assert {r.new for r in report.replaced} == {name}
     assert report.left == (("gate", "sigmoid", "a gate"),)
-    assert {call.function for call in report.unreached} == {"relu", "gelu", "elu"}
+    assert {call.function for call in report.audit.others} == {"relu", "gelu", "elu"}
     assert (report.audit.num_gem, report.audit.num_other, report.audit.complete) == (5, 5, False)
     assert "5 of 10 activation calls are GEM" in str(report)
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["left"] == [["gate", "sigmoid", "a gate"]]
@@ -162,7 +162,7 @@ def test_without_a_forward_pass():
         report = convert(model, "gem", inputs=inputs)
         assert replaced(report) == REACHED
         assert reason in report.not_audited
-        assert (report.audit, report.unreached) == (None, ())
+        assert report.audit is None
         assert f"because no forward pass was possible: {report.not_audited}" in str(report)
         json.dumps(report.to_dict(), allow_nan=False)
 
@@ -420,7 +420,7 @@ def test_fx():
     graph = torch.fx.symbolic_trace(Mixed())
     report = convert(graph, "gem", inputs=X)
     assert replaced(report) == {"block.act": "relu"}
-    assert [(call.function, call.count) for call in report.unreached] == [("relu", 1)]
+    assert [(call.function, call.count) for call in report.audit.others] == [("relu", 1)]
     assert torch.equal(graph(X), F.relu(hf_gem.gem(graph.block.linear(X)) - 1))
     exported = torch.export.export(graph, (X,)).module()
     with pytest.raises(ValueError, match=r"GraphModule has no activation modules.*Its own code calls .*relu at"):

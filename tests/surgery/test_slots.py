@@ -146,7 +146,7 @@ def test_a_learnable_one_goes_where_its_neighbours_are(ambient):
     )
     net.append(nn.ModuleDict({"act": nn.ReLU()}))  # as all there is: the first of the model
     with torch.device(ambient):
-        replace(net, {"egem_learnable": list(stock_slots(net))}, hf_gem.get_activation)
+        replace(net, {hf_gem.parse("egem_learnable"): list(stock_slots(net))}, hf_gem.get_activation)
     found = {name: (p.device.type, p.dtype) for name, p in net.named_parameters() if name.endswith("log_ratio")}
     assert found == {
         "0.act.log_ratio": ("meta", torch.float32),
@@ -162,7 +162,7 @@ def test_a_learnable_one_beside_weights_in_eight_bits():
     block.linear.weight = nn.Parameter(block.linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
     net = nn.Sequential(block.to("cpu"))
     block.linear.bias.data = block.linear.bias.data.bfloat16()
-    replace(net, {"egem_learnable": list(stock_slots(net))}, hf_gem.get_activation)
+    replace(net, {hf_gem.parse("egem_learnable"): list(stock_slots(net))}, hf_gem.get_activation)
     assert block.act.log_ratio.dtype == torch.bfloat16
 
 
@@ -237,7 +237,7 @@ def test_the_fused_path_of_encoders(activation):
     codes = [layer.activation_relu_or_gelu for layer in net.layers]
     with torch.no_grad():
         stock = net(x, src_key_padding_mask=padding)
-        replace(net, {"egem_eps1": list(stock_slots(net))}, hf_gem.get_activation)
+        replace(net, {hf_gem.parse("egem_eps1"): list(stock_slots(net))}, hf_gem.get_activation)
         fused = net(x, src_key_padding_mask=padding)
     with_gradients = net(x, src_key_padding_mask=padding)  # which no fused kernel computes
     torch.testing.assert_close(fused, with_gradients)
@@ -252,7 +252,7 @@ def test_the_fused_path_of_encoders(activation):
 def test_encoders_that_never_packed_do_not_after_undoing():
     for net in (encoder(F.silu), encoder("relu", norm_first=True)):
         assert not net.use_nested_tensor
-        replace(net, {"egem": list(stock_slots(net))}, hf_gem.get_activation)
+        replace(net, {hf_gem.parse("egem"): list(stock_slots(net))}, hf_gem.get_activation)
         undo(net)
         assert not net.use_nested_tensor
 
