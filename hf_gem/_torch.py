@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_legacy_batchedtensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics  # batch and instance normalisation of all kinds
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "FakeTensorMode",
+    "NormWithStatistics",
     "TorchDispatchMode",
     "children",
     "compile_cpp",

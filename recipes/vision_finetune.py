@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_gem.family.names import is_claimed
 from hf_gem.modules import GemActivation
+from hf_gem.surgery.slots import named_modules
 from hf_gem.training.classifiers import last_layer, load_classifier, replace_activations
 from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
 from hf_gem.training.data.images import ImageData, VisionConfig
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     report = convert(model, config, data, accelerator.device) if config.hidden_act != "none" else ""
     accelerator.print(report)
     # Each process fits by itself. So does a resumed run, because checkpoints do not contain eps.
-    activations = [module.spec.name for module in model.modules() if isinstance(module, GemActivation)]
+    activations = [module.spec.name for _, module in named_modules(model) if isinstance(module, GemActivation)]
     task.identity = {"activations": activations}
     task.facts = {"before_conversion": before, "conversion": report, "ours": bool(activations)}
     task.facts |= {"imported": import_of(model), "activation_inputs": activation_inputs(task, config)}

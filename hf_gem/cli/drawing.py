@@ -133,7 +133,7 @@ def _curves(name: str, reach: float) -> dict[str, tuple[Any, Any]]:
     function = get_activation(parse(name).name) if is_claimed(name) else STOCK.get(_stock_name(name))
     if function is None:
         raise ConfigError(f"the activation {name!r:.80} is not known. Give names of the family, {', '.join(STOCK)}.")
-    x = torch.linspace(-reach, reach, _SAMPLES, dtype=torch.float64, requires_grad=True)
+    x = torch.linspace(-reach, reach, _SAMPLES, dtype=torch.float64, device="cpu", requires_grad=True)
     y = function(x)
     (slope,) = torch.autograd.grad(y.sum(), x)
     x, y = x.detach(), y.detach()

@@ -48,7 +48,7 @@ def describe(name: str) -> dict[str, Any]:
     """
     spec = parse(name)
     fixed = replace(spec, learnable=False)
-    x = torch.tensor(_AT, dtype=torch.float64)
+    x = torch.tensor(_AT, dtype=torch.float64, device="cpu")
     values, slopes = functions(fixed)
     return {
         "name": spec.name,
@@ -80,7 +80,7 @@ def functions(spec: GemSpec) -> tuple[Any, Any]:
 
 def _extremes(spec: GemSpec) -> dict[str, tuple[float, float | None]]:
     """Finds extreme slopes, lowest value and largest distance from ReLU, each with its x, or None for several x."""
-    side = half_point(spec) * torch.logspace(-3, 3, _NUM_POINTS, dtype=torch.float64)
+    side = half_point(spec) * torch.logspace(-3, 3, _NUM_POINTS, dtype=torch.float64, device="cpu")
     x = torch.cat((-side.flip(0), side))
     value, derivative = (function(x) for function in functions(spec))
 

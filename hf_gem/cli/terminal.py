@@ -23,7 +23,7 @@ def plot(
         width: Width of the drawing in characters.
         height: Height of the drawing in lines.
     """
-    x = torch.linspace(low, high, 2 * width, dtype=torch.float64)
+    x = torch.linspace(low, high, 2 * width, dtype=torch.float64, device="cpu")
     rows = [curve(x) for curve in curves]
     bottom, top = min(float(y.min()) for y in rows), max(float(y.max()) for y in rows)
     scale = (4 * height - 1) / (top - bottom or 1.0)

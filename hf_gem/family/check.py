@@ -87,7 +87,7 @@ def check(family: Family) -> None:
         ValueError: They disagree. The message names the formula and gives x, n and eps.
     """
     for n, eps in _members(family):
-        x = torch.tensor([float(point) for point in _POINTS], dtype=torch.float64)
+        x = torch.tensor([float(point) for point in _POINTS], dtype=torch.float64, device="cpu")
         value = formulas.forward(family, n, eps, x)
         slope = formulas.slope(family, n, eps, x)
         exact = [family.exact(point, n, Fraction(eps)) for point in _POINTS]

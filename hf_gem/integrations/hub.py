@@ -17,8 +17,7 @@ from ..family.names import is_claimed, parse
 from ..family.table import Family
 from ..files import markdown_code, replace_between, shown
 from ..surgery.fields import activation_fields, plain_name
-from ..surgery.plans import unnamed
-from ..surgery.slots import spec_of
+from ..surgery.plans import specs, unnamed
 
 _ROOT = Path(__file__).parent.parent
 # These files of hf_gem only import each other. They use no private torch APIs, which another version may not have.
@@ -144,7 +143,7 @@ def _check(model: Any) -> tuple[list[str], dict[str, str]]:
     if (problem := unnamed(model)) is not None:
         raise ValueError(problem)
     own = _own_code(model)
-    modules = {spec.name for module in model.modules() if (spec := spec_of(module)) is not None}
+    modules = {spec.name for spec in specs(model)}
     fields = {plain_name(field.value) for field in activation_fields(model.config)}
     names = sorted(modules | {parse(name).name for name in fields if is_claimed(name)})
     if not names:

@@ -23,6 +23,7 @@ from .inputs import example_inputs
 from .kinds import is_stock
 from .reports import path_patterns
 from .running import copied_buffers, unwrapped
+from .slots import named_modules
 from .tracer import ActivationCall, is_activation, trace
 
 
@@ -157,7 +158,7 @@ def say_what_did_not_run(model: nn.Module) -> None:
     Something else runs instead. For example, Liger's kernels replace the forward of a gated MLP, while the config and
     the printed model still name the activation. Nothing is known about models that are compiled or run in copies.
     """
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     copied = isinstance(model, nn.DataParallel)
     if copied or any(uncompiled(m) is not None or m._compiled_call_impl is not None for m in modules.values()):
         return
@@ -178,7 +179,7 @@ def say_what_did_not_run(model: nn.Module) -> None:
 def _run(model: nn.Module, state: dict[str, Tensor], args: tuple[Any, ...], inputs: Mapping[str, Any]) -> Audit:
     """Runs one forward pass, with `state` instead of the model's parameters and buffers."""
     calls, ran = trace(model, state, args, inputs)
-    modules = {path: module for path, module in model.named_modules() if is_activation(module)}
+    modules = {path: module for path, module in named_modules(model) if is_activation(module)}
     not_run = tuple(path for path, module in modules.items() if module not in ran)
     stock = tuple(path for path in not_run if is_stock(modules[path]))
     overwritten = tuple(call for call in calls if call.kind == "overwrite")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import itertools
 import math
@@ -18,7 +17,7 @@ from ..family.names import GemSpec
 from ..family.table import family_named
 from ..fit import EPS_RANGE, Fit, Histogram, error, fit, fit_together
 from ..modules import get_activation
-from .kinds import describe
+from .kinds import as_function, describe
 from .running import outputs, run
 from .slots import Slot, match_nested_tensors, replace
 
@@ -169,10 +168,10 @@ def _as_fit(member: GemSpec, sample: _Sample) -> Fit:
 
 def replace_all(model: nn.Module, slots: dict[str, Slot], members: dict[str, GemSpec]) -> None:
     """Replaces the activation in each slot by its member."""
-    by_name: dict[str, list[Slot]] = {}
+    by_member: dict[GemSpec, list[Slot]] = {}
     for path, member in members.items():
-        by_name.setdefault(member.name, []).append(slots[path])
-    replace(model, by_name, get_activation)
+        by_member.setdefault(member, []).append(slots[path])
+    replace(model, by_member, get_activation)
 
 
 def _samples(recorders: dict[str, Recorder], given: GemSpec) -> tuple[dict[str, _Sample], dict[str, float]]:
@@ -182,7 +181,7 @@ def _samples(recorders: dict[str, Recorder], given: GemSpec) -> tuple[dict[str, 
     for path, recorder in recorders.items():
         if recorder.histogram.num_values:
             try:
-                samples[path] = recorder.histogram, _as_function(recorder.recorded[0])
+                samples[path] = recorder.histogram, as_function(recorder.recorded[0])
                 unfitted[path] = error(given, *samples[path])
             except Exception as cause:
                 what = describe(recorder.recorded[0])
@@ -231,12 +230,6 @@ def _pooled(recorders: dict[str, Recorder], samples: dict[str, _Sample]) -> Iter
         before = pooled[values][0] if values in pooled else Histogram()
         pooled[values] = before + histogram, target
     return pooled.values()
-
-
-def _as_function(activation: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    if not isinstance(activation, nn.Module):
-        return activation
-    return copy.deepcopy(activation).to("cpu", torch.float64).eval().forward  # `forward` bypasses hooks
 
 
 def relative_change(before: list[Tensor], after: list[Tensor]) -> float | None:

@@ -102,5 +102,17 @@ def check_wrappers(model: nn.Module, spec: GemSpec, chosen: dict[str, Slot]) -> 
             )
 
 
+def check_containers(spec: GemSpec, chosen: dict[str, Slot]) -> None:
+    """Raises ValueError if a learnable activation would become one of the modules that a container lists and runs."""
+    for path, slot in chosen.items():
+        inside = isinstance(slot.owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        if spec.learnable and inside and slot.key in vars(slot.owner):
+            raise ValueError(
+                f"got the learnable {spec.name} for {path}, an attribute of a {type(slot.owner).__name__}. Its eps is "
+                "only trained if the activation is a submodule, and then the container would also run it as one of its "
+                f"layers. Use a fixed eps, or exclude it with skip={path!r}."
+            )
+
+
 def _has_weights(slot: Slot) -> bool:
     return isinstance(slot.occupant, nn.Module) and any(True for _ in slot.occupant.parameters())

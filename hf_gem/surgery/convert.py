@@ -18,14 +18,13 @@ from ..files import shown, to_json
 from ..fit import MATCH_C, Fit
 from .audit import Audit, audit
 from .calibrate import Calibration, calibrate, replace_all
-from .checks import check_arguments, check_wrappers
+from .checks import check_arguments, check_containers, check_wrappers
 from .configs import own_config, write_plan, write_plan_of_diffusers
-from .kinds import describe, is_elementwise, is_gate, kind, stock_slots
+from .kinds import describe, foreign_call, is_elementwise, is_gate, kind, stock_slots
 from .reports import places
 from .running import arguments
 from .scales import match
 from .slots import Slot, spec_of, undo
-from .tracer import ActivationCall
 
 _Wanted = tuple[str | type, ...]  # names or patterns, and classes
 _ALREADY = "already converted"
@@ -80,11 +79,6 @@ class Conversion:
     unfitted_output_change: float | None = None
     rms: float | None = None
     c: float | None = None
-
-    @property
-    def unreached(self) -> tuple[ActivationCall, ...]:
-        """The other activations that ran in the audit: hard-coded calls, and those in `left`."""
-        return self.audit.others if self.audit is not None else ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as JSON values. NaN and infinity become None, since JSON has neither."""
@@ -162,8 +156,13 @@ def convert(
     replace a call that is written into a forward method; the audit at the end lists these calls. Layers that share an
     activation still share one afterwards, unless its eps is learnable. `hf_gem.revert` undoes the conversion.
 
+    The module that replaces a function is not a submodule, so loops over `children()` run what they ran before. A
+    learnable eps has to be in a submodule: check such loops. torch.fx and TorchScript also need one, which
+    `block.act = block.act` makes of it.
+
     Hooks stay on the replaced module. The new module never overwrites its input. So the result changes if a model
-    ignores the output of `ReLU(inplace=True)` and continues with the input.
+    ignores the output of `ReLU(inplace=True)` and continues with the input. An activation that its owner's code calls
+    with arguments that the family does not take, such as `self.act(x, approximate="tanh")`, is left alone.
 
     The config of a transformers model stores the conversion: a model saved with `save_pretrained` is converted again
     when it is loaded, before its weights are loaded. The same holds for a timm model saved with `save_for_hf`.
@@ -210,6 +209,7 @@ def convert(
     if not chosen and not any(reason == _ALREADY for *_, reason in left):
         raise ValueError(_nothing_to_replace(model, left, replace, skip, inputs))
     check_wrappers(model, spec, chosen)
+    check_containers(spec, chosen)
     batches = iter(()) if data is None else iter(data)
     first = next(batches, None)
     if first is None and data is not None:
@@ -285,6 +285,8 @@ def _choose(
             reason = "not elementwise, so only replaced if it is in replace="
         elif spec is not None and spec_of(slot.occupant) == spec:
             reason = _ALREADY
+        elif call := foreign_call(slot):
+            reason = f"called as {call}, which the family does not take"
         else:
             chosen[slot.path] = slot
             continue

@@ -97,7 +97,7 @@ def patch_glu(model: nn.Module) -> GluPatch:
         )
     for module, (_, keys) in chosen.items():
         if not _is_patched(module) or _FUSED in vars(type(module)):  # otherwise another class wraps the patched one
-            _set_class(module, _fused(_original(module), keys))
+            _set_class(module, _fused(_original(module), keys, _layers(module)))
     return report
 
 
@@ -136,7 +136,7 @@ def _check(model: nn.Module) -> None:
 
 def _choose(module: nn.Module, activations: dict[str, Any]) -> tuple[frozenset[str], list[str]]:
     """Returns the attributes whose products to fuse, and the reasons against the others."""
-    methods, unreadable = _products(_original(module), frozenset(activations))
+    methods, unreadable = _products(_original(module), frozenset(activations), _layers(module))
     if not getattr(module, "has_gate", True):
         methods = {}  # such experts of transformers inherit the product but do not call it
     multiplied = frozenset[str]().union(*(keys for _, keys in methods.values()))
@@ -149,6 +149,17 @@ def _choose(module: nn.Module, activations: dict[str, Any]) -> tuple[frozenset[s
         name = type(module).__name__
         reasons += unreadable or [f"the code of {name} has no product self.{min(ours - multiplied)}(gate) * up"]
     return keys, reasons
+
+
+def _layers(module: nn.Module) -> frozenset[str]:
+    """Returns the names of the submodules with weights. Others, such as a dropout, may return their own input.
+
+    Some quantised layers keep their weights in buffers. Buffers with one value belong to observers and counters.
+    """
+    children = dict(module.named_children())
+    with_parameters = {key for key, child in children.items() if any(True for _ in child.parameters())}
+    with_buffers = {key for key, child in children.items() if any(b.numel() > 1 for b in child.buffers())}
+    return frozenset(with_parameters | with_buffers)
 
 
 def _described(act: Any) -> str:
@@ -207,16 +218,16 @@ def _set_class(module: nn.Module, cls: Any) -> None:
 
 
 @functools.cache
-def _fused(cls: Any, keys: frozenset[str]) -> Any:
+def _fused(cls: Any, keys: frozenset[str], layers: frozenset[str]) -> Any:
     """Returns the subclass with the same name whose methods call `_glu` for the products of `keys`."""
-    methods, _ = _products(cls, keys)
+    methods, _ = _products(cls, keys, layers)
     if not methods:
         return cls  # a pickle from another version of its library
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
         """Pickling looks up a class by its name, which finds the original class."""
         reduced = cls.__reduce_ex__(self, 2)
-        return (_new, (cls, keys), *reduced[2:]) if type(self) is fused else reduced
+        return (_new, (cls, keys, layers), *reduced[2:]) if type(self) is fused else reduced
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     functions = {name: function for name, (function, _) in methods.items()}
@@ -225,8 +236,8 @@ def _fused(cls: Any, keys: frozenset[str]) -> Any:
     return fused
 
 
-def _new(cls: Any, keys: frozenset[str]) -> Any:
-    fused = _fused(cls, keys)
+def _new(cls: Any, keys: frozenset[str], layers: frozenset[str]) -> Any:
+    fused = _fused(cls, keys, layers)
     return fused.__new__(fused)
 
 
@@ -238,7 +249,9 @@ class _UnreadableError(Exception):
 
 
 @functools.cache
-def _products(cls: type, keys: frozenset[str]) -> tuple[dict[str, tuple[Any, set[str]]], list[str]]:
+def _products(
+    cls: type, keys: frozenset[str], layers: frozenset[str]
+) -> tuple[dict[str, tuple[Any, set[str]]], list[str]]:
     """Returns method -> (fused version, the attributes of `keys` it multiplies), and why others could not be read."""
     methods = {}
     unreadable = []
@@ -246,7 +259,7 @@ def _products(cls: type, keys: frozenset[str]) -> tuple[dict[str, tuple[Any, set
         method = inspect.getattr_static(cls, name)
         if isinstance(method, types.FunctionType) and not name.startswith("__"):
             try:
-                function, found = _rewritten(method, keys)
+                function, found = _rewritten(method, keys, layers)
             except _UnreadableError as error:
                 unreadable.append(f"its {name} {error}")
             else:
@@ -254,7 +267,9 @@ def _products(cls: type, keys: frozenset[str]) -> tuple[dict[str, tuple[Any, set
     return methods, unreadable
 
 
-def _rewritten(function: types.FunctionType, keys: frozenset[str]) -> tuple[types.FunctionType, set[str]]:
+def _rewritten(
+    function: types.FunctionType, keys: frozenset[str], layers: frozenset[str]
+) -> tuple[types.FunctionType, set[str]]:
     """Returns a function with fused calls instead of products, and the attributes in these products.
 
     Raises:
@@ -263,12 +278,12 @@ def _rewritten(function: types.FunctionType, keys: frozenset[str]) -> tuple[type
     code, closure, defaults = function.__code__, function.__closure__ or (), function.__kwdefaults__
     inner = getattr(function, "__wrapped__", None)
     if isinstance(inner, types.FunctionType):  # it is in the closure of its decorator
-        new_inner, found = _rewritten(inner, keys)
+        new_inner, found = _rewritten(inner, keys, layers)
         closure = tuple(types.CellType(new_inner) if cell == types.CellType(inner) else cell for cell in closure)
         if found and types.CellType(new_inner) not in closure:
             raise _UnreadableError("is hidden by a decorator")
     else:
-        code, found = _rewritten_code(code, keys)
+        code, found = _rewritten_code(code, keys, layers)
         defaults = {**(defaults or {}), _CALL: _glu}
     if not found:
         return function, found
@@ -277,7 +292,9 @@ def _rewritten(function: types.FunctionType, keys: frozenset[str]) -> tuple[type
     return functools.update_wrapper(new, function), found  # type: ignore[return-value]
 
 
-def _rewritten_code(code: types.CodeType, keys: frozenset[str]) -> tuple[types.CodeType, set[str]]:
+def _rewritten_code(
+    code: types.CodeType, keys: frozenset[str], layers: frozenset[str]
+) -> tuple[types.CodeType, set[str]]:
     """Does the same for the code of a function: compiles its file with the products of the function rewritten."""
     if keys.isdisjoint(name for part in (code, *_codes(code)) for name in part.co_names):
         return code, set()
@@ -291,7 +308,7 @@ def _rewritten_code(code: types.CodeType, keys: frozenset[str]) -> tuple[types.C
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name == code.co_name and _first_line(node) == code.co_firstlineno:
-            rewriter = _Rewriter(node, keys, code)
+            rewriter = _Rewriter(node, keys, layers, code)
             rewriter.visit(node)
             node.args.kwonlyargs.append(ast.arg(_CALL))
             node.args.kw_defaults.append(None)  # the function object gets the default
@@ -320,13 +337,16 @@ class _Rewriter(ast.NodeTransformer):
     """Rewrites `self.key(gate) * up` as `_glu(act=self.key, gate=gate, up=up)`, for the given keys.
 
     It also rewrites `a * up` if `a = self.key(gate)` has no other use. The activation then runs later than before, when
-    both factors exist. So its input must be the result of a layer, or `up` must not contain a call that could overwrite
-    the input.
+    both factors exist. So its input must be the result of a layer with weights, or `up` must not contain a call that
+    could overwrite the input.
     """
 
-    def __init__(self, function: ast.FunctionDef, keys: frozenset[str], code: types.CodeType) -> None:
+    def __init__(
+        self, function: ast.FunctionDef, keys: frozenset[str], layers: frozenset[str], code: types.CodeType
+    ) -> None:
         self.found: set[str] = set()
         self._keys = keys
+        self._layers = layers
         self._self = code.co_varnames[0] if code.co_argcount else ""
         self._assigned: dict[str, ast.Assign] = {}
         nodes = list(ast.walk(function))
@@ -369,8 +389,8 @@ class _Rewriter(ast.NodeTransformer):
         return ""
 
     def _is_fresh(self, gate: ast.AST) -> bool:
-        """Returns whether this is the result of a layer. The result of a function may be a view of its argument."""
-        return isinstance(gate, ast.Call) and self._attribute(gate.func) != ""
+        """Returns whether this is the result of a layer. That of another call may be its argument, or a view of it."""
+        return isinstance(gate, ast.Call) and self._attribute(gate.func) in self._layers
 
     def _may_change(self, up: ast.AST, gate: ast.AST) -> bool:
         return not self._is_fresh(gate) and any(isinstance(part, ast.Call) for part in ast.walk(up))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import copy
 import functools
 import inspect
+import itertools
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._torch import children, uncompiled
 from ..family.table import FAMILIES
@@ -71,17 +75,52 @@ def is_elementwise(occupant: Any) -> bool:
     home = getattr(type(inner) if isinstance(inner, nn.Module) else inner, "__module__", None) or ""
     if home.partition(".")[0] in ("", "torch", "transformers", "timm", "hf_gem"):
         return True
-    x = torch.linspace(-2.0, 2.0, 48).reshape(2, 4, 6)
-    other = x.clone()
-    other[0, 0, 0] += 1.0
     try:
-        with torch.no_grad():
-            y, changed = occupant(x), occupant(other)
+        with torch.no_grad(), torch.device("cpu"):
+            x = torch.linspace(-2.0, 2.0, 48, dtype=torch.float64).reshape(2, 4, 6)
+            other = x.clone()
+            other[0, 0, 0] += 1.0
+            function = as_function(occupant)
+            y, changed = function(x.clone()), function(other)
+            if not isinstance(y, Tensor) or y.shape != x.shape:
+                return False
+            return torch.allclose(y.flatten()[1:], changed.flatten()[1:])
     except Exception:  # it needs another kind of input, which is no problem for a replacement
         return True
-    if not isinstance(y, torch.Tensor) or y.shape != x.shape:
-        return False
-    return torch.allclose(y.flatten()[1:], changed.flatten()[1:])
+
+
+def as_function(activation: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns an activation as a function of float64 tensors on the CPU. Calls of it do not reach the original."""
+    if not isinstance(activation, nn.Module):
+        return activation
+    return copy.deepcopy(activation).to("cpu", torch.float64).eval().forward  # `forward` bypasses hooks
+
+
+def foreign_call(slot: Slot) -> str:
+    """Returns a call of an activation in its owner's code with arguments that the family does not take, or "".
+
+    An example is `self.act(x, approximate='tanh')`. Code without source is not searched.
+    """
+    takes = inspect.signature(GemActivation.forward)
+    methods = (value for cls in type(slot.owner).__mro__ for value in vars(cls).values() if inspect.isfunction(value))
+    written = (code for code in map(inspect.unwrap, methods) if inspect.isfunction(code))
+    for call in itertools.chain(*(_calls(code) for code in written if slot.key in code.__code__.co_names)):
+        if ast.unparse(call.func) == f"self.{slot.key}":
+            try:
+                takes.bind("self", *call.args, **{k.arg: k for k in call.keywords if k.arg is not None})
+            except TypeError:
+                return ast.unparse(call)
+    return ""
+
+
+@functools.lru_cache(maxsize=64)  # most owners in a model are of few classes
+def _calls(function: Any) -> list[ast.Call]:
+    """Returns the calls in the source of a function."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):
+        return []
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 
 def describe(occupant: Any) -> str:

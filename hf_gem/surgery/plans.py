@@ -17,7 +17,7 @@ from torch import nn
 
 from ..family.names import GemSpec, is_claimed, parse
 from ..files import check_type, shown
-from .slots import BUILT, Slot, does_more, join, module_slots, replace, slot_at, spec_of
+from .slots import BUILT, Slot, does_more, join, module_slots, named_modules, replace, slot_at, spec_of
 
 PLAN = "hf_gem"  # the key of a plan in a config
 _VERSION = 1
@@ -47,7 +47,7 @@ def added(model: nn.Module, built: bool = False) -> Iterator[Slot]:
 
 def specs(model: nn.Module, replaced: bool = False) -> set[GemSpec]:
     """Returns the members of the family in a model. With `replaced`, includes members that a conversion replaced."""
-    modules = list(model.modules())
+    modules = [module for _, module in named_modules(model)]
     if replaced:
         modules += [old for module in modules for old in vars(module).get("replaces", ()) if isinstance(old, nn.Module)]
     return {spec for module in modules if (spec := spec_of(module)) is not None}
@@ -198,7 +198,7 @@ def apply_plan(
     parts = {name for name, _ in model.get_submodule(ours.rstrip(".")).named_children()}
     is_excerpt = not same_class and parts < set(plan["parts"])  # T5EncoderModel has no decoder
 
-    slots: dict[str, list[Slot]] = {}
+    slots: dict[GemSpec, list[Slot]] = {}
     missing = {}
     kept = []
     for name, paths in plan["activations"].items():
@@ -216,7 +216,7 @@ def apply_plan(
             if keep and present is not None and present != spec:
                 kept.append(f"{present.name!r} at {here!r}, where {keep} had {shown(name)}")
             elif present != spec:
-                slots.setdefault(name, []).append(slot)
+                slots.setdefault(spec, []).append(slot)
     if missing and not unfinished:
         path, name = next(iter(missing.items()))
         raise ValueError(
@@ -257,4 +257,4 @@ def complete(model: nn.Module, make: Callable[[str], nn.Module]) -> None:
         name = getattr(config, "hidden_act", None)
         if getattr(config, "model_type", None) in _HALF_HARD_CODED and is_claimed(name):
             left = [slot for slot in module_slots(part) if type(slot.occupant) is nn.ReLU]
-            replace(part, {parse(name).name: left}, make, written_down=False)
+            replace(part, {parse(name): left}, make, written_down=False)

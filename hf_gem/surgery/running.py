@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._torch import module_buffers, module_parameters, tree_leaves, uncompiled, without_compiler
+from .._torch import NormWithStatistics, module_buffers, module_parameters, tree_leaves, uncompiled, without_compiler
+from .slots import named_modules
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -26,16 +29,13 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
 def run(model: nn.Module, batch: Any, batch_statistics: bool = False) -> Any:
     """Runs a model on a batch without changing its statistics, flags or caches.
 
     Args:
         model: The model, in any mode. It runs in evaluation mode.
         batch: Arguments of the model; see `arguments`.
-        batch_statistics: Whether batch normalisation uses the statistics of the batch, as in training.
+        batch_statistics: Whether batch and instance normalisation use the statistics of the batch, as in training.
 
     Returns:
         The output of the model.
@@ -46,7 +46,7 @@ def run(model: nn.Module, batch: Any, batch_statistics: bool = False) -> Any:
     args, kwargs = arguments(batch)
     model = unwrapped(model)
     try:
-        with evaluating(model, _BATCH_NORMS if batch_statistics else ()):
+        with evaluating(model, (NormWithStatistics,) if batch_statistics else ()):
             return torch.func.functional_call(model, copied_buffers(model), args, kwargs)
     except Exception as error:
         raise ValueError(
@@ -79,9 +79,10 @@ def copied_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module, training: tuple[type[nn.Module], ...] = ()) -> Iterator[None]:
-    """Sets evaluation mode without gradients, compilation or fused encoder layers. Restores all state at the end.
+    """Sets evaluation mode without gradients, compilation or fused encoder layers. Restores the model at the end.
 
-    Only values written into buffers are not restored; use `copied_buffers` for these.
+    Values written into buffers are not restored; use `copied_buffers` for these. Neither are caches outside the
+    modules, as in an `lru_cache`, or in objects of other classes than Python's containers.
 
     Args:
         model: The model, in any mode.
@@ -103,6 +104,11 @@ def evaluating(model: nn.Module, training: tuple[type[nn.Module], ...] = ()) -> 
         yield
 
 
+_Container = dict[Any, Any] | list[Any] | set[Any] | deque[Any]
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)  # subclasses may refuse to be changed
+_BY_TORCH = vars(nn.Module()).keys()  # such as hooks, which lazy modules drop when they run
+
+
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
     """Restores everything that is set on the modules: training flags, and caches that a forward pass leaves.
@@ -110,18 +116,25 @@ def _restored(model: nn.Module) -> Iterator[None]:
     Parameters are restored too, since `torch.func.functional_call` does not restore those of a module that is used in
     several places.
     """
-    before = [
-        (module, dict(vars(module)), dict(module_buffers(module)), dict(module_parameters(module)))
-        for module in model.modules()
-    ]
+    held: dict[int, _Container] = {}
+    for _, module in named_modules(model):
+        own: tuple[_Container, ...] = (vars(module), module_buffers(module), module_parameters(module))
+        held.update({id(container): container for container in own})
+        for name in vars(module).keys() - _BY_TORCH:
+            _find_containers(vars(module)[name], held)
+    before = [(container, copy.copy(container)) for container in held.values()]
     try:
         yield
     finally:
-        for module, attributes, buffers, parameters in before:
-            for name in vars(module).keys() - attributes.keys():
-                del vars(module)[name]
-            vars(module).update(attributes)
-            module_buffers(module).clear()
-            module_buffers(module).update(buffers)
-            module_parameters(module).clear()
-            module_parameters(module).update(parameters)
+        for container, content in before:
+            container.clear()
+            add: Any = container.extend if isinstance(container, (list, deque)) else container.update
+            add(content)
+
+
+def _find_containers(value: Any, found: dict[int, _Container]) -> None:
+    """Adds a container and those inside it to `found`, by id."""
+    if type(value) in _CONTAINERS and id(value) not in found:
+        found[id(value)] = value
+        for inner in value.values() if isinstance(value, dict) else value:
+            _find_containers(inner, found)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..family.names import GemSpec, parse
+from ..family.names import GemSpec
 
 BUILT = "_hf_gem_built"  # an attribute of activations that the model gets again whenever it is built
 _PACKED = "used_nested_tensor"  # an attribute; see `match_nested_tensors`
@@ -41,10 +41,18 @@ class Slot:
         return found
 
     def put(self, occupant: Callable[..., Any]) -> None:
-        """Replaces the module or function in the slot."""
-        if not isinstance(occupant, nn.Module):
-            delattr(self.owner, self.key)  # torch does not allow a function to replace a submodule
-        setattr(self.owner, self.key, occupant)
+        """Replaces the module or function in the slot.
+
+        Only a module with parameters becomes a submodule where there was none, as in place of a function. Any other
+        stays out of the owner's children: a loop over them, as in an `nn.Sequential`, would also run the activation.
+        """
+        held = vars(self.owner)  # torch keeps submodules elsewhere
+        if isinstance(occupant, nn.Module) and (self.key not in held or any(True for _ in occupant.parameters())):
+            setattr(self.owner, self.key, occupant)
+        else:
+            if self.key not in held:
+                delattr(self.owner, self.key)
+            held[self.key] = occupant
         if isinstance(self.owner, nn.TransformerEncoderLayer) and self.key == "activation":
             # In inference, the layer runs a fused kernel, and this number selects the activation of that kernel.
             relu = occupant is nn.functional.relu or isinstance(occupant, nn.ReLU)
@@ -102,40 +110,55 @@ def slot_at(model: nn.Module, path: str) -> Slot:
 
 
 def module_slots(model: nn.Module) -> Iterator[Slot]:
-    """Yields the slots of all submodules. A slot in a module that occurs twice is listed once, under its first path."""
+    """Yields the slots that hold a module, submodule or not.
+
+    A slot in a module that occurs twice is listed once, under its first path.
+    """
     keys: dict[str, list[str]] = {}
     for path, _ in model.named_modules(remove_duplicate=False):
         above, _, key = path.rpartition(".")
         keys.setdefault(above, []).append(key)
     for path, owner in model.named_modules():
-        yield from (Slot(join(path, key), owner, key) for key in keys.get(path, ()) if key)
+        hidden = [key for key, held in vars(owner).items() if isinstance(held, nn.Module)]
+        yield from (Slot(join(path, key), owner, key) for key in dict.fromkeys([*keys.get(path, ()), *hidden]) if key)
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields what `model.named_modules()` does, and the activations of the family that are no submodules."""
+    seen = set(model.modules())
+    for path, owner in model.named_modules():
+        yield path, owner
+        for key, held in list(vars(owner).items()):
+            if isinstance(held, nn.Module) and held not in seen and spec_of(held) is not None:
+                seen.add(held)
+                yield join(path, key), held
 
 
 def replace(
-    model: nn.Module, slots: dict[str, list[Slot]], make: Callable[[str], nn.Module], written_down: bool = True
+    model: nn.Module, slots: dict[GemSpec, list[Slot]], make: Callable[[str], nn.Module], written_down: bool = True
 ) -> None:
-    """Puts the named activations into slots. Slots that share a module share the new one too, unless it is learnable.
+    """Puts members of the family into slots. Slots that share a module share the new one too, unless it is learnable.
 
     A learnable activation gets the device and dtype of the weights next to it.
 
     Args:
         model: The model in which the paths of the slots start.
-        slots: Activation name -> slots.
+        slots: Member of the family -> slots.
         make: Function that builds the module for a name.
         written_down: Whether the replacement belongs to the model's plan and can be undone.
     """
-    made: dict[tuple[int, str], nn.Module] = {}
+    made: dict[tuple[int, GemSpec], nn.Module] = {}
     ready = []
-    for name, places in slots.items():
-        learnable = parse(name).learnable
+    for spec, places in slots.items():
         for slot in places:
             old = slot.occupant
             # Everyone who imports a function shares it, so that does not mean that this model shares its activations.
-            distinct = learnable or not isinstance(old, nn.Module)
-            new = None if distinct else made.get((id(old), name))
+            distinct = spec.learnable or not isinstance(old, nn.Module)
+            new = None if distinct else made.get((id(old), spec))
             overwritten = type(slot.owner).__name__ in _OVERWRITES
             if new is None or overwritten:
-                new = made[id(old), name] = _make(make, name, _neighbour(model, slot.path) if learnable else None)
+                neighbour = _neighbour(model, slot.path) if spec.learnable else None
+                new = made[id(old), spec] = _make(make, spec.name, neighbour)
             if overwritten and hasattr(new, "save"):  # the class in a checkpoint has no such choice
                 vars(new)["save"] = "input"
             if written_down:

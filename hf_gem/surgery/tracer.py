@@ -26,6 +26,7 @@ from ..family.names import GemSpec
 from ..modules import GemActivation
 from .kinds import is_gate
 from .running import evaluating
+from .slots import named_modules
 
 # aten operations that are activations -> their usual name.
 _ACTIVATIONS = {
@@ -104,7 +105,7 @@ def trace(
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(evaluating(model))
-        for path, module in model.named_modules():
+        for path, module in list(named_modules(model)):
             stack.callback(module.register_forward_pre_hook(tracer.enter(path), prepend=True).remove)
             stack.callback(module.register_forward_hook(tracer.leave, always_call=True).remove)
         enter(_Functions(tracer))

@@ -79,6 +79,14 @@ def test_show_takes_a_family_of_ones_own(hf_gem):
     assert json.loads(out)["continuous_derivatives"] is None  # nobody has proven it
 
 
+def test_the_default_device_does_not_matter(hf_gem, tmp_path):
+    pytest.importorskip("matplotlib")
+    commands = [("list", "--json"), ("show", "egem_n2"), ("plot", "gem", "relu", "-o", str(tmp_path / "a.svg"))]
+    expected = [hf_gem(*command)[1] for command in commands]
+    with torch.device("meta"):
+        assert [hf_gem(*command)[1] for command in commands] == expected
+
+
 def test_a_curve_in_the_terminal():
     *_, bottom, top = (line[10:] for line in reversed(plot("t", [lambda x: x], -1, 1, width=4, height=2)[1:3]))
     assert (top, bottom) == ("⠀⠀⡠⠊", "⡠⠊⠀⠀")  # the diagonal

@@ -52,8 +52,10 @@ def test_the_families():
 
 
 @families
-def test_it_agrees_with_itself(family):
-    check(family)
+@pytest.mark.parametrize("default_device", ["cpu", "meta"])
+def test_it_agrees_with_itself(family, default_device):
+    with torch.device(default_device):
+        check(family)
 
 
 @families

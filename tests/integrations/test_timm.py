@@ -255,7 +255,7 @@ def test_feature_extraction_by_fx(name):
 
 def convert(model, **activations):
     undo(model)
-    slots = {name: [slot_at(model, path) for path in paths] for name, paths in activations.items()}
+    slots = {hf_gem.parse(name): [slot_at(model, path) for path in paths] for name, paths in activations.items()}
     replace(model, slots, hf_gem.get_activation)
     return plan_of(model)
 

@@ -32,7 +32,7 @@ def model():
 
 def put_in(net, name="egem", paths=None, make=hf_gem.get_activation):
     slots = list(stock_slots(net)) if paths is None else [slot_at(net, path) for path in paths]
-    replace(net, {name: slots}, make)
+    replace(net, {hf_gem.parse(name): slots}, make)
     return [block.act for block in net]
 
 

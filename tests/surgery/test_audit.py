@@ -1,5 +1,6 @@
 """What `hf_gem.audit` reports, and that it leaves no trace on the model."""
 
+import collections
 import importlib
 import json
 import operator
@@ -183,6 +184,42 @@ def test_the_model_is_left_as_it_was(fail):
     assert not hasattr(model, "seen")
     assert not hasattr(model, "late")
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Caching(nn.Module):
+    """Keeps tensors in containers, one inside another, as a model that builds its masks once for each length."""
+
+    main_input_name = "input_ids"
+    config = transformers.GPT2Config()
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(60_000, 4)
+        self.masks, self.by_layer, self.seen, self.recent = {}, [{}, {}], {0}, collections.deque([0], maxlen=1)
+        self.shared = self.masks
+
+    def forward(self, input_ids):
+        x = self.table(input_ids)
+        length = input_ids.shape[1]
+        if length not in self.masks:
+            self.masks[length] = torch.ones(length, 1, device=x.device)
+        one = self.by_layer[1].setdefault(length, torch.ones(1, device=x.device))
+        self.seen.add(length)
+        self.recent.append(length)
+        return torch.relu(x * self.masks[length] * one)
+
+
+def test_what_a_model_caches_in_containers_is_left_as_it_was():
+    model = Caching()
+    real = torch.ones(4, 1)
+    model.masks[4] = real
+    containers = (model.masks, model.by_layer, *model.by_layer, model.seen, model.recent)
+    assert audit(model).num_other == 1
+    assert model.masks is model.shared
+    assert list(model.masks.items()) == [(4, real)]
+    assert (model.by_layer, model.seen, model.recent) == ([{}, {}], {0}, collections.deque([0], maxlen=1))
+    assert all(map(operator.is_, (model.masks, model.by_layer, *model.by_layer, model.seen, model.recent), containers))
+    assert model(torch.ones(1, 16, dtype=torch.long)).shape == (1, 16, 4)
 
 
 def test_a_caught_exception_does_not_confuse_the_paths():

@@ -48,6 +48,50 @@ def test_what_does_more_than_its_name_says_is_left_alone():
     assert [r.path for r in convert(model, "gem", replace=NormGELU, inputs=(x,)).replaced] == ["3"]
 
 
+class CountingGELU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return F.gelu(x + torch.rand(()) * self.training + torch.zeros(6))
+
+
+def test_finding_out_what_an_activation_does_leaves_it_alone():
+    act, ran = CountingGELU(), []
+    act.register_forward_hook(lambda *_: ran.append(1))
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 6), act)
+        report = convert(model, "gem")
+    assert [r.path for r in report.replaced] == ["1"]
+    assert (act.calls, ran, act.training) == (0, [], True)
+
+
+class Calls(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tanh, self.many, self.own, self.plain = F.gelu, F.elu, MyGELU(), F.relu
+
+    @torch.no_grad()
+    def forward(self, x):
+        x = self.many(self.tanh(x, approximate="tanh"), 0.5, False)
+        return self.own(self.plain(x, inplace=True), **{})
+
+
+def test_what_is_called_with_other_arguments_is_left_alone():
+    model = Calls()
+    report = convert(model, "gem", inputs=X)
+    assert replaced(report) == {"plain": "relu", "own": "mygelu"}
+    assert {path: reason for path, _, reason in report.left} == {
+        "tanh": "called as self.tanh(x, approximate='tanh'), which the family does not take",
+        "many": "called as self.many(self.tanh(x, approximate='tanh'), 0.5, False), which the family does not take",
+    }
+    assert (report.audit.num_gem, report.audit.num_other) == (2, 2)
+    with pytest.raises(ValueError, match=r"nothing to replace in Calls .*which the family does not take"):
+        convert(model, "gem", replace="elu", inputs=X)
+
+
 # ---- what is replaced, and what the report says
 
 
@@ -61,7 +105,7 @@ def test_everything(name):
     assert replaced(report) == REACHED
     assert {r.new for r in report.replaced} == {name}
     assert report.left == (("gate", "sigmoid", "a gate"),)
-    assert {call.function for call in report.unreached} == {"relu", "gelu", "elu"}
+    assert {call.function for call in report.audit.others} == {"relu", "gelu", "elu"}
     assert (report.audit.num_gem, report.audit.num_other, report.audit.complete) == (5, 5, False)
     assert "5 of 10 activation calls are GEM" in str(report)
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["left"] == [["gate", "sigmoid", "a gate"]]
@@ -129,7 +173,7 @@ def test_without_a_forward_pass():
         report = convert(model, "gem", inputs=inputs)
         assert replaced(report) == REACHED
         assert reason in report.not_audited
-        assert (report.audit, report.unreached) == (None, ())
+        assert report.audit is None
         assert f"because no forward pass was possible: {report.not_audited}" in str(report)
         json.dumps(report.to_dict(), allow_nan=False)
 
@@ -387,7 +431,7 @@ def test_fx():
     graph = torch.fx.symbolic_trace(Mixed())
     report = convert(graph, "gem", inputs=X)
     assert replaced(report) == {"block.act": "relu"}
-    assert [(call.function, call.count) for call in report.unreached] == [("relu", 1)]
+    assert [(call.function, call.count) for call in report.audit.others] == [("relu", 1)]
     assert torch.equal(graph(X), F.relu(hf_gem.gem(graph.block.linear(X)) - 1))
     exported = torch.export.export(graph, (X,)).module()
     with pytest.raises(ValueError, match=r"GraphModule has no activation modules.*Its own code calls .*relu at"):

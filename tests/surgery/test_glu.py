@@ -303,6 +303,7 @@ class Forms(nn.Module):
     KEPT = (
         *("scaled", "parameter", "summed", "two_uses", "in_place", "argument_too", "argument_before"),
         *("overwritten", "view_overwritten", "reshaped_overwritten", "without_gradient"),
+        *("passed_through", "passed_through_at_once", "passed_by_a_method"),
     )
 
     def __init__(self, act):
@@ -310,6 +311,7 @@ class Forms(nn.Module):
         self.act = act
         self.gate, self.up = nn.Linear(4, 4), nn.Linear(4, 4)
         self.scale = nn.Parameter(torch.ones(4))
+        self.drop = nn.Dropout(0.5).eval()  # returns its own input
 
     def mirrored(self, x):
         return self.up(x) * self.act(self.gate(x))
@@ -379,6 +381,23 @@ class Forms(nn.Module):
         gate = self.act(torch.reshape(x, (-1, 4)))
         x.add_(1)
         return gate * x
+
+    def passed_through(self, x):
+        hidden = self.gate(x)
+        gate = self.act(self.drop(hidden))
+        hidden += x
+        return gate * self.up(x)
+
+    def passed_through_at_once(self, x):
+        return self.act(self.drop(x)) * self.up(x.add_(1))
+
+    def same(self, x):
+        return x
+
+    def passed_by_a_method(self, x):
+        gate = self.act(self.same(x))
+        x.add_(1)
+        return gate * self.up(x)
 
     def without_gradient(self, x):
         with torch.no_grad():

@@ -43,11 +43,14 @@ def test_each_activation_and_all_of_them():
     assert found.rms == pytest.approx(rms(*first, *second), **ROUNDED)
 
 
-def test_batch_normalisation_takes_the_statistics_of_the_batch_and_keeps_its_own():
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm1d(4), nn.SyncBatchNorm(4), nn.InstanceNorm1d(4, track_running_stats=True)], ids=type
+)
+def test_normalisation_takes_the_statistics_of_the_batch_and_keeps_its_own(norm):
     for training in (True, False):
-        model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5), nn.ReLU()).train(training)
+        model = nn.Sequential(norm, nn.Dropout(0.5), nn.ReLU()).train(training)
         before = copy.deepcopy(model.state_dict())
-        found = scales(model, 100 * torch.randn(64, 4) + 30)
+        found = scales(model, 100 * torch.randn(64, 4, 16) + 30)
         assert found.rms == pytest.approx(1, **ROUNDED)
         after = model.state_dict()
         assert all(torch.equal(after[key], before[key]) for key in before)

@@ -11,7 +11,7 @@ from torch import nn
 
 import hf_gem
 from hf_gem.surgery.kinds import stock_slots
-from hf_gem.surgery.plans import plan_of
+from hf_gem.surgery.plans import apply_plan, plan_of
 from hf_gem.surgery.slots import Slot, converted, replace, slot_at, undo
 from tests.surgery.blocks import Block, model, occupants, put_in
 
@@ -22,10 +22,12 @@ def test_a_slot(path):
     slot = slot_at(net, path)
     old = slot.occupant
     assert old is net[int(path[0])].act
-    for new in (nn.SiLU(), F.silu, hf_gem.GEM(), old):
+    submodule = path == "0.act"
+    for new in (nn.SiLU(), hf_gem.EGEM(learnable=True), hf_gem.GEM(), F.silu, hf_gem.GEM(), old):
         slot.put(new)
         assert net[int(path[0])].act is slot.occupant is new
-        assert ("act" in net[int(path[0])]._modules) == isinstance(new, nn.Module) != ("act" in vars(net[int(path[0])]))
+        submodule = new is not F.silu and (submodule or any(True for _ in getattr(new, "parameters", tuple)()))
+        assert ("act" in net[int(path[0])]._modules) == submodule != ("act" in vars(net[int(path[0])]))
 
 
 @pytest.mark.parametrize("path", ["9.act", "0.nothing", "0.linear.in_features", "", "0.linear.weight"])
@@ -38,6 +40,67 @@ def test_a_slot_in_a_container_keeps_its_place():
     net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
     slot_at(net, "1").put(hf_gem.GEM())
     assert [type(module) for module in net] == [nn.Linear, hf_gem.GEM, nn.Linear]
+
+
+class Container(nn.ModuleList):
+    def __init__(self):
+        super().__init__([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.act = F.relu
+
+    def forward(self, x):
+        for layer in self:
+            x = self.act(layer(x))
+        return x
+
+
+class Children(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act, self.a, self.b = F.relu, nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        for layer in self.children():
+            x = self.act(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("build", [Container, Children])
+@pytest.mark.parametrize("choice", [{}, {"eps": "match"}, {"eps": "fit", "per_layer": True}], ids=str)
+def test_loops_over_children_run_what_they_ran(build, choice):
+    net = nn.Sequential(build())
+    x = torch.randn(3, 4)
+    stock, layers = net(x), list(net[0].children())
+    report = hf_gem.convert(net, "egem_n1", data=[x], **choice)
+    assert [r.path for r in report.replaced] == ["0.act"]
+    act = net[0].act
+    want = x
+    for layer in layers:
+        want = act(layer(want))
+    (found,) = report.audit.calls
+    assert (found.module, found.count, report.audit.complete) == ("0.act", 2, True)
+    plan = plan_of(net)
+    assert plan["activations"] == {report.replaced[0].new: ["0.act"]}
+    replayed = nn.Sequential(build())
+    apply_plan(plan, replayed, hf_gem.get_activation)
+    replayed.load_state_dict(net.state_dict())
+    for twin in (net, replayed, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(twin(x), want)
+        assert hf_gem.audit(twin, x).complete
+        assert hf_gem.convert(twin, "gem_n2", inputs=x).audit.num_gem == 2
+        assert not torch.equal(twin(x), want)
+        assert hf_gem.revert(twin) == ["0.act"]
+        assert len(list(twin[0].children())) == 2
+        assert torch.equal(twin(x), stock)
+
+
+def test_a_container_cannot_learn_the_eps_of_its_attribute():
+    net = nn.Sequential(Container())
+    with pytest.raises(ValueError, match=r"learnable egem_learnable for 0\.act, .* a Container\..* skip='0\.act'"):
+        hf_gem.convert(net, "egem_learnable")
+    assert net[0].act is F.relu
+    net = Children()  # whose loop over submodules nobody can see from outside
+    hf_gem.convert(net, "egem_learnable")
+    assert [name for name, _ in net.named_parameters()].count("act.log_ratio") == 1
 
 
 # ---- replacing
@@ -83,7 +146,7 @@ def test_a_learnable_one_goes_where_its_neighbours_are(ambient):
     )
     net.append(nn.ModuleDict({"act": nn.ReLU()}))  # as all there is: the first of the model
     with torch.device(ambient):
-        replace(net, {"egem_learnable": list(stock_slots(net))}, hf_gem.get_activation)
+        replace(net, {hf_gem.parse("egem_learnable"): list(stock_slots(net))}, hf_gem.get_activation)
     found = {name: (p.device.type, p.dtype) for name, p in net.named_parameters() if name.endswith("log_ratio")}
     assert found == {
         "0.act.log_ratio": ("meta", torch.float32),
@@ -99,7 +162,7 @@ def test_a_learnable_one_beside_weights_in_eight_bits():
     block.linear.weight = nn.Parameter(block.linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
     net = nn.Sequential(block.to("cpu"))
     block.linear.bias.data = block.linear.bias.data.bfloat16()
-    replace(net, {"egem_learnable": list(stock_slots(net))}, hf_gem.get_activation)
+    replace(net, {hf_gem.parse("egem_learnable"): list(stock_slots(net))}, hf_gem.get_activation)
     assert block.act.log_ratio.dtype == torch.bfloat16
 
 
@@ -174,7 +237,7 @@ def test_the_fused_path_of_encoders(activation):
     codes = [layer.activation_relu_or_gelu for layer in net.layers]
     with torch.no_grad():
         stock = net(x, src_key_padding_mask=padding)
-        replace(net, {"egem_eps1": list(stock_slots(net))}, hf_gem.get_activation)
+        replace(net, {hf_gem.parse("egem_eps1"): list(stock_slots(net))}, hf_gem.get_activation)
         fused = net(x, src_key_padding_mask=padding)
     with_gradients = net(x, src_key_padding_mask=padding)  # which no fused kernel computes
     torch.testing.assert_close(fused, with_gradients)
@@ -189,7 +252,7 @@ def test_the_fused_path_of_encoders(activation):
 def test_encoders_that_never_packed_do_not_after_undoing():
     for net in (encoder(F.silu), encoder("relu", norm_first=True)):
         assert not net.use_nested_tensor
-        replace(net, {"egem": list(stock_slots(net))}, hf_gem.get_activation)
+        replace(net, {hf_gem.parse("egem"): list(stock_slots(net))}, hf_gem.get_activation)
         undo(net)
         assert not net.use_nested_tensor
 
