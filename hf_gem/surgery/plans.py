@@ -144,8 +144,6 @@ def check_plan(given: Any) -> None:
             f"cannot read the conversion in this config, {PLAN}={shown(given)}: {error}. This hf_gem reads version "
             f"{_VERSION}. Upgrade hf_gem, or remove the key to load the model unconverted."
         ) from None
-    for name in given["activations"]:
-        parse(name)
 
 
 def apply_plans(model: nn.Module, make: Callable[[str], nn.Module], unfinished: bool = False) -> dict[str, str]:
@@ -191,6 +189,10 @@ def apply_plan(
             something more than an activation in its place. Nothing is changed then.
     """
     check_plan(plan)
+    for name in plan[
+        "activations"
+    ]:  # here, since the code of a checkpoint registers its family after the config is read
+        parse(name)
     same_class = plan["model"] == type(model).__name__
     theirs = f"{plan['base']}." if plan["base"] and not same_class else ""
     prefix = getattr(model, "base_model_prefix", "")
