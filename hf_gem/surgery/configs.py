@@ -9,7 +9,7 @@ from typing import Any
 from ..family.names import GemSpec, is_claimed, parse
 from ..files import shown
 from .fields import activation_fields, declares, nested_configs, plain_name
-from .plans import PLAN, check_plan, parts_inside, parts_of, plan_of, specs
+from .plans import PLAN, check_form, parts_inside, parts_of, plan_of, specs
 
 
 def own_config(model: Any) -> None:
@@ -105,5 +105,5 @@ def unmask(config: Any) -> None:
 def _plans(config: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     for part in nested_configs(config).values():
         if (plan := vars(part).get(PLAN)) is not None:
-            check_plan(plan)
+            check_form(plan)  # the code of a checkpoint, which registers its family, runs after its config is read
             yield part, plan
