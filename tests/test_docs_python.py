@@ -1,9 +1,11 @@
 """Every block of Python in the README and in docs/ runs.
 
-A block goes on where the one before it ended. In front of a block, `<!-- not run: why -->` excludes it.
+A block goes on where the one before it ended, except on pages of which a reader copies one block. In front of a block,
+`<!-- not run: why -->` excludes it.
 """
 
 import re
+import sys
 from unittest import mock
 
 import pytest
@@ -20,9 +22,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 PAGES = {path.stem: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 BLOCK = re.compile(r"(?:<!-- not run: (.+) -->\n+)?^( *)```python\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
-CONTINUE_README = {"choosing", "functions", "kernels", "models"}
+ALONE = {"choosing", "kernels", "models", "proofs", "serving"}  # pages whose blocks stand alone
 NEEDS = {"exporting": ("onnxruntime", "onnxscript")}
-SLOW = {"choosing", "exporting", "functions"}  # two of them build a GPT-2 of 124M parameters
+SLOW = {"choosing", "exporting"}  # the first builds a GPT-2 of 124M parameters
 
 
 def blocks(page: str) -> list[str]:
@@ -31,8 +33,11 @@ def blocks(page: str) -> list[str]:
     return [re.sub(f"^{indent}", "", code, flags=re.MULTILINE) for why, indent, code in found if not why]
 
 
-def execute(page: str, names: dict) -> dict:
+def execute(page: str) -> dict:
+    """Runs the blocks of a page; returns what the last of them has defined."""
+    names: dict = {}
     for code in blocks(page):
+        names = {} if page in ALONE else names
         exec(compile(code, f"{page}.md", "exec"), names)
     return names
 
@@ -40,7 +45,7 @@ def execute(page: str, names: dict) -> dict:
 @pytest.fixture(scope="module")
 def after_readme():
     """What the README has defined at its end."""
-    return execute("README", {})
+    return execute("README")
 
 
 @pytest.fixture
@@ -52,26 +57,36 @@ def somewhere(tmp_path, monkeypatch):
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=256, eos_token_id=256)).save_pretrained(name)
     families = {name: family for name, family in FAMILIES.items() if name != "dgem"}  # which a page registers
     with mock.patch.dict(FAMILIES, families, clear=True):
-        yield
+        yield tmp_path
 
 
 def marked(page: str):
     return pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page
 
 
-@pytest.mark.parametrize("page", [marked(page) for page in PAGES if blocks(page) and page != "README"])
+@pytest.mark.parametrize(
+    "page", [marked(page) for page in PAGES if blocks(page) and page not in ("README", "families")]
+)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_page(page, somewhere, request):
+def test_page(page, somewhere):
     for module in NEEDS.get(page, ()):
         pytest.importorskip(module)
-    names = {"batch": {"input_ids": torch.randint(1000, (2, 16))}}  # choosing.md has data of the reader
-    if page in CONTINUE_README:
-        names |= request.getfixturevalue("after_readme")
-    execute(page, names)
+    names = execute(page)
     if page == "models":
         assert hf_gem.audit(names["swin"]).complete
     if page == "kernels":
         assert not hf_gem.unpatch_glu(names["llama"])
+
+
+def test_the_family_of_a_reader(somewhere, monkeypatch):
+    """The page has a file and a program that imports it."""
+    definition, program = blocks("families")
+    (somewhere / "dgem.py").write_text(definition)
+    monkeypatch.syspath_prepend(somewhere)
+    names: dict = {}
+    exec(compile(program, "families.md", "exec"), names)
+    assert hf_gem.audit(names["model"]).complete
+    del sys.modules["dgem"]
 
 
 def test_readme(after_readme):

@@ -150,11 +150,14 @@
         for (const [id, number] of Object.entries(numbers)) find(`#${id}`).textContent = format(number, 7);
     }
 
-    /** The x at which curves are computed: evenly spaced, dense around the half point, and close to the step at 0. */
-    function positions(range, half) {
+    /** The x at which curves are computed: evenly spaced, dense where the gate opens, and close to the step at 0. */
+    function positions(range, half, n) {
         const right = [range * 1e-9];
         for (let i = 1; i <= 160; i++) right.push((range * i) / 160);
-        for (let k = -120; k <= 120; k++) if (half * 2 ** (k / 30) < range) right.push(half * 2 ** (k / 30));
+        for (let k = -240; k <= 240; k++) {
+            const x = half * 2 ** (k / (30 * n));
+            if (x < range) right.push(x);
+        }
         right.sort((a, b) => a - b);
         return [...right.map((x) => -x).reverse(), 0, ...right];
     }
@@ -171,7 +174,7 @@
     function drawCurves(spec, activations) {
         const { range, rms } = state;
         const half = hfGem.halfPoint(spec.n, spec.eps);
-        const xs = positions(range, half);
+        const xs = positions(range, half, spec.n);
         const opens = spec.family === "segem" ? -half : half;
         const least = { value: [0, 0], slope: [0, 1], curvature: [0, 0], gate: [0, 1], distance: [0, 0] };
         for (const [quantity, shown] of Object.entries(least)) {

@@ -13,7 +13,7 @@
  * and of two numbers: f falls up to x = dip and rises from there on, and is nowhere further than reach from ReLU.
  */
 globalThis.hfGem = (() => {
-    const LIMITS = { n: [1, 8], eps: [1e-12, 1e4] };
+    const LIMITS = { n: [1, 32], eps: [1e-12, 1e4] };
     const TITLES = { gem: "GEM", egem: "E-GEM", segem: "SE-GEM" };
     const DEFAULT_EPS = 1e-4;
 
@@ -155,9 +155,9 @@ globalThis.hfGem = (() => {
 
     // ---- on normal inputs
 
-    // A trapezoidal sum over log|z|, as in hf_gem.gain. Up to n = 8 the poles of a gate are pi/16 away at least, so that
+    // A trapezoidal sum over log|z|, as in hf_gem.gain. Up to n = 32 the poles of a gate are pi/64 away at least, so that
     // this step is enough for all digits; below e^-14 a square has nothing to add.
-    const STEP = 1 / 64;
+    const STEP = 1 / 256;
     const NODES = [];
     for (let w = -14; w < Math.log(40); w += STEP)
         NODES.push([Math.exp(w), normalDensity(Math.exp(w)) * Math.exp(w) * STEP]);
@@ -178,7 +178,8 @@ globalThis.hfGem = (() => {
         const far = Math.min(dip, -40 * rms); // no input is further out
         return (y) => {
             if (y < lowest) return 0;
-            const right = boundary((x) => value(x) <= y, dip, Math.max(y, 0) + reach);
+            // Beyond the dip, values may be so close to the lowest that they are rounded to it.
+            const right = y === lowest ? dip : boundary((x) => value(x) <= y, dip, Math.max(y, 0) + reach);
             const left = y < 0 ? boundary((x) => value(x) <= y, far, dip) : -Infinity;
             return normalCdf(right / rms) - normalCdf(left / rms);
         };

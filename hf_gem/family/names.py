@@ -9,6 +9,7 @@ Names of registered families follow the same pattern as the last two.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import operator
@@ -31,6 +32,8 @@ _RULE_OF_EPS = "eps must be positive and finite."
 _RULE_OF_START = "A learnable eps must start between 1e-37 and 1e37, which fit into float32."
 
 _NUMBER = r"\d+(?:\.\d*)?(?:em?[+-]?\d+)?"
+# The form of a name, whether or not its first word is a family. With the second part, it is no name of another library.
+_FORM = re.compile(r"([a-z]+)(_n\d.*|_eps.*|_learnable)?", re.DOTALL)
 
 
 @functools.cache
@@ -226,8 +229,19 @@ def is_name(name: object) -> bool:
 
 
 def is_claimed(name: object) -> TypeGuard[str]:
-    """Returns whether `name` was meant as a name of the family: `gem_n0` and `egem-n2`, but not `gemma` or `gelu`."""
-    return isinstance(name, str) and _patterns(tuple(FAMILIES))[1].fullmatch(name.lower()) is not None
+    """Returns whether `name` was meant as one of the family: `gem_n0`, `egem-n2` and `gme_n2`, but not `gemma`."""
+    if not isinstance(name, str):
+        return False
+    text = name.lower()
+    if _patterns(tuple(FAMILIES))[1].fullmatch(text):
+        return True
+    form = _FORM.fullmatch(text)
+    return form is not None and form[2] is not None and bool(_similar(form[1]))
+
+
+def _similar(word: str) -> str:
+    """Returns the family whose name is most like a word, or an empty string."""
+    return next(iter(difflib.get_close_matches(word, FAMILIES, n=1)), "")
 
 
 def _print_eps(eps: float) -> str:
@@ -245,20 +259,28 @@ def _read_eps(text: str | None) -> Any:
 def _malformed(name: str, reason: str = "") -> ValueError:
     got, name = shown(name), name[:_LONGEST]
     letters = re.sub(r"[\W_]", "", name.lower())
+    form = _FORM.fullmatch(name.lower())
+    word, parameters = form.groups() if form else ("", None)
+    near = f" Did you mean {_nearest(name)!r}?"
+    if word and word not in FAMILIES and (parameters or _similar(word)):
+        return ValueError(
+            f"got activation name {got}. No family is called {shown(word)}. Allowed names: {_grammar()}."
+            f"{near if _similar(word) else ''} If it is your own, register it first, with hf_gem.register_family or in "
+            "$HF_GEM_FAMILIES."
+        )
     if name and not any(family in letters for family in FAMILIES):
         return ValueError(
             f"got activation name {got}, which is not one of the family. Allowed names: {_grammar()}. For another "
             "activation, use hf_gem.set_activation or timm's act_layer, and pass hf_gem.gain the function itself."
         )
-    allowed = f"{reason} Allowed names: {_grammar()}."
-    return ValueError(f"got activation name {got}.{allowed} Did you mean {_nearest(name)!r}?")
+    return ValueError(f"got activation name {got}.{reason} Allowed names: {_grammar()}.{near}")
 
 
 def _nearest(name: str) -> str:
     """Returns the valid name that keeps the recognizable parts of `name`."""
     text = name.lower()
     letters = re.sub(r"[\W_]", "", text)
-    family = next((f for f in FAMILIES if letters.startswith(f)), "gem")
+    family = next((f for f in FAMILIES if letters.startswith(f)), "") or _similar(text.partition("_")[0]) or "gem"
     n = re.search(r"n\W*_?(\d{1,3})", text)
     # The lookbehind keeps the "e" of "egem" from being read as an eps.
     eps = re.search(rf"(?<![a-z])e(?:ps(?:ilon)?)?[\s_=:]*({_NUMBER})", text)

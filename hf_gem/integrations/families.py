@@ -6,7 +6,9 @@ import importlib
 import importlib.util
 import os
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 
@@ -63,6 +65,22 @@ def register_family(family: Family) -> Family:
         del FAMILIES[family.name]
         raise
     return family
+
+
+def register_shipped(family: Any) -> None:
+    """Registers the family that a checkpoint of `save_for_hub` ships, whose `Family` is the checkpoint's copy of ours.
+
+    A family of this name that is registered already stays. A warning says if its definition has another text.
+    """
+    registered = FAMILIES.get(family.name)
+    if registered is None:
+        register_family(Family(**vars(family)))
+    elif registered.formula != family.formula:
+        warnings.warn(
+            f"the checkpoint was saved with the family {shown(family.formula)}, and runs with the registered family "
+            f"{shown(registered.formula)}, because both are called {family.name!r}. Rename one of them if they differ.",
+            stacklevel=2,
+        )
 
 
 def load_families() -> None:

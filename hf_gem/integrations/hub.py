@@ -28,7 +28,8 @@ _FALLBACK = (
     "_kernels/replaceable.py",
     "integrations/fallback.py",
 )
-_IMPORT = re.compile(r"^from (?:\.+|hf_gem\.)(?:\w+\.)*(\w+) import", re.MULTILINE)
+# The file of a family in a checkpoint, which may be saved again, has `gem_` already.
+_IMPORT = re.compile(r"^from (?:\.+|hf_gem\.)(?:\w+\.)*(?:gem_)?(\w+) import", re.MULTILINE)
 _CODE = "modeling_gem"
 # Files of hf_gem.training with models that transformers does not have -> the Auto class that builds them.
 _OWN = {"image_models": "AutoModelForImageClassification", "coordinate_models": "AutoModel"}
@@ -232,7 +233,10 @@ def _home(family: Family) -> tuple[str, str]:
     """
     name = family.value.__module__
     module = sys.modules.get(name)
-    key = next((key for key, value in vars(module).items() if value is family), None) if module else None
+    # The family that a checkpoint shipped is registered as a copy, but with the same functions.
+    variables = vars(module).items() if module else ()
+    same = (key for key, value in variables if getattr(value, "value", None) is family.value)
+    key = next((key for key in same if vars(module)[key].name == family.name), None)
     file = getattr(module, "__file__", None)
     if key is None or file is None:
         raise ValueError(
@@ -265,12 +269,14 @@ def _modeling(auto_map: dict[str, str], names: list[str], own: str | None, famil
     origin = "" if own else "transformers."
     subclasses = "\n\n".join(f"class {name}(base({origin}{name})):\n    pass\n" for name in classes)
     library = f"from .gem_{own} import {', '.join(sorted(auto_map.values()))}" if own else "import transformers"
-    # Even if hf_gem is installed, a user's own family may not be registered there.
-    asked = "".join(f"    family_named({name!r})\n" for name in families)
-    added = "".join(
-        f"    from .gem_family_{name} import {key}\n    from .gem_table import add\n\n    add({key})\n"
-        for name, key in families.items()
-    )
+    shipped = "".join(f"    from .gem_family_{name} import {key}\n" for name, key in families.items())
+    imports, ours, added = "", "", ""
+    if families:  # hf_gem only knows a user's own family once it is registered
+        imports = f"    from hf_gem.integrations.families import register_shipped\n\n{shipped}\n"
+        ours = "".join(f"    register_shipped({key})\n" for key in families.values())
+        added = f"{shipped}    from .gem_table import add\n\n" + "".join(
+            f"    add({key})\n" for key in families.values()
+        )
     registered = ", ".join(f'"{name}"' for name in names)
     return f'''"""Loads this checkpoint with trust_remote_code=True, using hf_gem if it is installed."""
 
@@ -278,12 +284,11 @@ def _modeling(auto_map: dict[str, str], names: list[str], own: str | None, famil
 
 try:
     # Imports a name, because an unrelated folder called hf_gem can be imported too. hf_gem hooks into model building.
-    from hf_gem.family.table import family_named{"" if families else "  # noqa: F401"}
-
-{asked}
+    from hf_gem.family.table import family_named  # noqa: F401
+{imports}{ours}
     def base(cls):
         return cls
-except {"(ImportError, ValueError)" if families else "ImportError"}:
+except ImportError:
     from .gem_fallback import base, register
 {added}
     register({registered})

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import functools
 import sys
 import warnings
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
 from ..family.names import is_claimed, parse
+from ..family.table import FAMILIES
 from ..files import shown
 from ..modules import CALLED, GemActivation, get_activation, module_factory
 from ..surgery.audit import say_what_did_not_run
@@ -79,11 +82,13 @@ def _uninstall_activations(module: ModuleType) -> None:
 
 # Model types whose configs replace any `hidden_act` by "silu" whenever they are created or loaded.
 _OVERWRITTEN = {"minimax_m3_vl_text", "step3p5"}
+# Whether a saved config is being read. The configs inside one do not have its `transformers_version`.
+_reading: ContextVar[bool] = ContextVar("_reading", default=False)
 
 
 def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
     """Applies a keyword for an activation that is not a field of this config to the field that the config reads."""
-    from_file = config.transformers_version is not None
+    from_file = config.transformers_version is not None or _reading.get()
     if type(config) is sys.modules["transformers.configuration_utils"].PreTrainedConfig:
         original(config, **kwargs)  # the base class, which can read any file
         return
@@ -124,11 +129,17 @@ def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
 def _config_from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
     """Supports `from_pretrained(..., hidden_act=name)`. The config would drop a keyword that it does not know."""
     name = kwargs.get("hidden_act")
-    result = original(cls, config_dict, **kwargs)
+    token = _reading.set(_reading.get() or config_dict.get("transformers_version") is not None)
+    try:
+        result = original(cls, config_dict, **kwargs)
+    finally:
+        _reading.reset(token)
     config, unused = result if isinstance(result, tuple) else (result, {})
     if is_claimed(name) and not declares(config, "hidden_act"):
         unused.pop("hidden_act", None)
         _redirect(config, parse(name).name)
+    elif "hidden_act" not in unused and not hasattr(config, "hidden_act"):  # neither given back nor kept: dropped
+        _say_what_is_not_read(config, name)
     return result
 
 
@@ -141,6 +152,29 @@ def _redirect(config: Any, name: str) -> None:
     else:
         if not declares(config, "hidden_act"):
             vars(config).pop("hidden_act", None)
+
+
+def _say_what_is_not_read(config: Any, name: object) -> None:
+    """Warns about a `hidden_act` that is not ours, if the config has no such field and selects another activation.
+
+    Setting the field would be another function than transformers alone computes, also for old code and files.
+    """
+    if not isinstance(name, str) or is_claimed(name) or declares(config, "hidden_act") or PLAN in vars(config):
+        return
+    from transformers.activations import ACT2FN
+
+    fields = [field for field in activation_fields(config) if field.is_body]
+    if name in {plain_name(field.value) for field in fields}:
+        return
+    selected = ", ".join(f"{field.path}={shown(field.value)}" for field in fields if field.value)
+    fix = "Set another one with hf_gem.set_activation(config, name)." if fields else "hf_gem.audit(model) lists them."
+    near = difflib.get_close_matches(name, [*FAMILIES, *ACT2FN], n=1)
+    unknown = "" if name in ACT2FN else f" No activation has this name.{f' Did you mean {near[0]!r}?' if near else ''}"
+    warnings.warn(
+        f"{type(config).__name__} has no field hidden_act, and transformers ignores hidden_act={shown(name)}.{unknown} "
+        f"The model runs {selected or 'its own activations'}. {fix}",
+        stacklevel=2,
+    )
 
 
 # ---- models: applying configs and conversions, and warning about activations that do not pick up a name
@@ -167,6 +201,7 @@ def _model_post_init(original: Any, model: Any) -> None:
         _expect(model, apply_plans(model, get_activation, unfinished))
     original(model)
     if outermost and not unfinished:
+        _say_what_is_not_used(model)
         _say_what_is_left(model)
         _say_what_a_plan_leaves(model)
 
@@ -220,6 +255,21 @@ def _constructors() -> list[Any]:
                 models.append(model)
         frame = frame.f_back
     return models
+
+
+def _say_what_is_not_used(model: Any) -> None:
+    """Warns about a `hidden_act` of transformers that a config keeps although its model does not read it."""
+    from transformers.activations import ACT2FN
+
+    for part in parts_of(model).values():
+        name = vars(part.config).get("hidden_act")
+        if not isinstance(name, str) or is_claimed(name) or declares(part.config, "hidden_act"):
+            continue
+        built = {
+            kind(slot.occupant) for slot in stock_slots(part)
+        }  # a few models read it although no field declares it
+        if name not in ACT2FN or kind(ACT2FN[name]) not in built:
+            _say_what_is_not_read(part.config, name)
 
 
 def _say_what_is_left(model: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from ..family.names import GemSpec, is_claimed, parse
 from ..files import shown
 from .fields import activation_fields, declares, nested_configs, plain_name
-from .plans import PLAN, check_plan, parts_inside, parts_of, plan_of, specs
+from .plans import PLAN, check_form, check_plan, parts_inside, parts_of, plan_of, specs
 
 
 def own_config(model: Any) -> None:
@@ -86,9 +86,11 @@ def unmask(config: Any) -> None:
     """Sets the fields of a converted config, and of sub-configs, back to the original activation.
 
     Raises:
-        ValueError: An activation was set after the config was saved, and the conversion would replace it.
+        ValueError: A name of the plan is of no registered family, or an activation was set after the config was saved,
+            and the conversion would replace it.
     """
     for part, plan in _plans(config):
+        check_plan(plan)
         name = min(plan["activations"])
         stock = [(field, plan["fields"].get(field.path, field.value)) for field in activation_fields(part)]
         for field, value in stock:
@@ -105,5 +107,5 @@ def unmask(config: Any) -> None:
 def _plans(config: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     for part in nested_configs(config).values():
         if (plan := vars(part).get(PLAN)) is not None:
-            check_plan(plan)
+            check_form(plan)  # the code of a checkpoint, which registers its family, runs after its config is read
             yield part, plan

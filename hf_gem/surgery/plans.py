@@ -133,8 +133,8 @@ def parts_inside(parts: dict[str, Any], path: str) -> tuple[str, ...]:
     return tuple(join(other.removeprefix(start), "") for other in parts if other.startswith(start) and other != path)
 
 
-def check_plan(given: Any) -> None:
-    """Raises ValueError if this is not a plan, or a plan of another version."""
+def check_form(given: Any) -> None:
+    """Raises ValueError if this is not a plan, or a plan of another version. Names may be of any family."""
     try:
         check_type(given, _Plan, PLAN)
         if not given["activations"]:
@@ -144,6 +144,11 @@ def check_plan(given: Any) -> None:
             f"cannot read the conversion in this config, {PLAN}={shown(given)}: {error}. This hf_gem reads version "
             f"{_VERSION}. Upgrade hf_gem, or remove the key to load the model unconverted."
         ) from None
+
+
+def check_plan(given: Any) -> None:
+    """Raises ValueError if this is not a plan, or if it names a function that is not of a registered family."""
+    check_form(given)
     for name in given["activations"]:
         parse(name)
 

@@ -274,6 +274,30 @@ def test_words_that_are_not_ours(name):
     assert not is_claimed(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("gme_n2", "gem_n2"),
+        ("egm_n2_eps0.1", "egem_n2_eps0.1"),
+        ("segm_learnable", "segem_learnable"),
+        ("segm", "segem"),
+    ],
+)
+def test_misspelled_families(name, nearest):
+    with pytest.raises(ValueError, match=rf"No family is called '{name.partition('_')[0]}'.*Did you mean '{nearest}'"):
+        parse(name)
+    assert is_claimed(name) == ("_" in name)  # a word without parameters may be a name of another library
+
+
+@pytest.mark.parametrize("name", ["softer_n2", "yourgem", "yourgem_n2_eps0.1"])
+def test_families_that_may_be_yours(name):
+    message = (
+        r"Allowed names: gem.* If it is your own, register it first, with hf_gem\.register_family or in \$HF_GEM_FAM"
+    )
+    with pytest.raises(ValueError, match=message):
+        parse(name)
+
+
 @pytest.mark.parametrize("name", ["gem", "gem_n0", "GEM-N2", "gemn2", "gem2", "e-gem", "segem_eps", "egem n2", "gem!"])
 def test_words_that_can_only_be_ours(name):
     assert is_claimed(name)

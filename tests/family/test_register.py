@@ -22,6 +22,7 @@ from hf_gem.family import formulas
 from hf_gem.family.check import check, exact_slope
 from hf_gem.family.table import FAMILIES, Family
 from hf_gem.fit import Histogram, fit
+from hf_gem.integrations.families import register_shipped
 from hf_gem.modules import GemActivation
 from recipes import gpt2_pretrain
 from tests import oracle
@@ -252,23 +253,54 @@ def test_a_name_that_another_library_has(monkeypatch):
 # ---- where nobody has registered it
 
 
-@pytest.mark.parametrize("block", [True, pytest.param(False, marks=pytest.mark.slow)])  # hf_gem without the family
-def test_a_checkpoint_takes_its_family_along(tmp_path, block):
-    model = GPT2LMHeadModel(GPT2Config(**SMALL, hidden_act="dgem_n2"))
-    expected = logits(model)
-    hf_gem.save_for_hub(model, tmp_path / "model")
+def load_elsewhere(folder, *lines):
+    """Loads a checkpoint in a process that has not registered D-GEM, after some lines of code; returns its logits."""
     script = f"""
 import sys, torch
-if {block}:
-    sys.modules["hf_gem"] = None  # as where it is not installed
+{"; ".join(lines)}
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
-print(type(model.transformer.h[0].mlp.act).__name__, type(model.transformer.h[0].mlp.act).__module__)
-torch.save(model.eval()(torch.arange(8)[None]).logits.detach(), {str(tmp_path / "logits")!r})
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
+torch.save(model.eval()(torch.arange(8)[None]).logits.detach(), {str(folder / "logits")!r})
+if sys.modules["hf_gem"]:
+    sys.modules["hf_gem"].save_for_hub(model, {str(folder / "again")!r})
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr
-    torch.testing.assert_close(torch.load(tmp_path / "logits"), expected)
+    return torch.load(folder / "logits")
+
+
+NOT_INSTALLED = 'sys.modules["hf_gem"] = None'
+
+
+@pytest.mark.parametrize(
+    ("converted", "lines"),
+    [
+        (False, [NOT_INSTALLED]),
+        (True, ["import hf_gem"]),
+        pytest.param(True, [NOT_INSTALLED], marks=pytest.mark.slow),
+        pytest.param(True, [], marks=pytest.mark.slow),
+        pytest.param(False, [], marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_takes_its_family_along(tmp_path, converted, lines):
+    model = GPT2LMHeadModel(GPT2Config(**SMALL, **({} if converted else {"hidden_act": "dgem_n2"})))
+    if converted:
+        hf_gem.convert(model, "dgem_n2")
+    hf_gem.save_for_hub(model, tmp_path)
+    torch.testing.assert_close(load_elsewhere(tmp_path, *lines), logits(model))
+    if lines != [NOT_INSTALLED]:  # what was loaded is saved again, with the same code
+        for file in tmp_path.glob("*gem*.py"):
+            assert (tmp_path / "again" / file.name).read_text() == file.read_text()
+
+
+def test_a_registered_family_of_the_same_name_stays():
+    shipped = dataclasses.replace(DGEM)
+    register_shipped(shipped)
+    with pytest.warns(
+        UserWarning, match="saved with the family 'another', and runs with the registered family 'x t / "
+    ):
+        register_shipped(dataclasses.replace(DGEM, formula="another"))
+    assert FAMILIES["dgem"] is DGEM
 
 
 def test_a_family_named_by_the_environment(tmp_path):

@@ -309,7 +309,7 @@ class Theirs(GPT2LMHeadModel):
     [
         (lambda: nn.Linear(1, 1), TypeError, "got Linear.*Save a timm model with timm.models.save_for_hf"),
         (lambda: GPT2LMHeadModel, TypeError, "got type.*takes a transformers model"),
-        (lambda: gpt2("gelu"), ValueError, "GPT2LMHeadModel has no activation of the family.*with save_pretrained"),
+        (lambda: gpt2("gelu_new"), ValueError, "GPT2LMHeadModel has no activation of the family.*with save_pretrained"),
         (lambda: Theirs(gpt2().config), ValueError, "Theirs is not a class of transformers. Its own code must be"),
         (
             lambda: build("converted t5")[0].encoder,

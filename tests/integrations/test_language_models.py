@@ -289,7 +289,7 @@ def test_an_activation_is_no_target_of_lora():
 
 
 DISTRIBUTED_ACTS = ["egem_n2_eps0.01", LEARNABLE]
-# Every process has some of the channels that share an eps, and so a part of its gradient: docs/functions.md.
+# Every process has some of the channels that share an eps, and so a part of its gradient: docs/learnable.md.
 EPS_IN_PLAN = {"model.layers.*.mlp.act_fn": "replicated_with_grad_allreduce"}
 
 

@@ -1,5 +1,6 @@
 """transformers: every well-formed name, in the registries, in configs, and in checkpoints that come and go."""
 
+import contextlib
 import copy
 import functools
 import json
@@ -24,6 +25,7 @@ from transformers import (
     BertModel,
     BloomConfig,
     BloomForCausalLM,
+    BltPatcher,
     CLIPConfig,
     DbrxConfig,
     DebertaConfig,
@@ -39,6 +41,7 @@ from transformers import (
     GptOssModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
     OpenAIGPTConfig,
     OpenAIGPTModel,
     OPTConfig,
@@ -180,6 +183,69 @@ def test_other_values_of_hidden_act_are_not_ours():
     assert registered[0]["activation_function"] == "gelu_new"
 
 
+UNREAD = r"GPT2Config has no field hidden_act, and transformers ignores hidden_act='{}'\."
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("relu", ""), ("gelu", ""), ("segm", "Did you mean 'segem'"), ("xyz", "No activation has this")]
+)
+def test_a_keyword_that_transformers_ignores_is_not_ignored_in_silence(name, hint):
+    assigned = GPT2Config(**TINY_GPT2)
+    assigned.hidden_act = name
+    for config in (GPT2Config(**TINY_GPT2, hidden_act=name), assigned):
+        with pytest.warns(UserWarning, match=UNREAD.format(name)) as seen:
+            model = GPT2LMHeadModel(config)
+        assert len(seen) == 1
+        assert "The model runs activation_function='gelu_new'. Set another one with" in str(seen[0].message)
+        assert hint in str(seen[0].message)
+        assert type(model.transformer.h[0].mlp.act).__name__ == "NewGELUActivation"  # as without hf_gem
+
+
+def test_a_keyword_that_changes_nothing_needs_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gpt2(hidden_act="gelu_new")
+        with torch.device("meta"):
+            BltPatcher(AutoConfig.for_model("blt_patcher"))  # reads a `hidden_act` that it does not declare
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("gme_n2", "gem_n2"), ("egm_n2", "egem_n2"), ("sgem_eps1", "segem_eps1")]
+)
+def test_a_misspelled_name_of_the_family_stops(name, nearest, tmp_path):
+    message = rf"got activation name '{name}'.*Did you mean '{nearest}'\?"
+    with pytest.raises(ValueError, match=message):
+        GPT2Config(hidden_act=name)
+    config = GPT2Config(**TINY_GPT2)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(tmp_path, hidden_act=name)
+    config.hidden_act = name
+    with pytest.raises(ValueError, match=message):
+        GPT2LMHeadModel(config)
+
+
+def test_a_family_that_nobody_has_registered_is_named():
+    with pytest.raises(
+        ValueError, match=r"'xgem_n2'\. No family is called 'xgem'.*hf_gem\.register_family or in \$HF_GEM_F"
+    ):
+        GPT2Config(hidden_act="xgem_n2")
+
+
+@pytest.mark.parametrize("stray", ["gem_n2", "gme_n2", "relu"])
+def test_a_stray_key_in_a_file_changes_no_function(stray, tmp_path):
+    """Neither in the config itself nor in one inside it, which does not have the version of transformers."""
+    for config, part in ((GPT2Config(), ()), (LlavaConfig(text_config=GPT2Config()), ("text_config",))):
+        config.save_pretrained(tmp_path)
+        file = tmp_path / "config.json"
+        stored = json.loads(file.read_text())
+        functools.reduce(dict.__getitem__, part, stored)["hidden_act"] = stray
+        file.write_text(json.dumps(stored))
+        with contextlib.nullcontext() if stray == "relu" else pytest.warns(UserWarning, match=f"ignoring.*'{stray}'"):
+            loaded = type(config).from_pretrained(tmp_path)
+        assert functools.reduce(getattr, part, loaded).activation_function == "gelu_new"
+
+
 def test_two_different_activations_in_one_config():
     with pytest.raises(ValueError, match=r"activation_function='relu' and hidden_act='gem_n2'.*='gem_n2'\.$"):
         GPT2Config(activation_function="relu", hidden_act="gem_n2")
@@ -272,7 +338,8 @@ def test_a_name_given_while_loading(tmp_path):
     for cls in (GPT2LMHeadModel, AutoModelForCausalLM):
         model = cls.from_pretrained(tmp_path, hidden_act="gem_n2")
         assert [block.mlp.act.spec.name for block in model.transformer.h] == ["gem_n2"] * 2
-    assert AutoConfig.from_pretrained(tmp_path, hidden_act="relu").activation_function == "gelu_new"  # not ours
+    with pytest.warns(UserWarning, match=UNREAD.format("relu")):
+        assert AutoConfig.from_pretrained(tmp_path, hidden_act="relu").activation_function == "gelu_new"  # not ours
 
 
 def test_a_model_with_a_registry_of_its_own():
