@@ -35,7 +35,12 @@ TESTS = {
         "-k",
         "not element and not time",
     ],
-    "hf_gem/family/arithmetic.py": ["tests/family/test_formulas.py", "-k", "not every and not torchscript"],
+    "hf_gem/family/arithmetic.py": [
+        "tests/family/test_arithmetic.py",
+        "tests/family/test_formulas.py",
+        "-k",
+        "not every and not torchscript",
+    ],
     "hf_gem/compare/two_way.py": ["tests/compare/test_two_way.py", "-k", "not average"],
     "hf_gem/compare/stats.py": [
         "tests/compare/test_stats.py",
