@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..training.errors import ConfigError, DataError
+from ..training.errors import ConfigError, DataError, reason
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,12 @@ def load(source: Source) -> nn.Module:
 
 
 def save(model: nn.Module, source: Source, folder: Path) -> None:
-    """Saves a model with the tokenizer or image processor of its source."""
+    """Saves a model with a model card, and with the tokenizer or image processor of its source."""
     if source.library == "timm":
         import timm
 
-        timm.models.save_for_hf(model, str(folder))
+        timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+        (folder / "README.md").write_text(_TIMM_CARD.format(type(model).__name__), encoding="utf-8")
         return
     from .. import save_for_hub
 
@@ -129,13 +130,69 @@ def save(model: nn.Module, source: Source, folder: Path) -> None:
         save_for_hub(model, folder)
     except ValueError:  # a class that no Auto class builds
         model.save_pretrained(folder)  # type: ignore[operator]
-    from transformers import AutoProcessor
+    try:
+        processor(source).save_pretrained(folder)
+    except DataError as error:
+        warnings.warn(f"{error} So {folder} has none either.", stacklevel=2)
+
+
+def processor(source: Source, auto: str = "AutoProcessor", what: str = "tokenizer or image processor") -> Any:
+    """Loads the tokenizer or image processor of a transformers model.
+
+    Args:
+        source: Where the model comes from.
+        auto: The class of transformers that loads it.
+        what: What it loads, for the error.
+
+    Raises:
+        DataError: The source has none.
+    """
+    import transformers
 
     try:
-        AutoProcessor.from_pretrained(source.name, trust_remote_code=False).save_pretrained(folder)
-    except Exception as error:  # transformers raises different exceptions for a model without either
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"{folder} has no tokenizer or image processor: {reason}", stacklevel=2)
+        found = getattr(transformers, auto).from_pretrained(source.name, trust_remote_code=False)
+    except Exception as error:  # transformers raises different exceptions for a model without one
+        raise DataError(f"there is no {what} in {source.given} ({reason(error)}).") from error
+    # Without its files, transformers makes up a tokenizer that knows no words.
+    files = getattr(getattr(found, "tokenizer", found), "vocab_files_names", {}).values()
+    if files and not any(_has(source, file) for file in files):
+        raise DataError(f"there is no {what} in {source.given}.")
+    return found
+
+
+def _has(source: Source, file: str) -> bool:
+    from transformers.utils import cached_file
+
+    with contextlib.suppress(OSError):
+        return cached_file(source.name, file) is not None
+    return False
+
+
+_TIMM_CARD = """---
+library_name: timm
+tags:
+- hf_gem
+---
+
+# {}
+
+An activation of the GEM family (arXiv 2604.21677) in a timm model.
+
+## Use
+
+```bash
+pip install "hf-gem[timm]"
+```
+
+```python
+import hf_gem  # registers the activation
+import timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True)  # or "hf-hub:USER/NAME"
+```
+
+Without the import, timm stops with an error.
+"""
 
 
 def _of_folder(given: str) -> Source:

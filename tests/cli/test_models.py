@@ -7,7 +7,16 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from transformers import AutoModel, BertConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, ViTConfig
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    ViTConfig,
+)
 
 import hf_gem as package
 from hf_gem.cli.choosing import findings, profile
@@ -88,6 +97,26 @@ def test_convert_by_text(hf_gem, gpt2, tmp_path, eps):
     assert AutoModel.from_pretrained(report["folder"]).h[0].mlp.act.spec.name == name
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_tokenizer_is_copied_if_there_is_one(hf_gem, gpt2, tmp_path):
+    """Without its files, transformers makes up a tokenizer of special tokens, and all words are unknown to it."""
+    source = tmp_path / "bert"
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(**sizes, vocab_size=8, max_position_embeddings=8)).save_pretrained(source)
+    code, _, err = hf_gem("convert", source, tmp_path / "without", "--to", "gem")
+    without = f"there is no tokenizer or image processor in {source}"
+    assert (code, err) == (0, f"warning: {without}. So {tmp_path / 'without'} has none either.\n")
+    assert not list((tmp_path / "without").glob("*token*"))
+    (tmp_path / "data.txt").write_text("the gate " * 99)
+    by_text = ("--to", "egem", "--eps", "match", "--data", tmp_path / "data.txt")
+    code, out, err = hf_gem("convert", source, tmp_path / "with", *by_text)
+    assert (code, out) == (1, "")
+    assert f"there is no tokenizer in {source}. A text file needs one. Put its tokenizer there, or give an .npz" in err
+    (source / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\ngate\n")
+    assert hf_gem("convert", source, tmp_path / "with", *by_text)[0] == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "with")("the gate", add_special_tokens=False).input_ids == [5, 6]
+
+
 def test_convert_by_arrays(hf_gem, gpt2, tmp_path):
     np.savez(tmp_path / "ids.npz", input_ids=np.arange(8 * 16).reshape(8, 16))
     flags = ("--data", tmp_path / "ids.npz", "--per-layer", "--skip", "*.h.0.*")
@@ -106,6 +135,8 @@ def test_convert_by_images(hf_gem, vit, tmp_path):
     assert "6 activations replaced" in out
     saved = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert package.audit(saved).complete
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert "import hf_gem" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
