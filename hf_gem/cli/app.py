@@ -13,6 +13,7 @@ import typer
 from ..training.errors import TrainingError, missing_package
 from . import environment, functions, models, records, timing, training
 from .common import PASS_ON
+from .terminal import printable
 
 # click's UsageError. Newer versions of typer contain their own copy of click.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = None if argv is None else list(argv)
     try:
-        with warnings.catch_warnings():
+        with printable(), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {_one_line(message)}", file=sys.stderr)
             result = app(args=arguments, prog_name="hf-gem", standalone_mode=False)
     except _UsageError as error:
