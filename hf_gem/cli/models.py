@@ -12,6 +12,7 @@ from .common import UNMET, AsJson, show, user_errors
 
 if TYPE_CHECKING:
     from .choosing import Profile
+    from .loading import Source
 
 _MODEL = "A folder, a timm model, a model type of transformers such as gpt2, or USER/NAME of the Hub."
 _NUMBER = "a number, fit or match"
@@ -110,23 +111,23 @@ def choose(model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)], 
     source = find(model)
     found = profile(build(source))
     values: dict[str, Any] = {**vars(found), "findings": found.findings, "matched": found.matched}
-    show(values, _advice(model, found), as_json)
+    show(values, _advice(source, found), as_json)
 
 
-def _advice(given: str, found: Profile) -> str:
+def _advice(source: Source, found: Profile) -> str:
+    from .choosing import caveat
+
     activations = ", ".join(found.activations) or "not known"
-    lines = [f"{given} ({found.model})", f"  kind: {found.kind}", f"  activations: {activations}"]
+    lines = [f"{source.given} ({found.model})", f"  kind: {found.kind}", f"  activations: {activations}"]
     if found.rms is not None:
         lines.append(f"  rms of their inputs at the start of training: about {found.rms:.2g}")
     for row in found.findings:
         lines += ["", f"Studied: {row['model']}", f"  use: {row['use'] or 'not known'}", f"  evidence: {row['why']}"]
-    lines.append("")
-    if not found.findings:
-        lines.append("Use: not known. Compare candidates yourself: hf-gem compare --help.")
-    else:
-        lines.append("These studies are small. Whether they hold for another width, depth or dataset is not known.")
     if found.matched:
-        names = " and ".join(found.matched)
-        lines.append(f"E-GEM with its gate at that rms is {names}. In the one study of it, GEM trained better.")
-    lines.append(f"To keep what a trained model computes: hf-gem convert {given} OUT --to egem --eps fit --data FILE.")
+        lines.append(f"  matched here: {found.matched}, whose gate is half open at that rms")
+    nothing = "Use: not known. Compare candidates yourself: hf-gem compare --help."
+    lines += ["", caveat() if found.findings else nothing]
+    if not source.is_type:  # these have no weights
+        keep = f"hf-gem convert {source.given} OUT --to egem --eps fit --data FILE"
+        lines.append(f"To keep what a trained model computes: {keep}.")
     return "\n".join(lines)

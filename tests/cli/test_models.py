@@ -19,7 +19,8 @@ from transformers import (
 )
 
 import hf_gem as package
-from hf_gem.cli.choosing import findings, profile
+from hf_gem.cli.choosing import caveat, findings, profile
+from hf_gem.cli.loading import build, find
 from tests.helpers import save_bytes_tokenizer
 
 SMALL = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 257, "n_positions": 32}
@@ -176,7 +177,8 @@ def test_choose_goes_by_the_kind_and_the_scale():
     wide, narrow = meta(GPT2Config(n_layer=1)), meta(GPT2Config(**SMALL))
     assert (wide.kind, narrow.kind) == ("transformer", "small-scale transformer")
     assert wide.rms == pytest.approx(0.02 * 768**0.5)
-    assert wide.matched == ["egem_eps0.31", "egem_n2_eps0.094"]
+    assert (wide.matched, narrow.matched) == ("egem_n2_eps0.094", None)
+    assert wide.activations == ("gelu_new",)
     assert meta(BertConfig(num_hidden_layers=1)).kind == "BERT"
     for config in (LlamaConfig(num_hidden_layers=1, vocab_size=8), ViTConfig(num_hidden_layers=1)):
         assert "no study" in meta(config).kind
@@ -192,5 +194,18 @@ def test_choose_says_what_is_not_known(hf_gem):
     assert "-4.66 points (-5.61 to -3.73)" in out
     assert "use: not known" in out
     assert "Use: not known." in hf_gem("choose", "llama")[1]
+    assert "hf-gem convert resnet18 OUT" in out
     values = json.loads(hf_gem("choose", "resnet18", "--json")[1])
     assert [row["use"] for row in values["findings"]] == ["ReLU or GELU", None]
+
+
+def test_choose_claims_what_was_studied(hf_gem):
+    """Each claim is in choosing.yaml, which a test compares with the records."""
+    for model, matched in (("gpt2", True), ("bert", False), ("llama", False)):
+        out = hf_gem("choose", model)[1]
+        assert ("matched here: egem_n2_eps0.094, whose gate is half open at that rms" in out) == matched
+        claims = [line for line in out.splitlines() if line.startswith(("  use: ", "  evidence: ", "These"))]
+        rows = profile(build(find(model))).findings
+        known = [text for row in rows for text in (f"  use: {row['use'] or 'not known'}", f"  evidence: {row['why']}")]
+        assert claims == known + [caveat()] * bool(rows)
+        assert "hf-gem convert" not in out  # a model type has no weights
