@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import runpy
 import sys
 from functools import partial
@@ -13,7 +14,7 @@ import typer
 
 from ..recipes import FOLDER, recipe_files
 from ..training.errors import ConfigError, missing_package
-from .common import AsJson, Script, show
+from .common import AsJson, Script, show, stop
 
 
 def _complete_recipe(incomplete: str) -> list[str]:
@@ -93,6 +94,9 @@ def run(
     A launcher takes it as a module: `torchrun --nproc_per_node 8 -m hf_gem run train.py`.
     """
     if module:
+        sys.path.insert(0, str(Path.cwd()))
+        if not _is_module(str(script)):
+            raise ConfigError(f"there is no module {str(script)!r} that can run. Give one that `python -m` can run.")
         return partial(_run_module, str(script), context.args)
     if not script.is_file():
         raise ConfigError(f"there is no script {str(script)!r}. Give the path of a Python file, or -m and a module.")
@@ -109,10 +113,13 @@ def _recipe_named(given: str) -> str:
 
 
 def _run_recipe(name: str, arguments: list[str]) -> None:
+    sys.path.insert(0, str(Path.cwd()))
     try:
         _run_module(f"hf_gem.recipes.{name}", arguments)
     except ModuleNotFoundError as error:
         sys.exit(f"error: {missing_package(error)}")
+    except KeyboardInterrupt:  # while it was imported, or for the second time
+        stop()
 
 
 def _run_file(script: Path, arguments: list[str]) -> None:
@@ -125,8 +132,20 @@ def _run_file(script: Path, arguments: list[str]) -> None:
 def _run_module(name: str, arguments: list[str]) -> None:
     """Runs a module as `python -m MODULE` would."""
     sys.argv = [name, *arguments]
-    sys.path.insert(0, str(Path.cwd()))
     runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _is_module(name: str) -> bool:
+    """Returns whether there is a module or a package with a `__main__`. An error in a package shows when it runs."""
+    try:
+        found = importlib.util.find_spec(name)
+        if found is not None and found.submodule_search_locations is not None:
+            found = importlib.util.find_spec(f"{name}.__main__")
+    except ModuleNotFoundError as error:
+        return not f"{name}.".startswith(f"{error.name}.")
+    except Exception:
+        return True
+    return found is not None
 
 
 def _launch(recipe: str, launcher: str, num_processes: int | None, arguments: list[str]) -> Script:
