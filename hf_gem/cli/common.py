@@ -21,11 +21,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @contextlib.contextmanager
-def user_errors(prefix: str = "") -> Iterator[None]:
+def user_errors(wording: Callable[[str], str] = str) -> Iterator[None]:
     """Turns exceptions in a `with` block into a ConfigError, which the user sees as one line.
 
     Args:
-        prefix: Text before the message.
+        wording: Rewrites the message.
 
     Raises:
         ConfigError: The block raised an exception that a mistake of the user can cause.
@@ -35,7 +35,7 @@ def user_errors(prefix: str = "") -> Iterator[None]:
     except (TrainingError, ModuleNotFoundError):
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError, ImportError) as error:
-        raise ConfigError(f"{prefix}{error or type(error).__name__}") from error
+        raise ConfigError(wording(str(error)) or type(error).__name__) from error
 
 
 def show(values: Mapping[str, Any] | Sequence[Any], text: str, as_json: bool) -> None:

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..family.names import is_claimed, parse
+from ..surgery.convert import convert
+from ..surgery.fields import set_activation
 from ..training.errors import ConfigError, DataError, reason
 
 
@@ -71,31 +74,28 @@ def build(source: Source, act: str | None = None) -> nn.Module:
 
     Args:
         source: The model to build.
-        act: An activation of the family that replaces the model's own.
+        act: An activation that the model is built with.
 
     Raises:
-        ConfigError: The model cannot be built.
+        ConfigError: The model cannot be built, or not with this activation.
     """
     with _explained(source, "built"):
         if source.library == "timm":
-            import timm
-
-            named: Any = {} if act is None else {"act_layer": act}
-            return _on_meta(lambda: timm.create_model(_timm_name(source), **named))
-        config = _config(source)
-        if act is not None:
-            from .. import set_activation
-
-            set_activation(config, act)
+            return _on_meta(lambda: _timm_model(source, act))
+        config = _config(source, act)
         cls = _model_class(config)
         return _on_meta(lambda: cls(config))
 
 
-def load(source: Source) -> nn.Module:
+def load(source: Source, act: str | None = None) -> nn.Module:
     """Loads a model with its weights, in evaluation mode.
 
+    Args:
+        source: The model to load.
+        act: An activation that the model is built with.
+
     Raises:
-        ConfigError: It has no weights, or they cannot be loaded.
+        ConfigError: It has no weights, or they cannot be loaded, or not with this activation.
     """
     if source.is_type:
         raise ConfigError(
@@ -103,17 +103,40 @@ def load(source: Source) -> nn.Module:
         )
     with _explained(source, "loaded"):
         if source.library == "timm":
-            import timm
-
-            return timm.create_model(_timm_name(source), pretrained=True).eval()
+            return _timm_model(source, act, pretrained=True).eval()
         from transformers.utils import logging
 
         if not sys.stderr.isatty():
             logging.disable_progress_bar()
-        model: nn.Module = _model_class(_config(source)).from_pretrained(
-            source.name, dtype="auto", trust_remote_code=False
+        config = _config(source, act)
+        model: nn.Module = _model_class(config).from_pretrained(
+            source.name, config=config, dtype="auto", trust_remote_code=False
         )
         return model.eval()
+
+
+def with_activation(make: Callable[..., nn.Module], source: Source, act: str | None) -> nn.Module:
+    """Makes a model with an activation, and converts it if it cannot be built with one.
+
+    Args:
+        make: `build` or `load`.
+        source: The model.
+        act: The activation, or None for the model's own.
+
+    Raises:
+        ConfigError: The model cannot be made.
+        ValueError: The name of the activation is malformed, or there is nothing to convert.
+    """
+    try:
+        return make(source, act)
+    except ConfigError:
+        if not is_claimed(act):  # convert takes no others
+            raise
+    parse(act)
+    model = make(source)
+    convert(model, act)
+    warnings.warn(f"{source.given} cannot be built with {act}, so it was converted afterwards.", stacklevel=2)
+    return model
 
 
 def save(model: nn.Module, source: Source, folder: Path) -> None:
@@ -161,7 +184,7 @@ def processor(source: Source, auto: str = "AutoProcessor", what: str = "tokenize
 
 
 def _has(source: Source, file: str) -> bool:
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     with contextlib.suppress(OSError):
         return cached_file(source.name, file) is not None
@@ -221,14 +244,26 @@ def _timm_name(source: Source) -> str:
     return f"local-dir:{source.name}" if Path(source.name).is_dir() else source.name
 
 
-def _config(source: Source) -> Any:
+def _timm_model(source: Source, act: str | None, **options: Any) -> nn.Module:
+    import timm
+
+    if act is not None:
+        options["act_layer"] = act
+    return timm.create_model(_timm_name(source), **options)
+
+
+def _config(source: Source, act: str | None = None) -> Any:
     from transformers import AutoConfig
 
     from ..training import coordinate_models, image_models  # noqa: F401  # registers the models of the recipes
 
     if source.is_type:
-        return AutoConfig.for_model(source.name)
-    return AutoConfig.from_pretrained(source.name, trust_remote_code=False)
+        config = AutoConfig.for_model(source.name)
+    else:
+        config = AutoConfig.from_pretrained(source.name, trust_remote_code=False)
+    if act is not None:
+        set_activation(config, act)
+    return config
 
 
 def _model_class(config: Any) -> Any:

@@ -69,6 +69,18 @@ def test_audit_of_folders(hf_gem, gpt2, vit, flags):
         assert code == 0, err
         assert out.startswith("0 of ")
         assert hf_gem("audit", folder, "--act", "segem", "--check", *flags)[0] == 0
+        assert "  relu  " in hf_gem("audit", folder, "--act", "relu", *flags)[1]
+
+
+@pytest.mark.filterwarnings("default")
+def test_audit_converts_what_takes_no_activation(hf_gem):
+    for model in ("bloom", "swin_tiny_patch4_window7_224"):
+        code, out, err = hf_gem("audit", model, "--act", "gem_n2", "--check")
+        assert (code, err) == (0, f"warning: {model} cannot be built with gem_n2, so it was converted afterwards.\n")
+        assert "x gem_n2" in out
+        assert hf_gem("audit", model, "--act", "gem_n0")[2].startswith("error: got activation name 'gem_n0'.")
+    err = hf_gem("audit", "bloom", "--act", "relu")[2]  # which convert does not take
+    assert "no field that selects an activation. Use an activation of the family" in err
 
 
 def test_convert_saves_what_it_says(hf_gem, gpt2, tmp_path):
@@ -123,7 +135,7 @@ def test_convert_by_arrays(hf_gem, gpt2, tmp_path):
     flags = ("--data", tmp_path / "ids.npz", "--per-layer", "--skip", "*.h.0.*")
     code, out, err = hf_gem("convert", gpt2, tmp_path / "out", "--to", "egem", "--eps", "match", *flags)
     assert code == 0, err
-    assert "1 activations replaced" in out
+    assert "1 activation replaced" in out
 
 
 def test_convert_by_images(hf_gem, vit, tmp_path):
@@ -145,17 +157,22 @@ def test_convert_by_images(hf_gem, vit, tmp_path):
     [
         (("--to", "egem", "--eps", "fit"), "--eps fit needs --data"),
         (("--to", "egem", "--data", "x.txt"), "--data needs --eps fit or match"),
-        (("--to", "egem", "--eps", "-1"), "eps must be positive"),
+        (("--to", "egem", "--per-layer"), "--per-layer needs --eps fit or match"),
+        (("--to", "egem", "--eps", "-1"), "got --eps -1.0. eps must be positive"),
         (("--to", "gelu"), "not one of the family"),
         (("--to", "egem", "--eps", "fit", "--data", "nowhere.txt"), "there is no data at nowhere.txt"),
         (("--to", "egem", "--eps", "fit", "--data", __file__, "--batch-size", "999"), "less than one batch"),
-        (("--to", "egem", "--skip", "nothing"), "nothing"),
+        (("--to", "egem", "--skip", "nothing"), "--replace takes newgelu, and --skip takes patterns of paths such as"),
+        (("--to", "egem", "--replace", "nothing"), "got 'nothing', which matches no activation"),
+        (("--to", "egem", "--skip", "*"), "newgelu (excluded by --skip). Change --replace or --skip."),
+        (("--to", "gem", "--eps", "match", "--data", __file__), "got --eps match for gem, which has a fixed eps"),
     ],
 )
 def test_convert_says_what_is_wrong(hf_gem, gpt2, tmp_path, flags, words):
     code, out, err = hf_gem("convert", gpt2, tmp_path / "out", *flags)
     assert (code, out) == (1, "")
     assert words in err
+    assert "=" not in err.replace("[_n<N>]", "")
     assert not (tmp_path / "out").exists()
 
 
