@@ -49,6 +49,10 @@ def test_show_has_the_properties_that_the_docs_derive(shown, name, n, eps):
     assert found["smallest_slope"] == [0, None]
     deepest = half * (2 * n - 1) ** ((2 * n - 1) / (2 * n)) / (2 * n)
     assert math.isclose(found["distance_from_relu"][0], deepest, rel_tol=1e-6)
+    gates = [y / x for x, y, _ in found["values"] if x > 0]
+    assert gates[0] < 0.1  # the table shows how the gate opens
+    assert gates[-1] > 0.9
+    assert any(math.isclose(gate, 0.5) for gate in gates)
     for x, y, slope in found["values"]:
         point = torch.tensor(x, dtype=torch.float64, requires_grad=True)
         value = package.activation(point, found["family"], n, eps)
