@@ -19,6 +19,7 @@ from ..family.names import is_claimed, parse
 from ..surgery.convert import convert
 from ..surgery.fields import set_activation
 from ..training.errors import ConfigError, DataError, reason
+from .common import CLOSE
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def find(given: str) -> Source:
         return Source(given, "timm", f"hf-hub:{given}")
     if given.count("/") == 1:
         return Source(given, "transformers", given)
-    near = difflib.get_close_matches(given, types, n=1)
+    near = difflib.get_close_matches(given, types, n=1, cutoff=CLOSE)
     hint = f"The nearest name is {near[0]}" if near else "A folder needs a config.json"
     raise ConfigError(
         f"the model {given!r:.80} is not known. Give a folder, a timm model, a model type of transformers such as "

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import difflib
 import importlib.util
+import itertools
 import runpy
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..recipes import FOLDER, recipe_files
+from ..recipes import FOLDER, plan_files, recipe_files
 from ..training.errors import ConfigError, missing_package
-from .common import AsJson, Script, show, stop
+from .common import CLOSE, AsJson, Script, show, stop
 
 
 def _complete_recipe(incomplete: str) -> list[str]:
@@ -68,17 +72,20 @@ def compare(context: typer.Context) -> Script:
 def recipes(as_json: AsJson = False) -> None:
     """List recipes, plans of studies and configs of launchers."""
     scripts = {name: _headline(path) for name, path in recipe_files().items()}
-    plans = {path.stem: str(path) for path in sorted((FOLDER / "plans").glob("*.yaml"))}
+    plans = plan_files()
     configs = {path.stem: str(path) for path in sorted((FOLDER / "accelerate").glob("*.yaml"))}
-    width = max(map(len, scripts))
+    about = {name: _first_sentence(path) for name, path in plans.items()}
+    width = max(map(len, [*scripts, *plans]))
     lines = [
         f"Folder: {FOLDER}",
         "Recipes, for hf-gem train:",
         *(f"  {name:<{width}}  {text}" for name, text in scripts.items()),
-        f"Plans, for hf-gem compare --plan: {', '.join(plans)}",
+        "Plans, for hf-gem compare --plan:",
+        *(f"  {name:<{width}}  {text}" for name, text in about.items()),
         f"Launchers, for hf-gem train --launcher: {', '.join(configs)}",
     ]
-    found = {"folder": str(FOLDER), "recipes": scripts, "plans": plans, "launchers": configs}
+    files = {name: str(path) for name, path in plans.items()}
+    found = {"folder": str(FOLDER), "recipes": scripts, "plans": files, "about_plans": about, "launchers": configs}
     show(found, "\n".join(lines), as_json)
 
 
@@ -109,16 +116,26 @@ def _recipe_named(given: str) -> str:
     if len(found) == 1:
         return found[0]
     problem = f"could be {' or '.join(found)}" if found else "is not known"
-    raise ConfigError(f"the recipe {given!r} {problem}. The recipes are {', '.join(known)}.")
+    starts = {name[: len(given)]: name for name in known}
+    near = difflib.get_close_matches(given, starts, n=1, cutoff=CLOSE)
+    hint = f" Did you mean {starts[near[0]]}?" if near and not found else ""
+    raise ConfigError(f"the recipe {given!r:.80} {problem}. The recipes are {', '.join(known)}.{hint}")
 
 
 def _run_recipe(name: str, arguments: list[str]) -> None:
     sys.path.insert(0, str(Path.cwd()))
-    try:
+    with _errors():
         _run_module(f"hf_gem.recipes.{name}", arguments)
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Ends the process with one line for what a recipe or a launcher does not catch itself."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         sys.exit(f"error: {missing_package(error)}")
-    except KeyboardInterrupt:  # while it was imported, or for the second time
+    except KeyboardInterrupt:  # while a recipe was imported, or for the second time
         stop()
 
 
@@ -160,10 +177,21 @@ def _launch(recipe: str, launcher: str, num_processes: int | None, arguments: li
 
     processes = [] if num_processes is None else [f"--num_processes={num_processes}"]
     command = [f"--config_file={config}", *processes, "-m", f"hf_gem.recipes.{recipe}", *arguments]
-    return lambda: launch_command(launch_command_parser().parse_args(command))
+
+    def launch() -> None:
+        with _errors():
+            launch_command(launch_command_parser().parse_args(command))
+
+    return launch
 
 
 def _headline(path: Path) -> str:
     """Returns the first sentence of a script's docstring."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return text.splitlines()[0].partition(": ")[0]
+
+
+def _first_sentence(plan: Path) -> str:
+    """Returns the first sentence of the comment at the top of a plan."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), plan.read_text(encoding="utf-8").splitlines())
+    return " ".join(line.lstrip("# ") for line in lines).partition(". ")[0].rstrip(".")

@@ -92,13 +92,16 @@ def test_a_warning_takes_one_line(hf_gem, monkeypatch):
         assert hf_gem("choose", "gpt2") == (0, "advice\n", "warning: of two lines\n")
 
 
-@pytest.mark.parametrize("arguments", [("show", "gem"), ("train", "gpt2", "--help"), ("compare", "--help")])
+@pytest.mark.parametrize(
+    "arguments", [("show", "gem"), ("train", "gpt2"), ("train", "--launcher", "cpu", "gpt2"), ("compare",)]
+)
 def test_ctrl_c_takes_one_line(hf_gem, monkeypatch, arguments):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hf_gem.cli.member.describe", interrupt)
     monkeypatch.setattr("runpy.run_module", interrupt)  # while the recipe is imported
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", interrupt)
     assert hf_gem(*arguments) == (130, "", "stopped\n")
 
 

@@ -183,6 +183,8 @@ def test_a_folder_of_something_else(hf_gem, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
     assert "cannot be built" in hf_gem("audit", tmp_path)[2]
     assert "has no weights" in hf_gem("audit", "gpt2", "--pretrained")[2]
+    assert "The nearest name is gpt2." in hf_gem("audit", "gtp2")[2]
+    assert "The nearest name" not in hf_gem("audit", "nosuchmodel")[2]
 
 
 def meta(config):
