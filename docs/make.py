@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import hf_gem
-from hf_gem.cli.choosing import findings
+from hf_gem.cli.choosing import caveat, findings
 from hf_gem.cli.drawing import FIGURES, save
 from hf_gem.family.names import grammar
 from hf_gem.family.table import FAMILIES
@@ -87,7 +87,7 @@ def write_table(page: str, name: str, table: str) -> None:
 
 def choosing_table() -> str:
     rows = [(row["model"], row["use"] or "not known", row["why"]) for row in findings()]
-    return markdown_table(["model", "use", "why"], rows) + "\n"
+    return f"{markdown_table(['model', 'use', 'why'], rows)}\n\n{caveat()}\n"
 
 
 if __name__ == "__main__":

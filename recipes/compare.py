@@ -1,4 +1,4 @@
-"""Compares activations by a plan: python recipes/compare.py --plan recipes/plans/smoke.yaml
+"""Compares activations by a plan: hf-gem compare --plan smoke
 
 Runs the missing runs of a study, one after another or --jobs at once, and writes its report. After a crash, the same
 command continues where it stopped. Several machines may share the folder of a study.
@@ -16,6 +16,7 @@ from hf_gem.compare.plan import PlanError, load_plan, parse_flags
 from hf_gem.compare.preview import dry_run, preview
 from hf_gem.compare.report import write_report
 from hf_gem.compare.study import Study, freeze
+from hf_gem.recipes import plan_files
 from hf_gem.training.signals import run_recipe
 
 RECIPES = Path(__file__).resolve().parent
@@ -23,7 +24,9 @@ RECIPES = Path(__file__).resolve().parent
 
 def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     """Parses the command line, including the flags in `--set`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="hf-gem compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--plan", type=Path, required=True, help="plan file, YAML or Python, or a name from plans/")
     parser.add_argument(
         "--set",
@@ -61,10 +64,19 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def plan_file(given: Path) -> Path:
+    """Returns the file of a plan that was given by its path or its name."""
+    plans = plan_files(RECIPES)
+    if given.exists() and not given.is_dir():
+        return given
+    if str(given) not in plans:
+        raise PlanError(f"there is no plan {str(given)!r:.80}. Give the path of a file, or one of {', '.join(plans)}.")
+    return plans[str(given)]
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = arguments_of(argv)
-    named = RECIPES / "plans" / f"{arguments.plan}.yaml"
-    plan = load_plan(named if named.exists() and not arguments.plan.exists() else arguments.plan)
+    plan = load_plan(plan_file(arguments.plan))
     plan = replace(plan, flags={**plan.flags, **arguments.set}, notes=f"{plan.notes} {arguments.note}".strip())
     folder = arguments.study or Path("studies") / plan.name
     print(preview(plan), end="")

@@ -12,7 +12,8 @@ import typer
 
 from ..training.errors import TrainingError, missing_package
 from . import environment, functions, models, records, timing, training
-from .common import PASS_ON
+from .common import PASS_ON, STOPPED, stop
+from .terminal import printable
 
 # click's UsageError. Newer versions of typer contain their own copy of click.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -65,26 +66,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = None if argv is None else list(argv)
     try:
-        with warnings.catch_warnings():
+        with printable(), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {_one_line(message)}", file=sys.stderr)
             result = app(args=arguments, prog_name="hf-gem", standalone_mode=False)
     except _UsageError as error:
-        _stop(error.format_message(), _USAGE)  # type: ignore[attr-defined]
+        _fail(error.format_message(), _USAGE)  # type: ignore[attr-defined]
     except TrainingError as error:
-        _stop(error, error.exit_code)
+        _fail(error, error.exit_code)
     except OSError as error:  # a file that cannot be read, a full disk
-        _stop(error, 1)
+        _fail(error, 1)
     except ModuleNotFoundError as error:
-        _stop(missing_package(error), 1)
+        _fail(missing_package(error), 1)
     except (typer.Abort, KeyboardInterrupt):
-        _stop("stopped", 130)
+        stop()
     if callable(result):
         result()
+    elif result == STOPPED:  # what typer makes of Ctrl-C
+        stop()
     elif isinstance(result, int) and result:
         sys.exit(result)
 
 
-def _stop(message: object, status: int) -> NoReturn:
+def _fail(message: object, status: int) -> NoReturn:
     print(f"error: {_one_line(message)}", file=sys.stderr)
     sys.exit(status)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..training.errors import DataError
-from .loading import Source
+from .loading import Source, processor
 
 _LENGTH = 128  # maximum number of tokens in a sequence
 _IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -72,9 +72,12 @@ def _of_arrays(path: Path) -> Iterator[dict[str, Tensor]]:
 def _of_text(path: Path, model: nn.Module, source: Source) -> Iterator[dict[str, Tensor]]:
     if source.library == "timm":
         raise DataError("a model of timm takes images, and this is a file of text. Give a folder of images.")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source.name, trust_remote_code=False)
+    try:
+        tokenizer = processor(source, "AutoTokenizer", "tokenizer")
+    except DataError as error:
+        raise DataError(
+            f"{error} A text file needs one. Put its tokenizer there, or give an .npz file with an array of input_ids."
+        ) from error
     text = path.read_text(encoding="utf-8", errors="replace")
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     longest: Any = getattr(model.config, "max_position_embeddings", None) or _LENGTH
@@ -92,12 +95,10 @@ def _of_images(path: Path, model: nn.Module, source: Source) -> Iterator[Any]:
 
         transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
     else:
-        from transformers import AutoImageProcessor
-
-        processor = AutoImageProcessor.from_pretrained(source.name, trust_remote_code=False)
+        prepare = processor(source, "AutoImageProcessor", "image processor")
 
         def transform(image: Any) -> dict[str, Tensor]:
-            return {"pixel_values": processor(image, return_tensors="pt")["pixel_values"][0]}
+            return {"pixel_values": prepare(image, return_tensors="pt")["pixel_values"][0]}
 
     for file in files:
         with Image.open(file) as image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +13,7 @@ from torch import nn
 
 from ..family.names import GemSpec
 from ..fit import match_eps
-from ..surgery.kinds import activation_slots, describe, is_gate
+from ..surgery.audit import audit
 
 _SMALL_SCALE = 0.3  # between the rms values in the studies, 0.16 and 0.55
 _RESNETS = {"resnet", "cifar_resnet", "timm.models.resnet"}
@@ -21,12 +22,23 @@ _GATED = ({"gate_proj", "up_proj"}, {"wi_0", "wi_1"}, {"w1", "w2", "w3"}, {"gate
 
 
 @cache
-def findings() -> tuple[dict[str, Any], ...]:
-    """Returns the rows of `choosing.yaml`, with the keys kind, model, use (None if not known) and why."""
+def _studies() -> dict[str, Any]:
     import yaml
 
-    path = Path(__file__).with_name("choosing.yaml")
-    return tuple(yaml.safe_load(path.read_text(encoding="utf-8")))
+    found: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("choosing.yaml").read_text(encoding="utf-8"))
+    return found
+
+
+def findings() -> list[dict[str, Any]]:
+    """Returns the rows of `choosing.yaml`, with the keys kind, model, use (None if not known) and why."""
+    rows: list[dict[str, Any]] = _studies()["findings"]
+    return rows
+
+
+def caveat() -> str:
+    """Returns what holds for all rows of `choosing.yaml`."""
+    text: str = _studies()["caveat"]
+    return text
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,7 @@ class Profile:
     Attributes:
         model: Name of its class.
         kind: Its kind, as in `choosing.yaml`, or a kind that was not studied.
-        activations: Names of its activations.
+        activations: Names of the activations that run, as an audit lists them. Empty if the model does not run.
         width: Hidden size, for a transformer.
         rms: Root mean square of the inputs of activations, for a transformer before training.
     """
@@ -53,17 +65,15 @@ class Profile:
         return [row for row in findings() if row["kind"] == self.kind]
 
     @property
-    def matched(self) -> list[str]:
-        """Names of the E-GEM members whose gate is half open at the rms, for n = 1 and 2."""
-        if self.rms is None:
-            return []
-        return [GemSpec("egem", n, match_eps(self.rms, n)).name for n in (1, 2)]
+    def matched(self) -> str | None:
+        """The E-GEM with n = 2 whose gate is half open at the rms, if the studies of this kind include it."""
+        if self.rms is None or not any("matched" in row["why"] for row in self.findings):
+            return None
+        return GemSpec("egem", 2, match_eps(self.rms, 2)).name
 
 
 def profile(model: nn.Module) -> Profile:
     """Returns the profile of a transformers or timm model, which may be on the meta device."""
-    names = dict.fromkeys(describe(slot.occupant) for slot in activation_slots(model))
-    activations = tuple(name for name in names if not is_gate(name))
     config: Any = getattr(model, "config", None)
     family = getattr(config, "model_type", None) or type(model).__module__
     width, rms = _scale(config)
@@ -78,7 +88,14 @@ def profile(model: nn.Module) -> Profile:
         kind = "BERT"
     elif _generates_text(config) and rms is not None:
         kind = "small-scale transformer" if rms < _SMALL_SCALE else "transformer"
-    return Profile(type(model).__name__, kind, activations, width, rms)
+    return Profile(type(model).__name__, kind, _activations(model), width, rms)
+
+
+def _activations(model: nn.Module) -> tuple[str, ...]:
+    with contextlib.suppress(RuntimeError, ValueError):  # no inputs can be made up for it
+        calls = audit(model).calls
+        return tuple(dict.fromkeys(call.function for call in calls if call.kind in ("gem", "activation")))
+    return ()
 
 
 def _scale(config: Any) -> tuple[int | None, float | None]:

@@ -107,15 +107,17 @@ def draw(figure: Figure, reach: float = 3.0) -> Any:
     return shown
 
 
-def save(figure: Figure, path: Path, reach: float = 3.0) -> None:
-    """Draws a figure into a file. The suffix sets the format."""
+def save(figure: Figure, path: Path, reach: float = 3.0) -> Path:
+    """Draws a figure into a file and returns its path. The suffix sets the format; without one, it is .png."""
     shown = draw(figure, reach)
+    path = path if path.suffix else path.with_suffix(".png")
     if path.suffix == ".svg":
         from ..compare.drawing import svg_of
 
         path.write_bytes(svg_of(shown))
     else:
         shown.savefig(path)
+    return path
 
 
 def _style(name: str) -> dict[str, Any]:

@@ -129,8 +129,8 @@ def plot(
     with user_errors():
         others = [name for name in beside.split(",") if name and name not in (names or ())]
         asked = FIGURES[figure] if figure else Figure((Panel("", (*(names or ()), *others)),), tuple(rows.split(",")))
-        save(asked, output, reach)
-    print(f"Figure: {output}")
+        written = save(asked, output, reach)
+    print(f"Figure: {written}")
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

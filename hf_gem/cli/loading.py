@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..training.errors import ConfigError, DataError
+from ..family.names import is_claimed, parse
+from ..surgery.convert import convert
+from ..surgery.fields import set_activation
+from ..training.errors import ConfigError, DataError, reason
+from .common import CLOSE
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def find(given: str) -> Source:
         return Source(given, "timm", f"hf-hub:{given}")
     if given.count("/") == 1:
         return Source(given, "transformers", given)
-    near = difflib.get_close_matches(given, types, n=1)
+    near = difflib.get_close_matches(given, types, n=1, cutoff=CLOSE)
     hint = f"The nearest name is {near[0]}" if near else "A folder needs a config.json"
     raise ConfigError(
         f"the model {given!r:.80} is not known. Give a folder, a timm model, a model type of transformers such as "
@@ -71,31 +75,28 @@ def build(source: Source, act: str | None = None) -> nn.Module:
 
     Args:
         source: The model to build.
-        act: An activation of the family that replaces the model's own.
+        act: An activation that the model is built with.
 
     Raises:
-        ConfigError: The model cannot be built.
+        ConfigError: The model cannot be built, or not with this activation.
     """
     with _explained(source, "built"):
         if source.library == "timm":
-            import timm
-
-            named: Any = {} if act is None else {"act_layer": act}
-            return _on_meta(lambda: timm.create_model(_timm_name(source), **named))
-        config = _config(source)
-        if act is not None:
-            from .. import set_activation
-
-            set_activation(config, act)
+            return _on_meta(lambda: _timm_model(source, act))
+        config = _config(source, act)
         cls = _model_class(config)
         return _on_meta(lambda: cls(config))
 
 
-def load(source: Source) -> nn.Module:
+def load(source: Source, act: str | None = None) -> nn.Module:
     """Loads a model with its weights, in evaluation mode.
 
+    Args:
+        source: The model to load.
+        act: An activation that the model is built with.
+
     Raises:
-        ConfigError: It has no weights, or they cannot be loaded.
+        ConfigError: It has no weights, or they cannot be loaded, or not with this activation.
     """
     if source.is_type:
         raise ConfigError(
@@ -103,25 +104,49 @@ def load(source: Source) -> nn.Module:
         )
     with _explained(source, "loaded"):
         if source.library == "timm":
-            import timm
-
-            return timm.create_model(_timm_name(source), pretrained=True).eval()
+            return _timm_model(source, act, pretrained=True).eval()
         from transformers.utils import logging
 
         if not sys.stderr.isatty():
             logging.disable_progress_bar()
-        model: nn.Module = _model_class(_config(source)).from_pretrained(
-            source.name, dtype="auto", trust_remote_code=False
+        config = _config(source, act)
+        model: nn.Module = _model_class(config).from_pretrained(
+            source.name, config=config, dtype="auto", trust_remote_code=False
         )
         return model.eval()
 
 
+def with_activation(make: Callable[..., nn.Module], source: Source, act: str | None) -> nn.Module:
+    """Makes a model with an activation, and converts it if it cannot be built with one.
+
+    Args:
+        make: `build` or `load`.
+        source: The model.
+        act: The activation, or None for the model's own.
+
+    Raises:
+        ConfigError: The model cannot be made.
+        ValueError: The name of the activation is malformed, or there is nothing to convert.
+    """
+    try:
+        return make(source, act)
+    except ConfigError:
+        if not is_claimed(act):  # convert takes no others
+            raise
+    parse(act)
+    model = make(source)
+    convert(model, act)
+    warnings.warn(f"{source.given} cannot be built with {act}, so it was converted afterwards.", stacklevel=2)
+    return model
+
+
 def save(model: nn.Module, source: Source, folder: Path) -> None:
-    """Saves a model with the tokenizer or image processor of its source."""
+    """Saves a model with a model card, and with the tokenizer or image processor of its source."""
     if source.library == "timm":
         import timm
 
-        timm.models.save_for_hf(model, str(folder))
+        timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+        (folder / "README.md").write_text(_TIMM_CARD.format(type(model).__name__), encoding="utf-8")
         return
     from .. import save_for_hub
 
@@ -129,13 +154,69 @@ def save(model: nn.Module, source: Source, folder: Path) -> None:
         save_for_hub(model, folder)
     except ValueError:  # a class that no Auto class builds
         model.save_pretrained(folder)  # type: ignore[operator]
-    from transformers import AutoProcessor
+    try:
+        processor(source).save_pretrained(folder)
+    except DataError as error:
+        warnings.warn(f"{error} So {folder} has none either.", stacklevel=2)
+
+
+def processor(source: Source, auto: str = "AutoProcessor", what: str = "tokenizer or image processor") -> Any:
+    """Loads the tokenizer or image processor of a transformers model.
+
+    Args:
+        source: Where the model comes from.
+        auto: The class of transformers that loads it.
+        what: What it loads, for the error.
+
+    Raises:
+        DataError: The source has none.
+    """
+    import transformers
 
     try:
-        AutoProcessor.from_pretrained(source.name, trust_remote_code=False).save_pretrained(folder)
-    except Exception as error:  # transformers raises different exceptions for a model without either
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"{folder} has no tokenizer or image processor: {reason}", stacklevel=2)
+        found = getattr(transformers, auto).from_pretrained(source.name, trust_remote_code=False)
+    except Exception as error:  # transformers raises different exceptions for a model without one
+        raise DataError(f"there is no {what} in {source.given} ({reason(error)}).") from error
+    # Without its files, transformers makes up a tokenizer that knows no words.
+    files = getattr(getattr(found, "tokenizer", found), "vocab_files_names", {}).values()
+    if files and not any(_has(source, file) for file in files):
+        raise DataError(f"there is no {what} in {source.given}.")
+    return found
+
+
+def _has(source: Source, file: str) -> bool:
+    from transformers.utils.hub import cached_file
+
+    with contextlib.suppress(OSError):
+        return cached_file(source.name, file) is not None
+    return False
+
+
+_TIMM_CARD = """---
+library_name: timm
+tags:
+- hf_gem
+---
+
+# {}
+
+An activation of the GEM family (arXiv 2604.21677) in a timm model.
+
+## Use
+
+```bash
+pip install "hf-gem[timm]"
+```
+
+```python
+import hf_gem  # registers the activation
+import timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True)  # or "hf-hub:USER/NAME"
+```
+
+Without the import, timm stops with an error.
+"""
 
 
 def _of_folder(given: str) -> Source:
@@ -164,14 +245,26 @@ def _timm_name(source: Source) -> str:
     return f"local-dir:{source.name}" if Path(source.name).is_dir() else source.name
 
 
-def _config(source: Source) -> Any:
+def _timm_model(source: Source, act: str | None, **options: Any) -> nn.Module:
+    import timm
+
+    if act is not None:
+        options["act_layer"] = act
+    return timm.create_model(_timm_name(source), **options)
+
+
+def _config(source: Source, act: str | None = None) -> Any:
     from transformers import AutoConfig
 
     from ..training import coordinate_models, image_models  # noqa: F401  # registers the models of the recipes
 
     if source.is_type:
-        return AutoConfig.for_model(source.name)
-    return AutoConfig.from_pretrained(source.name, trust_remote_code=False)
+        config = AutoConfig.for_model(source.name)
+    else:
+        config = AutoConfig.from_pretrained(source.name, trust_remote_code=False)
+    if act is not None:
+        set_activation(config, act)
+    return config
 
 
 def _model_class(config: Any) -> Any:

@@ -15,7 +15,7 @@ from ..family.table import FAMILIES
 from ..init import gain
 
 ORDERS = (1, 2, 3)  # the paper's values of N
-_AT = (-3.0, -1.0, -0.3, -0.1, 0.0, 0.1, 0.3, 1.0, 3.0)
+_AT = (-4.0, -2.0, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # in units of the half point
 _SMOOTH = {"egem", "segem"}  # families proven to be C^(2n)
 _NUM_POINTS = 2**17  # on each side of 0; the error of extrema is then about 3e-6 for n = 32
 
@@ -48,7 +48,7 @@ def describe(name: str) -> dict[str, Any]:
     """
     spec = parse(name)
     fixed = replace(spec, learnable=False)
-    x = torch.tensor(_AT, dtype=torch.float64, device="cpu")
+    x = half_point(spec) * torch.tensor(_AT, dtype=torch.float64, device="cpu")
     values, slopes = functions(fixed)
     return {
         "name": spec.name,
@@ -63,7 +63,7 @@ def describe(name: str) -> dict[str, Any]:
         "gain": gain(fixed.name),
         "gain_centered": gain(fixed.name, centered=True),
         **_extremes(fixed),
-        "values": [list(row) for row in zip(_AT, values(x).tolist(), slopes(x).tolist(), strict=True)],
+        "values": [list(row) for row in zip(x.tolist(), values(x).tolist(), slopes(x).tolist(), strict=True)],
     }
 
 

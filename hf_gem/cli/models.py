@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,9 +13,11 @@ from .common import UNMET, AsJson, show, user_errors
 
 if TYPE_CHECKING:
     from .choosing import Profile
+    from .loading import Source
 
 _MODEL = "A folder, a timm model, a model type of transformers such as gpt2, or USER/NAME of the Hub."
 _NUMBER = "a number, fit or match"
+_ARGUMENT = re.compile(r"\b(replace|skip|eps|data)=('\w+'|[\w.+-]*\w)?")
 
 
 def audit(
@@ -34,18 +37,11 @@ def audit(
     save_pretrained, a recipe or timm.
     """
     from .. import audit as audit_model
-    from .. import convert as convert_model
-    from .loading import build, find, load
+    from .loading import build, find, load, with_activation
 
     source = find(model)
     with user_errors():
-        if pretrained:
-            built = load(source)
-            if act is not None:
-                convert_model(built, act)
-        else:
-            built = build(source, act)
-        found = audit_model(built)
+        found = audit_model(with_activation(load if pretrained else build, source, act))
     show(found.to_dict(), str(found), as_json)
     if check and not found.complete:
         raise typer.Exit(UNMET)
@@ -62,6 +58,7 @@ def convert(
     num_batches: Annotated[int, typer.Option("--num-batches", min=1, help="Maximum number of batches of --data.")] = 4,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Number of samples in a batch.")] = 8,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Choose an eps for each layer.")] = False,
+    replace: Annotated[list[str] | None, typer.Option(help="Activations to replace, such as tanh.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Paths to skip, such as '*.pooler.*'.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -79,15 +76,24 @@ def convert(
         raise ConfigError(f"--eps {eps} needs --data. Give a text file, a folder of images or an .npz file.")
     if data is not None and not isinstance(chosen, str):
         raise ConfigError("--data needs --eps fit or match. Add one of them, or leave --data out.")
+    if per_layer and not isinstance(chosen, str):
+        raise ConfigError("--per-layer needs --eps fit or match. Add one of them, or leave --per-layer out.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not an empty folder. Name a new one.")
     source = find(model)
     loaded = load(source)
     batches = None if data is None else read(data, loaded, source, num_batches, batch_size)
-    with user_errors():
-        report = convert_model(loaded, to, eps=chosen, data=batches, per_layer=per_layer, skip=skip or None)
+    with user_errors(_in_flags):
+        report = convert_model(
+            loaded, to, replace=replace or None, skip=skip or None, eps=chosen, data=batches, per_layer=per_layer
+        )
         save(loaded, source, out)
-    show({**report.to_dict(), "folder": str(out)}, f"{report}\nModel: {out}", as_json)
+    show({**report.to_dict(), "folder": str(out)}, f"{_in_flags(str(report))}\nModel: {out}", as_json)
+
+
+def _in_flags(text: str) -> str:
+    """Rewrites the arguments of `hf_gem.convert` in a message as the options of the command."""
+    return _ARGUMENT.sub(lambda found: " ".join((f"--{found[1]}", (found[2] or "").strip("'"))).rstrip(), text)
 
 
 def _eps(text: str | None) -> float | str | None:
@@ -110,23 +116,23 @@ def choose(model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)], 
     source = find(model)
     found = profile(build(source))
     values: dict[str, Any] = {**vars(found), "findings": found.findings, "matched": found.matched}
-    show(values, _advice(model, found), as_json)
+    show(values, _advice(source, found), as_json)
 
 
-def _advice(given: str, found: Profile) -> str:
+def _advice(source: Source, found: Profile) -> str:
+    from .choosing import caveat
+
     activations = ", ".join(found.activations) or "not known"
-    lines = [f"{given} ({found.model})", f"  kind: {found.kind}", f"  activations: {activations}"]
+    lines = [f"{source.given} ({found.model})", f"  kind: {found.kind}", f"  activations: {activations}"]
     if found.rms is not None:
         lines.append(f"  rms of their inputs at the start of training: about {found.rms:.2g}")
     for row in found.findings:
         lines += ["", f"Studied: {row['model']}", f"  use: {row['use'] or 'not known'}", f"  evidence: {row['why']}"]
-    lines.append("")
-    if not found.findings:
-        lines.append("Use: not known. Compare candidates yourself: hf-gem compare --help.")
-    else:
-        lines.append("These studies are small. Whether they hold for another width, depth or dataset is not known.")
     if found.matched:
-        names = " and ".join(found.matched)
-        lines.append(f"E-GEM with its gate at that rms is {names}. In the one study of it, GEM trained better.")
-    lines.append(f"To keep what a trained model computes: hf-gem convert {given} OUT --to egem --eps fit --data FILE.")
+        lines.append(f"  matched here: {found.matched}, whose gate is half open at that rms")
+    nothing = "Use: not known. Compare candidates yourself: hf-gem compare --help."
+    lines += ["", caveat() if found.findings else nothing]
+    if not source.is_type:  # these have no weights
+        keep = f"hf-gem convert {source.given} OUT --to egem --eps fit --data FILE"
+        lines.append(f"To keep what a trained model computes: {keep}.")
     return "\n".join(lines)

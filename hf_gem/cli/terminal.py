@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import codecs
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # bits of the dots in U+2800, by row and column
+_UPPER = 0x1B  # the dots in the upper half
+# For encodings without these characters: the halves of a character that have dots.
+_PLAIN = {chr(0x2800 + cell): " '.:"[bool(cell & _UPPER) + 2 * bool(cell & ~_UPPER)] for cell in range(256)}
+_PLAIN |= {"│": "|", "└": "+", "─": "-"}
 
 
 def plot(
@@ -23,6 +32,8 @@ def plot(
         width: Width of the drawing in characters.
         height: Height of the drawing in lines.
     """
+    import torch
+
     x = torch.linspace(low, high, 2 * width, dtype=torch.float64, device="cpu")
     rows = [curve(x) for curve in curves]
     bottom, top = min(float(y.min()) for y in rows), max(float(y.max()) for y in rows)
@@ -48,3 +59,24 @@ def side_by_side(left: Sequence[str], right: Sequence[str]) -> str:
     """Joins two plots of the same height."""
     width = max(map(len, left))
     return "\n".join(f"{one:<{width}}  {other}".rstrip() for one, other in zip(left, right, strict=True))
+
+
+@contextlib.contextmanager
+def printable() -> Iterator[None]:
+    """Lets standard output take all characters in a `with` block: those that its encoding lacks become ASCII."""
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper):  # a stand-in, which has no encoding
+        yield
+        return
+    before = stream.errors
+    codecs.register_error("hf_gem.plain", _plain)
+    stream.reconfigure(errors="hf_gem.plain")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=before)
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)  # only standard output uses it
+    return "".join(_PLAIN.get(character, "?") for character in error.object[error.start : error.end]), error.end

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -35,8 +37,8 @@ def bench(
 
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     chosen = device or (there or torch.device("cpu")).type
+    sizes = _sizes(shape)
     with user_errors():
-        sizes = [int(size) for size in shape.lower().split("x")]
         if dtype not in _DTYPES:
             raise ConfigError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r:.80}.")
         x = torch.randn(sizes, device=chosen, dtype=getattr(torch, dtype), requires_grad=True)
@@ -49,9 +51,18 @@ def bench(
     show({"shape": sizes, "dtype": dtype, "device": chosen, "rows": rows}, "\n".join(lines), as_json)
 
 
+def _sizes(shape: str) -> list[int]:
+    if not re.fullmatch(r"0*[1-9]\d*(x0*[1-9]\d*)*", shape.lower(), re.ASCII):
+        raise ConfigError(f"--shape must be sizes above 0 with x between them, such as 1024x3072, got {shape!r:.80}.")
+    return [int(size) for size in shape.lower().split("x")]
+
+
 def _measure(names: Sequence[str], x: Any, rounds: int) -> list[dict[str, Any]]:
     import torch
     import torch.nn.functional as F
+
+    # Its import warns that there is no GPU if there is a CUDA toolkit.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils.benchmark import Timer
 
     from .. import get_activation, kernels

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import difflib
+import importlib.util
+import itertools
 import runpy
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..recipes import FOLDER, recipe_files
+from ..recipes import FOLDER, plan_files, recipe_files
 from ..training.errors import ConfigError, missing_package
-from .common import AsJson, Script, show
+from .common import CLOSE, AsJson, Script, show, stop
 
 
 def _complete_recipe(incomplete: str) -> list[str]:
@@ -67,17 +72,20 @@ def compare(context: typer.Context) -> Script:
 def recipes(as_json: AsJson = False) -> None:
     """List recipes, plans of studies and configs of launchers."""
     scripts = {name: _headline(path) for name, path in recipe_files().items()}
-    plans = {path.stem: str(path) for path in sorted((FOLDER / "plans").glob("*.yaml"))}
+    plans = plan_files()
     configs = {path.stem: str(path) for path in sorted((FOLDER / "accelerate").glob("*.yaml"))}
-    width = max(map(len, scripts))
+    about = {name: _first_sentence(path) for name, path in plans.items()}
+    width = max(map(len, [*scripts, *plans]))
     lines = [
         f"Folder: {FOLDER}",
         "Recipes, for hf-gem train:",
         *(f"  {name:<{width}}  {text}" for name, text in scripts.items()),
-        f"Plans, for hf-gem compare --plan: {', '.join(plans)}",
+        "Plans, for hf-gem compare --plan:",
+        *(f"  {name:<{width}}  {text}" for name, text in about.items()),
         f"Launchers, for hf-gem train --launcher: {', '.join(configs)}",
     ]
-    found = {"folder": str(FOLDER), "recipes": scripts, "plans": plans, "launchers": configs}
+    files = {name: str(path) for name, path in plans.items()}
+    found = {"folder": str(FOLDER), "recipes": scripts, "plans": files, "about_plans": about, "launchers": configs}
     show(found, "\n".join(lines), as_json)
 
 
@@ -93,6 +101,9 @@ def run(
     A launcher takes it as a module: `torchrun --nproc_per_node 8 -m hf_gem run train.py`.
     """
     if module:
+        sys.path.insert(0, str(Path.cwd()))
+        if not _is_module(str(script)):
+            raise ConfigError(f"there is no module {str(script)!r} that can run. Give one that `python -m` can run.")
         return partial(_run_module, str(script), context.args)
     if not script.is_file():
         raise ConfigError(f"there is no script {str(script)!r}. Give the path of a Python file, or -m and a module.")
@@ -105,14 +116,27 @@ def _recipe_named(given: str) -> str:
     if len(found) == 1:
         return found[0]
     problem = f"could be {' or '.join(found)}" if found else "is not known"
-    raise ConfigError(f"the recipe {given!r} {problem}. The recipes are {', '.join(known)}.")
+    starts = {name[: len(given)]: name for name in known}
+    near = difflib.get_close_matches(given, starts, n=1, cutoff=CLOSE)
+    hint = f" Did you mean {starts[near[0]]}?" if near and not found else ""
+    raise ConfigError(f"the recipe {given!r:.80} {problem}. The recipes are {', '.join(known)}.{hint}")
 
 
 def _run_recipe(name: str, arguments: list[str]) -> None:
-    try:
+    sys.path.insert(0, str(Path.cwd()))
+    with _errors():
         _run_module(f"hf_gem.recipes.{name}", arguments)
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Ends the process with one line for what a recipe or a launcher does not catch itself."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         sys.exit(f"error: {missing_package(error)}")
+    except KeyboardInterrupt:  # while a recipe was imported, or for the second time
+        stop()
 
 
 def _run_file(script: Path, arguments: list[str]) -> None:
@@ -125,8 +149,20 @@ def _run_file(script: Path, arguments: list[str]) -> None:
 def _run_module(name: str, arguments: list[str]) -> None:
     """Runs a module as `python -m MODULE` would."""
     sys.argv = [name, *arguments]
-    sys.path.insert(0, str(Path.cwd()))
     runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _is_module(name: str) -> bool:
+    """Returns whether there is a module or a package with a `__main__`. An error in a package shows when it runs."""
+    try:
+        found = importlib.util.find_spec(name)
+        if found is not None and found.submodule_search_locations is not None:
+            found = importlib.util.find_spec(f"{name}.__main__")
+    except ModuleNotFoundError as error:
+        return not f"{name}.".startswith(f"{error.name}.")
+    except Exception:
+        return True
+    return found is not None
 
 
 def _launch(recipe: str, launcher: str, num_processes: int | None, arguments: list[str]) -> Script:
@@ -141,10 +177,21 @@ def _launch(recipe: str, launcher: str, num_processes: int | None, arguments: li
 
     processes = [] if num_processes is None else [f"--num_processes={num_processes}"]
     command = [f"--config_file={config}", *processes, "-m", f"hf_gem.recipes.{recipe}", *arguments]
-    return lambda: launch_command(launch_command_parser().parse_args(command))
+
+    def launch() -> None:
+        with _errors():
+            launch_command(launch_command_parser().parse_args(command))
+
+    return launch
 
 
 def _headline(path: Path) -> str:
     """Returns the first sentence of a script's docstring."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return text.splitlines()[0].partition(": ")[0]
+
+
+def _first_sentence(plan: Path) -> str:
+    """Returns the first sentence of the comment at the top of a plan."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), plan.read_text(encoding="utf-8").splitlines())
+    return " ".join(line.lstrip("# ") for line in lines).partition(". ")[0].rstrip(".")

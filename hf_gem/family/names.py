@@ -270,8 +270,8 @@ def _malformed(name: str, reason: str = "") -> ValueError:
         )
     if name and not any(family in letters for family in FAMILIES):
         return ValueError(
-            f"got activation name {got}, which is not one of the family. Allowed names: {_grammar()}. For another "
-            "activation, use hf_gem.set_activation or timm's act_layer, and pass hf_gem.gain the function itself."
+            f"got activation name {got}, which is not one of the family. Allowed names: {_grammar()}. Write for "
+            "example 'gem_n2'."
         )
     return ValueError(f"got activation name {got}.{reason} Allowed names: {_grammar()}.{near}")
 

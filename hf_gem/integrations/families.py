@@ -41,10 +41,15 @@ def register_family(family: Family) -> Family:
         The family.
 
     Raises:
-        TypeError: A formula uses an operation that kernels do not have.
+        TypeError: `family` is not a Family, or a formula uses an operation that kernels do not have.
         ValueError: The name is taken, `value` does not equal `exact`, or `slope` is not its derivative. The message
             says where they differ.
     """
+    if not isinstance(family, Family):
+        raise TypeError(
+            f"got {shown(family)} of type {type(family).__name__}. register_family takes a hf_gem.Family. Build one "
+            "with your formulas."
+        )
     if FAMILIES.get(family.name) is family:
         return family
     if hasattr(F, family.name):
@@ -86,21 +91,37 @@ def register_shipped(family: Any) -> None:
 def load_families() -> None:
     """Imports the modules in $HF_GEM_FAMILIES: module names or paths of `.py` files, separated by `os.pathsep`.
 
-    Importing hf_gem calls this, so that recipes, studies and the processes that they start know your families.
+    Importing hf_gem calls this, so that recipes, studies and the processes that they start know your families. If the
+    program is one of hf_gem, an error ends it with one line.
 
     Raises:
-        ImportError: There is no such module or file.
+        ImportError: There is no such module or file, or it cannot be imported.
     """
     for entry in filter(None, os.environ.get("HF_GEM_FAMILIES", "").split(os.pathsep)):
-        path = Path(entry)
-        if path.suffix != ".py":
-            importlib.import_module(entry)
-        elif path.stem not in sys.modules:
-            found = importlib.util.spec_from_file_location(path.stem, path)
-            if found is None or found.loader is None or not path.is_file():
-                raise ImportError(
-                    f"HF_GEM_FAMILIES contains {shown(entry)}, which does not exist. Entries must be Python files or "
-                    "modules. Correct the path."
-                )
-            module = sys.modules[path.stem] = importlib.util.module_from_spec(found)
+        try:
+            _load(entry)
+        except Exception as error:
+            message = (
+                f"HF_GEM_FAMILIES contains {shown(entry)}, which cannot be imported ({type(error).__name__}: {error}). "
+                "Entries must be Python files or modules. Correct it, or unset the variable."
+            )
+            # Of `hf-gem` or `python -m hf_gem`. Neither can catch an error of this import.
+            if sys.argv and Path(sys.argv[0]).stem in ("hf-gem", "-m"):
+                sys.exit(f"error: {' '.join(message.split())}")
+            raise ImportError(message) from error
+
+
+def _load(entry: str) -> None:
+    path = Path(entry)
+    if path.suffix != ".py":
+        importlib.import_module(entry)
+    elif path.stem not in sys.modules:
+        found = importlib.util.spec_from_file_location(path.stem, path)
+        assert found is not None  # since the file ends with .py
+        assert found.loader is not None
+        module = sys.modules[path.stem] = importlib.util.module_from_spec(found)
+        try:
             found.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[path.stem]  # as an import statement does
+            raise

@@ -14,3 +14,8 @@ _NO_RECIPES = ("__init__", "compare")
 def recipe_files(folder: Path = FOLDER) -> dict[str, Path]:
     """Returns name -> file of the recipes in a folder."""
     return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem not in _NO_RECIPES}
+
+
+def plan_files(folder: Path = FOLDER) -> dict[str, Path]:
+    """Returns name -> file of the plans that come with the recipes in a folder."""
+    return {path.stem: path for path in sorted((folder / "plans").glob("*.yaml"))}

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from .._kernels.replaceable import is_replaced
-from .._torch import uncompiled
+from .._torch import tree_leaves, uncompiled
 from ..modules import CALLED, GemActivation
 from .inputs import example_inputs
 from .kinds import is_stock
-from .reports import path_patterns
+from .reports import counted, path_patterns
 from .running import copied_buffers, unwrapped
 from .slots import named_modules
 from .tracer import ActivationCall, is_activation, trace
@@ -86,7 +86,7 @@ class Audit:
         if self.not_run:
             stock = f", {len(self.stock_not_run)} of them not GEM" if self.stock_not_run else ""
             places = path_patterns(list(self.not_run))
-            lines.append(f"{len(self.not_run)} activation modules did not run{stock}: {places}")
+            lines.append(f"{counted(len(self.not_run), 'activation module')} did not run{stock}: {places}")
         if self.overwritten:
             lines.append("Outputs overwritten in place; the backward pass fails if it keeps them:")
             lines += _table(self.overwritten, "overwrites")
@@ -136,7 +136,16 @@ def audit(model: nn.Module, *args: Any, **inputs: Any) -> Audit:
                 "script it."
             )
     if args or inputs:
-        return _run(model, copied_buffers(model), args, inputs)
+        try:
+            return _run(model, copied_buffers(model), args, inputs)
+        except (AttributeError, TypeError) as error:
+            if any(isinstance(value, Tensor) for value in tree_leaves((args, inputs))):
+                raise
+            kinds = ", ".join(type(value).__name__ for value in (*args, *inputs.values()))
+            raise TypeError(
+                f"got {kinds} as the inputs of {type(model).__name__}. They must be those of its forward. Pass them as "
+                "audit(model, *args, **kwargs), or pass none."
+            ) from error
     made_up = example_inputs(model)
     reasons: list[Exception] = []
     for dtype in (None, torch.bfloat16):  # on meta, some operations, such as grouped products of experts, need bfloat16

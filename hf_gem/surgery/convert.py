@@ -21,7 +21,7 @@ from .calibrate import Calibration, calibrate, replace_all
 from .checks import check_arguments, check_containers, check_wrappers
 from .configs import own_config, write_plan, write_plan_of_diffusers
 from .kinds import describe, foreign_call, is_elementwise, is_gate, kind, stock_slots
-from .reports import places
+from .reports import counted, places
 from .running import arguments
 from .scales import match
 from .slots import Slot, spec_of, undo
@@ -114,7 +114,7 @@ class Conversion:
         return lines + ([f"not reached by data=, so they got the common eps: {places(unseen)}"] if unseen else [])
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {len(self.replaced)} activations replaced"]
+        lines = [f"{self.model}: {counted(len(self.replaced), 'activation')} replaced"]
         groups: dict[tuple[str, str], list[str]] = {}
         columns = zip(_families([r.old for r in self.replaced]), _families([r.new for r in self.replaced]), strict=True)
         for r, key in zip(self.replaced, columns, strict=True):
@@ -207,7 +207,7 @@ def convert(
         arguments(inputs)  # raises TypeError
     chosen, left = _choose(model, None if isinstance(eps, str) else spec, _as_tuple(replace), _as_tuple(skip))
     if not chosen and not any(reason == _ALREADY for *_, reason in left):
-        raise ValueError(_nothing_to_replace(model, left, replace, skip, inputs))
+        raise ValueError(_nothing_to_replace(model, left, inputs))
     check_wrappers(model, spec, chosen)
     check_containers(spec, chosen)
     batches = iter(()) if data is None else iter(data)
@@ -295,8 +295,8 @@ def _choose(
         kinds = sorted({kind(slot.occupant) or "" for slot in found})
         raise ValueError(
             f"got {', '.join(sorted(map(shown, unused)))}, which matches no activation in {type(model).__name__}. "
-            f"replace= takes {', '.join(kinds)}, skip= takes patterns of paths such as {found[0].path!r}, and both "
-            "take classes. Correct it, or leave it out."
+            f"replace= takes {', '.join(kinds)}, and skip= takes patterns of paths such as {found[0].path!r}. Correct "
+            "it, or leave it out."
         )
     return chosen, left
 
@@ -324,9 +324,7 @@ def _matches(wanted: str | type, slot: Slot) -> bool:
     return isinstance(slot.occupant, wanted)
 
 
-def _nothing_to_replace(
-    model: nn.Module, left: list[tuple[str, str, str]], replace: Any, skip: Any, inputs: Any
-) -> str:
+def _nothing_to_replace(model: nn.Module, left: list[tuple[str, str, str]], inputs: Any) -> str:
     name = type(model).__name__
     if kind(model) is not None:
         return (
@@ -335,10 +333,7 @@ def _nothing_to_replace(
         )
     if left:
         found = ", ".join(sorted({f"{what} ({reason})" for _, what, reason in left}))
-        return (
-            f"nothing to replace in {name} with replace={shown(replace)} and skip={shown(skip)}. It has {found}. "
-            "Change replace= or skip=."
-        )
+        return f"there is nothing to replace in {name}. It has {found}. Change replace= or skip=."
     seen, reason = _audit(model, inputs)
     nothing = f"{name} has no activation modules, and no attributes that hold an activation."
     fix = "Edit the model's code so that it calls an activation module."

@@ -117,7 +117,7 @@ def set_activation(config: Any, name: str, *, fields: str | Iterable[str] | None
                 done.set(change.old)
             raise ValueError(
                 f"{type(config).__name__} does not accept {name!r} as {field.path} ({error}). Nothing was set. Select "
-                f"the other fields with fields=, or build the model and call hf_gem.convert(model, {name!r})."
+                f"the other fields with fields=, or {_instead(name)}."
             ) from error
     return changes
 
@@ -128,13 +128,17 @@ def _no_field(config: Any, name: str, found: list[ActivationField], wanted: Any)
     if wanted is not None:
         problem, fix = f" that matches fields={shown(wanted)}. It has {others or 'none'}.", ""
     elif others:
-        problem, fix = f" in the body of the network. It has {others}.", "Select one of these with fields=, or build"
+        problem, fix = f" in the body of the network. It has {others}.", "select one of these with fields=, or "
     else:
         problem, fix = ".", ""
-    return (
-        f"{type(config).__name__} has no field that selects an activation{problem} {fix or 'Build'} the model and call "
-        f"hf_gem.convert(model, {name!r})."
-    )
+    fix += _instead(name)
+    return f"{type(config).__name__} has no field that selects an activation{problem} {fix[0].upper()}{fix[1:]}."
+
+
+def _instead(name: str) -> str:
+    if is_claimed(name):
+        return f"build the model and call hf_gem.convert(model, {name!r})"
+    return "use an activation of the family, which hf_gem.convert puts into a model that is built"
 
 
 def activation_fields(config: Any) -> Iterator[ActivationField]:

@@ -17,3 +17,8 @@ def path_patterns(paths: list[str]) -> str:
 def places(paths: list[str]) -> str:
     """Returns the number of paths, and the shortened paths."""
     return f"{len(paths)} at {path_patterns(paths)}"
+
+
+def counted(number: int, what: str) -> str:
+    """Returns a number with its noun, such as `1 activation` or `12 activations`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"

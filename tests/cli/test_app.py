@@ -58,6 +58,10 @@ def test_without_arguments_it_shows_its_help(hf_gem):
         (("plot", "--figure", "nope"), 1),
         (("report", "nowhere"), 1),
         (("run", "nope.py"), 1),
+        (("run", "-m", "nope"), 1),
+        (("run", "-m", "json.nope"), 1),
+        (("run", "-m", "nope.json"), 1),
+        (("run", "-m", "json"), 1),  # a package without __main__
         (("train", "nope"), 1),
         (("train", "--num-processes", "2", "gpt2"), 1),
     ],
@@ -86,6 +90,29 @@ def test_a_warning_takes_one_line(hf_gem, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         assert hf_gem("choose", "gpt2") == (0, "advice\n", "warning: of two lines\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("show", "gem"), ("train", "gpt2"), ("train", "--launcher", "cpu", "gpt2"), ("compare",)]
+)
+def test_ctrl_c_takes_one_line(hf_gem, monkeypatch, arguments):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_gem.cli.member.describe", interrupt)
+    monkeypatch.setattr("runpy.run_module", interrupt)  # while the recipe is imported
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", interrupt)
+    assert hf_gem(*arguments) == (130, "", "stopped\n")
+
+
+@pytest.mark.parametrize(("arguments", "text"), [(("list",), None), (("--help",), "1 / 0")])
+def test_a_faulty_family_takes_one_line(tmp_path, arguments, text):
+    file = tmp_path / "mine.py"
+    if text is not None:
+        file.write_text(text)
+    done = run_python("-m", "hf_gem", *arguments, HF_GEM_FAMILIES=str(file))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith(f"error: HF_GEM_FAMILIES contains {str(file)!r}, which cannot be imported (")
 
 
 COMPLETION = {"_HF_GEM_COMPLETE": "complete_bash", "COMP_WORDS": "hf-gem train gp", "COMP_CWORD": "2"}

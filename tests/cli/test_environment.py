@@ -1,11 +1,13 @@
 """`hf-gem env` and `hf-gem bench`."""
 
 import json
+import sys
 from pathlib import Path
 
 import torch
 
 import hf_gem as package
+from tests.helpers import run_python
 
 TOKEN = "hf_" + "s" * 34
 
@@ -59,6 +61,19 @@ def test_bench_compares_with_torch(hf_gem, monkeypatch):
 
 def test_bench_says_what_it_takes(hf_gem):
     assert "--dtype must be one of" in hf_gem("bench", "--device", "cpu", "--dtype", "int8")[2]
-    for flags in (("--shape", "8xmany"), ("--device", "nowhere"), ("gem_n0",)):
+    for shape in ("axb", "0", "8x0", "-8", "8x", "", "٣"):
+        assert "--shape must be sizes above 0 with x" in hf_gem("bench", "--device", "cpu", "--shape", shape)[2]
+    for flags in (("--shape", "8xmany"), ("--shape", "9" * 30), ("--device", "nowhere"), ("gem_n0",)):
         code, out, err = hf_gem("bench", "--device", "cpu", *flags)
         assert (code, out, err.count("\n")) == (1, "", 1)
+
+
+def test_bench_prints_no_warning_of_torch():
+    """torch.utils.cpp_extension, which its timer imports, warns where there is a CUDA toolkit and no GPU."""
+    code = """
+from hf_gem.cli import main, timing
+timing._KERNELS, timing._SECONDS = "eager", 1e-4
+main(["bench", "gem", "--shape", "8x16", "--rounds", "3", "--device", "cpu"])
+"""
+    done = run_python("-c", code, CUDA_HOME=sys.prefix, CUDA_VISIBLE_DEVICES="")
+    assert (done.returncode, done.stderr) == (0, "")

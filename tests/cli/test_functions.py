@@ -1,13 +1,17 @@
 """`hf-gem list`, `show` and `plot`."""
 
+import io
 import json
 import math
+import re
+import sys
 import xml.etree.ElementTree as ET
 
 import pytest
 import torch
 
 import hf_gem as package
+from hf_gem.cli import main
 from hf_gem.cli.terminal import plot
 
 
@@ -45,6 +49,10 @@ def test_show_has_the_properties_that_the_docs_derive(shown, name, n, eps):
     assert found["smallest_slope"] == [0, None]
     deepest = half * (2 * n - 1) ** ((2 * n - 1) / (2 * n)) / (2 * n)
     assert math.isclose(found["distance_from_relu"][0], deepest, rel_tol=1e-6)
+    gates = [y / x for x, y, _ in found["values"] if x > 0]
+    assert gates[0] < 0.1  # the table shows how the gate opens
+    assert gates[-1] > 0.9
+    assert any(math.isclose(gate, 0.5) for gate in gates)
     for x, y, slope in found["values"]:
         point = torch.tensor(x, dtype=torch.float64, requires_grad=True)
         value = package.activation(point, found["family"], n, eps)
@@ -95,11 +103,27 @@ def test_a_curve_in_the_terminal():
     assert lines[2].endswith("⣀⣀⣀⣀")
 
 
+@pytest.mark.parametrize(("encoding", "axis"), [("ascii", "+----"), ("cp1252", "+----"), ("cp437", "└────")])
+def test_show_takes_the_characters_that_the_output_has(monkeypatch, encoding, axis):
+    """A redirected console of Windows has cp1252, an old one cp437."""
+    console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", console)
+    main(["show", "gem"])
+    console.flush()
+    out = console.buffer.getvalue().decode(encoding)
+    assert axis in out
+    assert re.search(r"[.:']{3}", out)
+    assert "?" not in out
+    assert console.errors == "strict"  # as before, for the script of `hf-gem run`
+
+
 def test_plot_writes_png_and_svg(hf_gem, tmp_path):
     pytest.importorskip("matplotlib")
     png, svg = tmp_path / "a.png", tmp_path / "b.svg"
     assert hf_gem("plot", "gem_n2", "egem", "-o", png, "--rows", "function,slope,gate") == (0, f"Figure: {png}\n", "")
     assert png.read_bytes().startswith(b"\x89PNG")
+    assert hf_gem("plot", "gem", "-o", tmp_path / "c") == (0, f"Figure: {tmp_path / 'c.png'}\n", "")
+    assert (tmp_path / "c.png").exists()
     assert hf_gem("plot", "--figure", "gates", "--output", svg)[0] == 0
     first = svg.read_bytes()
     assert ET.fromstring(first).tag.endswith("svg")

@@ -7,10 +7,20 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from transformers import AutoModel, BertConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, ViTConfig
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    ViTConfig,
+)
 
 import hf_gem as package
-from hf_gem.cli.choosing import findings, profile
+from hf_gem.cli.choosing import caveat, findings, profile
+from hf_gem.cli.loading import build, find
 from tests.helpers import save_bytes_tokenizer
 
 SMALL = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 257, "n_positions": 32}
@@ -59,6 +69,18 @@ def test_audit_of_folders(hf_gem, gpt2, vit, flags):
         assert code == 0, err
         assert out.startswith("0 of ")
         assert hf_gem("audit", folder, "--act", "segem", "--check", *flags)[0] == 0
+        assert "  relu  " in hf_gem("audit", folder, "--act", "relu", *flags)[1]
+
+
+@pytest.mark.filterwarnings("default")
+def test_audit_converts_what_takes_no_activation(hf_gem):
+    for model in ("bloom", "swin_tiny_patch4_window7_224"):
+        code, out, err = hf_gem("audit", model, "--act", "gem_n2", "--check")
+        assert (code, err) == (0, f"warning: {model} cannot be built with gem_n2, so it was converted afterwards.\n")
+        assert "x gem_n2" in out
+        assert hf_gem("audit", model, "--act", "gem_n0")[2].startswith("error: got activation name 'gem_n0'.")
+    err = hf_gem("audit", "bloom", "--act", "relu")[2]  # which convert does not take
+    assert "no field that selects an activation. Use an activation of the family" in err
 
 
 def test_convert_saves_what_it_says(hf_gem, gpt2, tmp_path):
@@ -88,12 +110,32 @@ def test_convert_by_text(hf_gem, gpt2, tmp_path, eps):
     assert AutoModel.from_pretrained(report["folder"]).h[0].mlp.act.spec.name == name
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_tokenizer_is_copied_if_there_is_one(hf_gem, gpt2, tmp_path):
+    """Without its files, transformers makes up a tokenizer of special tokens, and all words are unknown to it."""
+    source = tmp_path / "bert"
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(**sizes, vocab_size=8, max_position_embeddings=8)).save_pretrained(source)
+    code, _, err = hf_gem("convert", source, tmp_path / "without", "--to", "gem")
+    without = f"there is no tokenizer or image processor in {source}"
+    assert (code, err) == (0, f"warning: {without}. So {tmp_path / 'without'} has none either.\n")
+    assert not list((tmp_path / "without").glob("*token*"))
+    (tmp_path / "data.txt").write_text("the gate " * 99)
+    by_text = ("--to", "egem", "--eps", "match", "--data", tmp_path / "data.txt")
+    code, out, err = hf_gem("convert", source, tmp_path / "with", *by_text)
+    assert (code, out) == (1, "")
+    assert f"there is no tokenizer in {source}. A text file needs one. Put its tokenizer there, or give an .npz" in err
+    (source / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\ngate\n")
+    assert hf_gem("convert", source, tmp_path / "with", *by_text)[0] == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "with")("the gate", add_special_tokens=False).input_ids == [5, 6]
+
+
 def test_convert_by_arrays(hf_gem, gpt2, tmp_path):
     np.savez(tmp_path / "ids.npz", input_ids=np.arange(8 * 16).reshape(8, 16))
     flags = ("--data", tmp_path / "ids.npz", "--per-layer", "--skip", "*.h.0.*")
     code, out, err = hf_gem("convert", gpt2, tmp_path / "out", "--to", "egem", "--eps", "match", *flags)
     assert code == 0, err
-    assert "1 activations replaced" in out
+    assert "1 activation replaced" in out
 
 
 def test_convert_by_images(hf_gem, vit, tmp_path):
@@ -106,6 +148,8 @@ def test_convert_by_images(hf_gem, vit, tmp_path):
     assert "6 activations replaced" in out
     saved = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert package.audit(saved).complete
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert "import hf_gem" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -113,17 +157,22 @@ def test_convert_by_images(hf_gem, vit, tmp_path):
     [
         (("--to", "egem", "--eps", "fit"), "--eps fit needs --data"),
         (("--to", "egem", "--data", "x.txt"), "--data needs --eps fit or match"),
-        (("--to", "egem", "--eps", "-1"), "eps must be positive"),
+        (("--to", "egem", "--per-layer"), "--per-layer needs --eps fit or match"),
+        (("--to", "egem", "--eps", "-1"), "got --eps -1.0. eps must be positive"),
         (("--to", "gelu"), "not one of the family"),
         (("--to", "egem", "--eps", "fit", "--data", "nowhere.txt"), "there is no data at nowhere.txt"),
         (("--to", "egem", "--eps", "fit", "--data", __file__, "--batch-size", "999"), "less than one batch"),
-        (("--to", "egem", "--skip", "nothing"), "nothing"),
+        (("--to", "egem", "--skip", "nothing"), "--replace takes newgelu, and --skip takes patterns of paths such as"),
+        (("--to", "egem", "--replace", "nothing"), "got 'nothing', which matches no activation"),
+        (("--to", "egem", "--skip", "*"), "newgelu (excluded by --skip). Change --replace or --skip."),
+        (("--to", "gem", "--eps", "match", "--data", __file__), "got --eps match for gem, which has a fixed eps"),
     ],
 )
 def test_convert_says_what_is_wrong(hf_gem, gpt2, tmp_path, flags, words):
     code, out, err = hf_gem("convert", gpt2, tmp_path / "out", *flags)
     assert (code, out) == (1, "")
     assert words in err
+    assert "=" not in err.replace("[_n<N>]", "")
     assert not (tmp_path / "out").exists()
 
 
@@ -134,6 +183,8 @@ def test_a_folder_of_something_else(hf_gem, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
     assert "cannot be built" in hf_gem("audit", tmp_path)[2]
     assert "has no weights" in hf_gem("audit", "gpt2", "--pretrained")[2]
+    assert "The nearest name is gpt2." in hf_gem("audit", "gtp2")[2]
+    assert "The nearest name" not in hf_gem("audit", "nosuchmodel")[2]
 
 
 def meta(config):
@@ -145,7 +196,8 @@ def test_choose_goes_by_the_kind_and_the_scale():
     wide, narrow = meta(GPT2Config(n_layer=1)), meta(GPT2Config(**SMALL))
     assert (wide.kind, narrow.kind) == ("transformer", "small-scale transformer")
     assert wide.rms == pytest.approx(0.02 * 768**0.5)
-    assert wide.matched == ["egem_eps0.31", "egem_n2_eps0.094"]
+    assert (wide.matched, narrow.matched) == ("egem_n2_eps0.094", None)
+    assert wide.activations == ("gelu_new",)
     assert meta(BertConfig(num_hidden_layers=1)).kind == "BERT"
     for config in (LlamaConfig(num_hidden_layers=1, vocab_size=8), ViTConfig(num_hidden_layers=1)):
         assert "no study" in meta(config).kind
@@ -161,5 +213,18 @@ def test_choose_says_what_is_not_known(hf_gem):
     assert "-4.66 points (-5.61 to -3.73)" in out
     assert "use: not known" in out
     assert "Use: not known." in hf_gem("choose", "llama")[1]
+    assert "hf-gem convert resnet18 OUT" in out
     values = json.loads(hf_gem("choose", "resnet18", "--json")[1])
     assert [row["use"] for row in values["findings"]] == ["ReLU or GELU", None]
+
+
+def test_choose_claims_what_was_studied(hf_gem):
+    """Each claim is in choosing.yaml, which a test compares with the records."""
+    for model, matched in (("gpt2", True), ("bert", False), ("llama", False)):
+        out = hf_gem("choose", model)[1]
+        assert ("matched here: egem_n2_eps0.094, whose gate is half open at that rms" in out) == matched
+        claims = [line for line in out.splitlines() if line.startswith(("  use: ", "  evidence: ", "These"))]
+        rows = profile(build(find(model))).findings
+        known = [text for row in rows for text in (f"  use: {row['use'] or 'not known'}", f"  evidence: {row['why']}")]
+        assert claims == known + [caveat()] * bool(rows)
+        assert "hf-gem convert" not in out  # a model type has no weights

@@ -29,7 +29,10 @@ def test_the_recipes_of_a_clone_are_those_beside_the_package(hf_gem):
     assert set(found["recipes"]) == files == set(recipe_files())
     assert found["recipes"]["gpt2_pretrain"] == "Pretrains GPT-2 from scratch with any activation"
     assert all(Path(path).is_file() for part in ("plans", "launchers") for path in found[part].values())
-    assert {"smoke", "gpt2-124m"} <= found["plans"].keys()
+    assert {"smoke", "gpt2-124m"} <= found["plans"].keys() == found["about_plans"].keys()
+    assert found["about_plans"]["bert-small"] == "BERT-small for 3,000 steps, as in arXiv 2604.21677"
+    assert all(found["about_plans"].values())
+    assert "  bert-small  " in hf_gem("recipes")[1]
     assert {"multi_gpu", "cpu"} <= found["launchers"].keys()
 
 
@@ -47,6 +50,14 @@ def test_an_ambiguous_recipe(hf_gem):
     assert "'vision' could be vision_finetune or vision_train" in err
 
 
+@pytest.mark.parametrize(("recipe", "near"), [("gtp2", "gpt2_pretrain"), ("gpt2_pretain", "gpt2_pretrain"), ("x", "")])
+def test_a_misspelled_recipe(hf_gem, recipe, near):
+    err = hf_gem("train", recipe)[2]
+    assert f"the recipe {recipe!r} is not known. The recipes are bert_pretrain, " in err
+    assert ("Did you mean" in err) == bool(near)
+    assert near in err
+
+
 def test_options_before_the_recipe_start_it(hf_gem):
     assert "the launcher 'nope' is not known. Give cpu, " in hf_gem("train", "--launcher", "nope", "gpt2")[2]
     assert "without --launcher" in hf_gem("train", "--num-processes", "2", "gpt2")[2]
@@ -62,7 +73,24 @@ def test_compare_knows_plans_by_name(hf_gem):
     code, out, err = hf_gem("compare", "--plan", "smoke", "--dry_run")
     assert code == 0, err
     assert "smoke: 3 arms" in out
-    assert "--jobs" in hf_gem("compare", "--help")[1]
+    code, out, _ = hf_gem("compare", "--help")
+    assert (code, out.startswith("usage: hf-gem compare [-h] --plan PLAN")) == (0, True)
+    assert "--jobs" in out
+    assert "compare.py" not in out
+    code, _, err = hf_gem("compare")
+    assert (code, err.splitlines()[-1]) == (
+        2,
+        "hf-gem compare: error: the following arguments are required: --plan",
+    )
+
+
+def test_compare_lists_the_plans(hf_gem, tmp_path, monkeypatch):
+    code, _, err = hf_gem("compare", "--plan", "nope")
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith("error: there is no plan 'nope'. Give the path of a file, or one of bert-narrow-stdlib, ")
+    (tmp_path / "smoke").mkdir()
+    monkeypatch.chdir(tmp_path)  # a folder with the name of a plan is no plan
+    assert hf_gem("compare", "--plan", "smoke", "--dry_run")[0] == 0
 
 
 @pytest.mark.slow

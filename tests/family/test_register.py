@@ -233,6 +233,11 @@ def test_a_family_that_contradicts_itself(changes, message):
     assert "xgem" not in FAMILIES
 
 
+def test_what_is_no_family():
+    with pytest.raises(TypeError, match=r"got 5 of type int\. register_family takes a hf_gem\.Family\."):
+        hf_gem.register_family(5)
+
+
 def test_what_kernels_do_not_have():
     def value(z, n, r, e):
         return DGEM.value(z, n, r, e) + 0.0 * torch.sin(z)
@@ -308,7 +313,10 @@ def test_a_family_named_by_the_environment(tmp_path):
         Path(dgem.__file__).read_text() + "\nimport hf_gem\n\nhf_gem.register_family(DGEM)\n"
     )
     code = "import hf_gem; print(hf_gem.get_activation('dgem_n3'))"
-    for value, expected in (("mine.py", "GemActivation(dgem, n=3"), ("none.py", "does not exist")):
+    for value, expected in (
+        ("mine.py", "GemActivation(dgem, n=3"),
+        ("none.py", "ImportError: HF_GEM_FAMILIES"),
+    ):
         env = {**os.environ, "HF_GEM_FAMILIES": value}
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path, env=env

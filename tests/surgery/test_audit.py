@@ -290,6 +290,13 @@ def test_wrong_models():
         audit(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("inputs", [5, "gem_n2", {"input_ids": [1]}])
+def test_inputs_that_are_none(inputs):
+    kind = type(inputs).__name__
+    with pytest.raises(TypeError, match=rf"got {kind} as the inputs of GPT2LMHeadModel\. They must be .* or pass none"):
+        audit(gpt2(), inputs)
+
+
 @pytest.mark.filterwarnings("ignore:.* do not pick up")
 def test_the_table():
     report = audit(swin(hidden_act="gem_n2"))

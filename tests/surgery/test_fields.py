@@ -115,6 +115,8 @@ def test_timm_keeps_its_other_arguments():
 def test_nothing_to_set():
     with pytest.raises(ValueError, match=r"BloomConfig has no field that selects .*hf_gem\.convert\(model, 'gem_n2'\)"):
         hf_gem.set_activation(BloomConfig(), "gem_n2")
+    with pytest.raises(ValueError, match=r"BloomConfig has no field .* Use an activation of the family, which"):
+        hf_gem.set_activation(BloomConfig(), "relu")  # which convert does not take
 
 
 def test_a_field_that_refuses_the_name_leaves_everything_as_it_was():
