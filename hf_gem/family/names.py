@@ -104,8 +104,8 @@ def _broken_rule_of_eps(eps: float, n: int) -> str:
     if not (math.isfinite(eps) and eps > 0):
         return _RULE_OF_EPS
     if abs(math.log2(eps)) > 2 * n * MAX_LOG2_SCALE:
-        limit = min(2 * n * MAX_LOG2_SCALE * math.log10(2), 307)
-        return f"eps must be between 1e-{limit:.0f} and 1e{limit:.0f} for n={n}."
+        limit = math.floor(2 * n * MAX_LOG2_SCALE * math.log10(2))
+        return f"eps must be between 1e-{limit} and 1e{limit} for n={n}."
     return ""
 
 

@@ -191,6 +191,30 @@ def test_eps_out_of_range(eps):
         assert f"got eps={eps!r}." in str(error.value)
 
 
+@pytest.mark.parametrize(("n", "limit"), [(1, 60), (2, 120), (3, 180), (4, 240), (5, 301)])
+def test_the_limits_of_eps(n, limit):
+    """For greater n, all positive numbers are allowed."""
+    smallest = 5e-324
+    with pytest.raises(ValueError, match=rf"eps must be between 1e-{limit} and 1e{limit} for n={n}\."):
+        check_eps(smallest, n)
+    for eps in (float(f"1e-{limit}"), float(f"1e{limit}")):
+        assert check_eps(eps, n) == eps
+    assert check_eps(smallest, 6) == smallest
+
+
+def test_a_learnable_eps_starts_in_the_range_of_float32():
+    for eps in (1e-37, 1e37):
+        assert GemSpec("egem", 2, eps, learnable=True).eps == eps
+    for eps in (0.9e-37, 1.1e37):
+        with pytest.raises(ValueError, match=r"with learnable=True\. A learnable eps must start between 1e-37 and 1e37"):
+            GemSpec("egem", 2, eps, learnable=True)
+
+
+def test_numbers_of_numpy_become_those_of_python():
+    spec = GemSpec("egem", np.int64(2), np.float32(0.5))
+    assert (type(spec.n), type(spec.eps)) == (int, float)
+
+
 @pytest.mark.parametrize("given", ["gem_n2" + "2" * 10**5, "x" * 10**5, [0] * 10**5], ids=range(3))
 def test_no_message_repeats_all_that_it_was_given(given):
     for call in (parse, GemSpec, check_n, check_eps, lambda given: GemSpec("egem", learnable=given)):
@@ -213,12 +237,6 @@ def test_a_name_with_a_bad_number_says_what_is_allowed():
         parse("egem_eps1em70")
     with pytest.raises(ValueError, match=r"'gem_eps2'\. gem has a fixed eps of 1\. Allowed"):
         parse("gem_eps2")
-
-
-def test_limits_of_eps_widen_with_n():
-    assert check_eps(1e-100, 2) == 1e-100
-    with pytest.raises(ValueError, match="between 1e-60 and 1e60 for n=1"):
-        check_eps(1e-100, 1)
 
 
 @pytest.mark.parametrize("arguments", [("gem", 1, 0.5), ("gem", 2, None, True)])
