@@ -206,7 +206,9 @@ def test_a_learnable_eps_starts_in_the_range_of_float32():
     for eps in (1e-37, 1e37):
         assert GemSpec("egem", 2, eps, learnable=True).eps == eps
     for eps in (0.9e-37, 1.1e37):
-        with pytest.raises(ValueError, match=r"with learnable=True\. A learnable eps must start between 1e-37 and 1e37"):
+        with pytest.raises(
+            ValueError, match=r"with learnable=True\. A learnable eps must start between 1e-37 and 1e37"
+        ):
             GemSpec("egem", 2, eps, learnable=True)
 
 
