@@ -11,6 +11,7 @@ import typer
 
 import hf_gem as package
 from hf_gem.cli import app, main
+from hf_gem.files import shown
 from tests.helpers import ROOT, run_python
 
 DOCS = (ROOT / "docs" / "cli.md").read_text()
@@ -112,7 +113,7 @@ def test_a_faulty_family_takes_one_line(tmp_path, arguments, text):
         file.write_text(text)
     done = run_python("-m", "hf_gem", *arguments, HF_GEM_FAMILIES=str(file))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith(f"error: HF_GEM_FAMILIES contains {str(file)!r}, which cannot be imported (")
+    assert done.stderr.startswith(f"error: HF_GEM_FAMILIES contains {shown(str(file))}, which cannot be imported (")
 
 
 COMPLETION = {"_HF_GEM_COMPLETE": "complete_bash", "COMP_WORDS": "hf-gem train gp", "COMP_CWORD": "2"}

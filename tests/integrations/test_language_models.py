@@ -97,7 +97,7 @@ def test_training(model_type, act):
     layers = activations(model)
     assert [layer.spec.name for layer in layers] == [act] * (4 if model_type == "t5" else 2)
     losses = train(model, steps=4)
-    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert all(p.item() != 0 for layer in layers for p in layer.parameters())
 
@@ -251,7 +251,7 @@ def test_lora(act, base, target_modules, tmp_path):
     config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=target_modules)
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     losses = train(model, steps=3)
-    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
     for layer in activations(model):
         assert layer.spec.name == act
         assert all(p.grad is None and not p.requires_grad and p.item() == 0 for p in layer.parameters())
