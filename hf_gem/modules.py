@@ -173,7 +173,7 @@ class GemActivation(nn.Module):
         return ", ".join(parts)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = vars(self).copy()
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # without what was compiled
         del state["formula"]  # the formula of a user's family may be a lambda, which cannot be pickled
         return state
 

@@ -501,3 +501,15 @@ def test_save_may_change(module):
         assert ((y if save == "output" else x).data_ptr()) in saved
         grads.append(torch.autograd.grad(y.sum(), x)[0])
     torch.testing.assert_close(*grads)
+
+
+@learnable_families
+def test_copies_of_a_compiled_module_run_with_their_own_parameters(family):
+    module, x = LEARNABLE[family](1, 1.0, learnable=True), torch.linspace(-2, 2, 5)
+    module.compile(backend="eager")
+    before = module(x)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        with torch.no_grad():
+            twin.log_ratio.fill_(5.0)
+        assert torch.equal(twin(x), twin.forward(x))
+    assert torch.equal(module(x), before)

@@ -6,6 +6,7 @@ class of a plain dict cannot be changed, so every module that holds `ACT2CLS` ge
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -34,7 +35,7 @@ from ..surgery.fields import (
 )
 from ..surgery.kinds import is_stock, kind, stock_slots
 from ..surgery.plans import PLAN, apply_plans, complete, parts_inside, parts_of, shared_eps, specs, unnamed
-from ..surgery.slots import BUILT, join
+from ..surgery.slots import BUILT, join, slot_at, spec_of
 from .peft import write_adapter_plan
 from .registry import Installer, NameLookup, both, lookups, patch, refuse_conflicts, replace_everywhere
 from .weights import warn_of_weights_alone
@@ -227,10 +228,11 @@ def _expect(model: Any, missing: dict[str, str]) -> None:
 
 
 def _refuse(missing: dict[str, str], model: Any, _: Any) -> None:
-    modules = dict(model.named_modules(remove_duplicate=False))
     for path, name in missing.items():
-        module = modules.get(path)
-        if not isinstance(module, GemActivation) or module.spec.name != name:  # its own code may have put it there
+        spec = None
+        with contextlib.suppress(KeyError):
+            spec = spec_of(slot_at(model, path).occupant)
+        if spec is None or spec.name != name:  # otherwise its own code put it there
             cls = type(model).__name__
             raise ValueError(
                 f"{cls} was saved with {shown(name)} at {shown(path)}, but was built without it. Only self.post_init() "

@@ -12,7 +12,7 @@ from ..family.names import GemSpec, parse
 from ..files import shown
 from ..fit import MATCH_C
 from .scales import check_match
-from .slots import Slot
+from .slots import Slot, lists_children
 
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 _QUANTISED = ("torch.ao.nn.quantized.modules", "torch.ao.nn.intrinsic.quantized.modules")
@@ -103,14 +103,13 @@ def check_wrappers(model: nn.Module, spec: GemSpec, chosen: dict[str, Slot]) -> 
 
 
 def check_containers(spec: GemSpec, chosen: dict[str, Slot]) -> None:
-    """Raises ValueError if a learnable activation would become one of the modules that a container lists and runs."""
+    """Raises ValueError if a learnable activation would become one of the submodules that its owner goes through."""
     for path, slot in chosen.items():
-        inside = isinstance(slot.owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-        if spec.learnable and inside and slot.key in vars(slot.owner):
+        if spec.learnable and slot.key in vars(slot.owner) and lists_children(slot.owner):
             raise ValueError(
                 f"got the learnable {spec.name} for {path}, an attribute of a {type(slot.owner).__name__}. Its eps is "
-                "only trained if the activation is a submodule, and then the container would also run it as one of its "
-                f"layers. Use a fixed eps, or exclude it with skip={path!r}."
+                "only trained if the activation is a submodule. But this class goes through its submodules, and would "
+                f"then run the activation once more. Use a fixed eps, or exclude it with skip={path!r}."
             )
 
 

@@ -156,9 +156,9 @@ def convert(
     replace a call that is written into a forward method; the audit at the end lists these calls. Layers that share an
     activation still share one afterwards, unless its eps is learnable. `hf_gem.revert` undoes the conversion.
 
-    The module that replaces a function is not a submodule, so loops over `children()` run what they ran before. A
-    learnable eps has to be in a submodule: check such loops. torch.fx and TorchScript also need one, which
-    `block.act = block.act` makes of it.
+    In place of a function, the activation becomes a submodule, unless the owner is a container or its class goes
+    through `children()`: such a loop would run the activation too. It is then an attribute that `modules()`, `print`,
+    torch.fx and TorchScript do not see, and its eps cannot be learnable.
 
     Hooks stay on the replaced module. The new module never overwrites its input. So the result changes if a model
     ignores the output of `ReLU(inplace=True)` and continues with the input. An activation that its owner's code calls

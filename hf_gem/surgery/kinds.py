@@ -6,7 +6,6 @@ import ast
 import copy
 import functools
 import inspect
-import itertools
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -75,18 +74,30 @@ def is_elementwise(occupant: Any) -> bool:
     home = getattr(type(inner) if isinstance(inner, nn.Module) else inner, "__module__", None) or ""
     if home.partition(".")[0] in ("", "torch", "transformers", "timm", "hf_gem"):
         return True
-    try:
-        with torch.no_grad(), torch.device("cpu"):
-            x = torch.linspace(-2.0, 2.0, 48, dtype=torch.float64).reshape(2, 4, 6)
-            other = x.clone()
-            other[0, 0, 0] += 1.0
-            function = as_function(occupant)
-            y, changed = function(x.clone()), function(other)
-            if not isinstance(y, Tensor) or y.shape != x.shape:
-                return False
-            return torch.allclose(y.flatten()[1:], changed.flatten()[1:])
-    except Exception:  # it needs another kind of input, which is no problem for a replacement
-        return True
+    # What cannot be copied, or cannot compute in float64, is called itself.
+    for make, dtype in ((as_function, torch.float64), (_itself, torch.float32)):
+        try:
+            return _changes_alone(make(occupant), dtype)
+        except Exception:  # it may need another kind of input, which is no problem for a replacement
+            continue
+    return True
+
+
+def _itself(activation: Callable[..., Any]) -> Callable[..., Any]:
+    return activation.forward if isinstance(activation, nn.Module) else activation
+
+
+@torch.no_grad()
+def _changes_alone(function: Callable[..., Any], dtype: torch.dtype) -> bool:
+    """Returns whether a change of one number changes no other number of the result, and the shape stays."""
+    with torch.device("cpu"):
+        x = torch.linspace(-2.0, 2.0, 48, dtype=dtype).reshape(2, 4, 6)
+        other = x.clone()
+        other[0, 0, 0] += 1.0
+        y, changed = function(x.clone()), function(other)
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            return False
+        return torch.allclose(y.flatten()[1:], changed.flatten()[1:])
 
 
 def as_function(activation: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,15 +113,31 @@ def foreign_call(slot: Slot) -> str:
     An example is `self.act(x, approximate='tanh')`. Code without source is not searched.
     """
     takes = inspect.signature(GemActivation.forward)
-    methods = (value for cls in type(slot.owner).__mro__ for value in vars(cls).values() if inspect.isfunction(value))
-    written = (code for code in map(inspect.unwrap, methods) if inspect.isfunction(code))
-    for call in itertools.chain(*(_calls(code) for code in written if slot.key in code.__code__.co_names)):
-        if ast.unparse(call.func) == f"self.{slot.key}":
-            try:
-                takes.bind("self", *call.args, **{k.arg: k for k in call.keywords if k.arg is not None})
-            except TypeError:
-                return ast.unparse(call)
+    for function in _methods(type(slot.owner)):  # type: ignore[arg-type]  # classes are hashable
+        if slot.key not in function.__code__.co_names:
+            continue
+        called = f"{next(iter(function.__code__.co_varnames), '')}.{slot.key}"
+        for call in _calls(function):
+            if ast.unparse(call.func) == called:
+                try:
+                    takes.bind("self", *call.args, **{k.arg: k for k in call.keywords if k.arg is not None})
+                except TypeError:
+                    return ast.unparse(call)
     return ""
+
+
+@functools.lru_cache(maxsize=64)
+def _methods(cls: type) -> list[Any]:
+    """Returns the functions of a class that run: not those that a subclass overrides, unless it calls `super()`."""
+    found, overridden = [], set[str]()
+    for base in cls.__mro__:
+        for name, held in vars(base).items():
+            function = inspect.unwrap(held) if inspect.isfunction(held) else None
+            if inspect.isfunction(function) and name not in overridden:
+                found.append(function)
+                if "super" not in function.__code__.co_names:
+                    overridden.add(name)
+    return found
 
 
 @functools.lru_cache(maxsize=64)  # most owners in a model are of few classes

@@ -101,7 +101,16 @@ def evaluating(model: nn.Module, training: tuple[type[nn.Module], ...] = ()) -> 
         torch.backends.mha.set_fastpath_enabled(False)
         for module in model.modules():
             module.training = isinstance(module, training)  # `model.eval()` may have effects, such as merging adapters
+            if type(module) is nn.SyncBatchNorm:
+                module.__class__ = _NoSyncBatchNorm
+                stack.callback(setattr, module, "__class__", nn.SyncBatchNorm)
         yield
+
+
+class _NoSyncBatchNorm(nn.SyncBatchNorm):
+    """Normalises like SyncBatchNorm, but waits for no other process: these may not run the model."""
+
+    forward = nn.BatchNorm1d.forward
 
 
 _Container = dict[Any, Any] | list[Any] | set[Any] | deque[Any]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +15,7 @@ from ..family.names import GemSpec
 
 BUILT = "_hf_gem_built"  # an attribute of activations that the model gets again whenever it is built
 _PACKED = "used_nested_tensor"  # an attribute; see `match_nested_tensors`
-
-
+_LOOPS = {"children", "named_children", "_modules"}  # names in code that goes through the submodules of a module
 # Classes that overwrite the output of their activation, so its backward pass has to keep the input.
 _OVERWRITES = {"GammaAct"}  # in timm's nfnet
 
@@ -43,11 +44,11 @@ class Slot:
     def put(self, occupant: Callable[..., Any]) -> None:
         """Replaces the module or function in the slot.
 
-        Only a module with parameters becomes a submodule where there was none, as in place of a function. Any other
-        stays out of the owner's children: a loop over them, as in an `nn.Sequential`, would also run the activation.
+        A module in place of a function becomes a submodule, unless the owner goes through its submodules: a loop over
+        them, as in an `nn.Sequential`, would also run the activation.
         """
         held = vars(self.owner)  # torch keeps submodules elsewhere
-        if isinstance(occupant, nn.Module) and (self.key not in held or any(True for _ in occupant.parameters())):
+        if isinstance(occupant, nn.Module) and (self.key not in held or not lists_children(self.owner)):
             setattr(self.owner, self.key, occupant)
         else:
             if self.key not in held:
@@ -58,6 +59,15 @@ class Slot:
             relu = occupant is nn.functional.relu or isinstance(occupant, nn.ReLU)
             gelu = occupant is nn.functional.gelu or isinstance(occupant, nn.GELU)
             self.owner.activation_relu_or_gelu = 1 if relu else 2 if gelu else 0
+
+
+def lists_children(owner: nn.Module) -> bool:
+    """Returns whether a module is a container, or code of its class goes through its submodules in another way."""
+    if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return True
+    own = itertools.takewhile(lambda cls: cls is not nn.Module, type(owner).__mro__)
+    functions = map(inspect.unwrap, filter(inspect.isfunction, (held for cls in own for held in vars(cls).values())))
+    return any(not _LOOPS.isdisjoint(function.__code__.co_names) for function in functions)
 
 
 def join(path: str, key: str) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -667,3 +668,43 @@ def test_a_class_of_the_users_own():
 def test_reverting_what_is_no_model(wrong):
     with pytest.raises(TypeError, match=r"as model\. model must be a torch\.nn\.Module\."):
         revert(wrong)
+
+
+class HalfGELU(nn.Module):
+    """Cannot be copied, and halves the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def forward(self, x):
+        return F.gelu(x[..., ::2])
+
+
+def test_an_activation_that_cannot_be_copied_is_tried_itself():
+    net = nn.Sequential(nn.Linear(4, 4), HalfGELU())
+    with pytest.raises(ValueError, match="not elementwise"):
+        hf_gem.convert(net, "gem")
+
+
+def test_a_call_in_a_method_that_is_overridden_does_not_count():
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.act = nn.Linear(4, 4), nn.GELU()
+
+        def forward(this, x):  # noqa: N805
+            return this.act(this.linear(x), approximate="tanh")
+
+    class Child(Parent):
+        def forward(self, x):
+            return self.act(self.linear(x))
+
+    class Calls(Parent):
+        def forward(self, x):
+            return super().forward(self.act(x))
+
+    assert len(hf_gem.convert(Child(), "gem").replaced) == 1
+    for build in (Parent, Calls):
+        with pytest.raises(ValueError, match=r"called as this\.act"):
+            hf_gem.convert(build(), "gem")

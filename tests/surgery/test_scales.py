@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hf_gem
 from hf_gem import convert, parse, revert
@@ -55,6 +56,19 @@ def test_normalisation_takes_the_statistics_of_the_batch_and_keeps_its_own(norm)
         after = model.state_dict()
         assert all(torch.equal(after[key], before[key]) for key in before)
         assert [module.training for module in model] == [training] * 3
+
+
+def test_synchronised_normalisation_waits_for_no_other_process():
+    """A conversion may run in one of several processes only."""
+    norm = nn.SyncBatchNorm(4)
+    model = nn.Sequential(norm, nn.ReLU())
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        found = scales(model, 100 * torch.randn(64, 4, 16) + 30)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found.rms == pytest.approx(1, **ROUNDED)
+    assert type(norm) is nn.SyncBatchNorm
 
 
 def test_functions_count_and_gates_do_not():

@@ -22,12 +22,10 @@ def test_a_slot(path):
     slot = slot_at(net, path)
     old = slot.occupant
     assert old is net[int(path[0])].act
-    submodule = path == "0.act"
     for new in (nn.SiLU(), hf_gem.EGEM(learnable=True), hf_gem.GEM(), F.silu, hf_gem.GEM(), old):
         slot.put(new)
         assert net[int(path[0])].act is slot.occupant is new
-        submodule = new is not F.silu and (submodule or any(True for _ in getattr(new, "parameters", tuple)()))
-        assert ("act" in net[int(path[0])]._modules) == submodule != ("act" in vars(net[int(path[0])]))
+        assert ("act" in net[int(path[0])]._modules) == isinstance(new, nn.Module) != ("act" in vars(net[int(path[0])]))
 
 
 @pytest.mark.parametrize("path", ["9.act", "0.nothing", "0.linear.in_features", "", "0.linear.weight"])
@@ -93,14 +91,36 @@ def test_loops_over_children_run_what_they_ran(build, choice):
         assert torch.equal(twin(x), stock)
 
 
-def test_a_container_cannot_learn_the_eps_of_its_attribute():
-    net = nn.Sequential(Container())
-    with pytest.raises(ValueError, match=r"learnable egem_learnable for 0\.act, .* a Container\..* skip='0\.act'"):
+@pytest.mark.parametrize("build", [Container, Children])
+def test_what_loops_over_children_cannot_learn_the_eps_of_its_attribute(build):
+    net = nn.Sequential(build())
+    match = rf"learnable egem_learnable for 0\.act, .* a {build.__name__}\..* skip='0\.act'"
+    with pytest.raises(ValueError, match=match):
         hf_gem.convert(net, "egem_learnable")
     assert net[0].act is F.relu
-    net = Children()  # whose loop over submodules nobody can see from outside
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.act = nn.Linear(4, 4), F.relu
+
+    def forward(self, x):
+        return self.act(self.linear(x))
+
+
+def test_in_place_of_a_function_is_a_submodule():
+    net = nn.Sequential(Plain(), Plain())
+    hf_gem.convert(net, "egem")
+    assert [type(module) for module in net.modules()].count(hf_gem.EGEM) == 2
+    assert "EGEM" in str(net)
+    x = torch.randn(3, 4)
+    assert torch.equal(torch.fx.symbolic_trace(net)(x), net(x))
+    assert torch.equal(torch.jit.script(net)(x), net(x))
+    hf_gem.revert(net)
+    assert [name for name, _ in net[0].named_children()] == ["linear"]
     hf_gem.convert(net, "egem_learnable")
-    assert [name for name, _ in net.named_parameters()].count("act.log_ratio") == 1
+    assert [name for name, _ in net.named_parameters()].count("0.act.log_ratio") == 1
 
 
 # ---- replacing
