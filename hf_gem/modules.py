@@ -28,7 +28,8 @@ class GemActivation(nn.Module):
 
     n and eps are plain numbers, so building a model on the meta device loses nothing. Calls accept `inplace`, as
     `torch.nn.functional.relu` does, since a conversion puts this module in its place. The input is never overwritten.
-    You can change `save`, `family`, `n` and `init_eps` at any time: `module.save = "input"`.
+    You can change `save`, `n` and `init_eps` at any time, as in `module.save = "input"`, and `family` too, if the other
+    family takes this eps.
 
     A learnable eps is `init_eps * exp(log_ratio)`. It stays positive whatever the optimizer does, and it is exactly
     `init_eps` at `log_ratio = 0`, even if the module is cast to bfloat16.

@@ -82,7 +82,7 @@ def evaluating(model: nn.Module, training: tuple[type[nn.Module], ...] = ()) -> 
     """Sets evaluation mode without gradients, compilation or fused encoder layers. Restores the model at the end.
 
     Values written into buffers are not restored; use `copied_buffers` for these. Neither are caches outside the
-    modules, as in an `lru_cache`, or in objects of other classes than Python's containers.
+    modules, as in an `lru_cache`, or inside other objects than dicts, lists, sets and deques.
 
     Args:
         model: The model, in any mode.
