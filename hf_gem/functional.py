@@ -68,8 +68,8 @@ def egem(x: Tensor, n: int = 1, eps: float | Tensor = DEFAULT_EPS, save: str = "
             layer or convolution that follows keeps anyway, and recovers the slope from it; the result must then not be
             overwritten in place. `"auto"` keeps the output on GPUs for n up to 4, except for a tensor eps, and except
             in float16 at n = 1 with eps below 7e-5, where outputs underflow. Otherwise it keeps the input, always on
-            CPUs, where recovering the slope costs more time than it saves. Where an output underflows to 0, derivatives
-            from it are those at 0.
+            CPUs, where recovering the slope costs more time than it saves. Where an output underflows to 0, all
+            derivatives from it are 0.
 
     Returns:
         A tensor with the shape, dtype and memory format of x. float16 and bfloat16 are computed in float32.
@@ -313,7 +313,9 @@ class _Recovered(torch.autograd.Function):
 
     @staticmethod
     def forward(y: Tensor, eps: float | Tensor, family: Family, n: int) -> Tensor:
-        return inverse(family, n, eps, y)
+        x = inverse(family, n, eps, y)
+        # Most outputs of 0 come from below 0. At 0 itself, versions of torch differ in the derivatives of a minimum.
+        return torch.where(y == 0, -torch.finfo(x.dtype).tiny, x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:

@@ -362,12 +362,15 @@ def derivatives(x, n, eps, save, num):
 @pytest.mark.parametrize("eps", [1e-4, 0.1, 1.0, 30.0])
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_higher_derivatives_from_the_output(n, eps):
-    """They are the derivatives from the input at the x that the output gives, so they are as accurate and as finite."""
+    """They are the derivatives from the input at the x that the output gives, so they are as accurate and as finite.
+
+    An output of 0 gives an x below 0, where all derivatives are 0.
+    """
     scale = eps ** (1 / (2 * n))
     positive = torch.logspace(-6, 3, 300) * scale
     x = torch.cat([-positive, positive, torch.zeros(1), torch.logspace(-30, -6, 100) * scale])
     y, *found = derivatives(x, n, eps, "output", 5)
-    recovered = inverse(TABLE["egem"], n, eps, y)
+    recovered = torch.where(y == 0, -1.0, inverse(TABLE["egem"], n, eps, y))
     for got, expected in zip(found, derivatives(recovered, n, eps, "input", 5)[1:], strict=True):
         assert torch.equal(got, expected)
         assert torch.isfinite(got).all()
