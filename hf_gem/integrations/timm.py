@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -71,13 +71,23 @@ class _Gammas(NameLookup):
     make = staticmethod(lambda spec: gain(spec.name, centered=True))
 
 
+def _is_ours(value: object) -> TypeGuard[str]:
+    """Returns whether an argument is meant as one of the family. Names in timm's registries belong to who put them."""
+    if not is_claimed(value):
+        return False
+    from timm.layers import create_act
+
+    layers = (create_act._ACT_LAYER_DEFAULT, create_act._ACT_LAYER_ME)
+    return not any(dict.__contains__(registry, value.lower()) for registry in layers)  # `in` includes the family
+
+
 def _build_model(original: Any, model_cls: Any, *args: Any, **kwargs: Any) -> nn.Module:
     """Builds a model with names that can be called, and restores a saved conversion before weights are loaded.
 
     The conversion is stored as an argument of the model. Without hf_gem, timm rejects this argument.
     """
     plan = kwargs.pop(PLAN, None)
-    names = {key: parse(value).name for key, value in kwargs.items() if "act_layer" in key and is_claimed(value)}
+    names = {key: parse(value).name for key, value in kwargs.items() if "act_layer" in key and _is_ours(value)}
     kwargs.update({key: ActName(name) for key, name in names.items()})
     if "act_layer" in names:
         _unfix(kwargs)
@@ -155,7 +165,7 @@ def _save_config(
         warnings.warn(problem, stacklevel=2)
     recorded: Any = getattr(model, "_model_args", {})
     recorded.pop(PLAN, None)  # the conversion it was loaded with, which may have changed since
-    ours: dict[str, Any] = {key: value for key, value in recorded.items() if is_claimed(value)}
+    ours: dict[str, Any] = {key: value for key, value in recorded.items() if _is_ours(value)}
     plan = plan_of(model)
     if plan is not None:
         ours[PLAN] = plan

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import functools
 import sys
 import warnings
@@ -16,9 +15,9 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
-from ..family.names import is_claimed, parse
+from ..family.names import parse
 from ..family.table import FAMILIES
-from ..files import shown
+from ..files import closest, shown
 from ..modules import CALLED, GemActivation, get_activation, module_factory
 from ..surgery.audit import say_what_did_not_run
 from ..surgery.configs import mask, unmask, write_plan
@@ -28,6 +27,7 @@ from ..surgery.fields import (
     is_activation_key,
     is_body,
     is_config,
+    is_ours,
     nested_configs,
     plain_name,
     set_activation,
@@ -93,11 +93,11 @@ def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
         original(config, **kwargs)  # the base class, which can read any file
         return
     # Other keys in a file may have been derived from fields. `pooling="gem"` means generalised-mean pooling.
-    asked = (key for key, value in kwargs.items() if is_claimed(value) and is_activation_key(key))
+    asked = (key for key, value in kwargs.items() if is_ours(value) and is_activation_key(key))
     keys = [key for key in asked if key == "hidden_act" or not from_file]
     names = {key: kwargs.pop(key) for key in keys}
     original(config, **kwargs)
-    if config.model_type in _OVERWRITTEN and is_claimed(config.hidden_act):
+    if config.model_type in _OVERWRITTEN and is_ours(config.hidden_act):
         warnings.warn(
             f"{type(config).__name__} replaces hidden_act={shown(config.hidden_act)} by 'silu' whenever it is created "
             "or loaded. Set it afterwards with hf_gem.set_activation(config, name), or convert the model.",
@@ -135,7 +135,7 @@ def _config_from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kw
     finally:
         _reading.reset(token)
     config, unused = result if isinstance(result, tuple) else (result, {})
-    if is_claimed(name) and not declares(config, "hidden_act"):
+    if is_ours(name) and not declares(config, "hidden_act"):
         unused.pop("hidden_act", None)
         _redirect(config, parse(name).name)
     elif "hidden_act" not in unused and not hasattr(config, "hidden_act"):  # neither given back nor kept: dropped
@@ -159,7 +159,7 @@ def _say_what_is_not_read(config: Any, name: object) -> None:
 
     Setting the field would be another function than transformers alone computes, also for old code and files.
     """
-    if not isinstance(name, str) or is_claimed(name) or declares(config, "hidden_act") or PLAN in vars(config):
+    if not isinstance(name, str) or is_ours(name) or declares(config, "hidden_act") or PLAN in vars(config):
         return
     from transformers.activations import ACT2FN
 
@@ -168,8 +168,8 @@ def _say_what_is_not_read(config: Any, name: object) -> None:
         return
     selected = ", ".join(f"{field.path}={shown(field.value)}" for field in fields if field.value)
     fix = "Set another one with hf_gem.set_activation(config, name)." if fields else "hf_gem.audit(model) lists them."
-    near = difflib.get_close_matches(name, [*FAMILIES, *ACT2FN], n=1)
-    unknown = "" if name in ACT2FN else f" No activation has this name.{f' Did you mean {near[0]!r}?' if near else ''}"
+    near = closest(name, [*FAMILIES, *ACT2FN])
+    unknown = "" if name in ACT2FN else f" No activation has this name.{f' Did you mean {near!r}?' if near else ''}"
     warnings.warn(
         f"{type(config).__name__} has no field hidden_act, and transformers ignores hidden_act={shown(name)}.{unknown} "
         f"The model runs {selected or 'its own activations'}. {fix}",
@@ -184,7 +184,7 @@ def _model_init(original: Any, model: Any, config: Any, *args: Any, **kwargs: An
     """Applies names that were assigned to a config after its creation, before any layer is built from it."""
     if is_config(config):
         name = vars(config).get("hidden_act")
-        if is_claimed(name) and not declares(config, "hidden_act"):
+        if is_ours(name) and not declares(config, "hidden_act"):
             _redirect(config, parse(name).name)
         unmask(config)
     original(model, config, *args, **kwargs)
@@ -263,7 +263,7 @@ def _say_what_is_not_used(model: Any) -> None:
 
     for part in parts_of(model).values():
         name = vars(part.config).get("hidden_act")
-        if not isinstance(name, str) or is_claimed(name) or declares(part.config, "hidden_act"):
+        if not isinstance(name, str) or is_ours(name) or declares(part.config, "hidden_act"):
             continue
         built = {
             kind(slot.occupant) for slot in stock_slots(part)
@@ -284,7 +284,7 @@ def _say_what_is_left(model: Any) -> None:
         named = {field.path: plain_name(field.value) for field in fields}
         if not declares(part.config, "hidden_act"):
             named["hidden_act"] = vars(part.config).get("hidden_act", "")
-        named = {key: value for key, value in named.items() if is_claimed(value)}
+        named = {key: value for key, value in named.items() if is_ours(value)}
         if not named:
             continue
         used = specs(part, replaced=True)  # a name that a conversion replaced was used before

@@ -19,6 +19,7 @@ timm = pytest.importorskip("timm")
 feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
 
 from timm.layers import (  # noqa: E402
+    create_act,
     create_act_layer,
     get_act_fn,
     get_act_layer,
@@ -170,6 +171,23 @@ def test_a_model_that_ignores_act_layer_says_so():
 def test_a_malformed_name_in_a_model(model_name):
     with pytest.raises(ValueError, match=r"got activation name 'gem_n0'.*Did you mean 'gem'"):
         on_meta(model_name, act_layer="gem_n0")
+
+
+@pytest.mark.parametrize("name", ["gemini_n2", "gme_n2", "gem_like"])
+@pytest.mark.parametrize("registry", ["_ACT_LAYER_DEFAULT", "_ACT_LAYER_ME"])
+def test_a_name_that_someone_registered_is_theirs(name, registry, request, tmp_path):
+    class Theirs(nn.ReLU):
+        def __init__(self, inplace=False):
+            super().__init__()
+
+    layers = getattr(create_act, registry)
+    layers[name] = Theirs
+    request.addfinalizer(lambda: layers.pop(name))
+    assert get_act_layer(name) is Theirs
+    model = on_meta("resnet10t", act_layer=name.upper())
+    assert {type(m) for m in model.modules() if isinstance(m, nn.ReLU)} == {Theirs}
+    timm.models._hub.save_config_for_hf(model, tmp_path / "config.json")
+    assert "hf_gem" not in (tmp_path / "config.json").read_text()
 
 
 def test_names_of_timm_in_models_are_as_before():

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 import hf_gem
 
@@ -223,6 +224,30 @@ def test_a_misspelled_name_of_the_family_stops(name, nearest, tmp_path):
     config.hidden_act = name
     with pytest.raises(ValueError, match=message):
         GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("name", ["gegelu_n2", "gme_n2", "gem_like"])
+def test_a_name_that_someone_registered_is_theirs(name, request, tmp_path):
+    class Theirs(nn.Tanh):
+        pass
+
+    activations.ACT2FN[name] = Theirs
+    request.addfinalizer(lambda: activations.ACT2FN.pop(name))
+    for config in (GPT2Config(**TINY_GPT2, activation_function=name), GPT2Config(**TINY_GPT2)):
+        hf_gem.set_activation(config, name)
+        model = GPT2LMHeadModel(config)
+        assert type(model.transformer.h[0].mlp.act) is Theirs
+        model.save_pretrained(tmp_path)
+        loaded = GPT2LMHeadModel.from_pretrained(tmp_path)
+        assert type(loaded.transformer.h[0].mlp.act) is Theirs
+    assert BertConfig(hidden_act=name).hidden_act == name
+    with pytest.warns(UserWarning, match=UNREAD.format(name)):  # as any other name of transformers
+        gpt2(hidden_act=name)
+
+
+def test_a_word_like_a_family_is_not_ours():
+    assert "gemini_n2" not in activations.ACT2FN
+    assert BertConfig(act="segment_n3").act == "segment_n3"
 
 
 def test_a_family_that_nobody_has_registered_is_named():
