@@ -34,6 +34,7 @@ from ..surgery.fields import (
 )
 from ..surgery.kinds import is_stock, kind, stock_slots
 from ..surgery.plans import PLAN, apply_plans, complete, parts_inside, parts_of, shared_eps, specs, unnamed
+from ..surgery.reports import counted
 from ..surgery.slots import BUILT, join
 from .peft import write_adapter_plan
 from .registry import Installer, NameLookup, both, lookups, patch, refuse_conflicts, replace_everywhere
@@ -154,10 +155,17 @@ def _redirect(config: Any, name: str) -> None:
             vars(config).pop("hidden_act", None)
 
 
-def _say_what_is_not_read(config: Any, name: object) -> None:
-    """Warns about a `hidden_act` that is not ours, if the config has no such field and selects another activation.
+def _kind_named(name: str) -> str | None:
+    from transformers.activations import ACT2FN
 
-    Setting the field would be another function than transformers alone computes, also for old code and files.
+    return kind(ACT2FN[name]) if name in ACT2FN else None
+
+
+def _say_what_is_not_read(config: Any, name: object, built: frozenset[str | None] | None = None) -> None:
+    """Warns about a `hidden_act` that is not ours, if the config has no such field and the model runs another function.
+
+    Setting the field would be another function than transformers alone computes, also for old code and files. `built`
+    are the kinds of activations in the model, if there is one. Without a model and a field, only its code says them.
     """
     if not isinstance(name, str) or is_ours(name) or declares(config, "hidden_act") or PLAN in vars(config):
         return
@@ -165,6 +173,9 @@ def _say_what_is_not_read(config: Any, name: object) -> None:
 
     fields = [field for field in activation_fields(config) if field.is_body]
     if name in {plain_name(field.value) for field in fields}:
+        return
+    runs = {_kind_named(field.looked_up) for field in fields} if built is None else built
+    if name in ACT2FN and (_kind_named(name) in runs - {None} or (built is None and not fields)):
         return
     selected = ", ".join(f"{field.path}={shown(field.value)}" for field in fields if field.value)
     fix = "Set another one with hf_gem.set_activation(config, name)." if fields else "hf_gem.audit(model) lists them."
@@ -259,17 +270,13 @@ def _constructors() -> list[Any]:
 
 def _say_what_is_not_used(model: Any) -> None:
     """Warns about a `hidden_act` of transformers that a config keeps although its model does not read it."""
-    from transformers.activations import ACT2FN
-
     for part in parts_of(model).values():
         name = vars(part.config).get("hidden_act")
         if not isinstance(name, str) or is_ours(name) or declares(part.config, "hidden_act"):
             continue
-        built = {
-            kind(slot.occupant) for slot in stock_slots(part)
-        }  # a few models read it although no field declares it
-        if name not in ACT2FN or kind(ACT2FN[name]) not in built:
-            _say_what_is_not_read(part.config, name)
+        # Some models read it although no field declares it.
+        built = frozenset(kind(slot.occupant) for slot in stock_slots(part))
+        _say_what_is_not_read(part.config, name, built)
 
 
 def _say_what_is_left(model: Any) -> None:
@@ -311,8 +318,8 @@ def _say_what_is_left(model: Any) -> None:
         )
     elif left:
         warnings.warn(
-            f"{len(set(left))} activations of {type(model).__name__} do not pick up {name!r} from the config, such as "
-            f"{left[0]}. Replace them with hf_gem.convert(model, {name!r}).",
+            f"{type(model).__name__} has {counted(len(set(left)), 'activation')} that did not pick up {name!r} from "
+            f"the config, such as {left[0]}. Replace them with hf_gem.convert(model, {name!r}).",
             stacklevel=2,
         )
 
@@ -329,9 +336,9 @@ def _say_what_a_plan_leaves(model: Any) -> None:
         if slots:
             name = min(plan["activations"])
             warnings.warn(
-                f"{type(part).__name__} has {len(slots)} activations that were not in the converted "
-                f"{plan['model']:.80}, such as {kind(slots[0].occupant)} at {join(path, slots[0].path)}. Replace them "
-                f"with hf_gem.convert(model, {name!r}).",
+                f"{type(part).__name__} has {counted(len(slots), 'activation')} that the converted "
+                f"{plan['model']:.80} did not have, such as {kind(slots[0].occupant)} at {join(path, slots[0].path)}. "
+                f"Replace them with hf_gem.convert(model, {name!r}).",
                 stacklevel=2,
             )
 

@@ -56,6 +56,12 @@ class ActivationField:
         value: str = self.owner[self.key] if isinstance(self.owner, dict) else getattr(self.owner, self.key)
         return value
 
+    @property
+    def looked_up(self) -> str:
+        """The name of the function that the model looks up, which the config may derive from the field."""
+        derived: str = getattr(self.owner, _DERIVED.get(self.key, ""), plain_name(self.value))
+        return derived
+
     def prefixed(self, name: str) -> str:
         """Returns a name with T5's prefix `gated-` if the field has it now."""
         return _GATED + name if self.value.startswith(_GATED) and not name.startswith(_GATED) else name

@@ -28,12 +28,14 @@ from transformers import (
     BloomForCausalLM,
     BltPatcher,
     CLIPConfig,
+    CTRLConfig,
     DbrxConfig,
     DebertaConfig,
     DebertaModel,
     DistilBertConfig,
     EncoderDecoderConfig,
     EncoderDecoderModel,
+    FlaubertConfig,
     Gemma2Config,
     GemmaConfig,
     GPT2Config,
@@ -43,6 +45,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
+    MarianConfig,
     OpenAIGPTConfig,
     OpenAIGPTModel,
     OPTConfig,
@@ -57,6 +60,7 @@ from transformers import (
     TimmWrapperModel,
     Trainer,
     TrainingArguments,
+    XLMConfig,
     XLNetConfig,
     activations,
 )
@@ -208,6 +212,28 @@ def test_a_keyword_that_changes_nothing_needs_no_warning():
         gpt2(hidden_act="gelu_new")
         with torch.device("meta"):
             BltPatcher(AutoConfig.for_model("blt_patcher"))  # reads a `hidden_act` that it does not declare
+
+
+@pytest.mark.parametrize(
+    ("config_class", "values", "name"),
+    [
+        (MarianConfig, {"activation_function": "swish"}, "silu"),
+        (T5Config, {"feed_forward_proj": "gated-gelu"}, "gelu_new"),
+        (T5Config, {"feed_forward_proj": "gated-gelu"}, "gelu"),  # as the config calls it
+        (GPT2Config, {}, "gelu_new"),
+        # Only the code of these models says what they run.
+        (XLMConfig, {}, "gelu"),
+        (FlaubertConfig, {}, "gelu"),
+        (CTRLConfig, {}, "relu"),
+    ],
+)
+def test_a_keyword_in_from_dict_that_changes_nothing_needs_no_warning(config_class, values, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config_class.from_dict(values, hidden_act=name)
+    for other in ("tanh", "xyz") if values else ("xyz",):
+        with pytest.warns(UserWarning, match=rf"transformers ignores hidden_act='{other}'"):
+            config_class.from_dict(values, hidden_act=other)
 
 
 @pytest.mark.parametrize(
@@ -474,7 +500,7 @@ def test_a_declared_field_that_the_model_does_not_read():
 
 def test_a_model_that_the_name_does_not_reach_everywhere():
     sizes = {"image_size": 16, "patch_size": 4, "window_size": 2, "embed_dim": 8, "depths": [1], "num_heads": [2]}
-    with pytest.warns(UserWarning, match=r"1 activations of Swinv2Model do not pick up 'gem_n2' from the config"):
+    with pytest.warns(UserWarning, match=r"Swinv2Model has 1 activation that did not pick up 'gem_n2' from the config"):
         model = Swinv2Model(Swinv2Config(**sizes, hidden_act="gem_n2"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
