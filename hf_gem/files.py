@@ -33,7 +33,7 @@ _SECRETS = re.compile(
 )
 _NUMBERS = re.compile(r"(?<=\[)\n(?:[-+\d.eE,\s]|null)+(?=\])")  # strings in JSON contain no line breaks
 _LONGEST = 80  # characters of a value that a message repeats
-_CLOSE = 0.6  # how alike a name must be to be suggested, as difflib measures it; gme and gem are 0.67
+_CLOSE = 0.65  # how alike a name must be to be suggested, as difflib measures it; gme and gem are 0.67
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = _LONGEST
 

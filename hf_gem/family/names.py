@@ -275,7 +275,7 @@ def _malformed(name: str, reason: str = "") -> ValueError:
     word, parameters = form.groups() if form else ("", None)
     near = f" Did you mean {_nearest(name)!r}?"
     similar = closest(word, FAMILIES)
-    if word and word not in FAMILIES and (parameters or similar):
+    if word and word not in FAMILIES and (parameters or similar or word.endswith(tuple(FAMILIES))):
         return ValueError(
             f"got activation name {got}. No family is called {shown(word)}. Allowed names: {_grammar()}."
             f"{near if similar else ''} If it is your own, register it first, with hf_gem.register_family or in "

@@ -22,6 +22,7 @@ from ..modules import GemActivation, get_activation, module_factory
 from ..surgery.convert import Conversion, convert
 from ..surgery.kinds import is_stock, kind, stock_slots
 from ..surgery.plans import PLAN, apply_plan, plan_of, unnamed
+from ..surgery.reports import counted
 from ..surgery.slots import BUILT
 from .registry import Installer, NameLookup, lookups, patch
 
@@ -145,8 +146,9 @@ def _warn_of_what_is_left(names: dict[str, str], model: nn.Module) -> None:
     left = [f"{kind(slot.occupant)} at {slot.path}" for slot in stock_slots(model) if is_stock(slot.occupant)]
     if left:
         warnings.warn(
-            f"{len(left)} activations of {type(model).__name__} do not pick up act_layer={names['act_layer']!r}, such "
-            f"as {left[0]}. Replace them with hf_gem.convert(model, {names['act_layer']!r}).",
+            f"{type(model).__name__} has {counted(len(left), 'activation')} that did not pick up "
+            f"act_layer={names['act_layer']!r}, such as {left[0]}. Replace them with "
+            f"hf_gem.convert(model, {names['act_layer']!r}).",
             stacklevel=2,
         )
 
@@ -203,7 +205,7 @@ def create_timm_model(name: str, act: str, **kwargs: Any) -> tuple[nn.Module, Co
     if not kwargs.get("pretrained"):
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".* not pick up act_layer=|.* does not use it", module="hf_gem")
+                warnings.filterwarnings("ignore", ".* did not pick up act_layer=|.* does not use it", module="hf_gem")
                 model = timm.create_model(name, act_layer=act, **kwargs)
         except TypeError as error:
             if "act_layer" not in str(error):

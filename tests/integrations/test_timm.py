@@ -143,7 +143,7 @@ def test_models_that_call_act_layer(model_name, name):
 
 def test_an_act_layer_of_another_name():
     with pytest.warns(
-        UserWarning, match=r"13 activations of RexNet do not pick up act_layer='gem', such as relu at features"
+        UserWarning, match=r"RexNet has 13 activations that did not pick up act_layer='gem', such as relu at features"
     ):
         model = on_meta("rexnet_100", act_layer="gem", dw_act_layer="gem_n2")
     assert {"gem", "gem_n2"} <= activations(model)
@@ -225,7 +225,9 @@ def test_nfnet():
     assert activations(model) == {"egem_n2"}
     conv = model.stages[0][0].conv1
     assert conv.scale == gamma * conv.weight[0].numel() ** -0.5
-    with pytest.warns(UserWarning, match=r"12 activations of NormFreeNet do not pick up .*, such as relu at .*attn"):
+    with pytest.warns(
+        UserWarning, match=r"NormFreeNet has 12 activations that did not pick up .*, such as relu at .*attn"
+    ):
         act = on_meta("dm_nfnet_f0", act_layer="egem_n2").final_act  # applies functions, and gamma to their output
     x = torch.randn(10)
     whole = not torch.__version__.startswith("2.11.")  # whose compiler cannot trace a name, and breaks the graph
