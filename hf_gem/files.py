@@ -5,6 +5,7 @@ A kill or a power cut leaves a file either as it was or completely written.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -32,6 +33,7 @@ _SECRETS = re.compile(
 )
 _NUMBERS = re.compile(r"(?<=\[)\n(?:[-+\d.eE,\s]|null)+(?=\])")  # strings in JSON contain no line breaks
 _LONGEST = 80  # characters of a value that a message repeats
+_CLOSE = 0.65  # how alike a name must be to be suggested, as difflib measures it; gme and gem are 0.67
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = _LONGEST
 
@@ -43,6 +45,11 @@ def shown(value: object) -> str:
     except ValueError:  # Python refuses to print integers of more than a few thousand digits
         text = "a huge integer"
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def closest(given: str, allowed: Iterable[str]) -> str:
+    """Returns the allowed name that is most like the given one, for a message, or an empty string if none is."""
+    return next(iter(difflib.get_close_matches(given, list(allowed), n=1, cutoff=_CLOSE)), "")
 
 
 def cache_folder() -> Path:

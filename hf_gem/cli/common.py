@@ -13,7 +13,6 @@ from ..files import to_json
 from ..training.errors import ConfigError, TrainingError
 
 UNMET = 3  # exit code if a requested check fails
-CLOSE = 0.7  # how alike a name must be to be suggested, as difflib measures it
 STOPPED = 130  # exit code after Ctrl-C
 # Settings of a command that passes further arguments on to a script.
 PASS_ON: dict[str, Any] = {"allow_extra_args": True, "allow_interspersed_args": False, "ignore_unknown_options": True}

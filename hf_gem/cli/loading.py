@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import sys
 import warnings
@@ -16,10 +15,10 @@ import torch
 from torch import nn
 
 from ..family.names import is_claimed, parse
+from ..files import closest
 from ..surgery.convert import convert
 from ..surgery.fields import set_activation
 from ..training.errors import ConfigError, DataError, reason
-from .common import CLOSE
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ def find(given: str) -> Source:
         return Source(given, "timm", f"hf-hub:{given}")
     if given.count("/") == 1:
         return Source(given, "transformers", given)
-    near = difflib.get_close_matches(given, types, n=1, cutoff=CLOSE)
-    hint = f"The nearest name is {near[0]}" if near else "A folder needs a config.json"
+    near = closest(given, types)
+    hint = f"The nearest name is {near}" if near else "A folder needs a config.json"
     raise ConfigError(
         f"the model {given!r:.80} is not known. Give a folder, a timm model, a model type of transformers such as "
         f"gpt2, or USER/NAME of the Hub. {hint}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 _MODEL = "A folder, a timm model, a model type of transformers such as gpt2, or USER/NAME of the Hub."
 _NUMBER = "a number, fit or match"
-_ARGUMENT = re.compile(r"\b(replace|skip|eps|data)=('\w+'|[\w.+-]*\w)?")
+_ARGUMENT = re.compile(r"\b(replace|skip|eps|data|per_layer)=('[^']*'|[\w.+-]*\w)?")
 
 
 def audit(
@@ -93,7 +94,12 @@ def convert(
 
 def _in_flags(text: str) -> str:
     """Rewrites the arguments of `hf_gem.convert` in a message as the options of the command."""
-    return _ARGUMENT.sub(lambda found: " ".join((f"--{found[1]}", (found[2] or "").strip("'"))).rstrip(), text)
+    return _ARGUMENT.sub(_flag, text)
+
+
+def _flag(argument: re.Match[str]) -> str:
+    flag, value = f"--{argument[1].replace('_', '-')}", (argument[2] or "").strip("'")
+    return flag if value in ("", "True") else f"{flag} {shlex.quote(value)}"  # so that it can be copied into a shell
 
 
 def _eps(text: str | None) -> float | str | None:

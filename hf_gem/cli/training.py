@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import importlib.util
 import itertools
 import runpy
@@ -16,9 +15,10 @@ from typing import Annotated
 
 import typer
 
+from ..files import closest
 from ..recipes import FOLDER, plan_files, recipe_files
 from ..training.errors import ConfigError, missing_package
-from .common import CLOSE, AsJson, Script, show, stop
+from .common import AsJson, Script, show, stop
 
 
 def _complete_recipe(incomplete: str) -> list[str]:
@@ -117,8 +117,8 @@ def _recipe_named(given: str) -> str:
         return found[0]
     problem = f"could be {' or '.join(found)}" if found else "is not known"
     starts = {name[: len(given)]: name for name in known}
-    near = difflib.get_close_matches(given, starts, n=1, cutoff=CLOSE)
-    hint = f" Did you mean {starts[near[0]]}?" if near and not found else ""
+    near = closest(given, starts)
+    hint = f" Did you mean {starts[near]}?" if near and not found else ""
     raise ConfigError(f"the recipe {given!r:.80} {problem}. The recipes are {', '.join(known)}.{hint}")
 
 

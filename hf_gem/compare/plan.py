@@ -15,8 +15,9 @@ from typing import Any, get_type_hints
 
 from transformers.activations import ACT2FN
 
-from ..family.names import is_claimed, parse
+from ..family.names import parse
 from ..files import check_type, redact, shown
+from ..surgery.fields import is_ours
 from ..training.config import read_yaml
 from ..training.errors import ConfigError
 
@@ -128,7 +129,7 @@ class Plan:
             require(name in self.arms, f"baseline must be one of the arms {shown(list(self.arms))}, got {shown(name)}")
         for act, *own in map(str.split, self.acts):
             require(act in ACT2FN, f"unknown activation {shown(act)}")
-            canonical = not is_claimed(act) or parse(act).name == act
+            canonical = not is_ours(act) or parse(act).name == act
             require(canonical, f"an activation must be written in its canonical spelling, got {shown(act)}")
             _check_flags(parse_flags(own), require)
         require(len(set(map(slug, self.acts))) == len(self.acts), "the runs of two activations would have equal names")

@@ -9,7 +9,6 @@ Names of registered families follow the same pattern as the last two.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 import operator
@@ -17,7 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from ..files import shown
+from ..files import closest, shown
 from .arithmetic import LEARNABLE_RANGE
 from .table import FAMILIES, Family, family_named
 
@@ -32,7 +31,7 @@ _RULE_OF_EPS = "eps must be positive and finite."
 _RULE_OF_START = "A learnable eps must start between 1e-37 and 1e37, which fit into float32."
 
 _NUMBER = r"\d+(?:\.\d*)?(?:em?[+-]?\d+)?"
-# The form of a name, whether or not its first word is a family. With the second part, it is no name of another library.
+# The form of a name, whether or not its first word is a family. Other libraries can have such names too.
 _FORM = re.compile(r"([a-z]+)(_n\d.*|_eps.*|_learnable)?", re.DOTALL)
 
 
@@ -229,19 +228,32 @@ def is_name(name: object) -> bool:
 
 
 def is_claimed(name: object) -> TypeGuard[str]:
-    """Returns whether `name` was meant as one of the family: `gem_n0`, `egem-n2` and `gme_n2`, but not `gemma`."""
+    """Returns whether `name` can only be meant as one of the family.
+
+    This includes malformed names such as `gem_n0` and `egem-n2`. If parameters follow, it also includes slips such as
+    `gme_n2`, and names such as `dgem_n2`, which may be a family that is not registered. It includes no other words,
+    however similar, since another library may use `gemma_n3`. Someone may still have registered a name of this kind for
+    another function, so check registries first.
+    """
     if not isinstance(name, str):
         return False
     text = name.lower()
     if _patterns(tuple(FAMILIES))[1].fullmatch(text):
         return True
     form = _FORM.fullmatch(text)
-    return form is not None and form[2] is not None and bool(_similar(form[1]))
+    if form is None or form[2] is None:
+        return False
+    return form[1][1:] in FAMILIES or any(form[1] in _slips(family) for family in FAMILIES)
 
 
-def _similar(word: str) -> str:
-    """Returns the family whose name is most like a word, or an empty string."""
-    return next(iter(difflib.get_close_matches(word, FAMILIES, n=1)), "")
+@functools.cache
+def _slips(word: str) -> set[str]:
+    """Returns what a slip makes of a word: two letters swapped, one doubled, or one dropped that the word has twice."""
+    cuts = [(word[:i], word[i:]) for i in range(len(word))]
+    swapped = {head + tail[1::-1] + tail[2:] for head, tail in cuts}
+    doubled = {head + tail[0] + tail for head, tail in cuts}
+    dropped = {head + tail[1:] for head, tail in cuts}
+    return {slip for slip in swapped | doubled | dropped if set(slip) == set(word)}  # without a letter, gem is "ge"
 
 
 def _print_eps(eps: float) -> str:
@@ -262,10 +274,11 @@ def _malformed(name: str, reason: str = "") -> ValueError:
     form = _FORM.fullmatch(name.lower())
     word, parameters = form.groups() if form else ("", None)
     near = f" Did you mean {_nearest(name)!r}?"
-    if word and word not in FAMILIES and (parameters or _similar(word)):
+    similar = closest(word, FAMILIES)
+    if word and word not in FAMILIES and (parameters or similar or word.endswith(tuple(FAMILIES))):
         return ValueError(
             f"got activation name {got}. No family is called {shown(word)}. Allowed names: {_grammar()}."
-            f"{near if _similar(word) else ''} If it is your own, register it first, with hf_gem.register_family or in "
+            f"{near if similar else ''} If it is your own, register it first, with hf_gem.register_family or in "
             "$HF_GEM_FAMILIES."
         )
     if name and not any(family in letters for family in FAMILIES):
@@ -280,7 +293,8 @@ def _nearest(name: str) -> str:
     """Returns the valid name that keeps the recognizable parts of `name`."""
     text = name.lower()
     letters = re.sub(r"[\W_]", "", text)
-    family = next((f for f in FAMILIES if letters.startswith(f)), "") or _similar(text.partition("_")[0]) or "gem"
+    start = next((f for f in FAMILIES if letters.startswith(f)), "")
+    family = start or closest(text.partition("_")[0], FAMILIES) or "gem"
     n = re.search(r"n\W*_?(\d{1,3})", text)
     # The lookbehind keeps the "e" of "egem" from being read as an eps.
     eps = re.search(rf"(?<![a-z])e(?:ps(?:ilon)?)?[\s_=:]*({_NUMBER})", text)

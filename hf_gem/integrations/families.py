@@ -105,10 +105,17 @@ def load_families() -> None:
                 f"HF_GEM_FAMILIES contains {shown(entry)}, which cannot be imported ({type(error).__name__}: {error}). "
                 "Entries must be Python files or modules. Correct it, or unset the variable."
             )
-            # Of `hf-gem` or `python -m hf_gem`. Neither can catch an error of this import.
-            if sys.argv and Path(sys.argv[0]).stem in ("hf-gem", "-m"):
+            if _is_our_program():  # which cannot catch an error of this import
                 sys.exit(f"error: {' '.join(message.split())}")
             raise ImportError(message) from error
+
+
+def _is_our_program() -> bool:
+    """Returns whether this is `hf-gem` or `python -m hf_gem`."""
+    program = Path(sys.argv[0]).stem if sys.argv else ""
+    if program == "-m":  # of any module, while Python imports its package
+        program = "".join(sys.orig_argv[-len(sys.argv) :][:1]).removeprefix("-m")  # it stands before its arguments
+    return program in ("hf-gem", "hf_gem")
 
 
 def _load(entry: str) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 from torch import nn
 
 from .._torch import uncompiled
-from ..family.names import is_claimed, parse
+from ..family.names import parse
 from ..family.table import Family
 from ..files import markdown_code, replace_between, shown
-from ..surgery.fields import activation_fields, plain_name
+from ..surgery.fields import activation_fields, is_ours, plain_name
 from ..surgery.plans import specs, unnamed
 
 _ROOT = Path(__file__).parent.parent
@@ -87,7 +87,7 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
     notes = loading_notes(
         auto,
         "this folder or repository",
-        stops=any(is_claimed(plain_name(f.value)) for f in saved),
+        stops=any(is_ours(plain_name(f.value)) for f in saved),
         own=own is not None,
     )
     text = card.read_text(encoding="utf-8") if card.exists() else _new_card(model)
@@ -146,7 +146,7 @@ def _check(model: Any) -> tuple[list[str], dict[str, str]]:
     own = _own_code(model)
     modules = {spec.name for spec in specs(model)}
     fields = {plain_name(field.value) for field in activation_fields(model.config)}
-    names = sorted(modules | {parse(name).name for name in fields if is_claimed(name)})
+    names = sorted(modules | {parse(name).name for name in fields if is_ours(name)})
     if not names:
         raise ValueError(
             f"{type(model).__name__} has no activation of the family. save_for_hub is only needed for these. Save it "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from ..modules import GemActivation, get_activation, module_factory
 from ..surgery.convert import Conversion, convert
 from ..surgery.kinds import is_stock, kind, stock_slots
 from ..surgery.plans import PLAN, apply_plan, plan_of, unnamed
+from ..surgery.reports import counted
 from ..surgery.slots import BUILT
 from .registry import Installer, NameLookup, lookups, patch
 
@@ -71,13 +72,23 @@ class _Gammas(NameLookup):
     make = staticmethod(lambda spec: gain(spec.name, centered=True))
 
 
+def _is_ours(value: object) -> TypeGuard[str]:
+    """Returns whether an argument is meant as one of the family. Names in timm's registries belong to who put them."""
+    if not is_claimed(value):
+        return False
+    from timm.layers import create_act
+
+    layers = (create_act._ACT_LAYER_DEFAULT, create_act._ACT_LAYER_ME)
+    return not any(dict.__contains__(registry, value.lower()) for registry in layers)  # `in` includes the family
+
+
 def _build_model(original: Any, model_cls: Any, *args: Any, **kwargs: Any) -> nn.Module:
     """Builds a model with names that can be called, and restores a saved conversion before weights are loaded.
 
     The conversion is stored as an argument of the model. Without hf_gem, timm rejects this argument.
     """
     plan = kwargs.pop(PLAN, None)
-    names = {key: parse(value).name for key, value in kwargs.items() if "act_layer" in key and is_claimed(value)}
+    names = {key: parse(value).name for key, value in kwargs.items() if "act_layer" in key and _is_ours(value)}
     kwargs.update({key: ActName(name) for key, name in names.items()})
     if "act_layer" in names:
         _unfix(kwargs)
@@ -135,8 +146,9 @@ def _warn_of_what_is_left(names: dict[str, str], model: nn.Module) -> None:
     left = [f"{kind(slot.occupant)} at {slot.path}" for slot in stock_slots(model) if is_stock(slot.occupant)]
     if left:
         warnings.warn(
-            f"{len(left)} activations of {type(model).__name__} do not pick up act_layer={names['act_layer']!r}, such "
-            f"as {left[0]}. Replace them with hf_gem.convert(model, {names['act_layer']!r}).",
+            f"{type(model).__name__} has {counted(len(left), 'activation')} that did not pick up "
+            f"act_layer={names['act_layer']!r}, such as {left[0]}. Replace them with "
+            f"hf_gem.convert(model, {names['act_layer']!r}).",
             stacklevel=2,
         )
 
@@ -155,7 +167,7 @@ def _save_config(
         warnings.warn(problem, stacklevel=2)
     recorded: Any = getattr(model, "_model_args", {})
     recorded.pop(PLAN, None)  # the conversion it was loaded with, which may have changed since
-    ours: dict[str, Any] = {key: value for key, value in recorded.items() if is_claimed(value)}
+    ours: dict[str, Any] = {key: value for key, value in recorded.items() if _is_ours(value)}
     plan = plan_of(model)
     if plan is not None:
         ours[PLAN] = plan
@@ -193,7 +205,7 @@ def create_timm_model(name: str, act: str, **kwargs: Any) -> tuple[nn.Module, Co
     if not kwargs.get("pretrained"):
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".* not pick up act_layer=|.* does not use it", module="hf_gem")
+                warnings.filterwarnings("ignore", ".* did not pick up act_layer=|.* does not use it", module="hf_gem")
                 model = timm.create_model(name, act_layer=act, **kwargs)
         except TypeError as error:
             if "act_layer" not in str(error):

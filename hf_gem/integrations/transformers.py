@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import difflib
 import functools
 import sys
 import warnings
@@ -17,9 +16,9 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
-from ..family.names import is_claimed, parse
+from ..family.names import parse
 from ..family.table import FAMILIES
-from ..files import shown
+from ..files import closest, shown
 from ..modules import CALLED, GemActivation, get_activation, module_factory
 from ..surgery.audit import say_what_did_not_run
 from ..surgery.configs import mask, unmask, write_plan
@@ -29,12 +28,14 @@ from ..surgery.fields import (
     is_activation_key,
     is_body,
     is_config,
+    is_ours,
     nested_configs,
     plain_name,
     set_activation,
 )
 from ..surgery.kinds import is_stock, kind, stock_slots
 from ..surgery.plans import PLAN, apply_plans, complete, parts_inside, parts_of, shared_eps, specs, unnamed
+from ..surgery.reports import counted
 from ..surgery.slots import BUILT, join, slot_at, spec_of
 from .peft import write_adapter_plan
 from .registry import Installer, NameLookup, both, lookups, patch, refuse_conflicts, replace_everywhere
@@ -94,11 +95,11 @@ def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
         original(config, **kwargs)  # the base class, which can read any file
         return
     # Other keys in a file may have been derived from fields. `pooling="gem"` means generalised-mean pooling.
-    asked = (key for key, value in kwargs.items() if is_claimed(value) and is_activation_key(key))
+    asked = (key for key, value in kwargs.items() if is_ours(value) and is_activation_key(key))
     keys = [key for key in asked if key == "hidden_act" or not from_file]
     names = {key: kwargs.pop(key) for key in keys}
     original(config, **kwargs)
-    if config.model_type in _OVERWRITTEN and is_claimed(config.hidden_act):
+    if config.model_type in _OVERWRITTEN and is_ours(config.hidden_act):
         warnings.warn(
             f"{type(config).__name__} replaces hidden_act={shown(config.hidden_act)} by 'silu' whenever it is created "
             "or loaded. Set it afterwards with hf_gem.set_activation(config, name), or convert the model.",
@@ -136,7 +137,7 @@ def _config_from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kw
     finally:
         _reading.reset(token)
     config, unused = result if isinstance(result, tuple) else (result, {})
-    if is_claimed(name) and not declares(config, "hidden_act"):
+    if is_ours(name) and not declares(config, "hidden_act"):
         unused.pop("hidden_act", None)
         _redirect(config, parse(name).name)
     elif "hidden_act" not in unused and not hasattr(config, "hidden_act"):  # neither given back nor kept: dropped
@@ -155,22 +156,32 @@ def _redirect(config: Any, name: str) -> None:
             vars(config).pop("hidden_act", None)
 
 
-def _say_what_is_not_read(config: Any, name: object) -> None:
-    """Warns about a `hidden_act` that is not ours, if the config has no such field and selects another activation.
+def _kind_named(name: str) -> str | None:
+    from transformers.activations import ACT2FN
 
-    Setting the field would be another function than transformers alone computes, also for old code and files.
+    return kind(ACT2FN[name]) if name in ACT2FN else None
+
+
+def _say_what_is_not_read(config: Any, name: object, built: frozenset[str | None] | None = None) -> None:
+    """Warns about a `hidden_act` that is not ours, if the config has no such field and the model runs another function.
+
+    Setting the field would be another function than transformers alone computes, also for old code and files. `built`
+    are the kinds of activations in the model, if there is one. Without a model and a field, only its code says them.
     """
-    if not isinstance(name, str) or is_claimed(name) or declares(config, "hidden_act") or PLAN in vars(config):
+    if not isinstance(name, str) or is_ours(name) or declares(config, "hidden_act") or PLAN in vars(config):
         return
     from transformers.activations import ACT2FN
 
     fields = [field for field in activation_fields(config) if field.is_body]
     if name in {plain_name(field.value) for field in fields}:
         return
+    runs = {_kind_named(field.looked_up) for field in fields} if built is None else built
+    if name in ACT2FN and (_kind_named(name) in runs - {None} or (built is None and not fields)):
+        return
     selected = ", ".join(f"{field.path}={shown(field.value)}" for field in fields if field.value)
     fix = "Set another one with hf_gem.set_activation(config, name)." if fields else "hf_gem.audit(model) lists them."
-    near = difflib.get_close_matches(name, [*FAMILIES, *ACT2FN], n=1)
-    unknown = "" if name in ACT2FN else f" No activation has this name.{f' Did you mean {near[0]!r}?' if near else ''}"
+    near = closest(name, [*FAMILIES, *ACT2FN])
+    unknown = "" if name in ACT2FN else f" No activation has this name.{f' Did you mean {near!r}?' if near else ''}"
     warnings.warn(
         f"{type(config).__name__} has no field hidden_act, and transformers ignores hidden_act={shown(name)}.{unknown} "
         f"The model runs {selected or 'its own activations'}. {fix}",
@@ -185,7 +196,7 @@ def _model_init(original: Any, model: Any, config: Any, *args: Any, **kwargs: An
     """Applies names that were assigned to a config after its creation, before any layer is built from it."""
     if is_config(config):
         name = vars(config).get("hidden_act")
-        if is_claimed(name) and not declares(config, "hidden_act"):
+        if is_ours(name) and not declares(config, "hidden_act"):
             _redirect(config, parse(name).name)
         unmask(config)
     original(model, config, *args, **kwargs)
@@ -261,17 +272,13 @@ def _constructors() -> list[Any]:
 
 def _say_what_is_not_used(model: Any) -> None:
     """Warns about a `hidden_act` of transformers that a config keeps although its model does not read it."""
-    from transformers.activations import ACT2FN
-
     for part in parts_of(model).values():
         name = vars(part.config).get("hidden_act")
-        if not isinstance(name, str) or is_claimed(name) or declares(part.config, "hidden_act"):
+        if not isinstance(name, str) or is_ours(name) or declares(part.config, "hidden_act"):
             continue
-        built = {
-            kind(slot.occupant) for slot in stock_slots(part)
-        }  # a few models read it although no field declares it
-        if name not in ACT2FN or kind(ACT2FN[name]) not in built:
-            _say_what_is_not_read(part.config, name)
+        # Some models read it although no field declares it.
+        built = frozenset(kind(slot.occupant) for slot in stock_slots(part))
+        _say_what_is_not_read(part.config, name, built)
 
 
 def _say_what_is_left(model: Any) -> None:
@@ -286,7 +293,7 @@ def _say_what_is_left(model: Any) -> None:
         named = {field.path: plain_name(field.value) for field in fields}
         if not declares(part.config, "hidden_act"):
             named["hidden_act"] = vars(part.config).get("hidden_act", "")
-        named = {key: value for key, value in named.items() if is_claimed(value)}
+        named = {key: value for key, value in named.items() if is_ours(value)}
         if not named:
             continue
         used = specs(part, replaced=True)  # a name that a conversion replaced was used before
@@ -313,8 +320,8 @@ def _say_what_is_left(model: Any) -> None:
         )
     elif left:
         warnings.warn(
-            f"{len(set(left))} activations of {type(model).__name__} do not pick up {name!r} from the config, such as "
-            f"{left[0]}. Replace them with hf_gem.convert(model, {name!r}).",
+            f"{type(model).__name__} has {counted(len(set(left)), 'activation')} that did not pick up {name!r} from "
+            f"the config, such as {left[0]}. Replace them with hf_gem.convert(model, {name!r}).",
             stacklevel=2,
         )
 
@@ -331,9 +338,9 @@ def _say_what_a_plan_leaves(model: Any) -> None:
         if slots:
             name = min(plan["activations"])
             warnings.warn(
-                f"{type(part).__name__} has {len(slots)} activations that were not in the converted "
-                f"{plan['model']:.80}, such as {kind(slots[0].occupant)} at {join(path, slots[0].path)}. Replace them "
-                f"with hf_gem.convert(model, {name!r}).",
+                f"{type(part).__name__} has {counted(len(slots), 'activation')} that the converted "
+                f"{plan['model']:.80} did not have, such as {kind(slots[0].occupant)} at {join(path, slots[0].path)}. "
+                f"Replace them with hf_gem.convert(model, {name!r}).",
                 stacklevel=2,
             )
 

@@ -50,7 +50,7 @@ def _with_names(lazy: Any) -> Any:
         of_hf_gem = True
 
         def __getitem__(self, key: str) -> nn.Module:
-            if not is_claimed(key):
+            if not is_claimed(key) or key in tuple(self):  # existing keys win
                 return super().__getitem__(key)  # type: ignore[no-any-return]
             spec = parse(key)  # for a malformed name, the error names the nearest valid one
             _refuse_converted(spec.name)

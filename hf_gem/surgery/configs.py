@@ -6,9 +6,9 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from ..family.names import GemSpec, is_claimed, parse
+from ..family.names import GemSpec, parse
 from ..files import shown
-from .fields import activation_fields, declares, nested_configs, plain_name
+from .fields import activation_fields, declares, is_ours, nested_configs, plain_name
 from .plans import PLAN, check_form, check_plan, parts_inside, parts_of, plan_of, specs
 
 
@@ -31,7 +31,7 @@ def write_plan(model: Any) -> None:
     parts = {path: part for path, part in parts_of(model).items() if id(part.config) in inner}
     for _, config in inner.values():
         vars(config).pop(PLAN, None)
-        if is_claimed(vars(config).get("hidden_act")) and not declares(config, "hidden_act"):
+        if is_ours(vars(config).get("hidden_act")) and not declares(config, "hidden_act"):
             del config.hidden_act  # undeclared, so it had no effect; the conversion may now do what it asked for
     for path, part in parts.items():
         plan = plan_of(part, parts_inside(parts, path))
@@ -52,7 +52,7 @@ def write_plan(model: Any) -> None:
 
 def _names_one_of(value: str, used: set[GemSpec]) -> bool:
     value = plain_name(value)
-    return is_claimed(value) and parse(value) in used
+    return is_ours(value) and parse(value) in used
 
 
 def write_plan_of_diffusers(model: Any) -> None:

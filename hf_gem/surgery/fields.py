@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from ..family.names import is_claimed, parse
 from ..files import shown
@@ -55,6 +55,12 @@ class ActivationField:
     def value(self) -> str:
         value: str = self.owner[self.key] if isinstance(self.owner, dict) else getattr(self.owner, self.key)
         return value
+
+    @property
+    def looked_up(self) -> str:
+        """The name of the function that the model looks up, which the config may derive from the field."""
+        derived: str = getattr(self.owner, _DERIVED.get(self.key, ""), plain_name(self.value))
+        return derived
 
     def prefixed(self, name: str) -> str:
         """Returns a name with T5's prefix `gated-` if the field has it now."""
@@ -136,7 +142,7 @@ def _no_field(config: Any, name: str, found: list[ActivationField], wanted: Any)
 
 
 def _instead(name: str) -> str:
-    if is_claimed(name):
+    if is_ours(name):
         return f"build the model and call hf_gem.convert(model, {name!r})"
     return "use an activation of the family, which hf_gem.convert puts into a model that is built"
 
@@ -182,6 +188,15 @@ def is_body(key: str) -> bool:
 def is_activation_key(key: str) -> bool:
     """Returns whether a field with this name selects an activation, provided its value names one."""
     return key in _DERIVED or bool(_words(key) & _ACTIVATION_WORDS)
+
+
+def is_ours(name: object) -> TypeGuard[str]:
+    """Returns whether the value of a field is meant as one of the family. Names in `ACT2FN` belong to who put them."""
+    if not is_claimed(name):
+        return False
+    from transformers.activations import ACT2FN  # transformers is loaded, since there is a config
+
+    return not dict.__contains__(ACT2FN, name)  # `in` would include the names of the family
 
 
 def plain_name(value: str) -> str:
@@ -240,7 +255,7 @@ def _is_activation_name(value: object) -> bool:
 
 
 def _known_name(name: str) -> str:
-    if is_claimed(name) or not isinstance(name, str):
+    if is_ours(name) or not isinstance(name, str):
         return parse(name).name  # raises an error for a malformed name
     from transformers.activations import ACT2FN
 

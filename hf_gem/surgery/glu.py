@@ -23,7 +23,7 @@ from .. import functional
 from .._torch import has_hooks, is_tracing
 from ..modules import CALLED, EGEM, GEM, SEGEM, GemActivation
 from .kinds import describe, stock_slots
-from .reports import path_patterns, places
+from .reports import counted, path_patterns, places
 
 _FUSED = "_hf_gem_fused"  # an attribute of a patched class: the original class and the names of its activations
 _CALL = "_hf_gem_glu"  # the function that rewritten code calls: a keyword argument with a default
@@ -44,7 +44,7 @@ class GluPatch:
 
     def __str__(self) -> str:
         where = f": {path_patterns(list(self.patched))}" if self.patched else ""
-        lines = [f"{len(self.patched)} gated modules fused{where}"]
+        lines = [f"{counted(len(self.patched), 'gated module')} fused{where}"]
         groups: dict[str, list[str]] = {}
         for path, reason in self.left:
             groups.setdefault(reason, []).append(path)

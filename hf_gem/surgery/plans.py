@@ -15,8 +15,9 @@ from typing import Any, Literal, TypedDict
 
 from torch import nn
 
-from ..family.names import GemSpec, is_claimed, parse
+from ..family.names import GemSpec, parse
 from ..files import check_type, shown
+from .fields import is_ours
 from .slots import BUILT, Slot, does_more, join, module_slots, named_modules, replace, slot_at, spec_of
 
 PLAN = "hf_gem"  # the key of a plan in a config
@@ -260,6 +261,6 @@ def complete(model: nn.Module, make: Callable[[str], nn.Module]) -> None:
     for part in model.modules():
         config = getattr(part, "config", None)
         name = getattr(config, "hidden_act", None)
-        if getattr(config, "model_type", None) in _HALF_HARD_CODED and is_claimed(name):
+        if getattr(config, "model_type", None) in _HALF_HARD_CODED and is_ours(name):
             left = [slot for slot in module_slots(part) if type(slot.occupant) is nn.ReLU]
             replace(part, {parse(name): left}, make, written_down=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import difflib
 import math
 import re
 import sys
@@ -19,9 +18,10 @@ from transformers import HfArgumentParser
 from transformers.activations import ACT2FN
 from transformers.hf_argparser import string_to_bool
 
-from ..family.names import GemSpec, is_claimed, parse
-from ..files import redact, shown
+from ..family.names import GemSpec, parse
+from ..files import closest, redact, shown
 from ..fit import MATCH_C
+from ..surgery.fields import is_ours
 from ..surgery.scales import check_match
 
 Config = TypeVar("Config", bound="TrainConfig")
@@ -139,7 +139,7 @@ class TrainConfig:
                 f"or segem_eps0.01, or one of {', '.join(ACT2FN)}. To use a family of your own, name its file in "
                 "HF_GEM_FAMILIES."
             )
-        if is_claimed(self.hidden_act):
+        if is_ours(self.hidden_act):
             self.hidden_act = parse(self.hidden_act).name  # or ValueError, with the nearest valid name
         self._check_eps()
         at_least(self, 1, "steps", "global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints")
@@ -168,7 +168,7 @@ class TrainConfig:
         chosen = self.eps in self.eps_choices
         allowed = f"a finite number above 0, or {' or '.join(self.eps_choices)}"
         require(chosen or is_positive(self.eps), "eps", self.eps, allowed)
-        require(is_claimed(self.hidden_act), "eps", self.eps, f"left out: --hidden_act {self.hidden_act} has none")
+        require(is_ours(self.hidden_act), "eps", self.eps, f"left out: --hidden_act {self.hidden_act} has none")
         spec = parse(self.hidden_act)
         if matches:
             check_match(spec, self.match_c)
@@ -275,8 +275,8 @@ class _Parser(HfArgumentParser):
 
 
 def _nearest(name: str, allowed: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(allowed), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    near = closest(name, allowed)
+    return f" Did you mean {near!r}?" if near else ""
 
 
 def read_yaml(text: str) -> Any:

@@ -205,7 +205,7 @@ class ResidualLoss(nn.Module):
         self.boundary_weight = boundary_weight
         for module in model.modules():
             if isinstance(module, GemActivation):
-                module.save = "input"  # to recover it from the output for a second derivative takes longer
+                module.save = "input"  # for a second derivative, recovering the input from the output takes longer
 
     def forward(self, points: Tensor, labels: Tensor, boundary: Tensor | None = None) -> Output:
         """Computes the loss. `labels` (batch,) is the solution at `boundary` (batch, 2), or else at `points`."""

@@ -107,9 +107,9 @@ def fit_to_memory(task: Task, config: TrainConfig, accelerator: Accelerator) -> 
     size = next((n for n in sizes if n <= fixed_micro_batch_size(config)), None)
     if size is None:
         raise ConfigError(
-            f"got micro-batches of at most {min(share, fixed_micro_batch_size(config))} of the {share} images of a "
-            f"process. Mixup and CutMix work on pairs, so the number must be even. Change --global_batch_size or "
-            "--micro_batch_size."
+            f"got micro-batches of at most {min(share, fixed_micro_batch_size(config))} of the {share} samples of a "
+            f"process. Their number must divide {share} and be a multiple of {multiple}, as the objective needs "
+            "(Mixup and CutMix need pairs). Change --global_batch_size or --micro_batch_size."
         )
     found = {}
     if isinstance(task.objective, CausalLMLoss):

@@ -1,6 +1,7 @@
 """The command line as a whole: help, exit codes, errors of one line, completion, and what it imports."""
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -114,6 +115,16 @@ def test_a_faulty_family_takes_one_line(tmp_path, arguments, text):
     done = run_python("-m", "hf_gem", *arguments, HF_GEM_FAMILIES=str(file))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith(f"error: HF_GEM_FAMILIES contains {shown(str(file))}, which cannot be imported (")
+
+
+def test_a_faulty_family_is_an_error_that_other_programs_can_catch(tmp_path):
+    package = tmp_path / "theirs"
+    package.mkdir()
+    (package / "__init__.py").write_text("try:\n    import hf_gem\nexcept ImportError:\n    print('caught')\n")
+    (package / "__main__.py").write_text("")
+    search = os.pathsep.join((str(tmp_path), str(ROOT)))
+    done = run_python("-m", "theirs", "hf_gem", HF_GEM_FAMILIES="none.py", PYTHONPATH=search)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caught\n", "")
 
 
 COMPLETION = {"_HF_GEM_COMPLETE": "complete_bash", "COMP_WORDS": "hf-gem train gp", "COMP_CWORD": "2"}

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import hf_gem as package
+from hf_gem.cli import models
 from hf_gem.cli.choosing import caveat, findings, profile
 from hf_gem.cli.loading import build, find
 from tests.helpers import save_bytes_tokenizer
@@ -177,6 +178,19 @@ def test_convert_says_what_is_wrong(hf_gem, gpt2, tmp_path, flags, words):
     assert words in err
     assert "=" not in err.replace("[_n<N>]", "")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("Exclude it with skip='h.0.act', or", "Exclude it with --skip h.0.act, or"),
+        ("Exclude it with skip='h.*.act'.", "Exclude it with --skip 'h.*.act'."),
+        ("got per_layer=True with eps=1e-4.", "got --per-layer with --eps 1e-4."),
+        ("Change replace= or skip=. Set eps='fit'.", "Change --replace or --skip. Set --eps fit."),
+    ],
+)
+def test_arguments_in_messages_are_options(message, expected):
+    assert models._in_flags(message) == expected
 
 
 def test_a_folder_of_something_else(hf_gem, tmp_path):

@@ -288,6 +288,16 @@ def test_specs_are_values():
         "egemma",
         "stegem",
         "",
+        "gemma_n3",
+        "gemini_n2",
+        "gegelu_n2",
+        "seglu_n2",
+        "segment_n3",
+        "segelu_n2",
+        "ge_n1",
+        "age_n1",
+        "gelu_n2",
+        "yourgem_n2",
     ],
 )
 def test_words_that_are_not_ours(name):
@@ -321,6 +331,15 @@ def test_families_that_may_be_yours(name):
 @pytest.mark.parametrize("name", ["gem", "gem_n0", "GEM-N2", "gemn2", "gem2", "e-gem", "segem_eps", "egem n2", "gem!"])
 def test_words_that_can_only_be_ours(name):
     assert is_claimed(name)
+
+
+@pytest.mark.parametrize("word", ["gme", "egm", "seegm", "egme", "sgem", "segm", "geem", "seggem", "xgem"])
+def test_slips_are_ours_if_parameters_follow(word):
+    for parameters in ("_n2", "_eps0.1", "_learnable", "_n0_eps-1"):
+        assert is_claimed(word + parameters)
+    assert not is_claimed(word)
+    assert not is_claimed(f"{word}_n")
+    assert not is_claimed(f"{word}_new")
 
 
 def test_no_stock_activation_is_claimed():

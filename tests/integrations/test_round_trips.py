@@ -251,7 +251,7 @@ def test_timm(name, tmp_path):
     arguments, conversions = TIMM[name]
     x = IMAGE["pixel_values"]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* do not pick up act_layer=", module="hf_gem")
+        warnings.filterwarnings("ignore", ".* did not pick up act_layer=", module="hf_gem")
         model = timm.create_model(name, num_classes=3, **arguments)
         for conversion in conversions:
             hf_gem.convert(model, inputs=x, **conversion)

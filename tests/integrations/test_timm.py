@@ -19,6 +19,7 @@ timm = pytest.importorskip("timm")
 feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
 
 from timm.layers import (  # noqa: E402
+    create_act,
     create_act_layer,
     get_act_fn,
     get_act_layer,
@@ -142,7 +143,7 @@ def test_models_that_call_act_layer(model_name, name):
 
 def test_an_act_layer_of_another_name():
     with pytest.warns(
-        UserWarning, match=r"13 activations of RexNet do not pick up act_layer='gem', such as relu at features"
+        UserWarning, match=r"RexNet has 13 activations that did not pick up act_layer='gem', such as relu at features"
     ):
         model = on_meta("rexnet_100", act_layer="gem", dw_act_layer="gem_n2")
     assert {"gem", "gem_n2"} <= activations(model)
@@ -170,6 +171,23 @@ def test_a_model_that_ignores_act_layer_says_so():
 def test_a_malformed_name_in_a_model(model_name):
     with pytest.raises(ValueError, match=r"got activation name 'gem_n0'.*Did you mean 'gem'"):
         on_meta(model_name, act_layer="gem_n0")
+
+
+@pytest.mark.parametrize("name", ["gemini_n2", "gme_n2", "gem_like"])
+@pytest.mark.parametrize("registry", ["_ACT_LAYER_DEFAULT", "_ACT_LAYER_ME"])
+def test_a_name_that_someone_registered_is_theirs(name, registry, request, tmp_path):
+    class Theirs(nn.ReLU):
+        def __init__(self, inplace=False):
+            super().__init__()
+
+    layers = getattr(create_act, registry)
+    layers[name] = Theirs
+    request.addfinalizer(lambda: layers.pop(name))
+    assert get_act_layer(name) is Theirs
+    model = on_meta("resnet10t", act_layer=name.upper())
+    assert {type(m) for m in model.modules() if isinstance(m, nn.ReLU)} == {Theirs}
+    timm.models._hub.save_config_for_hf(model, tmp_path / "config.json")
+    assert "hf_gem" not in (tmp_path / "config.json").read_text()
 
 
 def test_names_of_timm_in_models_are_as_before():
@@ -207,7 +225,9 @@ def test_nfnet():
     assert activations(model) == {"egem_n2"}
     conv = model.stages[0][0].conv1
     assert conv.scale == gamma * conv.weight[0].numel() ** -0.5
-    with pytest.warns(UserWarning, match=r"12 activations of NormFreeNet do not pick up .*, such as relu at .*attn"):
+    with pytest.warns(
+        UserWarning, match=r"NormFreeNet has 12 activations that did not pick up .*, such as relu at .*attn"
+    ):
         act = on_meta("dm_nfnet_f0", act_layer="egem_n2").final_act  # applies functions, and gamma to their output
     x = torch.randn(10)
     whole = not torch.__version__.startswith("2.11.")  # whose compiler cannot trace a name, and breaks the graph

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 import hf_gem
 
@@ -27,12 +28,14 @@ from transformers import (
     BloomForCausalLM,
     BltPatcher,
     CLIPConfig,
+    CTRLConfig,
     DbrxConfig,
     DebertaConfig,
     DebertaModel,
     DistilBertConfig,
     EncoderDecoderConfig,
     EncoderDecoderModel,
+    FlaubertConfig,
     Gemma2Config,
     GemmaConfig,
     GPT2Config,
@@ -42,6 +45,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
+    MarianConfig,
     OpenAIGPTConfig,
     OpenAIGPTModel,
     OPTConfig,
@@ -56,6 +60,7 @@ from transformers import (
     TimmWrapperModel,
     Trainer,
     TrainingArguments,
+    XLMConfig,
     XLNetConfig,
     activations,
 )
@@ -210,6 +215,28 @@ def test_a_keyword_that_changes_nothing_needs_no_warning():
 
 
 @pytest.mark.parametrize(
+    ("config_class", "values", "name"),
+    [
+        (MarianConfig, {"activation_function": "swish"}, "silu"),
+        (T5Config, {"feed_forward_proj": "gated-gelu"}, "gelu_new"),
+        (T5Config, {"feed_forward_proj": "gated-gelu"}, "gelu"),  # as the config calls it
+        (GPT2Config, {}, "gelu_new"),
+        # Only the code of these models says what they run.
+        (XLMConfig, {}, "gelu"),
+        (FlaubertConfig, {}, "gelu"),
+        (CTRLConfig, {}, "relu"),
+    ],
+)
+def test_a_keyword_in_from_dict_that_changes_nothing_needs_no_warning(config_class, values, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config_class.from_dict(values, hidden_act=name)
+    for other in ("tanh", "xyz") if values else ("xyz",):
+        with pytest.warns(UserWarning, match=rf"transformers ignores hidden_act='{other}'"):
+            config_class.from_dict(values, hidden_act=other)
+
+
+@pytest.mark.parametrize(
     ("name", "nearest"), [("gme_n2", "gem_n2"), ("egm_n2", "egem_n2"), ("sgem_eps1", "segem_eps1")]
 )
 def test_a_misspelled_name_of_the_family_stops(name, nearest, tmp_path):
@@ -223,6 +250,30 @@ def test_a_misspelled_name_of_the_family_stops(name, nearest, tmp_path):
     config.hidden_act = name
     with pytest.raises(ValueError, match=message):
         GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("name", ["gegelu_n2", "gme_n2", "gem_like"])
+def test_a_name_that_someone_registered_is_theirs(name, request, tmp_path):
+    class Theirs(nn.Tanh):
+        pass
+
+    activations.ACT2FN[name] = Theirs
+    request.addfinalizer(lambda: activations.ACT2FN.pop(name))
+    for config in (GPT2Config(**TINY_GPT2, activation_function=name), GPT2Config(**TINY_GPT2)):
+        hf_gem.set_activation(config, name)
+        model = GPT2LMHeadModel(config)
+        assert type(model.transformer.h[0].mlp.act) is Theirs
+        model.save_pretrained(tmp_path)
+        loaded = GPT2LMHeadModel.from_pretrained(tmp_path)
+        assert type(loaded.transformer.h[0].mlp.act) is Theirs
+    assert BertConfig(hidden_act=name).hidden_act == name
+    with pytest.warns(UserWarning, match=UNREAD.format(name)):  # as any other name of transformers
+        gpt2(hidden_act=name)
+
+
+def test_a_word_like_a_family_is_not_ours():
+    assert "gemini_n2" not in activations.ACT2FN
+    assert BertConfig(act="segment_n3").act == "segment_n3"
 
 
 def test_a_family_that_nobody_has_registered_is_named():
@@ -449,7 +500,7 @@ def test_a_declared_field_that_the_model_does_not_read():
 
 def test_a_model_that_the_name_does_not_reach_everywhere():
     sizes = {"image_size": 16, "patch_size": 4, "window_size": 2, "embed_dim": 8, "depths": [1], "num_heads": [2]}
-    with pytest.warns(UserWarning, match=r"1 activations of Swinv2Model do not pick up 'gem_n2' from the config"):
+    with pytest.warns(UserWarning, match=r"Swinv2Model has 1 activation that did not pick up 'gem_n2' from the config"):
         model = Swinv2Model(Swinv2Config(**sizes, hidden_act="gem_n2"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -81,7 +81,7 @@ def test_a_stock_model_of_transformers(build, fields, name, calls):
     assert (report.num_gem, report.num_other, report.complete) == (0, calls, False)
 
 
-@pytest.mark.filterwarnings("ignore:.* do not pick up")
+@pytest.mark.filterwarnings("ignore:.* did not pick up")
 def test_activations_that_a_model_hard_codes_are_located():
     report = audit(swin(hidden_act="gem_n2"))
     assert report.num_gem == 3
@@ -297,7 +297,7 @@ def test_inputs_that_are_none(inputs):
         audit(gpt2(), inputs)
 
 
-@pytest.mark.filterwarnings("ignore:.* do not pick up")
+@pytest.mark.filterwarnings("ignore:.* did not pick up")
 def test_the_table():
     report = audit(swin(hidden_act="gem_n2"))
     assert re.sub(r":\d+ +", ":LINE ", re.sub(r"where +", "where ", str(report))) == (

@@ -287,7 +287,7 @@ def test_what_is_left_alone():
     assert "forward" in reasons["replaced"]
     assert "Sequential" in reasons["plain"]
     text = str(report)
-    assert text.startswith("1 gated modules fused: inner\n  left alone, ")
+    assert text.startswith("1 gated module fused: inner\n  left alone, ")
     assert all(path in text for path in reasons)
     assert [type(getattr(model, path)) for path in reasons] == [Product] * 4 + [nn.Sequential]
     gate, up = torch.randn(2, 5, 4)

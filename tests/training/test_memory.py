@@ -80,7 +80,9 @@ def test_mixing_gets_pairs(tmp_path):
         sizes[name] = fit_to_memory(task, config, make_accelerator(config))["micro_batch_size"]
     assert sizes == {"all": 5, "even": 2}
     config = settings(tmp_path, micro_batch_size=5, global_batch_size=15)
-    with pytest.raises(ConfigError, match=r"work on pairs, so the number must be even\. Change --global_batch_size"):
+    with pytest.raises(
+        ConfigError, match=r"divide 15 and be a multiple of 2, as .* CutMix need pairs\)\. Change --global_batch_size"
+    ):
         fit_to_memory(task, config, make_accelerator(config))
 
 
