@@ -82,6 +82,8 @@ def profile(model: nn.Module) -> Profile:
         kind = "ResNet"
     elif family in _PLAIN_CNNS:
         kind = "plain CNN"
+    elif family == "coordinate_mlp":
+        kind = "physics-informed network"
     elif any(_has_gated_mlp(module) for module in model.modules()):
         kind = "transformer with gated MLPs (no study)"
     elif family == "bert":

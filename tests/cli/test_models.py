@@ -23,6 +23,7 @@ import hf_gem as package
 from hf_gem.cli import models
 from hf_gem.cli.choosing import caveat, findings, profile
 from hf_gem.cli.loading import build, find
+from hf_gem.training.coordinate_models import CoordinateMLPConfig, CoordinateMLPModel
 from tests.helpers import save_bytes_tokenizer
 
 SMALL = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 257, "n_positions": 32}
@@ -220,8 +221,9 @@ def test_choose_goes_by_the_kind_and_the_scale():
         assert "no study" in meta(config).kind
         assert not meta(config).findings
     assert profile(timm.create_model("test_resnet")).kind == "ResNet"
-    kinds = {row["kind"] for row in findings()}
-    assert kinds == {"small-scale transformer", "transformer", "BERT", "ResNet", "plain CNN"}
+    assert profile(CoordinateMLPModel(CoordinateMLPConfig())).kind == "physics-informed network"
+    kinds = {"small-scale transformer", "transformer", "BERT", "ResNet", "plain CNN", "physics-informed network"}
+    assert {row["kind"] for row in findings()} == kinds
 
 
 def test_choose_says_what_is_not_known(hf_gem):
