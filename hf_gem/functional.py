@@ -187,7 +187,8 @@ def _activate(family: Family, x: Tensor, n: int, eps: float | Tensor, save: str)
     if not torch.is_grad_enabled() or not (x.requires_grad or (isinstance(eps, Tensor) and eps.requires_grad)):
         y: Tensor = kernels.run("forward", family, n, eps, x)
     else:
-        y, _ = _Activation.apply(x, eps, family, n, output)
+        result = _Activation.apply(x, eps, family, n, output)
+        y = result[0] if output else result
     return y
 
 
@@ -257,13 +258,17 @@ class _Activation(torch.autograd.Function):
         y: Tensor = kernels.run("forward", family, n, eps, x)
         ctx.family, ctx.n, ctx.output = family, n, output
         ctx.eps = None if isinstance(eps, Tensor) else eps
+        rest = (eps,) if isinstance(eps, Tensor) else ()
+        if not output:
+            ctx.save_for_backward(x, *rest)
+            return y
         ctx.set_materialize_grads(False)
-        in_place_of_x = y.detach() if output else None
-        ctx.save_for_backward(in_place_of_x if output else x, *((eps,) if isinstance(eps, Tensor) else ()))
+        in_place_of_x = y.detach()
+        ctx.save_for_backward(in_place_of_x, *rest)
         return y, in_place_of_x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_x: Tensor | None) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, grad_x: Tensor | None = None) -> Any:
         grad_eps = None
         if grad is not None:
             through_y, grad_eps = _gradients(ctx, grad)
