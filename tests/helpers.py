@@ -46,11 +46,14 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+def is_version(package: str, version: str) -> bool:
+    """Whether a package has a version such as 5.17, or one with further numbers behind it."""
+    return f"{metadata.version(package)}.".startswith(f"{version}.")
+
+
 def fails_with(package: str, version: str, reason: str) -> pytest.MarkDecorator:
     """Skips a test with one of the oldest supported versions, such as 5.17, whose fault is not ours."""
-    return pytest.mark.skipif(
-        metadata.version(package).startswith(f"{version}."), reason=f"{package} {version} {reason}"
-    )
+    return pytest.mark.skipif(is_version(package, version), reason=f"{package} {version} {reason}")
 
 
 def write_corpus(path: Path, lines: int = 300) -> Path:

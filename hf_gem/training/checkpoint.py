@@ -247,10 +247,10 @@ class CheckpointStore:
         for path in [Path(resume)] if named else found:
             damages[path] = self._damage(path)
             if not damages[path]:
-                theirs = self._state(path)["identity"]
-                self._compare(theirs, self.identity, str(path), "this command")
+                state = self._state(path)
+                self._compare(state["identity"], self.identity, str(path), "this command")
                 for other in found:
-                    if _step_of(other) > self._state(path)["step"]:
+                    if _step_of(other) > state["step"]:
                         self._set_aside(other)
                 return path
             if not named:
