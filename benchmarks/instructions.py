@@ -76,7 +76,8 @@ class Compiled:
         family: Name of the family.
         n: The paper's N.
         dtype: Dtype of the tensors.
-        instructions: Instructions per element, in a full block.
+        instructions: Instructions per element, in a full block. Those that follow the branch of a division that is
+            rounded correctly are not counted, so float32 has more.
         wide: Number of loads and stores of 16 bytes there.
         narrow: Number of other loads and stores of global memory there.
         registers: Registers per thread; vector registers on AMD.
@@ -97,7 +98,8 @@ class Compiled:
 
 def compiled(target: str, operation: str, family: str, n: int, dtype: str) -> Compiled:
     """Compiles one kernel and reads the machine code."""
-    kernel = gpu.kernels(family, n)[operation]
+    exact = gpu.is_exact(operation, getattr(torch, dtype))
+    kernel = gpu.kernels(family, n, exact)[operation]
     constants = gpu.constants(operation, getattr(torch, dtype))
     types = {"numel": "i64", "r": "fp32", "e": "fp32", **dict.fromkeys(constants, "constexpr")}
     names = kernel.arg_names
@@ -107,7 +109,7 @@ def compiled(target: str, operation: str, family: str, n: int, dtype: str) -> Co
         {(names.index(name),): value for name, value in constants.items()},
         {(i,): [["tt.divisibility", gpu.ALIGNMENT]] for i, name in enumerate(names) if name not in types},
     )
-    made = triton.compile(source, target=TARGETS[target], options={"num_warps": gpu.NUM_WARPS})
+    made = triton.compile(source, target=TARGETS[target], options=gpu.options(exact))
     read = _nvidia if TARGETS[target].backend == "cuda" else _amd
     blocks, wide, registers, spilled = read(made.asm)
     # The first block checks whether there is work for all lanes. That work uses wide loads and stores.

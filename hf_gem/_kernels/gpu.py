@@ -1,7 +1,8 @@
 """The Triton kernels for GPUs (CUDA, ROCm and XPU), and for any device through Triton's interpreter.
 
-They compute in float32 with the fast division of the hardware, which adds two roundings for divisors from 2^-126 to
-2^126.
+They compute in float32. Those for float32 tensors return the bits of the formulas: they wait for memory anyway, so a
+division that is rounded correctly takes no time. Those for the half types, and the slope from the output, use the fast
+division of the hardware, which adds two roundings for divisors from 2^-126 to 2^126, and fuse products with sums.
 """
 
 from __future__ import annotations
@@ -30,15 +31,25 @@ interpreted = not isinstance(forward, triton.runtime.jit.JITFunction)
 _compiled: dict[tuple[str, str, int, torch.dtype, torch.device], Any] = {}
 
 
+def is_exact(operation: str, dtype: torch.dtype) -> bool:
+    """Returns whether a kernel returns the bits of the formulas."""
+    return dtype == torch.float32 and operation != "backward_at"  # which would take 15 % longer on an H100
+
+
 @functools.cache
-def kernels(name: str, n: int) -> dict[str, Any]:
+def kernels(name: str, n: int, exact: bool) -> dict[str, Any]:
     """Returns the kernels of a family for one n, by operation. Puts their source into `linecache`, for Triton."""
-    source = triton_source(family_named(name), n)
-    file = f"<hf_gem {name} n={n}>"
+    source = triton_source(family_named(name), n, exact)
+    file = f"<hf_gem {name} n={n}{' exact' if exact else ''}>"
     linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
     functions: dict[str, Any] = {"__name__": f"{__name__}.{name}_n{n}"}
     exec(compile(source, file, "exec"), functions)
     return functions
+
+
+def options(exact: bool) -> dict[str, Any]:
+    """Returns the options with which Triton compiles a kernel."""
+    return {"num_warps": NUM_WARPS, "enable_fp_fusion": not exact}
 
 
 @functools.cache
@@ -65,8 +76,9 @@ def launch(
         if compiled is not None and aligned:
             compiled[grid](*pointers, *numbers)
             return
-        kernel = kernels(family.kernels, n)[operation]
-        compiled = kernel[grid](*outputs, *inputs, *numbers, num_warps=NUM_WARPS)
+        exact = is_exact(operation, x.dtype)
+        kernel = kernels(family.kernels, n, exact)[operation]
+        compiled = kernel[grid](*outputs, *inputs, *numbers, **options(exact))
     if aligned and not interpreted:
         _compiled[key] = compiled
 

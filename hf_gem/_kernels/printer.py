@@ -168,7 +168,8 @@ class _Triton(_Printer):
     operations: ClassVar[dict[str, str]] = {
         **_BINARY,
         "/": "divide({0}, {1})",
-        "neg": "(-{0})",
+        "fast /": "divide_fast({0}, {1})",
+        "neg": "({0} * -1)",  # -x of Triton 3.6 is 0 - x, which loses the sign of a zero
         "abs": "tl.abs({0})",
         "where": "tl.where({0}, {1}, {2})",
         "max": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
@@ -178,6 +179,13 @@ class _Triton(_Printer):
         "bits int": "{0}.to(tl.int32, bitcast=True)",
         "bits float": "{0}.to(tl.float32, bitcast=True)",
     }
+
+    def __init__(self, exact: bool) -> None:
+        super().__init__()
+        self.exact = exact
+
+    def key(self, x: Symbol) -> str:
+        return "fast /" if x.op == "/" and not self.exact else super().key(x)
 
     def literal(self, value: float, dtype: torch.dtype) -> str:
         return repr(int(value) if dtype == torch.int32 else _single(value))
@@ -230,12 +238,18 @@ def _block(head: str, lines: list[str], tail: str = "") -> list[str]:
     return [head, *(f"    {line}" for line in lines), tail]
 
 
-def triton_source(family: Family, n: int) -> str:
-    """Returns the Python source of a family's kernels for one n: `triton_kernels.py` with the formulas inserted."""
+def triton_source(family: Family, n: int, exact: bool) -> str:
+    """Returns the Python source of a family's kernels for one n: `triton_kernels.py` with the formulas inserted.
+
+    Args:
+        family: The family.
+        n: The paper's N.
+        exact: Whether divisions are rounded correctly.
+    """
     found = _traced(family, n)
     parts = []
     for name, outputs in _functions(found).items():
-        printer = _Triton()
+        printer = _Triton(exact)
         results = ", ".join([printer.name(symbol) for symbol in outputs.values()])
         parts.append(_block(f"def {name}(z, r, e):", [*printer.lines, f"return {results}"]))
     if found.slope_at:

@@ -30,6 +30,14 @@ def slope_at(z, r, e, DIGITS: tl.constexpr):
 
 @triton.jit
 def divide(x, y):
+    """Divides, rounded correctly."""
+    if INTERPRETED:
+        return x / y
+    return tl.math.div_rn(x, y)
+
+
+@triton.jit
+def divide_fast(x, y):
     """Divides to within two roundings if |y| is from 2^-126 to 2^126. Beyond that, 1 / y may become 0."""
     if INTERPRETED:
         return x / y

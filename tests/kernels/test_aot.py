@@ -39,12 +39,14 @@ def check(kernels):
         # A block is two registers of 16 bytes for each thread of NVIDIA's cards, and one of AMD's.
         num_tensors = {"forward": 2, "glu_backward": 5}.get(kernel["operation"], 3)
         assert kernel["wide"] == num_tensors * (2 if kernel["target"].startswith("sm") else 1), kernel
-        assert kernel["registers"] <= 64, kernel
+        # A division that is rounded correctly takes more, but float32 has twice the time for each element.
+        exact = kernel["dtype"] == "float32" and kernel["operation"] != "backward_at"
+        assert kernel["registers"] <= (80 if exact else 64), kernel
         first, more = BUDGETS[kernel["family"], kernel["operation"]]
         second = kernel["operation"] == "backward_at" and _num_steps(kernel) == 2
         budget = first + more * (kernel["n"] - 1) + SECOND_STEP * second
         if kernel["target"].startswith("gfx"):
-            budget *= 1.6
+            budget *= 2.2 if exact else 1.6
         assert kernel["instructions"] <= budget, kernel
 
 

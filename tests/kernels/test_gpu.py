@@ -1,6 +1,6 @@
 """The Triton kernels: on the CPU through Triton's interpreter, on a GPU where there is one.
 
-Bounds as in test_formulas, with two more roundings for each division, which GPUs do only nearly right.
+Bounds as in test_formulas, with two more roundings for each division that is fast.
 """
 
 import pytest
@@ -15,7 +15,7 @@ from hf_gem.family.egem import EGEM
 from hf_gem.family.formulas import slope as exact_slope
 from hf_gem.family.segem import SEGEM
 from tests import oracle
-from tests.kernels.test_cpu import NUM_INPUTS, OPERATIONS, numbers
+from tests.kernels.test_cpu import NUM_INPUTS, OPERATIONS, numbers, same_bits
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,6 +88,20 @@ def test_against_the_formulas(operation, family, n, dtype):
             assert_right(
                 operation, family, n, eps, *([*others, x] if operation.startswith("backward") else [x, *others])
             )
+
+
+@pytest.mark.parametrize(("operation", "family"), [(op, family) for op, family in OPERATIONS if op != "backward_at"])
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_float32_has_the_bits_of_a_cpu(operation, family, n):
+    x = numbers(torch.float32, 2000)
+    a, b = torch.randn(2, len(x))
+    inputs = {"forward": [x], "backward": [a, x], "glu": [x, a], "glu_backward": [a, x, b]}[operation]
+    for eps in (1e-6, 0.3, 10.0):
+        expected = plain.run(operation, family, n, eps, *inputs)
+        with hf_gem.kernels("triton"):
+            got = run(operation, family, n, eps, *(tensor.to(DEVICE) for tensor in inputs))
+        for y, exact in zip(*((y,) if isinstance(y, torch.Tensor) else y for y in (got, expected)), strict=True):
+            assert same_bits(y.cpu(), exact)
 
 
 @pytest.mark.parametrize("family", [EGEM, SEGEM])

@@ -29,7 +29,7 @@ class Kernel:
 def calls(monkeypatch):
     calls = []
     kernel = Kernel(calls, "compile", Kernel(calls, "launch"))
-    monkeypatch.setattr(gpu, "kernels", lambda name, n: {"forward": kernel})
+    monkeypatch.setattr(gpu, "kernels", lambda name, n, exact: {"forward": kernel})
     monkeypatch.setattr(gpu, "interpreted", False)
     monkeypatch.setattr(gpu, "_compiled", {})
     return calls
