@@ -25,7 +25,7 @@ from ..modules import CALLED, EGEM, GEM, SEGEM, GemActivation
 from .kinds import describe, stock_slots
 from .reports import counted, path_patterns, places
 
-_FUSED = "_hf_gem_fused"  # an attribute of a patched class: the original class and the names of its activations
+_FUSED = "_hf_gem_fused"  # an attribute of a patched class: the original class
 _CALL = "_hf_gem_glu"  # the function that rewritten code calls: a keyword argument with a default
 
 
@@ -81,13 +81,13 @@ def patch_glu(model: nn.Module) -> GluPatch:
     held: dict[nn.Module, tuple[str, dict[str, Any]]] = {}
     for slot in stock_slots(model):
         held.setdefault(slot.owner, (slot.path.rpartition(".")[0], {}))[1][slot.key] = slot.occupant
-    chosen: dict[nn.Module, tuple[str, frozenset[str]]] = {}
+    chosen: dict[nn.Module, tuple[str, _Names]] = {}
     left = []
     for module, (path, activations) in held.items():
-        keys, reasons = _choose(module, activations)
+        names, reasons = _choose(module, activations)
         left += [(path, reason) for reason in reasons]
-        if keys:
-            chosen[module] = path, keys
+        if names.activations:
+            chosen[module] = path, names
     report = GluPatch(tuple(path for path, _ in chosen.values()), tuple(left))
     if not chosen:
         raise ValueError(
@@ -95,9 +95,9 @@ def patch_glu(model: nn.Module) -> GluPatch:
             "with an activation of the family. Build it with one, such as hidden_act='gem_n2', or call hf_gem.convert "
             f"first. {report}"
         )
-    for module, (_, keys) in chosen.items():
+    for module, (_, names) in chosen.items():
         if not _is_patched(module) or _FUSED in vars(type(module)):  # otherwise another class wraps the patched one
-            _set_class(module, _fused(_original(module), keys, _layers(module)))
+            _set_class(module, _fused(_original(module), names))
     return report
 
 
@@ -134,9 +134,10 @@ def _check(model: nn.Module) -> None:
         raise TypeError(f"got {type(model).__name__} as model. model must be a torch.nn.Module. {fix}")
 
 
-def _choose(module: nn.Module, activations: dict[str, Any]) -> tuple[frozenset[str], list[str]]:
-    """Returns the attributes whose products to fuse, and the reasons against the others."""
-    methods, unreadable = _products(_original(module), frozenset(activations), _layers(module))
+def _choose(module: nn.Module, activations: dict[str, Any]) -> tuple[_Names, list[str]]:
+    """Returns the names for the products to fuse, and the reasons against the other products."""
+    layers = _layers(module)
+    methods, unreadable = _products(_original(module), _Names(frozenset(activations), layers))
     if not getattr(module, "has_gate", True):
         methods = {}  # such experts of transformers inherit the product but do not call it
     multiplied = frozenset[str]().union(*(keys for _, keys in methods.values()))
@@ -148,11 +149,11 @@ def _choose(module: nn.Module, activations: dict[str, Any]) -> tuple[frozenset[s
     if ours - multiplied:
         name = type(module).__name__
         reasons += unreadable or [f"the code of {name} has no product self.{min(ours - multiplied)}(gate) * up"]
-    return keys, reasons
+    return _Names(keys, layers), reasons
 
 
 def _layers(module: nn.Module) -> frozenset[str]:
-    """Returns the names of the submodules with weights. Others, such as a dropout, may return their own input.
+    """Returns the names of the submodules with weights.
 
     Some quantised layers keep their weights in buffers. Buffers with one value belong to observers and counters.
     """
@@ -201,7 +202,7 @@ def _is_patched(module: nn.Module) -> bool:
 
 
 def _original(module: nn.Module) -> Any:
-    return getattr(type(module), _FUSED, (type(module),))[0]
+    return getattr(type(module), _FUSED, type(module))
 
 
 def _kept_methods(module: nn.Module) -> dict[str, str]:
@@ -218,30 +219,43 @@ def _set_class(module: nn.Module, cls: Any) -> None:
 
 
 @functools.cache
-def _fused(cls: Any, keys: frozenset[str], layers: frozenset[str]) -> Any:
-    """Returns the subclass with the same name whose methods call `_glu` for the products of `keys`."""
-    methods, _ = _products(cls, keys, layers)
+def _fused(cls: Any, names: _Names) -> Any:
+    """Returns the subclass with the same name whose methods call `_glu` for the products."""
+    methods, _ = _products(cls, names)
     if not methods:
         return cls  # a pickle from another version of its library
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
         """Pickling looks up a class by its name, which finds the original class."""
         reduced = cls.__reduce_ex__(self, 2)
-        return (_new, (cls, keys, layers), *reduced[2:]) if type(self) is fused else reduced
+        return (_new, (cls, names), *reduced[2:]) if type(self) is fused else reduced
 
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    own = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     functions = {name: function for name, (function, _) in methods.items()}
-    extra = {_FUSED: (cls, keys), "__reduce_ex__": reduce_ex}
-    fused = type(cls)(cls.__name__, (cls,), {**names, **functions, **extra})
+    extra = {_FUSED: cls, "__reduce_ex__": reduce_ex}
+    fused = type(cls)(cls.__name__, (cls,), {**own, **functions, **extra})
     return fused
 
 
-def _new(cls: Any, keys: frozenset[str], layers: frozenset[str]) -> Any:
-    fused = _fused(cls, keys, layers)
+def _new(cls: Any, names: _Names) -> Any:
+    fused = _fused(cls, names)
     return fused.__new__(fused)
 
 
 # ---- code
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Names of attributes that matter in the code of a class.
+
+    Attributes:
+        activations: Those whose products are to be fused.
+        layers: Submodules with weights. Others, such as a dropout, may return their own input.
+    """
+
+    activations: frozenset[str]
+    layers: frozenset[str]
 
 
 class _UnreadableError(Exception):
@@ -249,17 +263,15 @@ class _UnreadableError(Exception):
 
 
 @functools.cache
-def _products(
-    cls: type, keys: frozenset[str], layers: frozenset[str]
-) -> tuple[dict[str, tuple[Any, set[str]]], list[str]]:
-    """Returns method -> (fused version, the attributes of `keys` it multiplies), and why others could not be read."""
+def _products(cls: type, names: _Names) -> tuple[dict[str, tuple[Any, set[str]]], list[str]]:
+    """Returns method -> (fused version, the activations it multiplies), and why others could not be read."""
     methods = {}
     unreadable = []
     for name in dir(cls):
         method = inspect.getattr_static(cls, name)
         if isinstance(method, types.FunctionType) and not name.startswith("__"):
             try:
-                function, found = _rewritten(method, keys, layers)
+                function, found = _rewritten(method, names)
             except _UnreadableError as error:
                 unreadable.append(f"its {name} {error}")
             else:
@@ -267,23 +279,21 @@ def _products(
     return methods, unreadable
 
 
-def _rewritten(
-    function: types.FunctionType, keys: frozenset[str], layers: frozenset[str]
-) -> tuple[types.FunctionType, set[str]]:
-    """Returns a function with fused calls instead of products, and the attributes in these products.
+def _rewritten(function: types.FunctionType, names: _Names) -> tuple[types.FunctionType, set[str]]:
+    """Returns a function with fused calls instead of products, and the activations in these products.
 
     Raises:
-        _UnreadableError: The function uses one of the attributes, but its source is not available.
+        _UnreadableError: The function uses one of the activations, but its source is not available.
     """
     code, closure, defaults = function.__code__, function.__closure__ or (), function.__kwdefaults__
     inner = getattr(function, "__wrapped__", None)
     if isinstance(inner, types.FunctionType):  # it is in the closure of its decorator
-        new_inner, found = _rewritten(inner, keys, layers)
+        new_inner, found = _rewritten(inner, names)
         closure = tuple(types.CellType(new_inner) if cell == types.CellType(inner) else cell for cell in closure)
         if found and types.CellType(new_inner) not in closure:
             raise _UnreadableError("is hidden by a decorator")
     else:
-        code, found = _rewritten_code(code, keys, layers)
+        code, found = _rewritten_code(code, names)
         defaults = {**(defaults or {}), _CALL: _glu}
     if not found:
         return function, found
@@ -292,11 +302,9 @@ def _rewritten(
     return functools.update_wrapper(new, function), found  # type: ignore[return-value]
 
 
-def _rewritten_code(
-    code: types.CodeType, keys: frozenset[str], layers: frozenset[str]
-) -> tuple[types.CodeType, set[str]]:
+def _rewritten_code(code: types.CodeType, names: _Names) -> tuple[types.CodeType, set[str]]:
     """Does the same for the code of a function: compiles its file with the products of the function rewritten."""
-    if keys.isdisjoint(name for part in (code, *_codes(code)) for name in part.co_names):
+    if names.activations.isdisjoint(name for part in (code, *_codes(code)) for name in part.co_names):
         return code, set()
     try:
         source = "".join(inspect.findsource(code)[0])
@@ -308,7 +316,7 @@ def _rewritten_code(
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name == code.co_name and _first_line(node) == code.co_firstlineno:
-            rewriter = _Rewriter(node, keys, layers, code)
+            rewriter = _Rewriter(node, names, code)
             rewriter.visit(node)
             node.args.kwonlyargs.append(ast.arg(_CALL))
             node.args.kw_defaults.append(None)  # the function object gets the default
@@ -334,19 +342,16 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 class _Rewriter(ast.NodeTransformer):
-    """Rewrites `self.key(gate) * up` as `_glu(act=self.key, gate=gate, up=up)`, for the given keys.
+    """Rewrites `self.act(gate) * up` as `_glu(act=self.act, gate=gate, up=up)`, for the given activations.
 
-    It also rewrites `a * up` if `a = self.key(gate)` has no other use. The activation then runs later than before, when
+    It also rewrites `a * up` if `a = self.act(gate)` has no other use. The activation then runs later than before, when
     both factors exist. So its input must be the result of a layer with weights, or `up` must not contain a call that
     could overwrite the input.
     """
 
-    def __init__(
-        self, function: ast.FunctionDef, keys: frozenset[str], layers: frozenset[str], code: types.CodeType
-    ) -> None:
+    def __init__(self, function: ast.FunctionDef, names: _Names, code: types.CodeType) -> None:
         self.found: set[str] = set()
-        self._keys = keys
-        self._layers = layers
+        self._names = names
         self._self = code.co_varnames[0] if code.co_argcount else ""
         self._assigned: dict[str, ast.Assign] = {}
         nodes = list(ast.walk(function))
@@ -377,10 +382,10 @@ class _Rewriter(ast.NodeTransformer):
         return node
 
     def _is_call(self, node: ast.AST) -> TypeGuard[ast.Call]:
-        """Returns whether this is `self.key(gate)`."""
-        if not isinstance(node, ast.Call) or self._attribute(node.func) not in self._keys or node.keywords:
+        """Returns whether this is `self.act(gate)`."""
+        if not isinstance(node, ast.Call) or self._attribute(node.func) not in self._names.activations:
             return False
-        return len(node.args) == 1 and not isinstance(node.args[0], ast.Starred)
+        return len(node.args) == 1 and not node.keywords and not isinstance(node.args[0], ast.Starred)
 
     def _attribute(self, node: ast.AST) -> str:
         """Returns the name of the attribute if this is `self.attribute`, otherwise ""."""
@@ -390,7 +395,7 @@ class _Rewriter(ast.NodeTransformer):
 
     def _is_fresh(self, gate: ast.AST) -> bool:
         """Returns whether this is the result of a layer. That of another call may be its argument, or a view of it."""
-        return isinstance(gate, ast.Call) and self._attribute(gate.func) in self._layers
+        return isinstance(gate, ast.Call) and self._attribute(gate.func) in self._names.layers
 
     def _may_change(self, up: ast.AST, gate: ast.AST) -> bool:
         return not self._is_fresh(gate) and any(isinstance(part, ast.Call) for part in ast.walk(up))
