@@ -45,7 +45,7 @@ def gain(activation: str | Callable[[Tensor], Tensor], centered: bool = False) -
     z = torch.exp(torch.arange(-40, math.log(40), step, dtype=torch.float64, device="cpu"))
     density = torch.exp(-z * z / 2) * z * (step / math.sqrt(2 * math.pi))
     with torch.no_grad():
-        values = torch.stack((function(z), function(-z)))
+        values = torch.stack((function(z.clone()), function(-z)))  # it may work in place
         mean = (values * density).sum() if centered else 0.0
         moment = float(((values - mean) ** 2 * density).sum())
     if not (math.isfinite(moment) and moment > 0):

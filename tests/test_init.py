@@ -66,6 +66,10 @@ def test_towards_relu_as_eps_falls():
         assert 0 < 1 / gain(f"segem_eps{eps}") ** 2 - 0.5 <= eps / 8
 
 
+def test_of_a_function_that_works_in_place():
+    assert gain(torch.nn.SiLU(inplace=True)) == gain(torch.nn.SiLU())
+
+
 @pytest.mark.parametrize("function", [torch.zeros_like, lambda z: z / 0, lambda z: torch.full_like(z, torch.nan)])
 def test_no_gain(function):
     with pytest.raises(ValueError, match=r"has a second moment of .* must be positive and finite"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -28,8 +30,11 @@ _FALLBACK = (
     "_kernels/replaceable.py",
     "integrations/fallback.py",
 )
-# The file of a family in a checkpoint, which may be saved again, has `gem_` already.
-_IMPORT = re.compile(r"^from (?:\.+|hf_gem\.)(?:\w+\.)*(?:gem_)?(\w+) import", re.MULTILINE)
+_IMPORT = re.compile(r"^from \.+(?:\w+\.)*(\w+) import", re.MULTILINE)
+# In the file of a family: what may be imported from hf_gem, what takes its place, and the modules that it may import.
+_IMPORTED = {("Family", None), ("register_family", None)}
+_FAMILY = "from .gem_table import Family"
+_MODULES = {f"hf_gem.{file.removesuffix('.py').replace('/', '.')}" for file in _FALLBACK}
 _CODE = "modeling_gem"
 # Files of hf_gem.training with models that transformers does not have -> the Auto class that builds them.
 _OWN = {"image_models": "AutoModelForImageClassification", "coordinate_models": "AutoModel"}
@@ -69,6 +74,8 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
             "Leave it out, and push the folder with huggingface_hub.upload_folder."
         )
     names, auto_map = _check(model)
+    own = _own_code(model)
+    code = _code(auto_map, names, own)
     folder = Path(folder)
     config = model.config
     before = vars(config).get("auto_map")
@@ -79,8 +86,7 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
         vars(config).pop("auto_map")
         if before is not None:
             config.auto_map = before
-    own = _own_code(model)
-    written = {folder / name: code for name, code in _code(auto_map, names, own).items()}
+    written = {folder / name: text for name, text in code.items()}
     card = folder / "README.md"
     auto = next(auto for auto, cls in auto_map.items() if cls == type(model).__name__)
     saved = activation_fields(type(config).from_pretrained(folder))
@@ -146,7 +152,7 @@ def _check(model: Any) -> tuple[list[str], dict[str, str]]:
     own = _own_code(model)
     modules = {spec.name for spec in specs(model)}
     fields = {plain_name(field.value) for field in activation_fields(model.config)}
-    names = sorted(modules | {parse(name).name for name in fields if is_ours(name)})
+    names = sorted(modules | {name for name in fields if is_ours(name)})  # as the config spells them
     if not names:
         raise ValueError(
             f"{type(model).__name__} has no activation of the family. save_for_hub is only needed for these. Save it "
@@ -229,7 +235,7 @@ def _home(family: Family) -> tuple[str, str]:
     """Returns the variable of a user's own family in its file, and that file with its imports changed for a checkpoint.
 
     Raises:
-        ValueError: There is no such file, or it imports more of hf_gem than a checkpoint contains.
+        ValueError: There is no such file, or it uses more of hf_gem than a checkpoint contains.
     """
     name = family.value.__module__
     module = sys.modules.get(name)
@@ -243,17 +249,55 @@ def _home(family: Family) -> tuple[str, str]:
             f"the family {shown(family.name)} is defined in {name}. A checkpoint needs the file that defines it. "
             "Define it as a variable of an imported module, in its own file."
         )
-    source = Path(file).read_text(encoding="utf-8")
-    source = re.sub(r"^(?:import hf_gem|from hf_gem import register_family)\n", "", source, flags=re.MULTILINE)
-    source = re.sub(r"^(?:\w+ = )?(?:hf_gem\.)?register_family\(.*\)\n", "", source, flags=re.MULTILINE)
-    source = re.sub(r"^from hf_gem import Family\n", "from .gem_table import Family\n", source, flags=re.MULTILINE)
-    source = _IMPORT.sub(r"from .gem_\1 import", source)
-    if "hf_gem" in "".join(line for line in source.splitlines() if "import" in line):
+    try:
+        return key, without_package(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(
-            f"{file} imports more of hf_gem than a checkpoint contains. The file of a family may only import Family, "
-            "register_family and modules of hf_gem.family. Move the rest to another file."
-        )
-    return key, source
+            f"{file} uses more of hf_gem than a checkpoint has: {error}. The file of a family may only use Family, "
+            "register_family and what it imports from modules of hf_gem.family. Move the rest to another file."
+        ) from None
+
+
+def without_package(source: str) -> str:
+    """Changes the file of a family so that it imports from the files of a checkpoint and registers nothing.
+
+    Raises:
+        ValueError: Something of hf_gem would be left. The message is the line.
+    """
+    starts = list(itertools.accumulate((len(line) + 1 for line in source.encode().split(b"\n")), initial=0))
+
+    def span(node: Any) -> tuple[int, int]:  # in bytes, as ast counts columns
+        return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+
+    edits: list[tuple[int, int, str]] = []
+    done: set[Any] = set()
+    for node in ast.walk(ast.parse(source)):  # what is around a node comes before it
+        match node:
+            case ast.ImportFrom("hf_gem", names) if {(name.name, name.asname) for name in names} <= _IMPORTED:
+                edits.append((*span(node), _FAMILY))
+            case ast.Import([ast.alias("hf_gem", None)]):
+                edits.append((*span(node), _FAMILY))
+            case ast.ImportFrom(str(module), names) if module in _MODULES:
+                line = ast.ImportFrom(f"gem_{module.rpartition('.')[2]}", names, 1)
+                edits.append((*span(node), ast.unparse(line)))
+            case ast.Call(ast.Name("register_family") | ast.Attribute(ast.Name("hf_gem"), "register_family"), [family]):
+                (start, end), (first, last) = span(node), span(family)
+                edits += [(start, first, "("), (last, end, ")")]
+                done.update(ast.walk(node.func))
+            case ast.Attribute(ast.Name("hf_gem"), "Family") if node not in done:
+                edits.append((*span(node), "Family"))
+                done.add(node.value)
+            case ast.Import(names) if any(name.name.partition(".")[0] == "hf_gem" for name in names):
+                raise ValueError(f"line {node.lineno}")
+            case ast.ImportFrom(str(module), _, level) if level or module.partition(".")[0] == "hf_gem":
+                if not module.startswith("gem_"):  # the file of a family in a checkpoint, which may be saved again
+                    raise ValueError(f"line {node.lineno}")
+            case ast.Name("hf_gem" | "register_family") if node not in done:
+                raise ValueError(f"line {node.lineno}")
+    changed = source.encode()
+    for start, end, text in sorted(edits, reverse=True):
+        changed = changed[:start] + text.encode() + changed[end:]
+    return changed.decode()
 
 
 def _modeling(auto_map: dict[str, str], names: list[str], own: str | None, families: dict[str, str]) -> str:

@@ -100,7 +100,9 @@ def _init(original: Any, model: Any, base: nn.Module, config: Any, *args: Any, *
 
 
 def _add_adapter(original: Any, model: Any, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> Any:
-    _replay(model.get_base_model(), config)
+    # The class that mixes adapters has no method for the base model.
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model.base_model.model
+    _replay(base, config)
     return original(model, adapter_name, config, *args, **kwargs)
 
 
@@ -133,6 +135,11 @@ INSTALLERS: dict[str, Installer] = {
         _patch("PeftModel.from_pretrained", _load),
         _patch("PeftModel.load_adapter", _load),
         _patch("PeftModel.save_pretrained", _save),
+    ),
+    "peft.mixed_model": both(
+        _patch("PeftMixedModel.__init__", _init),
+        _patch("PeftMixedModel.add_adapter", _add_adapter),
+        _patch("PeftMixedModel.from_pretrained", _load),
     ),
     # A transformers model's `load_adapter`, which `from_pretrained` calls for the folder of an adapter.
     "transformers.integrations.peft": _patch("PeftAdapterMixin.load_adapter", _load),

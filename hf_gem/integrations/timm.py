@@ -106,7 +106,7 @@ def _build_model(original: Any, model_cls: Any, *args: Any, **kwargs: Any) -> nn
             if isinstance(module, GemActivation):  # timm passes the device to every layer except activations
                 module.to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
                 if "replaces" not in vars(module) and module.spec.name in names.values():
-                    vars(module)[BUILT] = True  # not if act_layer is a class, which no config can store
+                    vars(module)[BUILT] = module.spec.name  # not if act_layer is a class, which no config can store
         if plan is None:  # a saved model is in the state in which it was saved
             _warn_of_what_is_left(names, model)
         return model

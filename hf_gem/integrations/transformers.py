@@ -226,7 +226,7 @@ def _mark_built(model: Any) -> None:
     inner = parts_inside(parts_of(model), "")
     for path, module in model.named_modules():
         if isinstance(module, GemActivation) and "replaces" not in vars(module) and not path.startswith(inner):
-            vars(module)[BUILT] = True
+            vars(module)[BUILT] = module.spec.name
 
 
 def _expect(model: Any, missing: dict[str, str]) -> None:

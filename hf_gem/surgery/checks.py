@@ -12,7 +12,7 @@ from ..family.names import GemSpec, parse
 from ..files import shown
 from ..fit import MATCH_C
 from .scales import check_match
-from .slots import Slot, lists_children
+from .slots import Slot, no_submodule
 
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 _QUANTISED = ("torch.ao.nn.quantized.modules", "torch.ao.nn.intrinsic.quantized.modules")
@@ -103,13 +103,13 @@ def check_wrappers(model: nn.Module, spec: GemSpec, chosen: dict[str, Slot]) -> 
 
 
 def check_containers(spec: GemSpec, chosen: dict[str, Slot]) -> None:
-    """Raises ValueError if a learnable activation would become one of the submodules that its owner goes through."""
+    """Raises ValueError if a learnable activation would have to be a submodule where it must not be one."""
     for path, slot in chosen.items():
-        if spec.learnable and slot.key in vars(slot.owner) and lists_children(slot.owner):
+        if spec.learnable and slot.key in vars(slot.owner) and (reason := no_submodule(slot.owner)) is not None:
             raise ValueError(
                 f"got the learnable {spec.name} for {path}, an attribute of a {type(slot.owner).__name__}. Its eps is "
-                "only trained if the activation is a submodule. But this class goes through its submodules, and would "
-                f"then run the activation once more. Use a fixed eps, or exclude it with skip={path!r}."
+                f"only trained if the activation is a submodule. But {reason}. Use a fixed eps, or exclude it with "
+                f"skip={path!r}."
             )
 
 

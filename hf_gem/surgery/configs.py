@@ -6,17 +6,22 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+
 from ..family.names import GemSpec, parse
 from ..files import shown
 from .fields import activation_fields, declares, is_ours, nested_configs, plain_name
 from .plans import PLAN, check_form, check_plan, parts_inside, parts_of, plan_of, specs
 
 
-def own_config(model: Any) -> None:
-    """Gives a model its own copy of its config, so that its plan does not affect other models built from it."""
+def own_config(model: Any, root: nn.Module) -> None:
+    """Gives a model its own copy of its config, so that its plan does not affect other models built from it.
+
+    Every module of `root`, which contains the model, that holds one of its configs gets the copy.
+    """
     copies: dict[int, Any] = {}
     copy.deepcopy(model.config, copies)
-    for module in model.modules():
+    for module in root.modules():
         config = vars(module).get("config")
         if id(config) in copies:
             module.config = copies[id(config)]

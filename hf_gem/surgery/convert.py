@@ -364,7 +364,7 @@ def _write_plans(model: nn.Module) -> None:
     for path, module in found:  # outer ones come first
         if not any(path.startswith(f"{o}.") or o == "" for o in outer):
             outer.append(path)
-            own_config(module)
+            own_config(module, root=model)
             write_plan(module)
 
 

@@ -9,6 +9,7 @@ read from the model, and includes activations of the family that were put in by 
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypedDict
@@ -37,12 +38,13 @@ _HALF_HARD_CODED = {"hgnet_v2", "resnet", "rt_detr_resnet", "uvdoc"}  # model ty
 
 
 def added(model: nn.Module, built: bool = False) -> Iterator[Slot]:
-    """Yields the slots whose activation of the family was put in after the model was built, by conversion or by hand.
+    """Yields the slots whose activation of the family was put in or changed after the model was built.
 
     With `built`, activations that the config selects are included.
     """
     for slot in module_slots(model):
-        if spec_of(slot.occupant) is not None and (built or BUILT not in vars(slot.occupant)):
+        spec = spec_of(slot.occupant)
+        if spec is not None and (built or vars(slot.occupant).get(BUILT) != spec.name):
             yield slot
 
 
@@ -58,6 +60,12 @@ def unnamed(model: nn.Module) -> str | None:
     """Returns the reason why a model cannot be saved by the names of its activations, or None if it can."""
     for slot in added(model):
         module: Any = slot.occupant
+        if _has_its_own_forward(module):
+            return (
+                f"{slot.path} is a {type(module).__name__}, whose forward is not that of {module.spec.name}. A config "
+                "can only store the name, so the saved model would compute another function. Register your function "
+                "with hf_gem.register_family, or build it in your own model class, before self.post_init()."
+            )
         if module.num_parameters != 1:
             return (
                 f"{slot.path} has num_parameters={module.num_parameters}. A config can only store one eps per layer, "
@@ -72,6 +80,12 @@ def unnamed(model: nn.Module) -> str | None:
                     "yourself, or build the activation in your own model class, before self.post_init()."
                 )
     return shared_eps(model)
+
+
+def _has_its_own_forward(module: nn.Module) -> bool:
+    """Returns whether a user's class, derived from one of the family, overrides its forward."""
+    classes = itertools.takewhile(lambda cls: cls is not nn.Module, type(module).__mro__)
+    return sum("forward" in vars(cls) for cls in classes) > 1
 
 
 def shared_eps(model: nn.Module) -> str | None:

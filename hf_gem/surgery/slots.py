@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from ..family.names import GemSpec
 
-BUILT = "_hf_gem_built"  # an attribute of activations that the model gets again whenever it is built
+BUILT = "_hf_gem_built"  # an attribute of activations that the model gets again when it is built: their name
 _PACKED = "used_nested_tensor"  # an attribute; see `match_nested_tensors`
 _LOOPS = {"children", "named_children", "_modules"}  # names in code that goes through the submodules of a module
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# Copies and pickles of this layer get a ReLU, unless the activation is an attribute.
+_RESTORES = nn.TransformerDecoderLayer
 # Classes that overwrite the output of their activation, so its backward pass has to keep the input.
 _OVERWRITES = {"GammaAct"}  # in timm's nfnet
 
@@ -44,11 +47,10 @@ class Slot:
     def put(self, occupant: Callable[..., Any]) -> None:
         """Replaces the module or function in the slot.
 
-        A module in place of a function becomes a submodule, unless the owner goes through its submodules: a loop over
-        them, as in an `nn.Sequential`, would also run the activation.
+        A module in place of a function becomes a submodule, unless `no_submodule` has a reason against it.
         """
         held = vars(self.owner)  # torch keeps submodules elsewhere
-        if isinstance(occupant, nn.Module) and (self.key not in held or not lists_children(self.owner)):
+        if isinstance(occupant, nn.Module) and (self.key not in held or no_submodule(self.owner) is None):
             setattr(self.owner, self.key, occupant)
         else:
             if self.key not in held:
@@ -61,13 +63,16 @@ class Slot:
             self.owner.activation_relu_or_gelu = 1 if relu else 2 if gelu else 0
 
 
-def lists_children(owner: nn.Module) -> bool:
-    """Returns whether a module is a container, or code of its class goes through its submodules in another way."""
-    if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        return True
+def no_submodule(owner: nn.Module) -> str | None:
+    """Returns the reason why an activation in place of a function must not become a submodule, or None."""
+    if isinstance(owner, _RESTORES):
+        return "copies of this class run a ReLU if the activation is a submodule"
     own = itertools.takewhile(lambda cls: cls is not nn.Module, type(owner).__mro__)
     functions = map(inspect.unwrap, filter(inspect.isfunction, (held for cls in own for held in vars(cls).values())))
-    return any(not _LOOPS.isdisjoint(function.__code__.co_names) for function in functions)
+    loops = any(not _LOOPS.isdisjoint(function.__code__.co_names) for function in functions)
+    if loops or isinstance(owner, _CONTAINERS):
+        return "this class goes through its submodules, and would then run the activation once more"
+    return None
 
 
 def join(path: str, key: str) -> str:
@@ -175,7 +180,7 @@ def replace(
                 # A tuple hides the module from the model. If a conversion is converted again, the original one stays.
                 vars(new)["replaces"] = getattr(old, "replaces", (old,))
             else:
-                vars(new)[BUILT] = True
+                vars(new)[BUILT] = spec.name
             ready.append((slot, new.train(slot.owner.training)))
     for slot, new in ready:
         slot.put(new)

@@ -1,6 +1,7 @@
 """save_for_hub: a checkpoint loads with hf_gem imported, with hf_gem installed, without it, or it stops."""
 
 import ast
+import dataclasses
 import json
 import os
 import re
@@ -13,7 +14,9 @@ import torch
 from torch import nn
 
 import hf_gem
-from hf_gem.integrations.hub import loading_notes
+from hf_gem.family.table import FAMILIES as TABLE
+from hf_gem.integrations.hub import loading_notes, without_package
+from tests.family.dgem import DGEM
 from tests.helpers import ROOT
 from tests.integrations.test_round_trips import GPT2, TEXT, build, by_hand, disturb, run
 
@@ -322,6 +325,70 @@ def test_what_cannot_be_saved(model, error, message, tmp_path):
     with pytest.raises(error, match=message):
         hf_gem.save_for_hub(model(), tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("name", ["egem_eps1e-6", "gem_n1", "Gem"])
+def test_a_name_is_registered_as_the_config_spells_it(name, tmp_path):
+    hf_gem.save_for_hub(gpt2(name), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert f'register("{config["activation_function"]}")' in (tmp_path / "modeling_gem.py").read_text()
+
+
+def test_a_family_without_a_file_leaves_nothing_behind(tmp_path, monkeypatch):
+    family = dataclasses.replace(DGEM, name="nofile", title="NoFile", value=lambda z, n, r, e: z)
+    monkeypatch.setitem(TABLE, "nofile", family)
+    model = gpt2()
+    model.transformer.h[0].mlp.act = hf_gem.get_activation("nofile")
+    with pytest.raises(ValueError, match=r"the family 'nofile' is defined in .* Define it as a variable"):
+        hf_gem.save_for_hub(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+USES = """
+accent = "É"; FAMILY = hf_gem.register_family(
+    hf_gem.Family("mine", "Mine", "x", f, f, f),  # one argument
+)
+----
+from hf_gem import Family, register_family
+FAMILY = Family("mine", "Mine", "x", f, f, f)
+if __name__ != "__main__":
+    register_family(FAMILY)
+----
+from hf_gem import (
+    Family,
+)
+from hf_gem import register_family
+from hf_gem.family.table import Family as Other
+FAMILY = register_family(Other("mine", "Mine", "x", f, f, f))
+"""
+
+
+@pytest.mark.parametrize("body", USES.split("----\n"))
+def test_the_file_of_a_family_needs_no_package(body):
+    source = "import hf_gem\nfrom hf_gem.family.arithmetic import (\n    gate_power as f,\n    positive,\n)\n" + body
+    changed = without_package(source)
+    assert "register" not in changed
+    assert without_package(changed) == changed
+    scope = {"__name__": "mine"}
+    exec(changed.replace("from .gem_", "from hf_gem.family."), scope)
+    assert (scope["FAMILY"].title, scope["FAMILY"].value) == ("Mine", scope["f"])
+
+
+@pytest.mark.parametrize(
+    ("line", "number"),
+    [
+        ("import hf_gem as g", 3),
+        ("import hf_gem.family", 3),
+        ("from hf_gem import audit", 3),
+        ("from hf_gem.functional import gem", 3),
+        ("from .helpers import f", 3),
+        ("import hf_gem\nf = hf_gem.audit", 4),
+        ("from hf_gem import register_family\nf = register_family", 4),
+    ],
+)
+def test_what_a_checkpoint_does_not_have_is_named(line, number):
+    with pytest.raises(ValueError, match=f"line {number}"):
+        without_package(f"import torch\n\n{line}\n")
 
 
 def test_nothing_is_pushed_half(tmp_path):

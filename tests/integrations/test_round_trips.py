@@ -425,6 +425,29 @@ def test_by_hand_where_nothing_was(tmp_path):
         GPT2LMHeadModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("change", [{"n": 3}, {"init_eps": 0.5}])
+def test_changed_after_it_was_built(change, tmp_path):
+    model = disturb(GPT2LMHeadModel(GPT2Config(**GPT2, hidden_act="egem_eps0.01")))
+    for name, value in change.items():
+        setattr(model.transformer.h[1].mlp.act, name, value)
+    assert same(model, GPT2LMHeadModel.from_pretrained(saved(model, tmp_path)), TEXT)
+
+
+class Doubled(hf_gem.GEM):
+    def forward(self, x, inplace=False):
+        return 2 * super().forward(x)
+
+
+def test_by_hand_with_a_forward_of_its_own(tmp_path):
+    model = by_hand()
+    model.transformer.h[1].mlp.act = Doubled()
+    told = r"h\.1\.mlp\.act is a Doubled, whose forward is not that of gem"
+    with pytest.raises(ValueError, match=told):
+        hf_gem.save_for_hub(model, tmp_path / "hub")
+    with pytest.warns(UserWarning, match=told):
+        saved(model, tmp_path)
+
+
 def test_by_hand_with_an_eps_for_each_channel(tmp_path):
     """No training is lost by an error when it saves, and nothing is loaded as something else."""
     model = by_hand()

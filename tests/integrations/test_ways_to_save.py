@@ -154,6 +154,9 @@ def test_adapters(name, how, base, tmp_path, monkeypatch):
     assert same(model, loaded, IDS)
     stock = transformers.GPT2LMHeadModel.from_pretrained
     assert same(model, peft.PeftModel.from_pretrained(stock(base), tmp_path / "adapter"), IDS)
+    mixed = peft.PeftMixedModel.from_pretrained(stock(base), tmp_path / "adapter")
+    assert same(model, mixed, IDS)
+    mixed.load_adapter(tmp_path / "adapter", "second")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert same(model, theirs, IDS)
     theirs.save_pretrained(tmp_path / "theirs")

@@ -3,6 +3,9 @@
 import functools
 
 import pytest
+from torch import nn
+
+import hf_gem
 
 pytest.importorskip("transformers")
 
@@ -11,6 +14,7 @@ from transformers import (
     CLIPConfig,
     DbrxConfig,
     GPT2Config,
+    GPT2Model,
     LlamaConfig,
     LlavaConfig,
     T5Config,
@@ -59,3 +63,17 @@ def test_a_converted_config_comes_back_from_a_file(make):
     assert named == (set() if type(config).__name__ == "NeoMMEConfig" else set(stock))
     unmask(loaded)
     assert body(loaded) == body(config) == stock
+
+
+def test_a_wrapper_keeps_the_config_of_its_model():
+    class Wrapper(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.backbone = GPT2Model(config)
+            self.config = self.backbone.config
+
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=8)
+    wrapper = Wrapper(config)
+    hf_gem.convert(wrapper, "gem")
+    assert wrapper.config is wrapper.backbone.config is wrapper.backbone.h[0].attn.config
+    assert wrapper.config is not config

@@ -100,6 +100,21 @@ def test_what_loops_over_children_cannot_learn_the_eps_of_its_attribute(build):
     assert net[0].act is F.relu
 
 
+def decoder():
+    return nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), 2).eval()
+
+
+def test_copies_of_a_decoder_compute_the_same():
+    """torch restores a ReLU in a copy whose activation is a submodule."""
+    net, x = decoder(), torch.randn(2, 3, 8)
+    hf_gem.convert(net, "segem_eps0.3", inputs=(x, x))
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), torch.optim.swa_utils.AveragedModel(net)):
+        assert torch.equal(twin(x, x), net(x, x))
+    assert hf_gem.revert(copy.deepcopy(net)) == ["layers.0.activation", "layers.1.activation"]
+    with pytest.raises(ValueError, match=r"learnable egem_learnable for layers\.0\.activation.*copies of this class"):
+        hf_gem.convert(decoder(), "egem_learnable")
+
+
 class Plain(nn.Module):
     def __init__(self):
         super().__init__()
