@@ -1,8 +1,9 @@
 """The Triton kernels for GPUs (CUDA, ROCm and XPU), and for any device through Triton's interpreter.
 
-They compute in float32. Those for float32 tensors return the bits of the formulas: they wait for memory anyway, so a
-division that is rounded correctly takes no time. Those for the half types, and the slope from the output, use the fast
-division of the hardware, which adds two roundings for divisors from 2^-126 to 2^126, and fuse products with sums.
+They compute in float32. Those for float32 tensors return the bits of our families' formulas: they wait for memory
+anyway, so a division that is rounded correctly takes no time. Those for the half types, and the slope from the output,
+use the fast division of the hardware, which adds two roundings for divisors from 2^-126 to 2^126, and fuse products
+with sums.
 """
 
 from __future__ import annotations

@@ -43,6 +43,8 @@ class _Printer:
         """Prints a number made of r and e as an expression in double precision."""
         if not isinstance(x, Symbol):
             return repr(float(x))
+        if x.op == "neg":
+            return f"(-{self.scalar(x.args[0])})"
         return f"({f' {x.op} '.join(map(self.scalar, x.args))})" if x.args else x.op
 
     def name(self, x: Symbol) -> str:
@@ -86,7 +88,7 @@ class _Printer:
 
 
 _NAMES = {torch.float32: "float", torch.int32: "int", torch.bool: "bool"}
-_BINARY = {op: f"({{0}} {op} {{1}})" for op in ("+", "-", "*", "/", "<", "<=", ">", ">=", "<<", ">>")}
+_BINARY = {op: f"({{0}} {op} {{1}})" for op in ("+", "-", "*", "/", "<", "<=", ">", ">=", "==", "!=", "<<", ">>")}
 
 
 def _single(value: float) -> float:

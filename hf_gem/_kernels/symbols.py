@@ -61,7 +61,8 @@ class Symbol:
         if self.scalar:
             return _make("/", other, self)
         inverse = _make("/", 1.0, self)
-        return inverse if other == 1 else inverse * other  # the way torch divides a number by a tensor
+        is_one = not isinstance(other, Symbol) and other == 1
+        return inverse if is_one else inverse * other  # the way torch divides a number by a tensor
 
     def __lshift__(self, other: Operand) -> Symbol:
         return _make("<<", self, other)
@@ -84,6 +85,14 @@ class Symbol:
     def __ge__(self, other: Operand) -> Symbol:
         return _make(">=", self, other, dtype=torch.bool)
 
+    def __eq__(self, other: Operand) -> Symbol:  # type: ignore[override]
+        return _make("==", self, other, dtype=torch.bool)
+
+    def __ne__(self, other: Operand) -> Symbol:  # type: ignore[override]
+        return _make("!=", self, other, dtype=torch.bool)
+
+    __hash__ = object.__hash__  # symbols are keys, found by identity
+
     def __bool__(self) -> bool:
         raise TypeError(
             "a formula branches on the value of a tensor. It must apply the same operations to every value. Use "
@@ -95,6 +104,11 @@ class Symbol:
 
     def abs(self) -> Symbol:
         return _make("abs", self)
+
+    __abs__ = abs
+
+    def __pow__(self, other: Operand) -> Symbol:
+        raise TypeError(_unknown("**"))
 
     def clamp(self, min: float | None = None, max: float | None = None) -> Symbol:
         low = self if min is None else _make("clamp_min", self, min)
@@ -111,13 +125,15 @@ class Symbol:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Symbol:
-        if func not in _FUNCTIONS or kwargs:
+        if func not in _FUNCTIONS or (kwargs and func is not torch.clamp):
             raise TypeError(_unknown(getattr(func, "__name__", str(func))))
-        return _FUNCTIONS[func](*args)
+        return _FUNCTIONS[func](*args, **(kwargs or {}))
 
 
 def _make(op: str, *args: Operand, dtype: torch.dtype | None = None) -> Symbol:
     symbols = [arg for arg in args if isinstance(arg, Symbol)]
+    if any(arg.dtype == torch.bool for arg in symbols[op in ("where", "rarely") :]):
+        raise TypeError("a formula computes with the result of a comparison. Use it as the condition of torch.where.")
     found = next((arg.dtype for arg in symbols if arg.dtype != torch.bool), torch.float32)
     return Symbol(op, args, dtype or found, all(arg.scalar for arg in symbols))
 

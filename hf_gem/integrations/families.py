@@ -57,6 +57,11 @@ def register_family(family: Family) -> Family:
             f"the name {shown(family.name)} is taken by torch.nn.functional.{family.name:.80}. Names must be unique. "
             "Choose another one."
         )
+    if family.kernels not in (family.name, *FAMILIES):
+        raise ValueError(
+            f"got the family {shown(family.name)}, which uses the kernels of {shown(family.kernels)}. That family must "
+            f"be registered too. Call hf_gem.register_family for it first."
+        )
     check(family)
     for n in (1, 2):
         printer.check(family, n)

@@ -246,6 +246,28 @@ def test_what_kernels_do_not_have():
         hf_gem.register_family(changed(value=value))
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            lambda z, n, r, e: DGEM.value(z, n, r, e) * (z * z >= 0.0),
+            r"the result of a comparison.* condition of torch\.where",
+        ),
+        (lambda z, n, r, e: DGEM.value(z, n, r, e) * (z * z) ** 0, r"uses the operation '\*\*'"),
+    ],
+)
+def test_formulas_that_kernels_would_compute_otherwise(value, message):
+    with pytest.raises(TypeError, match=message):
+        hf_gem.register_family(changed(value=value))
+
+
+def test_a_fixed_member_of_a_family_that_is_not_registered():
+    fixed = changed().fixed(0.5, "ygem", "Y-GEM", "x")
+    with pytest.raises(ValueError, match=r"'ygem', which uses the kernels of 'xgem'.*register_family for it first"):
+        hf_gem.register_family(fixed)
+    assert "ygem" not in FAMILIES
+
+
 def test_a_name_that_another_library_has(monkeypatch):
     from transformers.activations import ACT2FN
 

@@ -20,7 +20,9 @@ from hf_gem._kernels.printer import cpp_source
 from hf_gem._kernels.trust import is_intact, seal, seal_of
 from hf_gem.family.egem import EGEM
 from hf_gem.family.segem import SEGEM
+from hf_gem.family.table import FAMILIES as TABLE
 from tests.family.dgem import DGEM
+from tests.family.spelled import SPELLED
 from tests.helpers import needs_compiler
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -90,6 +92,15 @@ def test_every_length(dtype):
     for count in (*range(1, 70), cpu._PARALLEL - 1, cpu._PARALLEL, 3 * cpu._PARALLEL + 5):
         assert_same("forward", EGEM, 1, 0.1, torch.randn(count).to(dtype))
         assert_same("glu_backward", SEGEM, 1, 0.1, *torch.randn(3, count).to(dtype))
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_every_operation(monkeypatch):
+    monkeypatch.setitem(TABLE, "spelled", SPELLED)
+    x, grad = numbers(torch.float32), torch.randn(2**17)
+    assert_same("forward", SPELLED, 1, 0.3, x)
+    assert_same("backward", SPELLED, 1, 0.3, grad, x)
 
 
 @needs_compiler

@@ -14,7 +14,10 @@ from hf_gem._torch import wait_on_device
 from hf_gem.family.egem import EGEM
 from hf_gem.family.formulas import slope as exact_slope
 from hf_gem.family.segem import SEGEM
+from hf_gem.family.table import FAMILIES as TABLE
 from tests import oracle
+from tests.family.dgem import DGEM
+from tests.family.spelled import SPELLED
 from tests.kernels.test_cpu import NUM_INPUTS, OPERATIONS, numbers, same_bits
 
 pytest.importorskip("triton")
@@ -102,6 +105,16 @@ def test_float32_has_the_bits_of_a_cpu(operation, family, n):
             got = run(operation, family, n, eps, *(tensor.to(DEVICE) for tensor in inputs))
         for y, exact in zip(*((y,) if isinstance(y, torch.Tensor) else y for y in (got, expected)), strict=True):
             assert same_bits(y.cpu(), exact)
+
+
+def test_every_operation(monkeypatch):
+    monkeypatch.setitem(TABLE, "spelled", SPELLED)
+    x, grad = torch.randn(2, 1000)
+    for operation, inputs in (("forward", [x]), ("backward", [grad, x])):
+        with hf_gem.kernels("triton"):
+            got = run(operation, SPELLED, 2, 0.3, *(tensor.to(DEVICE) for tensor in inputs))
+        assert same_bits(got.cpu(), plain.run(operation, SPELLED, 2, 0.3, *inputs))
+        assert torch.equal(got.cpu(), plain.run(operation, DGEM, 2, 0.3, *inputs))
 
 
 @pytest.mark.parametrize("family", [EGEM, SEGEM])

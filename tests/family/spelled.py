@@ -1,0 +1,25 @@
+"""The function of D-GEM, in all operations that a formula may have and D-GEM has not."""
+
+import dataclasses
+
+import torch
+
+from hf_gem.family.arithmetic import gate_power
+from tests.family.dgem import DGEM
+
+
+def gate(z, n: int, r, e):
+    t = gate_power(abs(z) * r, n)
+    return torch.where(z != 0.0, t / (torch.clamp(t, min=0.0) - (-e)), 0.0)
+
+
+def value(z, n: int, r, e):
+    return torch.where(z == 0.0, 0.0, z * gate(z, n, r, e))
+
+
+def slope(z, n: int, r, e):
+    s = gate(z, n, r, e)
+    return s * ((1 + 2 * n) - s * (2 * n))
+
+
+SPELLED = dataclasses.replace(DGEM, name="spelled", title="Spelled", kernels="", value=value, slope=slope)
