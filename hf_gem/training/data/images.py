@@ -48,15 +48,15 @@ class VisionConfig(SourceConfig):
     )
     resident: bool | None = option(
         None,
-        "Keep decoded images on the device, scaled once if --image_size is given; by default if all images have that "
-        "size and take at most 2 GiB.",
+        "Keep decoded images on the device, scaled once to squares if --image_size is given; by default if all images "
+        "have that size and take at most 2 GiB.",
     )
     crop_padding: int = option(0, "Pixels of zero padding around resident images, for random crops in training.")
     crop_min_scale: float = option(1.0, "Smallest share of the area in random crops of images that are not resident.")
     crop_pct: float | None = option(
         None,
-        "Share of the shorter side that evaluation crops from images that are not resident; by default the model's, "
-        "or 1.",
+        "Share of the shorter side that evaluation crops from images that are not resident, or of both sides if the "
+        "model squashes images into squares; by default the model's, or 1.",
     )
     flip: bool = option(False, "Flip training images horizontally at random.")
     num_workers: int = option(8, "Number of threads per process that decode images.")

@@ -1,5 +1,7 @@
 """Images that are decoded for each batch are cropped as asked for."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -36,3 +38,5 @@ def test_random_crops_have_the_areas_and_shapes_asked_for():
     assert 0.75 - 1e-9 <= ratio.min() < 0.77
     assert 1.3 < ratio.max() <= 4 / 3 + 1e-9
     assert samples._box(80, 60, None) == (10.0, 0.0, 70.0, 60.0)  # the middle square
+    squashed = replace(samples, squash=True, crop_pct=0.5)
+    assert squashed._box(80, 60, None) == (20.0, 15.0, 60.0, 45.0)
