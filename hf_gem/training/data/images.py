@@ -92,13 +92,15 @@ class Rows:
         """Returns an image as a PIL image in RGB, or in mode L if it is grey.
 
         Raises:
-            DataError: The image cannot be read.
+            DataError: The image cannot be read, or has more than 8 bits a channel.
         """
         from PIL import Image, ImageOps
 
         try:
             item = self.source(index)
             image = Image.fromarray(item) if isinstance(item, np.ndarray) else Image.open(item)
+            if image.mode.startswith(("I", "F")):  # where conversion to RGB would clip at 255
+                raise ValueError(f"its mode {image.mode} has more than 8 bits a channel. Scale its values to 0 to 255")
             image = ImageOps.exif_transpose(image)
             return image if image.mode == "L" else image.convert("RGB")
         except Exception as error:  # the file system and the reader of each format raise their own
