@@ -25,7 +25,7 @@ from .order import uniforms
 from .source import STOPPED, cached, source_state
 from .stored import ImageContent, read_array
 
-_CACHE_FORMAT = 2  # increment when the content of the files changes
+_CACHE_FORMAT = 3  # increment when the content of the files changes
 _RESIDENT_BYTES = 1 << 31  # the most that decoded training images may take
 
 
@@ -173,9 +173,13 @@ def _decode(config: VisionConfig, rows: Rows, size: int | None, split: str) -> n
 
 
 def _moments(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Computes mean and standard deviation per channel, for pixels in [0, 1], repeating a grey channel three times."""
+    """Computes mean and standard deviation per channel, for pixels in [0, 1], repeating a grey channel three times.
+
+    The deviation of a constant channel counts as 1, so that normalisation makes it 0.
+    """
     counts = np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in images.swapaxes(0, 1)])
     share, value = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
     mean = share @ value
-    std = np.sqrt(share @ value**2 - mean**2)
+    variance = (share * (value - mean[:, None]) ** 2).sum(1)
+    std = np.sqrt(np.where(variance == 0, 1, variance))
     return np.resize(mean, 3).tolist(), np.resize(std, 3).tolist()
