@@ -44,7 +44,9 @@ class VisionConfig(SourceConfig):
     image_column: str | None = option(None, "Column with the images; by default the first image column.")
     label_column: str | None = option(None, "Column with the classes; by default the first class column.")
     image_size: int | None = option(
-        None, "Height and width; by default those of the images if they are all equal, or else those the model expects."
+        None,
+        "Height and width; by default those that the model expects, if it says so, or else those of the images if they "
+        "are all equal, or else 224.",
     )
     resident: bool | None = option(
         None,
@@ -252,17 +254,17 @@ def _read(config: VisionConfig) -> ImageSplits:
                 f"{', '.join(train.column_names)}. Name one with --image_column or --label_column."
             )
     feature = train.features[label]
-    names = getattr(feature, "names", None) or sorted(set(train[label]))
-    numbers = {name: number for number, name in enumerate(names)}
+    names = getattr(feature, "names", None)
+    values = range(len(names)) if names else sorted(set(train[label]) - {None})
+    numbers = {value: number for number, value in enumerate(values)}
 
     def rows(table: Any) -> Rows:
-        labels = np.array(
-            [value if hasattr(feature, "names") else numbers.get(value, -1) for value in table[label]], np.int64
-        )
-        if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(names):
+        labels = np.array([numbers.get(value, -1) for value in table[label]], np.int64)
+        if len(labels) == 0 or labels.min() < 0:
             raise DataError(
-                f"column {shown(label)} of {shown(config.dataset)} is empty, or has values that are none of its "
-                f"{len(names)} classes. Every image needs a class. Name another split or column."
+                f"column {shown(label)} of {shown(config.dataset)} is empty, or has values, perhaps null, that are "
+                f"none of its {len(values)} classes. Every image needs a class. Name another split or column, or "
+                "remove these images."
             )
         encoded = table.cast_column(image, datasets.Image(decode=False)).select_columns(image)
 
@@ -276,7 +278,7 @@ def _read(config: VisionConfig) -> ImageSplits:
     tables = {part: train.select(chosen) if shares else train for part, chosen in hold_out(len(train), shares).items()}
     tables |= {part: loaded[split] for part, split in config.own_splits(shares).items()}
     parts = {part: rows(table) for part, table in tables.items()}
-    return ImageSplits(parts, [str(name) for name in names], _held_out(shares), config.on_hub)
+    return ImageSplits(parts, [str(name) for name in names or values], _held_out(shares), config.on_hub)
 
 
 def _first_column(config: VisionConfig, table: Any, what: str, kind: type) -> str:

@@ -79,6 +79,18 @@ def test_a_column_of_labels_is_not_guessed(tmp_path):
     assert data.classes == ["a", "b"]
 
 
+@pytest.mark.parametrize("kind", ["string", "int64", "ClassLabel"])
+def test_every_image_needs_a_class(tmp_path, kind):
+    kind = datasets.ClassLabel(names=["0", "1"]) if kind == "ClassLabel" else datasets.Value(kind)
+    labels = [None if i == 7 else str(i % 2) if kind.dtype == "string" else i % 2 for i in range(20)]
+    features = datasets.Features({"image": datasets.Image(), "label": kind})
+    rows = {"image": [np.full((6, 6), i, np.uint8) for i in range(20)], "label": labels}
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "train.parquet")
+    with pytest.raises(DataError, match=r"column 'label' .* null, that are none of its 2 classes"):
+        prepare(tmp_path, dataset=str(tmp_path / "data"))
+
+
 @pytest.mark.parametrize("resident", [True, False])
 def test_a_file_that_is_no_image(tmp_path, resident):
     folder = write_folder(tmp_path / "data")
