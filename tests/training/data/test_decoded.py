@@ -17,7 +17,7 @@ def test_images_of_many_sizes_are_decoded_when_needed(tmp_path):
     assert isinstance(data.train, DecodedImages)
     batch = data.train.batch(np.arange(4), np.arange(4))
     assert batch["pixel_values"].shape == (4, 3, 8, 8)
-    with pytest.raises(DataError, match=r"have 2 shapes, .* Use --resident no"):
+    with pytest.raises(DataError, match=r"have 2 shapes, .* Give an --image_size, or use --resident no"):
         prepare(tmp_path, dataset=str(folder), resident=True)
     with pytest.raises(DataError, match=r"got --crop_padding 2.*only works with resident images"):
         prepare(tmp_path, dataset=str(folder), crop_padding=2)
