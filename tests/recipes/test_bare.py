@@ -26,8 +26,8 @@ import importlib, json, pathlib, sys
 from hf_gem.training.data import text
 from tests.helpers import run_here
 
-files = text._stdlib_files()[::20]
-text._stdlib_files = lambda: files  # a part of them, which is quickly read
+files = text.stdlib_files()[::20]
+text.stdlib_files = lambda: files  # a part of them, which is quickly read
 folder, recipe, *flags = sys.argv[1:]
 print(run_here(importlib.import_module(f"recipes.{recipe}"), pathlib.Path(folder), *flags))
 """

@@ -18,8 +18,8 @@ def flags(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     flags = (*TINY, "--vocab_size=300", "--dataset=stdlib", f"--cache_dir={cache}")
     with pytest.MonkeyPatch.context() as patch:
-        files = text._stdlib_files()[::40]
-        patch.setattr(text, "_stdlib_files", lambda: files)
+        files = text.stdlib_files()[::40]
+        patch.setattr(text, "stdlib_files", lambda: files)
         text.prepare_text(parse_config(gpt2_pretrain.Config, gpt2_pretrain.PRESETS, "demo", flags)[0])
     (prepared,) = (path.parent for path in cache.rglob("train.bin"))
     return (*TINY, f"--dataset={prepared}")

@@ -104,7 +104,7 @@ def test_text_that_is_being_prepared(corpus, tmp_path, monkeypatch, interrupted,
             raise Timeout("held")
 
     with monkeypatch.context() as context:
-        context.setattr(data_text, "_batches", lambda texts: ([text] for text in texts))
+        context.setattr(data_text, "_batches", lambda texts, characters: ([text] for text in texts))
         if where == "download":
             context.setattr("datasets.load_dataset", blocking)
         elif where == "lock":

@@ -39,6 +39,7 @@ class DecodedImages:
         min_scale: Smallest share of the area that a crop covers in training.
         flip: Whether half of the images are flipped in training.
         crop_pct: Share of the shorter side that the center crop covers in evaluation.
+        squash: Whether the center crop covers that share of both sides instead, and becomes square by scaling.
     """
 
     rows: Rows
@@ -49,6 +50,7 @@ class DecodedImages:
     min_scale: float = 1.0
     flip: bool = False
     crop_pct: float = 1.0
+    squash: bool = False
     _pool: ThreadPoolExecutor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -85,7 +87,8 @@ class DecodedImages:
 
     def _box(self, width: int, height: int, random: np.ndarray | None) -> tuple[float, float, float, float]:
         """Returns left, top, right and bottom of the crop."""
-        wide = high = min(width, height) * (self.crop_pct if random is None else 1.0)
+        share = self.crop_pct if random is None else 1.0
+        wide, high = (share * (side if self.squash else min(width, height)) for side in (width, height))
         across = down = 0.5
         if random is not None and self.min_scale < 1:
             area = width * height * (self.min_scale + (1 - self.min_scale) * random[0])
@@ -110,7 +113,7 @@ def prepare_decoded(config: VisionConfig, splits: ImageSplits, seed: int, prepro
     size = preprocessing.image_size or 224
     normalisation = preprocessing.normalisation or Normalisation(*_IMAGENET)
     crop: dict[str, Any] = {"size": size, "normalisation": normalisation, "seed": seed}
-    crop["num_workers"] = config.num_workers
+    crop |= {"num_workers": config.num_workers, "squash": preprocessing.squash}
     train = DecodedImages(splits.parts["train"], **crop, min_scale=config.crop_min_scale, flip=config.flip)
     crop["crop_pct"] = config.crop_pct or preprocessing.crop_pct
     validation = DecodedImages(splits.parts["validation"], **crop)

@@ -44,19 +44,21 @@ class VisionConfig(SourceConfig):
     image_column: str | None = option(None, "Column with the images; by default the first image column.")
     label_column: str | None = option(None, "Column with the classes; by default the first class column.")
     image_size: int | None = option(
-        None, "Height and width; by default those of the images if they are all equal, or else those the model expects."
+        None,
+        "Height and width; by default those that the model expects, if it says so, or else those of the images if they "
+        "are all equal, or else 224.",
     )
     resident: bool | None = option(
         None,
-        "Keep decoded images on the device, scaled once if --image_size is given; by default if all images have that "
-        "size and take at most 2 GiB.",
+        "Keep decoded images on the device, scaled once to squares if --image_size is given; by default if all images "
+        "have that size and take at most 2 GiB.",
     )
     crop_padding: int = option(0, "Pixels of zero padding around resident images, for random crops in training.")
     crop_min_scale: float = option(1.0, "Smallest share of the area in random crops of images that are not resident.")
     crop_pct: float | None = option(
         None,
-        "Share of the shorter side that evaluation crops from images that are not resident; by default the model's, "
-        "or 1.",
+        "Share of the shorter side that evaluation crops from images that are not resident, or of both sides if the "
+        "model squashes images into squares; by default the model's, or 1.",
     )
     flip: bool = option(False, "Flip training images horizontally at random.")
     num_workers: int = option(8, "Number of threads per process that decode images.")
@@ -92,13 +94,15 @@ class Rows:
         """Returns an image as a PIL image in RGB, or in mode L if it is grey.
 
         Raises:
-            DataError: The image cannot be read.
+            DataError: The image cannot be read, or has more than 8 bits a channel.
         """
         from PIL import Image, ImageOps
 
         try:
             item = self.source(index)
             image = Image.fromarray(item) if isinstance(item, np.ndarray) else Image.open(item)
+            if image.mode.startswith(("I", "F")):  # where conversion to RGB would clip at 255
+                raise ValueError(f"its mode {image.mode} has more than 8 bits a channel. Scale its values to 0 to 255")
             image = ImageOps.exif_transpose(image)
             return image if image.mode == "L" else image.convert("RGB")
         except Exception as error:  # the file system and the reader of each format raise their own
@@ -250,17 +254,17 @@ def _read(config: VisionConfig) -> ImageSplits:
                 f"{', '.join(train.column_names)}. Name one with --image_column or --label_column."
             )
     feature = train.features[label]
-    names = getattr(feature, "names", None) or sorted(set(train[label]))
-    numbers = {name: number for number, name in enumerate(names)}
+    names = getattr(feature, "names", None)
+    values = range(len(names)) if names else sorted(set(train[label]) - {None})
+    numbers = {value: number for number, value in enumerate(values)}
 
     def rows(table: Any) -> Rows:
-        labels = np.array(
-            [value if hasattr(feature, "names") else numbers.get(value, -1) for value in table[label]], np.int64
-        )
-        if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(names):
+        labels = np.array([numbers.get(value, -1) for value in table[label]], np.int64)
+        if len(labels) == 0 or labels.min() < 0:
             raise DataError(
-                f"column {shown(label)} of {shown(config.dataset)} is empty, or has values that are none of its "
-                f"{len(names)} classes. Every image needs a class. Name another split or column."
+                f"column {shown(label)} of {shown(config.dataset)} is empty, or has values, perhaps null, that are "
+                f"none of its {len(values)} classes. Every image needs a class. Name another split or column, or "
+                "remove these images."
             )
         encoded = table.cast_column(image, datasets.Image(decode=False)).select_columns(image)
 
@@ -274,7 +278,7 @@ def _read(config: VisionConfig) -> ImageSplits:
     tables = {part: train.select(chosen) if shares else train for part, chosen in hold_out(len(train), shares).items()}
     tables |= {part: loaded[split] for part, split in config.own_splits(shares).items()}
     parts = {part: rows(table) for part, table in tables.items()}
-    return ImageSplits(parts, [str(name) for name in names], _held_out(shares), config.on_hub)
+    return ImageSplits(parts, [str(name) for name in names or values], _held_out(shares), config.on_hub)
 
 
 def _first_column(config: VisionConfig, table: Any, what: str, kind: type) -> str:

@@ -40,8 +40,10 @@ class Preprocessing:
         normalisation: Normalisation of pixels, or None if the model does not say.
         image_size: Height and width of images, or None if the model does not say.
         crop_pct: Share of the shorter side that the center crop of a larger image covers.
+        squash: Whether the crop covers that share of both sides, so that images of any shape become square.
     """
 
     normalisation: Normalisation | None = None
     image_size: int | None = None
     crop_pct: float = 1.0
+    squash: bool = False

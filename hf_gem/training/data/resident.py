@@ -25,7 +25,7 @@ from .order import uniforms
 from .source import STOPPED, cached, source_state
 from .stored import ImageContent, read_array
 
-_CACHE_FORMAT = 2  # increment when the content of the files changes
+_CACHE_FORMAT = 3  # increment when the content of the files changes
 _RESIDENT_BYTES = 1 << 31  # the most that decoded training images may take
 
 
@@ -95,9 +95,16 @@ def prepare_resident(
     """Prepares images that are decoded once, or read from the cache; see `vision.prepare_images`.
 
     Raises:
-        DataError: An image cannot be read, the images cannot be resident, or the cache cannot be written.
+        DataError: An image cannot be read, the images cannot be resident, the config has an option that only works with
+            other images, or the cache cannot be written.
         Interrupted: A signal arrived.
     """
+    for name, unused in (("crop_min_scale", (1,)), ("crop_pct", (1, None))):
+        if (value := getattr(config, name)) not in unused:
+            raise DataError(
+                f"got --{name} {value}, but the images of {shown(config.dataset)} are resident. It only works with "
+                "images that are decoded for each batch. Set it to 1, or use --resident no."
+            )
     labels_hash = hashlib.sha256(splits.label_bytes()).hexdigest()  # it changes if the Hub changes the order of images
     wanted = preprocessing.image_size
     key = [_CACHE_FORMAT, source_state(config), config.image_column, config.label_column, labels_hash, wanted]
@@ -137,8 +144,16 @@ def _decode_all(config: VisionConfig, splits: ImageSplits, size: int | None, fol
     """Writes the pixels of each part. Returns their hash, and mean and deviation of the training images."""
     digest = hashlib.sha256()
     moments: tuple[list[float], list[float]] = ([], [])
+    sizes: dict[tuple[int, ...], str] = {}
     for split, rows in splits.parts.items():
         images = _decode(config, rows, size, split)
+        sizes.setdefault(images.shape[2:], split)
+        if len(sizes) > 1:
+            found = " and ".join(f"{height} x {width} ({part})" for (height, width), part in sizes.items())
+            raise DataError(
+                f"the images of {shown(config.dataset)} are {found}. Resident images must all have the same shape. "
+                "Give an --image_size, or use --resident no."
+            )
         np.save(folder / f"{split}.npy", images)
         digest.update(images.tobytes() + rows.labels.tobytes())
         if split == "train":
@@ -166,16 +181,21 @@ def _decode(config: VisionConfig, rows: Rows, size: int | None, split: str) -> n
     if len(shapes) > 1:
         raise DataError(
             f"the images of {shown(config.dataset)} have {len(shapes)} shapes, including {sorted(shapes)[0]} and "
-            f"{sorted(shapes)[-1]}. Resident images must all have the same shape. Use --resident no."
+            f"{sorted(shapes)[-1]}. Resident images must all have the same shape. Give an --image_size, or use "
+            "--resident no."
         )
     images = np.stack([array.reshape(*array.shape[:2], -1) for array in arrays]).transpose(0, 3, 1, 2)
     return np.ascontiguousarray(images)
 
 
 def _moments(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Computes mean and standard deviation per channel, for pixels in [0, 1], repeating a grey channel three times."""
+    """Computes mean and standard deviation per channel, for pixels in [0, 1], repeating a grey channel three times.
+
+    The deviation of a constant channel counts as 1, so that normalisation makes it 0.
+    """
     counts = np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in images.swapaxes(0, 1)])
     share, value = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
     mean = share @ value
-    std = np.sqrt(share @ value**2 - mean**2)
+    variance = (share * (value - mean[:, None]) ** 2).sum(1)
+    std = np.sqrt(np.where(variance == 0, 1, variance))
     return np.resize(mean, 3).tolist(), np.resize(std, 3).tolist()

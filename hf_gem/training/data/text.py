@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import sys
-import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,12 +25,14 @@ from ..config import at_least, option, require
 from ..errors import DataError, reason
 from ..loss import IGNORE
 from .source import SourceConfig, cached, checked, file_state, fingerprint, is_prepared, load_splits, source_state
+from .stdlib import stdlib_files
 from .stored import ENDS, TextContent, read_ends, read_tokens
 
 STDLIB = "stdlib"
 END_OF_TEXT = "<|endoftext|>"
 _CACHE_FORMAT = 5  # increment when the content of the files changes
 _PIECE = 1 << 20  # characters given to the tokenizer at once: its memory grows with the length of a text
+_BATCH = 1 << 22  # characters of whole documents that are tokenised together
 _FEW = 100  # documents: fewer are too few to draw from
 _TOKENIZER_CHARACTERS = 1 << 27  # the most characters to train a tokenizer on
 
@@ -77,6 +77,20 @@ class TextConfig(SourceConfig):
             require(not self.streaming, "max_train_tokens", None, "a number with --streaming")
         else:
             at_least(self, 1, "max_train_tokens")
+            for split in ("validation", "test"):
+                limit, least = self.most_tokens(split), self.min_validation_tokens
+                allowed = f"larger with --streaming: the share of {split} text is {limit} tokens, but "
+                allowed += f"--min_validation_tokens is {least}"
+                require(limit is None or limit >= least, "max_train_tokens", self.max_train_tokens, allowed)
+
+    def most_tokens(self, split: str) -> int | None:
+        """Returns the number of tokens of a split after which no more are read, or None."""
+        if split == "train" or self.max_train_tokens is None:
+            return self.max_train_tokens
+        if not self.streaming:
+            return None
+        share = (split == "test" and self.test_fraction) or self.validation_fraction
+        return max(self.block_size, int(self.max_train_tokens * share))
 
 
 @dataclass
@@ -202,7 +216,7 @@ def _key(config: TextConfig) -> list[Any]:
     source: Any = source_state(config)
     if config.dataset == STDLIB:
         fractions = [config.validation_fraction, config.test_fraction]
-        source = [sys.version, fractions, *(file_state(path) for _, path in _stdlib_files())]
+        source = [sys.version, fractions, *(file_state(path) for _, path in stdlib_files())]
     tokenizer: Any = [config.vocab_size, config.special_tokens]
     if config.tokenizer:
         tokenizer = fingerprint(config.tokenizer) or config.tokenizer
@@ -220,10 +234,7 @@ def _build(config: TextConfig, folder: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     counts, documents = {}, {}
     for split in corpus.splits:
-        limit = config.max_train_tokens if split == "train" else None
-        if split != "train" and config.streaming and config.max_train_tokens:
-            share = config.validation_fraction if split == "validation" else config.test_fraction
-            limit = max(config.block_size, int(config.max_train_tokens * share))
+        limit = config.most_tokens(split)
         ends = _write_tokens(corpus.documents(split), tokenizer, folder / f"{split}.bin", dtype, digest, limit)
         counts[split], documents[split] = (int(ends[-1]) if len(ends) else 0), len(ends)
         if split != "train":
@@ -256,7 +267,7 @@ def _write_tokens(
     ends: list[int] = []
     end: np.ndarray = np.array([_separator(tokenizer)], dtype=dtype)
     with path.open("wb") as file, tqdm(desc=f"Tokenising {path.stem}", unit=" tokens", unit_scale=True) as bar:
-        for texts in _batches(documents):
+        for texts in _batches(documents, min(_BATCH, limit or _BATCH)):  # a token is about four characters
             pieces = [(piece, last) for text in texts for piece, last in _pieces(text)]
             # verbose=False: packing handles texts longer than the model's context
             ids = tokenizer([piece for piece, _ in pieces], add_special_tokens=False, verbose=False)["input_ids"]
@@ -279,7 +290,7 @@ def _write_tokens(
     return np.array(ends, dtype=np.int64)
 
 
-def _batches(documents: Iterable[str], characters: int = 1 << 22) -> Iterator[list[str]]:
+def _batches(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
     batch: list[str] = []
     size = 0
     for text in documents:
@@ -333,7 +344,7 @@ class _Corpus:
         """Yields (name, text) pairs. The name decides the draw: the path of a module, or the text itself."""
         config = self.config
         if config.dataset == STDLIB:
-            for name, path in _stdlib_files():
+            for name, path in stdlib_files():
                 with tokenize.open(path) as file:  # reads the encoding that the source declares
                     yield name, file.read()
             return
@@ -377,21 +388,6 @@ class _Corpus:
             if draw < upto * 2**64:
                 return split
         return "train"
-
-
-def _stdlib_files() -> list[tuple[str, Path]]:
-    """Lists the modules of the running Python's standard library by name, without tests.
-
-    Generated modules are left out: build records, and pydoc's help texts, which are 7 % of the source in one file.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
-    files: dict[str, Path] = {}
-    for folder, folders, names in os.walk(root):
-        folders[:] = set(folders) - skipped  # looking into installed packages would take most of the time
-        paths = [Path(folder, name) for name in names if name.endswith(".py")]
-        files |= {path.relative_to(root).as_posix(): path for path in paths}
-    return [(name, files[name]) for name in sorted(files) if not name.startswith(("_sysconfigdata", "config-"))]
 
 
 def _train_tokenizer(documents: Iterable[str], config: TextConfig) -> PreTrainedTokenizerFast:

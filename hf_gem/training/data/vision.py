@@ -52,9 +52,12 @@ def image_processor(data: ImageData) -> Any:
     """Makes an image processor that prepares images as evaluation does, to be saved next to the model."""
     from transformers import BitImageProcessor
 
-    crop_pct = data.validation.crop_pct if isinstance(data.validation, DecodedImages) else 1.0
+    crop_pct, squash = 1.0, True  # of resident images
+    if isinstance(data.validation, DecodedImages):
+        crop_pct, squash = data.validation.crop_pct, data.validation.squash
+    edge = round(data.image_size / crop_pct)
     return BitImageProcessor(
-        size={"shortest_edge": round(data.image_size / crop_pct)},
+        size={"height": edge, "width": edge} if squash else {"shortest_edge": edge},
         crop_size={"height": data.image_size, "width": data.image_size},
         image_mean=list(data.normalisation.mean),
         image_std=list(data.normalisation.std),
@@ -76,12 +79,12 @@ def preprocessing_of(model: str) -> Preprocessing:
     try:
         processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
         if timm := getattr(processor, "data_config", None):
-            return Preprocessing(Normalisation(timm["mean"], timm["std"]), timm["input_size"][-1], timm["crop_pct"])
-        crops = getattr(processor, "do_center_crop", False)
-        size = processor.crop_size if crops else processor.size
-        side, edge = int(size.get("height") or size["shortest_edge"]), processor.size.get("shortest_edge")
-        share = min(1.0, side / edge) if crops and edge else 1.0
-        return Preprocessing(Normalisation(processor.image_mean, processor.image_std), side, share)
+            normalisation, squash = Normalisation(timm["mean"], timm["std"]), timm.get("crop_mode") == "squash"
+            return Preprocessing(normalisation, timm["input_size"][-1], timm["crop_pct"], squash)
+        edge = int(processor.size.get("height") or processor.size["shortest_edge"])
+        side = int(processor.crop_size["height"]) if getattr(processor, "do_center_crop", False) else edge
+        normalisation, squash = Normalisation(processor.image_mean, processor.image_std), "height" in processor.size
+        return Preprocessing(normalisation, side, min(1.0, side / edge), squash)
     except Exception as error:  # the Hub client, JSON and the processors raise their own
         raise DataError(
             f"cannot read the image processor of {shown(model)}: {reason(error)}. --model can be timm/<name>, a Hub "

@@ -39,6 +39,16 @@ def test_all_images_and_their_classes(tmp_path, channels, column):
         )
 
 
+@pytest.mark.parametrize("value", [0, 93, 255])
+def test_a_constant_channel_becomes_zero(tmp_path, value):
+    """Microscopy with two colours has one."""
+    x = images(40, 3)
+    x[..., 2] = value
+    pixels = prepare(tmp_path, dataset=write(tmp_path / "a.npz", x_train=x)).train.batch(np.arange(20))["pixel_values"]
+    assert pixels[:, 2].abs().max() <= 2**-23  # the mean is rounded to float32
+    assert pixels[:, :2].std() > 0.5
+
+
 def test_without_a_validation_split_some_are_held_out(tmp_path):
     data = prepare(tmp_path, dataset=write(tmp_path / "a.npz"), validation_fraction=0.25)
     assert (len(data.train), len(data.validation), data.facts["held_out"]) == (30, 10, "random")

@@ -1,5 +1,7 @@
 """Images that are decoded for each batch are cropped as asked for."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ def test_images_of_many_sizes_are_decoded_when_needed(tmp_path):
     assert isinstance(data.train, DecodedImages)
     batch = data.train.batch(np.arange(4), np.arange(4))
     assert batch["pixel_values"].shape == (4, 3, 8, 8)
-    with pytest.raises(DataError, match=r"have 2 shapes, .* Use --resident no"):
+    with pytest.raises(DataError, match=r"have 2 shapes, .* Give an --image_size, or use --resident no"):
         prepare(tmp_path, dataset=str(folder), resident=True)
     with pytest.raises(DataError, match=r"got --crop_padding 2.*only works with resident images"):
         prepare(tmp_path, dataset=str(folder), crop_padding=2)
@@ -36,3 +38,5 @@ def test_random_crops_have_the_areas_and_shapes_asked_for():
     assert 0.75 - 1e-9 <= ratio.min() < 0.77
     assert 1.3 < ratio.max() <= 4 / 3 + 1e-9
     assert samples._box(80, 60, None) == (10.0, 0.0, 70.0, 60.0)  # the middle square
+    squashed = replace(samples, squash=True, crop_pct=0.5)
+    assert squashed._box(80, 60, None) == (20.0, 15.0, 60.0, 45.0)

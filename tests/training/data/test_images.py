@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_gem.training.data.images import VisionConfig
+from hf_gem.training.data.images import Rows, VisionConfig
 from hf_gem.training.errors import DataError
 from tests.training.data.pictures import prepare, write_folder
 
@@ -79,6 +79,18 @@ def test_a_column_of_labels_is_not_guessed(tmp_path):
     assert data.classes == ["a", "b"]
 
 
+@pytest.mark.parametrize("kind", ["string", "int64", "ClassLabel"])
+def test_every_image_needs_a_class(tmp_path, kind):
+    kind = datasets.ClassLabel(names=["0", "1"]) if kind == "ClassLabel" else datasets.Value(kind)
+    labels = [None if i == 7 else str(i % 2) if kind.dtype == "string" else i % 2 for i in range(20)]
+    features = datasets.Features({"image": datasets.Image(), "label": kind})
+    rows = {"image": [np.full((6, 6), i, np.uint8) for i in range(20)], "label": labels}
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "train.parquet")
+    with pytest.raises(DataError, match=r"column 'label' .* null, that are none of its 2 classes"):
+        prepare(tmp_path, dataset=str(tmp_path / "data"))
+
+
 @pytest.mark.parametrize("resident", [True, False])
 def test_a_file_that_is_no_image(tmp_path, resident):
     folder = write_folder(tmp_path / "data")
@@ -91,6 +103,17 @@ def test_a_file_that_is_no_image(tmp_path, resident):
 
     with pytest.raises(DataError, match=r"cannot read image \d+ of the dataset: UnidentifiedImageError"):
         read_all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "suffix"), [(np.uint16, "png"), (np.uint16, "tif"), (np.int32, "tif"), (np.float32, "tif")]
+)
+def test_more_than_8_bits_a_channel_are_refused(tmp_path, dtype, suffix):
+    """Medical sets have them. Pillow's conversion to RGB makes all values above 255 white, and fractions black."""
+    path = tmp_path / f"image.{suffix}"
+    Image.fromarray(np.arange(64, dtype=dtype).reshape(8, 8)).save(path)
+    with pytest.raises(DataError, match=r"image 0 of the dataset: .*its mode [IF].* 8 bits .* Scale its values"):
+        Rows(lambda index: path, np.zeros(1, np.int64)).image(0)
 
 
 def test_damaged_values_are_refused():

@@ -8,6 +8,7 @@ from PIL import Image
 from hf_gem.training.data import resident as data_resident
 from hf_gem.training.data.images import VisionConfig, hold_out, read_splits
 from hf_gem.training.data.resident import ResidentImages
+from hf_gem.training.errors import DataError
 from tests.training.data.pictures import NEUTRAL, prepare, write_folder
 
 
@@ -42,6 +43,24 @@ def test_resident_images_are_scaled_once(tmp_path):
     assert data.train.images.shape == (*whole.train.images.shape[:2], 6, 6)
     image = Image.fromarray(whole.train.images[0].permute(1, 2, 0).numpy())
     assert np.array_equal(data.train.images[0].permute(1, 2, 0), np.asarray(image.resize((6, 6), Image.BICUBIC)))
+
+
+def test_splits_with_images_of_different_sizes(tmp_path):
+    write_folder(tmp_path / "data" / "train")
+    write_folder(tmp_path / "data" / "test", sizes=((10, 10),))
+    fields = {"dataset": str(tmp_path / "data"), "validation_split": "test"}
+    with pytest.raises(DataError, match=r"12 x 12 \(train\) and 10 x 10 \(validation\).*Give an --image_size, or"):
+        prepare(tmp_path, **fields)
+    data = prepare(tmp_path, **fields, image_size=12, resident=True)
+    assert data.validation.images.shape == (20, 3, 12, 12)
+
+
+@pytest.mark.parametrize("fields", [{"crop_min_scale": 0.3}, {"crop_pct": 0.5}])
+def test_crops_of_other_images_are_refused(tmp_path, fields):
+    (name,) = fields
+    with pytest.raises(DataError, match=rf"got --{name} 0\.\d, but .* are resident.*use --resident no"):
+        prepare(tmp_path, **fields)
+    prepare(tmp_path, crop_min_scale=1.0, crop_pct=1.0)  # as without them
 
 
 def test_grey_images_among_others(tmp_path):

@@ -87,12 +87,12 @@ def test_long_texts_are_tokenised_in_pieces_without_a_trace(prepare, tmp_path, m
 
 
 def test_stdlib_is_source_without_tests(prepare, monkeypatch):
-    files = data_text._stdlib_files()
+    files = data_text.stdlib_files()
     names = [name for name, _ in files]
     assert names == sorted(names)
     assert {"abc.py", "json/decoder.py"} <= set(names)
     assert not any(part in ("test", "tests", "site-packages") for name in names for part in name.split("/"))
-    monkeypatch.setattr(data_text, "_stdlib_files", lambda: files[::20])  # a part of them, which is quickly read
+    monkeypatch.setattr(data_text, "stdlib_files", lambda: files[::20])  # a part of them, which is quickly read
     data = prepare(STDLIB, max_train_tokens=20000)
     assert len(data.train.tokens) == 20000
     assert len(data.validation.tokens) > 1000
@@ -199,12 +199,30 @@ def test_a_stream_is_read_no_further_than_needed(prepare, tmp_path, monkeypatch)
             yield name, text
 
     monkeypatch.setattr(data_text._Corpus, "_named", counted)
-    monkeypatch.setattr(data_text, "_batches", lambda texts: ([text] for text in texts))
     path = write_documents(tmp_path / "data", "jsonl", documents=DOCUMENTS * 20)
     data = prepare(path, streaming=True, max_train_tokens=500)
     assert len(data.train.tokens) == 500
     assert len(data.validation.tokens) == 100  # the held-out share of the limit
     assert len(read) < 150
+
+
+def test_a_test_split_of_a_stream_is_limited_as_validation_is(prepare, tmp_path, bytes_tokenizer):
+    for split in ("train", "test"):
+        write_documents(tmp_path / "data", "jsonl", split)
+    data = prepare(
+        tmp_path / "data", tokenizer=bytes_tokenizer, streaming=True, max_train_tokens=500, test_split="test"
+    )
+    assert len(data.test.tokens) == len(data.validation.tokens) == 100
+
+
+def test_too_short_a_stream_is_refused_before_it_is_read():
+    fields = {"streaming": True, "validation_fraction": 0.25, "min_validation_tokens": 100}
+    TextConfig(**fields, max_train_tokens=400).validate()
+    with pytest.raises(ValueError, match=r"--max_train_tokens must be larger .* validation text is 99 tokens.*got 399"):
+        TextConfig(**fields, max_train_tokens=399, block_size=64).validate()
+    with pytest.raises(ValueError, match=r"--max_train_tokens must be larger .* test text is 80 tokens.*got 400"):
+        TextConfig(**fields, max_train_tokens=400, block_size=64, test_fraction=0.2).validate()
+    TextConfig(**{**fields, "streaming": False}, max_train_tokens=9).validate()
 
 
 @pytest.mark.parametrize("text", ["one line without an end " * 20, ("long last line " * 30).join("\n\n")])

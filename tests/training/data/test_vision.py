@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoImageProcessor
 
 from hf_gem.training.data.decoded import DecodedImages
 from hf_gem.training.data.images import Rows, VisionConfig, hold_out
 from hf_gem.training.data.normalisation import Normalisation, Preprocessing
 from hf_gem.training.data.resident import ResidentImages
-from hf_gem.training.data.vision import image_processor, prepare_images
+from hf_gem.training.data.vision import image_processor, prepare_images, preprocessing_of
 from tests.training.data.pictures import CPU, NEUTRAL, ROUNDED, prepare, write_folder
 
 
@@ -50,6 +51,31 @@ def test_the_image_processor_does_what_evaluation_does(tmp_path, decoded):
     # A resize of the whole and a crop of it, against a resize of the crop: the same but at the edges.
     bound = 1e-5 if not decoded else 0.35
     assert (got - wanted).abs().mean() <= bound
+
+
+@pytest.mark.parametrize("size", [(36, 12), (12, 36), (36, 36)])
+def test_images_of_any_shape_are_squared_by_scaling_in_all_three_places(tmp_path, size):
+    """Resident images, the processor that is saved with the model, and images that are decoded for that model."""
+    folder = write_folder(tmp_path / "data", sizes=(size,))
+    fields = {"dataset": str(folder), "validation_fraction": 0.5}
+    data = prepare(tmp_path, **fields, resident=True, image_size=12)
+    indices = np.arange(len(data.validation))
+    wanted = data.validation.batch(indices)["pixel_values"]
+
+    image_processor(data).save_pretrained(tmp_path / "model")
+    files = sorted((folder / "cat").glob("*.png")) + sorted((folder / "dog").glob("*.png"))
+    images = [Image.open(files[i]) for i in hold_out(20, {"validation": 0.5})["validation"]]
+    got = AutoImageProcessor.from_pretrained(tmp_path / "model")(images, return_tensors="pt")["pixel_values"]
+    # Pillow and torchvision round the weights of their filters differently, which shows in the last bit of a pixel.
+    bound = 1.01 / 255 / min(data.normalisation.std)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=bound)
+
+    config = VisionConfig(cache_dir=str(tmp_path / "cache"), **fields, resident=False)
+    decoded = prepare_images(config, 0, CPU, preprocessing_of(str(tmp_path / "model")))
+    torch.testing.assert_close(decoded.validation.batch(indices)["pixel_values"], wanted, rtol=0, atol=bound)
+    assert image_processor(decoded).size == image_processor(data).size
+    trained = decoded.train.batch(np.arange(10), np.arange(10))["pixel_values"]  # without random crops
+    torch.testing.assert_close(trained, data.train.batch(np.arange(10))["pixel_values"], rtol=0, atol=bound)
 
 
 def test_what_a_model_says_is_what_it_gets(tmp_path):
