@@ -233,7 +233,7 @@ class CheckpointStore:
                 )
             return None
         named = resume != "auto"
-        outside = Path(resume).is_dir() and Path(resume).absolute().parent != self.folder.absolute()
+        outside = Path(resume).is_dir() and Path(resume).resolve().parent != self.folder.resolve()
         if named and outside and found:
             # The run was copied here and has continued here since. (A path inside its own folder means going back.)
             mine, theirs = (self._run_id(path) for path in (found[0], Path(resume)))

@@ -133,6 +133,16 @@ def test_one_can_be_named(tmp_path):
         setup.restore(str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("spelling", ["link/step_00000002", "c/../c/step_00000002", "c/step_00000002/../step_00000002"])
+def test_a_path_inside_the_folder_goes_back_however_it_is_spelled(tmp_path, spelling):
+    setup = Setup(tmp_path / "c")
+    setup.save(2)
+    setup.save(4)
+    (tmp_path / "link").symlink_to(tmp_path / "c")
+    assert setup.restore(str(tmp_path / spelling)) == 2
+    assert [p.name for p in setup.store.complete()] == ["step_00000002"]
+
+
 def test_another_run_is_not_continued(tmp_path):
     Setup(tmp_path / "c").save(2)
     other = Setup(tmp_path / "c", {**IDENTITY, "hidden_act": "gelu"})
