@@ -1,9 +1,11 @@
 """The two vision recipes as a person meets them, on scikit-learn's digits."""
 
+import copy
 import json
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -198,6 +200,31 @@ def test_a_model_that_cannot_be_fine_tuned_names_the_way_out(tmp_path):
     model, config = ConvNetForImageClassification(NO_ACTIVATIONS), vision_finetune.Config(model="x")
     with pytest.raises(ConfigError, match=r"in --model 'x'.*has no activation modules.*--hidden_act none"):
         vision_finetune.convert(model, config, DATA, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("fields", [{"eps": "match"}, {"eps": "fit", "fit_per_layer": True}])
+def test_the_size_of_a_micro_batch_does_not_change_what_is_fitted(fields):
+    class Images:
+        def __len__(self):
+            return 300
+
+        def batch(self, indices):
+            draw = np.random.default_rng(indices.tolist())
+            return {"pixel_values": torch.from_numpy(draw.normal(size=(len(indices), 3, 8, 8))).float()}
+
+    torch.manual_seed(0)
+    model = ConvNetForImageClassification(ConvNetConfig(widths=(4,), hidden_act="gelu"))
+    data = SimpleNamespace(train=Images())
+    reports = {
+        vision_finetune.convert(
+            copy.deepcopy(model),
+            vision_finetune.Config(model="x", micro_batch_size=size, **fields),
+            data,
+            torch.device("cpu"),
+        )
+        for size in (64, 4, "auto")
+    }
+    assert len(reports) == 1
 
 
 @pytest.mark.parametrize("by_folder", [False, True])
