@@ -11,6 +11,7 @@ import torch
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    Dinov2Config,
     ResNetConfig,
     ResNetForImageClassification,
 )
@@ -110,6 +111,21 @@ def test_two_processes_evaluate_with_the_same_statistics(cache, tmp_path):
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"]).item()
     assert loss == pytest.approx(reported["validation_loss"], rel=REORDERED)
+
+
+@pytest.mark.slow
+def test_a_model_with_an_unused_parameter_is_the_same_on_two_processes(cache, tmp_path):
+    """The mask token of DINOv2; then one process goes on with what two have saved."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    Dinov2Config(**sizes, architectures=["Dinov2ForImageClassification"]).save_pretrained(tmp_path / "model")
+    flags = (cache, *SHORT, f"--model={tmp_path / 'model'}", "--micro_batch_size=16", "--keep_checkpoints=9")
+    run_here(vision_train, tmp_path / "one", *flags)
+    code, output = launch(2, *flags, f"--output_dir={tmp_path / 'two'}", recipe=VISION)
+    assert code == 0, output
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=REORDERED)
+    checkpoint = tmp_path / "two" / "checkpoints" / "step_00000004"
+    run_here(vision_train, tmp_path / "rest", *flags, f"--resume={checkpoint}")
+    assert losses(tmp_path / "rest") == pytest.approx(losses(tmp_path / "one"), rel=REORDERED)
 
 
 @pytest.mark.parametrize(("act", "name"), [("egem", "EGEM"), ("gelu", "GELU")])
