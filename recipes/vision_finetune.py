@@ -88,6 +88,8 @@ class Config(VisionConfig, TrainConfig):
             TrainConfig.validate(self)
         require(bool(self.model), "model", self.model, "timm/<name>, a Hub id or a folder")
         chooses = self.eps in self.eps_choices
+        has_eps = self.hidden_act != "none" or chooses or self.eps is None  # presets choose
+        require(has_eps, "eps", self.eps, "left out: --hidden_act none keeps the old activations")
         require(chooses or not self.fit_per_layer, "fit_per_layer", True, "false without --eps fit or match")
         at_least(self, 1, "fit_batches")
         at_least(self, 0, "head_lr_ratio", "mixup", "cutmix")
@@ -118,7 +120,7 @@ def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
     """Returns the values of the model card that are not in the record."""
     return {
         **image_card(config.model, record),
-        "title": f"{config.model}, {config.hidden_act}, {record['preset']}",
+        "title": ", ".join([config.model, *([config.hidden_act] if record["conversion"] else []), record["preset"]]),
         "imported": record["imported"],
         "ours": record["ours"],
     }
@@ -162,10 +164,8 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         save_results(task.model, image_processor(data), record, **card_values(config, record))
         after = record["curves"]["validation_accuracy"]
-        print(
-            f"Accuracy before {before['accuracy']:.2%}, with {config.hidden_act} {after[0][1]:.2%}, "
-            f"fine-tuned {after[-1][1]:.2%}"
-        )
+        converted = f"with {config.hidden_act} {after[0][1]:.2%}, " if report else ""
+        print(f"Accuracy before {before['accuracy']:.2%}, {converted}fine-tuned {after[-1][1]:.2%}")
         print_summary(record)
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -343,10 +344,15 @@ def test_averaged_weights_are_what_is_saved(demo, cache, tmp_path):
 
 
 def test_leaving_the_activations_is_a_baseline(demo, cache, tmp_path):
-    run_here(vision_finetune, tmp_path, cache, *SHORT, f"--model={demo[0]}", "--hidden_act=none")
+    printed = run_here(vision_finetune, tmp_path, cache, *SHORT, f"--model={demo[0]}", "--hidden_act=none")
+    assert re.search(r"Accuracy before [\d.]+%, fine-tuned [\d.]+%", printed)
     model = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert "GELU" in {type(module).__name__.removesuffix("Activation") for module in model.modules()}
-    assert "import hf_gem." not in (tmp_path / "README.md").read_text().replace("import hf_gem.training", "")
+    card = (tmp_path / "README.md").read_text()
+    assert "import hf_gem." not in card.replace("import hf_gem.training", "")
+    assert "accuracy before fine-tuning" in card
+    assert ModelCard(card).data.tags == ["activation-function"]
+    assert not any(words in card for words in ("`none`", ", none", "replaced", "right after"))
 
 
 @pytest.mark.parametrize("presets", [vision_train, vision_finetune])
@@ -382,6 +388,7 @@ def test_the_cifar_presets_are_those_of_the_paper():
             for eps in ("small", "inf", "nan", "-1")
         ],
         (vision_finetune, ["--model=x", "--hidden_act=gem", "--eps=0.01"], "gem has a fixed eps of 1"),
+        (vision_finetune, ["--model=x", "--hidden_act=none", "--eps=0.1"], "--eps must be left out: --hidden_act none"),
         (
             vision_finetune,
             ["--model=x", "--eps=0.1", "--fit_per_layer"],
