@@ -21,7 +21,7 @@ from hf_gem.training.data.images import ImageData, VisionConfig
 from hf_gem.training.data.order import SampleOrder
 from hf_gem.training.data.vision import image_processor, prepare_images, preprocessing_of
 from hf_gem.training.evaluate import evaluate
-from hf_gem.training.initial import activation_inputs
+from hf_gem.training.initial import NUM_SINGLE, activation_inputs
 from hf_gem.training.launch import make_accelerator
 from hf_gem.training.loop import train
 from hf_gem.training.loss import ClassificationLoss
@@ -70,7 +70,7 @@ class Config(VisionConfig, TrainConfig):
         None, "A number that replaces the eps in --hidden_act, or fit or match to choose it as hf_gem.convert does."
     )
     fit_per_layer: bool = option(False, "With --eps fit or match: choose a separate eps for each activation.")
-    fit_batches: int = option(4, "With --eps fit or match: number of batches of training images to use.")
+    fit_batches: int = option(4, f"With --eps fit or match: number of batches of {NUM_SINGLE} training images to use.")
     new_head: bool = option(False, "Start with a new last layer even if the model has the right number of classes.")
     head_lr_ratio: float = option(1.0, "Learning rate of the last layer as a multiple of the others'.")
     mixup: float = option(0.0, "Alpha of mixup (arXiv 1710.09412); 0: off. Images mix within a micro-batch.")
@@ -88,6 +88,8 @@ class Config(VisionConfig, TrainConfig):
             TrainConfig.validate(self)
         require(bool(self.model), "model", self.model, "timm/<name>, a Hub id or a folder")
         chooses = self.eps in self.eps_choices
+        has_eps = self.hidden_act != "none" or chooses or self.eps is None  # presets choose
+        require(has_eps, "eps", self.eps, "left out: --hidden_act none keeps the old activations")
         require(chooses or not self.fit_per_layer, "fit_per_layer", True, "false without --eps fit or match")
         at_least(self, 1, "fit_batches")
         at_least(self, 0, "head_lr_ratio", "mixup", "cutmix")
@@ -107,7 +109,7 @@ def convert(model: PreTrainedModel, config: Config, data: ImageData, device: tor
     chosen = config.eps if config.eps in config.eps_choices else None  # a number is in the name
     for k in range(config.fit_batches if chosen else 0):
         check()
-        indices = order.batch(k, fixed_micro_batch_size(config))
+        indices = order.batch(k, NUM_SINGLE)  # not the micro-batch, which may change when a run is resumed
         batches.append({"pixel_values": data.train.batch(indices)["pixel_values"].to(device)})
     fix = "Choose another --model, or keep its activations with --hidden_act none."
     how: Any = {"eps": chosen, "data": batches or None, "per_layer": config.fit_per_layer, "c": config.match_c}
@@ -118,7 +120,7 @@ def card_values(config: Config, record: dict[str, Any]) -> dict[str, Any]:
     """Returns the values of the model card that are not in the record."""
     return {
         **image_card(config.model, record),
-        "title": f"{config.model}, {config.hidden_act}, {record['preset']}",
+        "title": ", ".join([config.model, *([config.hidden_act] if record["conversion"] else []), record["preset"]]),
         "imported": record["imported"],
         "ours": record["ours"],
     }
@@ -162,10 +164,8 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         save_results(task.model, image_processor(data), record, **card_values(config, record))
         after = record["curves"]["validation_accuracy"]
-        print(
-            f"Accuracy before {before['accuracy']:.2%}, with {config.hidden_act} {after[0][1]:.2%}, "
-            f"fine-tuned {after[-1][1]:.2%}"
-        )
+        converted = f"with {config.hidden_act} {after[0][1]:.2%}, " if report else ""
+        print(f"Accuracy before {before['accuracy']:.2%}, {converted}fine-tuned {after[-1][1]:.2%}")
         print_summary(record)
 
 

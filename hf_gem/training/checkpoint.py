@@ -46,7 +46,11 @@ class _File(TypedDict):
     sha256: str
 
 
-class _State(TypedDict):
+class _LaterInState(TypedDict, total=False):
+    went_back_to: str
+
+
+class _State(_LaterInState):
     step: int
     identity: dict[str, Any]
     state: Any
@@ -78,6 +82,7 @@ class CheckpointStore:
         self.identity = json.loads(json.dumps(redacted(identity)))  # tuples become lists, as they will when read back
         self.check = check
         self.averaged = averaged
+        self._went_back_to: str | None = None  # name of the checkpoint that the run last went back to
 
     def complete(self) -> list[Path]:
         """Returns the complete checkpoints, newest first, without verifying their content."""
@@ -112,7 +117,9 @@ class CheckpointStore:
             if accelerator.is_main_process:
                 if self.averaged is not None:
                     save_model(self.averaged, str(work / _AVERAGED))
-                content = {"step": step, "identity": self.identity, "state": state}
+                content: _State = {"step": step, "identity": self.identity, "state": state}
+                if self._went_back_to:
+                    content["went_back_to"] = self._went_back_to
                 (work / _STATE).write_text(json.dumps(content, indent=2))
                 self._publish(work, final)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -163,7 +170,8 @@ class CheckpointStore:
 
         Args:
             accelerator: The accelerator with the prepared model and optimizer.
-            resume: `auto` for the newest intact checkpoint, `never` to insist on a new run, or the path of one.
+            resume: `auto` for the newest intact checkpoint, `never` to insist on a new run, or the path of one. If this
+                run has continued from the one at that path, this means `auto`: the same command may be run again.
 
         Returns:
             The number of steps done and the state that was saved, or 0 and None if there is no checkpoint.
@@ -233,15 +241,11 @@ class CheckpointStore:
                 )
             return None
         named = resume != "auto"
-        outside = Path(resume).is_dir() and Path(resume).absolute().parent != self.folder.absolute()
-        if named and outside and found:
-            # The run was copied here and has continued here since. (A path inside its own folder means going back.)
-            mine, theirs = (self._run_id(path) for path in (found[0], Path(resume)))
-            if mine != theirs:
-                raise CheckpointError(
-                    f"{self.folder} holds a different run than {shown(resume)}. Choose another --output_dir, or use "
-                    "--resume auto."
-                )
+        if named and self._has_continued_from(Path(resume), found):
+            print(
+                f"this run has continued from {shown(resume)} before, and now continues from its newest checkpoint. To "
+                f"go back again, first move newer checkpoints out of {self.folder}"
+            )
             named = False
         damages: dict[Path, str | None] = {}
         for path in [Path(resume)] if named else found:
@@ -249,6 +253,10 @@ class CheckpointStore:
             if not damages[path]:
                 state = self._state(path)
                 self._compare(state["identity"], self.identity, str(path), "this command")
+                if named:
+                    self._went_back_to = path.resolve().name if self._holds(path) else None
+                else:
+                    self._went_back_to = state.get("went_back_to", self._went_back_to)
                 for other in found:
                     if _step_of(other) > state["step"]:
                         self._set_aside(other)
@@ -268,6 +276,32 @@ class CheckpointStore:
             )
         return None
 
+    def _has_continued_from(self, path: Path, found: list[Path]) -> bool:
+        """Returns whether this run has gone on from a checkpoint that --resume names.
+
+        Args:
+            path: The checkpoint. It may have been deleted since, because newer ones took its place.
+            found: The complete checkpoints of this run, newest first.
+
+        Raises:
+            CheckpointError: The checkpoint is of another run.
+        """
+        if not found:
+            return False
+        if self._holds(path):
+            return self._peek(found[0]).get("went_back_to") == path.resolve().name
+        if not path.is_dir():
+            return False
+        if self._run_id(found[0]) != self._run_id(path):  # otherwise the run was copied here
+            raise CheckpointError(
+                f"{self.folder} holds a different run than {shown(str(path))}. Choose another --output_dir, or use "
+                "--resume auto."
+            )
+        return True
+
+    def _holds(self, path: Path) -> bool:
+        return path.resolve().parent == self.folder.resolve()
+
     def _compare(self, theirs: dict[str, Any], ours: dict[str, Any], whose: str, who: str) -> None:
         changed = [
             f"{name} is {shown(theirs.get(name))} in {whose} and {shown(ours.get(name))} in {who}"
@@ -280,11 +314,15 @@ class CheckpointStore:
                 "those, or choose another --output_dir."
             )
 
-    def _run_id(self, path: Path) -> Any:
+    def _peek(self, path: Path) -> Mapping[str, Any]:
+        """Returns the state of a checkpoint, which may be damaged. It is empty if it cannot be read."""
         try:
-            state = self._state(path)["state"]
+            return self._state(path)
         except ValueError:
-            return None
+            return {}
+
+    def _run_id(self, path: Path) -> Any:
+        state = self._peek(path).get("state")
         return state.get("run_id") if isinstance(state, dict) else None
 
     def _damage(self, path: Path) -> str | None:

@@ -112,12 +112,12 @@ def input_size(name: str) -> int | None:
     Raises:
         ConfigError: There is no such model.
     """
-    if name.startswith("timm/"):
-        known = timm.get_pretrained_cfg(name.removeprefix("timm/"))
-        return known.input_size[-1] if known else None
     try:
+        if name.startswith("timm/"):
+            known = timm.get_pretrained_cfg(name.removeprefix("timm/"))
+            return known.input_size[-1] if known else None
         size = getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "image_size", None)
-    except Exception as error:  # the Hub client raises its own
+    except Exception as error:  # timm and the Hub client raise their own
         raise _cannot("build", name, error) from error
     return size if isinstance(size, int) else None
 

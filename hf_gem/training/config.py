@@ -154,7 +154,9 @@ class TrainConfig:
         folder = Path(self.output_dir)
         free = folder.is_dir() or not folder.exists()
         require(free, "output_dir", self.output_dir, "a folder or a new path")
-        known = self.resume in ("auto", "never") or Path(self.resume).is_dir()
+        named = Path(self.resume)
+        rotated = named.parent.name == "checkpoints" and named.parent.is_dir()  # a run may have deleted it since
+        known = self.resume in ("auto", "never") or named.is_dir() or rotated
         require(known, "resume", self.resume, "auto, never, or the folder of a checkpoint")
         require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
         require(self.warmup_steps <= self.steps, "warmup_steps", self.warmup_steps, f"at most steps = {self.steps}")

@@ -139,7 +139,12 @@ class _Rows:
             self._parts.setdefault(key, []).append(tensor.reshape(-1))
 
     def sums(self) -> dict[str, np.ndarray]:
-        """Returns `losses` and `counts` per group (one if there are no units), and all predictions and references."""
+        """Returns `losses` and `counts` per group (one if there are no units), and all predictions and references.
+
+        It is empty if there are no rows.
+        """
+        if not self._parts:
+            return {}
         found = {key: torch.cat(parts).cpu().numpy() for key, parts in self._parts.items()}
         units = found.pop("units", None)
         if units is not None:

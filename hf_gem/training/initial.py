@@ -20,7 +20,7 @@ from .signals import check
 from .task import Task
 
 # How much to measure on: this takes seconds on a CPU, and gives millions of values in most models.
-_MOST_SINGLE, _MOST_SEQUENCES, _MOST_TOKENS = 64, 8, 2048
+NUM_SINGLE, _MOST_SEQUENCES, _MOST_TOKENS = 64, 8, 2048
 
 
 def new_task(make: Callable[[], Task], config: TrainConfig) -> Task:
@@ -76,7 +76,7 @@ def first_scales(task: Task, config: TrainConfig) -> Scales:
     """
     check()
     sequences = min(max(_MOST_TOKENS // task.units_per_sample, 1), _MOST_SEQUENCES)
-    count = _MOST_SINGLE if task.units_per_sample == 1 else sequences
+    count = NUM_SINGLE if task.units_per_sample == 1 else sequences
     indices = SampleOrder(len(task.train), config.data_seed).batch(0, count)
     try:
         batch = task.train.batch(indices, np.arange(count))

@@ -37,14 +37,14 @@ from .record import MetricsLog, evaluation_record, hash_tensors, new_record, new
 from .signals import agreed_stop, catch_signals
 from .task import Task
 from .throughput import peak_flops
+from .trial import freeze_unused
 
 _CANNOT_WRITE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),  # a file in place of a folder, or the other way round
 )
 _KEPT = ("run_id", "sessions", "samples_hash", "evaluation")  # fields of the record that checkpoints keep
-_MOST_SKIPPED = 10  # steps in a row
-_MOST_ROLLBACKS = 3  # in a run
+_MOST_SKIPPED, _MOST_ROLLBACKS = 10, 3  # steps in a row; in a run
 
 
 def train(task: Task, config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
@@ -142,9 +142,9 @@ class _Run:
         else:
             task.objective.to(accelerator.device)  # before the optimizer is made, which is fused on a GPU
         sizes = fit_to_memory(task, config, accelerator)
-        self.objective, self.optimizer = accelerator.prepare(
-            task.objective, make_optimizer(task.objective, config, task.lr_ratios)
-        )
+        optimizer = make_optimizer(task.objective, config, task.lr_ratios)
+        freeze_unused(task, config, accelerator, sizes["micro_batch_size"])
+        self.objective, self.optimizer = accelerator.prepare(task.objective, optimizer)
         self.evaluated = task.objective  # without the DDP wrapper, which evaluation does not need
         self.ema: Any = None
         if config.ema_decay:

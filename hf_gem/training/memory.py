@@ -10,13 +10,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .._torch import without_compiler
 from .config import TrainConfig
-from .device import batch_to_device
 from .errors import ConfigError
 from .launch import PRECISIONS
 from .loss import CHUNK_SIZE, CausalLMLoss
 from .task import Task
+from .trial import try_step, without_trace
 
 _SHARE_OF_LOGITS = 1 / 3  # of the memory without weights and optimizer; the rest is for activations
 _SPARE = 0.05  # of all memory, for a compiler's buffers, kernels and fragmentation
@@ -151,18 +150,14 @@ def _tried_micro_batch(sizes: Sequence[int], task: Task, config: TrainConfig, ac
         raise ConfigError(
             "got --micro_batch_size auto with FSDP2. Its processes wait for each other in every try. Give a number."
         )
-    task.objective.train()
-    buffers = {name: buffer.clone() for name, buffer in task.objective.named_buffers()}  # statistics
     free, total = torch.cuda.mem_get_info(device)
     memory = free + torch.cuda.memory_reserved(device)
-    with torch.random.fork_rng([device]), without_compiler():
+    with without_trace(task.objective, device):
         # Stands in for the memory that training takes besides a step.
         kept = _state_bytes(_weight_bytes(task.model), config) + int(total * _SPARE)
         stand_in = torch.empty(min(kept, free), dtype=torch.uint8, device=device)
         size = largest_micro_batch(sizes, lambda size: _peak_bytes(task, accelerator, size), memory)
         del stand_in
-    for name, buffer in task.objective.named_buffers():
-        buffer.copy_(buffers[name])
     torch.cuda.empty_cache()
     size = int(accelerator.gather(torch.tensor([size], device=device)).min())
     if size == 0:
@@ -177,13 +172,10 @@ def _tried_micro_batch(sizes: Sequence[int], task: Task, config: TrainConfig, ac
 def _peak_bytes(task: Task, accelerator: Accelerator, size: int) -> int:
     """Returns the peak memory of a forward and backward pass on some samples."""
     device = accelerator.device
-    batch = task.train.batch(np.arange(size) % len(task.train), np.arange(size))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        with accelerator.autocast():
-            loss = task.objective(**batch_to_device(batch, device)).loss
-        loss.backward()
+        try_step(task, accelerator, np.arange(size) % len(task.train))
         return torch.cuda.max_memory_allocated(device)
     finally:
         task.objective.zero_grad(set_to_none=True)

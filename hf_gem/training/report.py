@@ -185,11 +185,13 @@ def _card_data(record: dict[str, Any], ours: bool, more: dict[str, Any]) -> Mode
         metric_type=metric,
         metric_value=result[f"validation_{metric}"],
     )
+    act = config["hidden_act"]
     return ModelCardData(
         license=config.get("license"),
         library_name="transformers",
         pipeline_tag=more["pipeline_tag"],
-        tags=["activation-function", config["hidden_act"], *(["hf_gem"] if ours else [])],
+        # none: the pretrained model kept its activations
+        tags=["activation-function", *([act] if act != "none" else []), *(["hf_gem"] if ours else [])],
         datasets=[dataset] if more["on_hub"] else None,
         base_model=config["model"] if "before_conversion" in record and not Path(config["model"]).exists() else None,
         metrics=[metric],

@@ -1,14 +1,18 @@
 """The two vision recipes as a person meets them, on scikit-learn's digits."""
 
+import copy
 import json
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    Dinov2Config,
     ResNetConfig,
     ResNetForImageClassification,
 )
@@ -110,6 +114,21 @@ def test_two_processes_evaluate_with_the_same_statistics(cache, tmp_path):
     assert loss == pytest.approx(reported["validation_loss"], rel=REORDERED)
 
 
+@pytest.mark.slow
+def test_a_model_with_an_unused_parameter_is_the_same_on_two_processes(cache, tmp_path):
+    """The mask token of DINOv2; then one process goes on with what two have saved."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    Dinov2Config(**sizes, architectures=["Dinov2ForImageClassification"]).save_pretrained(tmp_path / "model")
+    flags = (cache, *SHORT, f"--model={tmp_path / 'model'}", "--micro_batch_size=16", "--keep_checkpoints=9")
+    run_here(vision_train, tmp_path / "one", *flags)
+    code, output = launch(2, *flags, f"--output_dir={tmp_path / 'two'}", recipe=VISION)
+    assert code == 0, output
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=REORDERED)
+    checkpoint = tmp_path / "two" / "checkpoints" / "step_00000004"
+    run_here(vision_train, tmp_path / "rest", *flags, f"--resume={checkpoint}")
+    assert losses(tmp_path / "rest") == pytest.approx(losses(tmp_path / "one"), rel=REORDERED)
+
+
 @pytest.mark.parametrize(("act", "name"), [("egem", "EGEM"), ("gelu", "GELU")])
 def test_timm_models_train_with_any_activation(cache, tmp_path, act, name):
     flags = ("--model=timm/test_resnet", "--steps=1", "--warmup_steps=0", "--global_batch_size=4")
@@ -198,6 +217,31 @@ def test_a_model_that_cannot_be_fine_tuned_names_the_way_out(tmp_path):
     model, config = ConvNetForImageClassification(NO_ACTIVATIONS), vision_finetune.Config(model="x")
     with pytest.raises(ConfigError, match=r"in --model 'x'.*has no activation modules.*--hidden_act none"):
         vision_finetune.convert(model, config, DATA, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("fields", [{"eps": "match"}, {"eps": "fit", "fit_per_layer": True}])
+def test_the_size_of_a_micro_batch_does_not_change_what_is_fitted(fields):
+    class Images:
+        def __len__(self):
+            return 300
+
+        def batch(self, indices):
+            draw = np.random.default_rng(indices.tolist())
+            return {"pixel_values": torch.from_numpy(draw.normal(size=(len(indices), 3, 8, 8))).float()}
+
+    torch.manual_seed(0)
+    model = ConvNetForImageClassification(ConvNetConfig(widths=(4,), hidden_act="gelu"))
+    data = SimpleNamespace(train=Images())
+    reports = {
+        vision_finetune.convert(
+            copy.deepcopy(model),
+            vision_finetune.Config(model="x", micro_batch_size=size, **fields),
+            data,
+            torch.device("cpu"),
+        )
+        for size in (64, 4, "auto")
+    }
+    assert len(reports) == 1
 
 
 @pytest.mark.parametrize("by_folder", [False, True])
@@ -300,10 +344,15 @@ def test_averaged_weights_are_what_is_saved(demo, cache, tmp_path):
 
 
 def test_leaving_the_activations_is_a_baseline(demo, cache, tmp_path):
-    run_here(vision_finetune, tmp_path, cache, *SHORT, f"--model={demo[0]}", "--hidden_act=none")
+    printed = run_here(vision_finetune, tmp_path, cache, *SHORT, f"--model={demo[0]}", "--hidden_act=none")
+    assert re.search(r"Accuracy before [\d.]+%, fine-tuned [\d.]+%", printed)
     model = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert "GELU" in {type(module).__name__.removesuffix("Activation") for module in model.modules()}
-    assert "import hf_gem." not in (tmp_path / "README.md").read_text().replace("import hf_gem.training", "")
+    card = (tmp_path / "README.md").read_text()
+    assert "import hf_gem." not in card.replace("import hf_gem.training", "")
+    assert "accuracy before fine-tuning" in card
+    assert ModelCard(card).data.tags == ["activation-function"]
+    assert not any(words in card for words in ("`none`", ", none", "replaced", "right after"))
 
 
 @pytest.mark.parametrize("presets", [vision_train, vision_finetune])
@@ -339,6 +388,7 @@ def test_the_cifar_presets_are_those_of_the_paper():
             for eps in ("small", "inf", "nan", "-1")
         ],
         (vision_finetune, ["--model=x", "--hidden_act=gem", "--eps=0.01"], "gem has a fixed eps of 1"),
+        (vision_finetune, ["--model=x", "--hidden_act=none", "--eps=0.1"], "--eps must be left out: --hidden_act none"),
         (
             vision_finetune,
             ["--model=x", "--eps=0.1", "--fit_per_layer"],

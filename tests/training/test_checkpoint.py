@@ -133,6 +133,36 @@ def test_one_can_be_named(tmp_path):
         setup.restore(str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("spelling", ["link/step_00000002", "c/../c/step_00000002", "c/step_00000002/../step_00000002"])
+def test_a_path_inside_the_folder_goes_back_however_it_is_spelled(tmp_path, spelling):
+    setup = Setup(tmp_path / "c")
+    setup.save(2)
+    setup.save(4)
+    (tmp_path / "link").symlink_to(tmp_path / "c")
+    assert setup.restore(str(tmp_path / spelling)) == 2
+    assert [p.name for p in setup.store.complete()] == ["step_00000002"]
+
+
+def test_the_same_command_goes_back_once_and_then_continues(tmp_path, capsys):
+    setup = Setup(tmp_path / "c")
+    named = str(setup.save(2))
+    setup.save(4)
+    first = Setup(tmp_path / "c")
+    assert first.restore(named) == 2
+    assert first.restore() == 2  # as after a loss that is not finite
+    first.save(3)
+    assert capsys.readouterr().out == ""
+    second = Setup(tmp_path / "c")
+    assert second.restore(named) == 3
+    assert "has continued from" in capsys.readouterr().out
+    for step in (5, 6):
+        second.save(step)
+    assert not (tmp_path / "c" / "step_00000002").exists()  # newer ones have taken its place
+    assert Setup(tmp_path / "c").restore(named) == 6
+    assert [p.name for p in tmp_path.glob("c/set_aside_*")] == ["set_aside_step_00000004"]
+    assert Setup(tmp_path / "c").restore(str(setup.folder_of(5))) == 5  # another path goes back again
+
+
 def test_another_run_is_not_continued(tmp_path):
     Setup(tmp_path / "c").save(2)
     other = Setup(tmp_path / "c", {**IDENTITY, "hidden_act": "gelu"})

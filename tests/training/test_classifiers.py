@@ -65,6 +65,8 @@ def test_what_is_no_model_is_an_error(tmp_path):
     ):
         with pytest.raises(ConfigError, match=rf"cannot (build|load) --model {shown(str(tmp_path))}: "):
             call()
+    with pytest.raises(ConfigError, match=r"cannot build --model 'timm/resnet18\.typo': .*Check the name\."):
+        input_size("timm/resnet18.typo")
 
 
 def test_the_last_layer_is_kept_where_it_fits_and_new_where_not(tmp_path, capsys):

@@ -131,6 +131,15 @@ def test_a_flag_wins_even_with_the_value_of_the_default(tmp_path):
     assert (config.whole, config.flag, config.maybe_text) == (1, False, "x")
 
 
+def test_a_checkpoint_to_resume_may_have_been_deleted_by_its_run(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    path = str(tmp_path / "checkpoints" / "step_00000002")
+    assert parse("--resume", path).resume == path
+    with pytest.raises(SystemExit):
+        parse("--resume", tmp_path / "step_00000002")
+    assert "--resume must be auto, never, or the folder of a checkpoint" in capsys.readouterr().err
+
+
 def test_sizes_can_be_left_to_the_machine():
     config = parse("--micro_batch_size", "auto", "--loss-chunk-size", "8")
     assert (config.micro_batch_size, config.loss_chunk_size) == ("auto", 8)

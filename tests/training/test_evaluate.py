@@ -3,12 +3,14 @@
 import math
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
+from hf_gem.training import evaluate as evaluate_module
 from hf_gem.training.errors import DataError, Interrupted
 from hf_gem.training.evaluate import (
     METRICS,
@@ -83,6 +85,24 @@ def test_every_target_is_weighed_once(batch_size):
         exact = torch.nn.functional.cross_entropy(logits.mT, data.labels, ignore_index=IGNORE).item()
     assert found["loss"] == pytest.approx(exact, rel=20 * torch.finfo(torch.float32).eps)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 7])
+def test_processes_together_weigh_every_target_once(batch_size, monkeypatch):
+    """One after the other, the main process last. With batches of 4 and 7, the last processes get no sample."""
+    task, sent = make_task(), []
+    monkeypatch.setattr(evaluate_module, "gather_object", lambda parts: sent.extend(parts) or sent)
+    for rank in (2, 1, 0):
+        accelerator = SimpleNamespace(
+            num_processes=3,
+            process_index=rank,
+            is_main_process=rank == 0,
+            device=torch.device("cpu"),
+            reduce=lambda tensor, how: tensor,
+        )
+        found = evaluate(task.objective, task.validation, task.metrics, batch_size, accelerator)
+    alone = evaluate(task.objective, task.validation, task.metrics, batch_size, Accelerator(cpu=True))
+    assert found.values == pytest.approx(alone.values, rel=20 * torch.finfo(torch.float32).eps)
 
 
 class Units(Sequences):
