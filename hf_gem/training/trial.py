@@ -51,9 +51,15 @@ def freeze_unused(task: Task, config: TrainConfig, accelerator: Accelerator, mic
     """
     if accelerator.num_processes == 1 or accelerator.is_fsdp2:
         return
+    # The same samples on all processes, so that they agree.
+    indices = SampleOrder(len(task.train), config.data_seed).batch(0, min(2, micro_batch_size))
     with without_trace(task.objective, accelerator.device):
-        # The same samples on all processes, so that they agree.
-        try_step(task, accelerator, SampleOrder(len(task.train), config.data_seed).batch(0, min(2, micro_batch_size)))
-        unused = [parameter for parameter in task.objective.parameters() if parameter.grad is None]
-    for parameter in unused:
+        for training in (True, False):  # some layers are skipped at random in training, and some heads only run there
+            task.objective.train(training)
+            try_step(task, accelerator, indices)
+        unused = {name: p for name, p in task.objective.named_parameters() if p.grad is None and p.requires_grad}
+    task.objective.train()
+    for parameter in unused.values():
         parameter.requires_grad_(False)
+    if unused and accelerator.is_main_process:
+        print(f"The loss does not use {', '.join(sorted(unused))}. Not trained.")

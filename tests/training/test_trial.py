@@ -14,14 +14,15 @@ from tests.training.toys import WIDTH, Objective, make_task
 
 
 class Unused(Objective):
-    """It has statistics, which move in training, and parameters that its loss does not use."""
+    """It has statistics, which move in training, and parameters that its loss uses never, or in one mode only."""
 
     def __init__(self, model):
         super().__init__(model)
         self.norm = nn.BatchNorm1d(WIDTH)
-        self.token = nn.Parameter(torch.zeros(WIDTH))
+        self.token, self.late, self.early = (nn.Parameter(torch.zeros(())) for _ in range(3))
 
     def forward(self, x, labels):
+        x = x + (self.early if self.training else self.late)
         return Output(super().forward(self.norm(x.mT).mT, labels).loss)
 
 
@@ -39,7 +40,7 @@ def test_what_the_loss_does_not_use_is_frozen_under_ddp(num_processes, is_fsdp2)
     freeze_unused(task, TrainConfig(), accelerator, 4)
     ddp = num_processes > 1 and not is_fsdp2
     assert [name for name, p in task.objective.named_parameters() if not p.requires_grad] == ["token"] * ddp
-    assert len(task.train.asked) == 2 * ddp
+    assert len(task.train.asked) == 4 * ddp
     assert all(p.grad is None for p in task.objective.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.objective.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
