@@ -101,6 +101,7 @@ def _complete_figure(incomplete: str) -> list[str]:
 
 
 def plot(
+    context: typer.Context,
     names: Annotated[
         list[str] | None,
         typer.Argument(metavar="NAME", help="Activations to draw, such as gem egem_eps0.01 gelu.", show_default=False),
@@ -126,6 +127,13 @@ def plot(
         )
     if figure is not None and figure not in FIGURES:
         raise ConfigError(f"the figure {figure!r} is not known. The figures are {', '.join(FIGURES)}.")
+    sources = {f"--{name}": context.get_parameter_source(name) for name in ("rows", "beside")}
+    given = [option for option, source in sources.items() if source and source.name == "COMMANDLINE"]
+    if figure is not None and given:
+        raise ConfigError(
+            f"got {' and '.join(given)} with --figure, but a ready-made figure has its own rows and activations. Leave "
+            "that out, or name activations instead of the figure."
+        )
     with user_errors():
         others = [name for name in beside.split(",") if name and name not in (names or ())]
         asked = FIGURES[figure] if figure else Figure((Panel("", (*(names or ()), *others)),), tuple(rows.split(",")))

@@ -92,7 +92,7 @@ class Plan:
         flags: Further flags of the recipe, the same for all runs. `steps` is the horizon.
         tuning_flags: Flags that replace others in tuning, for example to hold out part of the training data so that
             nothing is chosen on the samples of the comparison.
-        min_seeds: With fewer finished pairs, no arm is called better or worse.
+        min_seeds: Smallest number of pairs for a verdict. A pair with a diverged run counts, but not for "equivalent".
         further_baselines: Other arms that all others are compared with too. Each one forms a separate family of
             hypotheses.
         final_rates: Number of an arm's best trials from tuning that run on the final seeds. With 2, validation over all

@@ -151,7 +151,7 @@ def compare(
         baseline: The arm that the others are compared with.
         smallest_effect: Smallest effect of interest, in the unit of the metric.
         higher_is_better: Whether a higher metric is better.
-        min_seeds: With fewer pairs than this, no arm is called better or worse.
+        min_seeds: Smallest number of pairs for a verdict. A pair with a diverged run counts, but not for "equivalent".
         parts: Arm -> seed -> sums and counts of each group of evaluation samples, (2, groups), so that the outcome is
             sums.sum() / counts.sum(). An arm's interval only counts samples if all finished runs have them.
 

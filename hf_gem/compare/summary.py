@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ class Summary:
     """The results of an activation in all studies in which an arm chose it.
 
     Attributes:
-        act: Name of the activation.
+        act: Name of the activation; with its learning rate if arms of one study chose it at different ones.
         findings: Study -> the result there.
         pooled: Interquartile mean of the gains over all seeds of all studies, and its 95 % interval by resampling seeds
             within each study. None if there is only one study, or if studies point in different directions: no study
@@ -70,6 +71,7 @@ def summarise(studies: Sequence[Study], baseline: str) -> list[Summary]:
     if len(set(names)) < len(names):
         raise PlanError(f"studies must have different names, got {', '.join(names)}. Name each study once.")
     found: dict[str, dict[str, Finding]] = {}
+    apart = _apart(studies)
     for study in studies:
         plan = study.plan
         plan.require_arm(baseline)
@@ -77,13 +79,25 @@ def summarise(studies: Sequence[Study], baseline: str) -> list[Summary]:
             raise PlanError(f"{plan.name} is not finished, or not paired: {problems[0]}. See its report for details.")
         choices, unit = study.choices(), plan.smallest_effect * (1 if plan.higher_is_better else -1)
         for c in study.comparisons(baseline):
-            act = choices[c.arm][0]
+            act, rate = choices[c.arm]
+            name = act if _common(act) in apart else _common(act)
+            if any(other == act and at != rate for other, at in choices.values()):
+                name += f" learning_rate={rate:g}"
             low, high = sorted(end / unit for end in c.interval)
             # arms that chose the same activation share their runs
-            found.setdefault(SAME.get(act, act), {})[plan.name] = Finding(
-                c, np.subtract(c.values, c.baseline) / unit, (low, high)
-            )
+            found.setdefault(name, {})[plan.name] = Finding(c, np.subtract(c.values, c.baseline) / unit, (low, high))
     return [Summary(act, findings, _pooled([f.gains for f in findings.values()])) for act, findings in found.items()]
+
+
+def _common(act: str) -> str:
+    """Returns the name in common of an activation and its approximations."""
+    return SAME.get(act, act)
+
+
+def _apart(studies: Sequence[Study]) -> set[str]:
+    """Returns the names in common of activations that a study compares with each other."""
+    acts = [{act for act, _ in study.choices().values()} for study in studies]
+    return {name for each in acts for name, count in Counter(map(_common, each)).items() if count > 1}
 
 
 def _pooled(gains: Sequence[np.ndarray]) -> tuple[float, float, float] | None:
@@ -115,6 +129,7 @@ def write_summary(studies: Sequence[Study], baseline: str, folder: Path) -> Path
         baseline=baseline,
         gains=[row for summary in summaries for row in _rows(summary)],
         settings=settings,
+        merged="gelu" not in _apart(studies),
     )
     picture = forests([_panel(study, summaries, baseline) for study in studies])
     (folder / "summary.svg").write_bytes(picture.svg)

@@ -106,6 +106,10 @@ class _Scales(TypedDict):
     rms: float
 
 
+class _Match(TypedDict):
+    hidden_act: str
+
+
 class _InMost(_Facts, total=False):  # missing in records of older versions
     recipe: str
     preset: str
@@ -115,6 +119,7 @@ class _InMost(_Facts, total=False):  # missing in records of older versions
     order_hash: str | None
     nonfinite: dict[str, int]
     activation_inputs: _Scales | None
+    match: _Match  # only with eps=match: what was asked for
 
 
 class _Record(_InMost):

@@ -156,6 +156,8 @@ def test_what_is_drawn_is_the_function():
     [
         ((), "either names of activations or --figure"),
         (("gem", "--figure", "n"), "either names of activations or --figure"),
+        (("--figure", "n", "--rows", "gate"), "got --rows with --figure, but a ready-made figure has its own"),
+        (("--figure", "n", "--beside", "", "--rows", "gate"), "got --rows and --beside with --figure"),
         (("foo",), "the activation 'foo' is not known"),
         (("gem", "--rows", "curve"), "the row 'curve' is not known"),
         (("gem", "--reach", "0"), "reach must be above 0"),

@@ -15,6 +15,9 @@ RECORD = {
     **{"status": "finished", "recipe": "toy", "data": {"hash": ""}, "result": {}, "curves": {}, "init_hash": ""},
     "sessions": [SESSION],
 }
+FEW = {"learning_rates": [0.01], "tuning_seeds": [], "final_seeds": [0, 1, 2]}
+# With eps=match, a recipe puts the name that it found into the config, and the one that was asked for next to it.
+MATCHED = {"config": {"hidden_act": "egem_n2_eps0.09", "eps": "match"}, "match": {"hidden_act": "egem_n2"}}
 CARD = "---\ntags: [a]\n---\n\n# A model\n\n## Result\n\nGood.\n\n## Use\n\nLike this.\n"
 
 
@@ -63,6 +66,46 @@ def test_a_run_of_the_study(toy, run):
     record = json.loads((folder / "record.json").read_text()) | {"run_id": "gem_n2-lr0.01-seed3"}
     (folder / "other.json").write_text(json.dumps(record))
     assert "This checkpoint is one of these runs." in card(folder, toy, f"--record={folder / 'other.json'}")
+
+
+@pytest.mark.parametrize(
+    ("arm", "values"),
+    [
+        ("matched", {"run_id": "egem_n2-eps-match-lr0.01-seed0"}),
+        ("plain", {"run_id": "egem_n2-lr0.01-seed0"}),
+        ("matched", MATCHED),
+        ("plain", {"config": {"hidden_act": "egem_n2", "eps": None}}),
+        ("fixed", {"config": {"hidden_act": "egem_n2_eps0.5", "eps": "0.5"}}),
+    ],
+)
+def test_arms_with_flags_of_their_own(study, run, arm, values):
+    acts = {"plain": "egem_n2", "matched": "egem_n2 eps=match", "fixed": "egem_n2_eps0.5", "relu": "relu"}
+    toy = study(arms={arm: [act] for arm, act in acts.items()}, flags={"steps": 10}, **FEW)
+    run_study(toy)
+    folder = run()
+    _change(folder, **values)
+    text = card(folder, toy)
+    assert [other for other in acts if f"of `{other}` was" in text] == [arm]
+    assert f"is {'one' if 'run_id' in values else 'not one'} of these runs." in text
+
+
+@pytest.mark.parametrize(
+    ("act", "values", "got"),
+    [
+        ("egem_n2 eps=match", {"config": {"hidden_act": "egem_n2"}}, "egem_n2"),
+        ("egem_n2", MATCHED, "egem_n2 eps=match"),
+        ("egem_n2 eps=match match_c=2", MATCHED, "egem_n2 eps=match"),
+        ("gelu dropout=0.1", {"config": {"hidden_act": "gelu", "dropout": 0.3}}, "gelu dropout=0.3"),
+    ],
+)
+def test_an_arm_with_other_flags_is_not_meant(study, run, act, values, got, capsys):
+    toy = study(arms={"relu": ["relu"], "arm": [act]}, **FEW)
+    run_study(toy)
+    folder = run()
+    _change(folder, **values)
+    with pytest.raises(SystemExit):
+        card(folder, toy)
+    assert f"did not compare '{got}'. It compared relu, {act}." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,7 @@ def put(*keys, to):
         (put("nonfinite", to=3), "nonfinite must be a mapping"),
         (put("init_hash", to=None), "init_hash must be text"),
         (put("activation_inputs", to={"rms": "x"}), "activation_inputs.rms must be a number"),
+        (put("match", to={"hidden_act": 3}), "match.hidden_act must be text, got 3"),
     ],
 )  # fmt: skip
 def test_a_record_that_is_none_is_named_with_its_field(finished, tmp_path, change, message, capsys):

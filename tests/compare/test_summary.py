@@ -1,12 +1,14 @@
 """Several studies in one table."""
 
+import json
 import re
 
 import numpy as np
 import pytest
 
 from hf_gem import cli
-from hf_gem.compare.plan import PlanError
+from hf_gem.compare.plan import PlanError, Run
+from hf_gem.compare.study import Study
 from tests.compare.toy import run
 
 for package in ("scipy", "matplotlib", "markdown_it"):
@@ -79,6 +81,42 @@ def test_an_approximation_stands_in_the_row_of_what_it_approximates(study):
     for each in (one, two):
         run(each)
     assert [(s.act, list(s.findings)) for s in summarise([one, two], "relu")] == [("gelu", ["one", "two"])]
+
+
+def test_an_approximation_that_a_study_compares_stays_apart(study, tmp_path):
+    exact, tanh = {"gelu": ["gelu"]}, {"tanh": ["gelu_pytorch_tanh"]}
+    one = study("one", name="one", arms={"relu": ["relu"], **exact, **tanh}, **FEW)
+    two = study("two", name="two", arms={"relu": ["relu"], **tanh}, **FEW)
+    for each in (one, two):
+        run(each)
+    write_summary([two], "relu", tmp_path)
+    assert "`gelu` includes" in (tmp_path / "summary.md").read_text()
+    write_summary([one, two], "relu", tmp_path)
+    text = (tmp_path / "summary.md").read_text()
+    assert "`gelu` includes" not in text
+    for act, name in (("gelu", "one"), ("gelu_pytorch_tanh", "one"), ("gelu_pytorch_tanh", "two")):
+        assert f"| `{act}` | {name} |" in text
+    assert "| `gelu` | two |" not in text
+    assert {row.partition(":")[0] for row in _panel(one, summarise([one, two], "relu"), "relu").rows} == {
+        "gelu", "gelu_pytorch_tanh",
+    }  # fmt: skip
+
+
+def test_an_activation_at_two_learning_rates_stays_apart(study):
+    toy = study(arms={"relu": ["relu"], "gem": ["gem", "gem_n2"], "n2": ["gem_n2"]}, final_rates=2, metric="test_loss",
+                flags={"test": 1}, tuning_seeds=[100], final_seeds=[0, 1])  # fmt: skip
+    run(toy)
+    ((_, other),) = set(toy.finalists()["n2"]) - set(toy.finalists()["gem"])
+    for act, rate in toy.final_trials():
+        for seed in toy.plan.final_seeds:
+            path = toy.folder / "records" / f"{Run(act, rate, seed).name}.json"
+            record = json.loads(path.read_text())
+            loss = record["result"]["validation_loss"]
+            # on the final seeds, gem_n2 is best at a rate that only one of the arms took there
+            record["result"] |= {"test_loss": loss, "validation_loss": loss - ((act, rate) == ("gem_n2", other))}
+            path.write_text(json.dumps(record))
+    found = {s.act: s.findings["toy"].comparison.arm for s in summarise([Study(toy.folder)], "relu")}
+    assert found == {"gem_n2 learning_rate=0.01": "gem", f"gem_n2 learning_rate={other:g}": "n2"}
 
 
 def test_arms_that_have_chosen_the_same_count_once(study, tmp_path):

@@ -32,4 +32,5 @@ def test_only_pages_escape_html():
     page = render("page.html.j2", title="<a>", body="<b>")
     assert "<title>&lt;a&gt;</title>" in page
     assert "<b>" in page
-    assert "# Against <a>, in" in render("summary.md.j2", studies=[], baseline="<a>", gains=[], settings=[])
+    summary = render("summary.md.j2", studies=[], baseline="<a>", gains=[], settings=[], merged=True)
+    assert "# Against <a>, in" in summary
