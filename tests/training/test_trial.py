@@ -27,19 +27,21 @@ class Unused(Objective):
 
 
 @pytest.mark.parametrize(("num_processes", "is_fsdp2"), [(2, False), (2, True), (1, False)])
-def test_what_the_loss_does_not_use_is_frozen_under_ddp(num_processes, is_fsdp2):
+def test_what_the_loss_does_not_use_is_frozen_under_ddp(num_processes, is_fsdp2, capsys):
     task = make_task(Unused)
     before = {name: tensor.clone() for name, tensor in task.objective.state_dict().items()}
     random = torch.get_rng_state()
     accelerator = SimpleNamespace(
         num_processes=num_processes,
         is_fsdp2=is_fsdp2,
+        is_main_process=True,
         device=torch.device("cpu"),
         autocast=Accelerator(cpu=True).autocast,
     )
     freeze_unused(task, TrainConfig(), accelerator, 4)
     ddp = num_processes > 1 and not is_fsdp2
     assert [name for name, p in task.objective.named_parameters() if not p.requires_grad] == ["token"] * ddp
+    assert ("does not use token. Not trained" in capsys.readouterr().out) == ddp
     assert len(task.train.asked) == 4 * ddp
     assert all(p.grad is None for p in task.objective.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.objective.state_dict().items())
