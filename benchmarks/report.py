@@ -58,8 +58,10 @@ def goal_table(records: dict[str, Any], brief: bool = False) -> str:
             sign = "≥" if goal["at_least"] else "≤"
             verdict = goal["verdict"] if goal["verdict"] == "pass" else f"**{goal['verdict']}**"
             rows.append([goal["name"], number(goal["value"]), quartiles, f"{sign} {goal['limit']:g}", verdict])
-    text = table(["ratio or count", "measured", "quartiles", "goal", ""], rows)
-    return text + (f"\n{num_zeros} more goals are counts that must be 0, and all of them are.\n" if num_zeros else "")
+    parts = [table(["ratio or count", "measured", "quartiles", "goal", ""], rows)] if rows else []
+    if num_zeros:
+        parts.append(f"{num_zeros} {'more ' if rows else ''}goals are counts that must be 0, and all of them are.\n")
+    return "\n".join(parts)
 
 
 def ratio_table(heads: Sequence[str], rows: Iterable[tuple[Sequence[str], str, dict[str, Any]]]) -> str:
