@@ -289,8 +289,9 @@ def without_package(source: str) -> str:
                 done.add(node.value)
             case ast.Import(names) if any(name.name.partition(".")[0] == "hf_gem" for name in names):
                 raise ValueError(f"line {node.lineno}")
-            case ast.ImportFrom(str(module), _, level) if level or module.partition(".")[0] == "hf_gem":
-                if not module.startswith("gem_"):  # the file of a family in a checkpoint, which may be saved again
+            case ast.ImportFrom(module, _, level) if level or str(module).partition(".")[0] == "hf_gem":
+                # The file of a family in a checkpoint may be saved again.
+                if module is None or not module.startswith("gem_"):
                     raise ValueError(f"line {node.lineno}")
             case ast.Name("hf_gem" | "register_family") if node not in done:
                 raise ValueError(f"line {node.lineno}")

@@ -382,6 +382,7 @@ def test_the_file_of_a_family_needs_no_package(body):
         ("from hf_gem import audit", 3),
         ("from hf_gem.functional import gem", 3),
         ("from .helpers import f", 3),
+        ("from . import helpers", 3),
         ("import hf_gem\nf = hf_gem.audit", 4),
         ("from hf_gem import register_family\nf = register_family", 4),
     ],
