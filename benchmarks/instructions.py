@@ -98,9 +98,9 @@ class Compiled:
 
 def compiled(target: str, operation: str, family: str, n: int, dtype: str) -> Compiled:
     """Compiles one kernel and reads the machine code."""
-    exact = gpu.is_exact(operation, getattr(torch, dtype))
+    of = getattr(torch, dtype)
+    exact, constants = gpu.is_exact(operation, of), gpu.constants(operation, of)
     kernel = gpu.kernels(family, n, exact)[operation]
-    constants = gpu.constants(operation, getattr(torch, dtype))
     types = {"numel": "i64", "r": "fp32", "e": "fp32", **dict.fromkeys(constants, "constexpr")}
     names = kernel.arg_names
     source = ASTSource(

@@ -60,7 +60,7 @@ def register_family(family: Family) -> Family:
     if family.kernels not in (family.name, *FAMILIES):
         raise ValueError(
             f"got the family {shown(family.name)}, which uses the kernels of {shown(family.kernels)}. That family must "
-            f"be registered too. Call hf_gem.register_family for it first."
+            "be registered too. Call hf_gem.register_family for it first."
         )
     check(family)
     for n in (1, 2):

@@ -284,7 +284,7 @@ def without_package(source: str) -> str:
                 (start, end), (first, last) = span(node), span(family)
                 edits += [(start, first, "("), (last, end, ")")]
                 done.update(ast.walk(node.func))
-            case ast.Attribute(ast.Name("hf_gem"), "Family") if node not in done:
+            case ast.Attribute(ast.Name("hf_gem"), "Family"):
                 edits.append((*span(node), "Family"))
                 done.add(node.value)
             case ast.Import(names) if any(name.name.partition(".")[0] == "hf_gem" for name in names):

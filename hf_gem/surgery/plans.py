@@ -9,7 +9,6 @@ read from the model, and includes activations of the family that were put in by 
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypedDict
@@ -19,7 +18,7 @@ from torch import nn
 from ..family.names import GemSpec, parse
 from ..files import check_type, shown
 from .fields import is_ours
-from .slots import BUILT, Slot, does_more, join, module_slots, named_modules, replace, slot_at, spec_of
+from .slots import BUILT, Slot, classes, does_more, join, module_slots, named_modules, replace, slot_at, spec_of
 
 PLAN = "hf_gem"  # the key of a plan in a config
 _VERSION = 1
@@ -84,8 +83,7 @@ def unnamed(model: nn.Module) -> str | None:
 
 def _has_its_own_forward(module: nn.Module) -> bool:
     """Returns whether a user's class, derived from one of the family, overrides its forward."""
-    classes = itertools.takewhile(lambda cls: cls is not nn.Module, type(module).__mro__)
-    return sum("forward" in vars(cls) for cls in classes) > 1
+    return sum("forward" in vars(cls) for cls in classes(module)) > 1
 
 
 def shared_eps(model: nn.Module) -> str | None:

@@ -67,12 +67,17 @@ def no_submodule(owner: nn.Module) -> str | None:
     """Returns the reason why an activation in place of a function must not become a submodule, or None."""
     if isinstance(owner, _RESTORES):
         return "copies of this class run a ReLU if the activation is a submodule"
-    own = itertools.takewhile(lambda cls: cls is not nn.Module, type(owner).__mro__)
-    functions = map(inspect.unwrap, filter(inspect.isfunction, (held for cls in own for held in vars(cls).values())))
+    held = (held for cls in classes(owner) for held in vars(cls).values())
+    functions = map(inspect.unwrap, filter(inspect.isfunction, held))
     loops = any(not _LOOPS.isdisjoint(function.__code__.co_names) for function in functions)
     if loops or isinstance(owner, _CONTAINERS):
         return "this class goes through its submodules, and would then run the activation once more"
     return None
+
+
+def classes(module: nn.Module) -> Iterator[type]:
+    """Yields the class of a module and those it is derived from, before `nn.Module`."""
+    return itertools.takewhile(lambda cls: cls is not nn.Module, type(module).__mro__)
 
 
 def join(path: str, key: str) -> str:

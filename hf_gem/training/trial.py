@@ -19,11 +19,12 @@ from .task import Task
 
 @contextlib.contextmanager
 def without_trace(objective: nn.Module, device: torch.device) -> Iterator[None]:
-    """Restores statistics, random states and gradients after the tries in a `with` block. Nothing is compiled in it."""
+    """Restores statistics, random states, gradients and training mode after a `with` block. Nothing compiles there."""
     objective.train()
     buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}  # statistics
     with torch.random.fork_rng([device] if device.type == "cuda" else []), without_compiler():
         yield
+    objective.train()
     objective.zero_grad(set_to_none=True)
     for name, buffer in objective.named_buffers():
         buffer.copy_(buffers[name])
@@ -58,7 +59,6 @@ def freeze_unused(task: Task, config: TrainConfig, accelerator: Accelerator, mic
             task.objective.train(training)
             try_step(task, accelerator, indices)
         unused = {name: p for name, p in task.objective.named_parameters() if p.grad is None and p.requires_grad}
-    task.objective.train()
     for parameter in unused.values():
         parameter.requires_grad_(False)
     if unused and accelerator.is_main_process:

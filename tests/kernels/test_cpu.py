@@ -47,14 +47,15 @@ def same_bits(a, b):
     return ((a.view(integer) == b.view(integer)) | (a.isnan() & b.isnan())).all()
 
 
-def assert_same(operation, family, n, eps, *inputs):
-    with hf_gem.kernels("compiled"):
-        got = run(operation, family, n, eps, *inputs)
+def assert_same(operation, family, n, eps, *inputs, backend="compiled", device="cpu"):
+    """The kernels of a backend on a device, against the formulas on a CPU."""
+    with hf_gem.kernels(backend):
+        got = run(operation, family, n, eps, *(x.to(device) for x in inputs))
     expected = plain.run(operation, family, n, eps, *inputs)
     for a, b in zip(*((y,) if isinstance(y, torch.Tensor) else y for y in (got, expected)), strict=True):
         assert a.dtype == b.dtype
         assert a.stride() == b.stride()
-        assert same_bits(a, b)
+        assert same_bits(a.cpu(), b)
 
 
 # ---- what they compute; test_formulas says how right the formulas are

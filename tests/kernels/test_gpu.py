@@ -18,7 +18,7 @@ from hf_gem.family.table import FAMILIES as TABLE
 from tests import oracle
 from tests.family.dgem import DGEM
 from tests.family.spelled import SPELLED
-from tests.kernels.test_cpu import NUM_INPUTS, OPERATIONS, numbers, same_bits
+from tests.kernels.test_cpu import NUM_INPUTS, OPERATIONS, assert_same, numbers
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,21 +100,15 @@ def test_float32_has_the_bits_of_a_cpu(operation, family, n):
     a, b = torch.randn(2, len(x))
     inputs = {"forward": [x], "backward": [a, x], "glu": [x, a], "glu_backward": [a, x, b]}[operation]
     for eps in (1e-6, 0.3, 10.0):
-        expected = plain.run(operation, family, n, eps, *inputs)
-        with hf_gem.kernels("triton"):
-            got = run(operation, family, n, eps, *(tensor.to(DEVICE) for tensor in inputs))
-        for y, exact in zip(*((y,) if isinstance(y, torch.Tensor) else y for y in (got, expected)), strict=True):
-            assert same_bits(y.cpu(), exact)
+        assert_same(operation, family, n, eps, *inputs, backend="triton", device=DEVICE)
 
 
 def test_every_operation(monkeypatch):
     monkeypatch.setitem(TABLE, "spelled", SPELLED)
     x, grad = torch.randn(2, 1000)
     for operation, inputs in (("forward", [x]), ("backward", [grad, x])):
-        with hf_gem.kernels("triton"):
-            got = run(operation, SPELLED, 2, 0.3, *(tensor.to(DEVICE) for tensor in inputs))
-        assert same_bits(got.cpu(), plain.run(operation, SPELLED, 2, 0.3, *inputs))
-        assert torch.equal(got.cpu(), plain.run(operation, DGEM, 2, 0.3, *inputs))
+        assert_same(operation, SPELLED, 2, 0.3, *inputs, backend="triton", device=DEVICE)
+        assert torch.equal(*(plain.run(operation, family, 2, 0.3, *inputs) for family in (SPELLED, DGEM)))
 
 
 @pytest.mark.parametrize("family", [EGEM, SEGEM])
