@@ -1,4 +1,4 @@
-"""Moves batches to a device, and tunes memory allocation on the CPU."""
+"""Moves models and batches to a device, and tunes memory allocation on the CPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 import sys
 
 import torch
+from accelerate import Accelerator
+from torch import nn
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
 _KEPT = 1 << 30  # bytes
@@ -22,6 +24,20 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for threshold in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
             mallopt(threshold, _KEPT)
+
+
+def place_model(model: nn.Module, accelerator: Accelerator) -> None:
+    """Moves a model to the accelerator's device, in the layout that is fastest there.
+
+    In half precision on a GPU, the filters of 2D convolutions become channels-last, and so do the images between them.
+    On a CPU they stay as they are: small images take longer in the other layout, and Conv2d(4, 8, 1, stride=2) in torch
+    2.14 then corrupts the heap.
+    """
+    model.to(accelerator.device)
+    if accelerator.device.type == "cuda" and accelerator.mixed_precision != "no":
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
 
 
 def batch_to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from .clock import Clock
 from .config import TrainConfig, trajectory
 from .curve import LiveCurve
 from .data.order import SampleOrder
-from .device import batch_to_device
+from .device import batch_to_device, place_model
 from .errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError, reason
 from .evaluate import evaluate
 from .launch import layers_to_shard, start_tracker
@@ -140,7 +140,7 @@ class _Run:
             layers: Any = layers_to_shard(task.model)
             task.objective._no_split_modules = layers  # accelerate reads from here what to shard as one unit
         else:
-            task.objective.to(accelerator.device)  # before the optimizer is made, which is fused on a GPU
+            place_model(task.objective, accelerator)  # before the optimizer is made, which is fused on a GPU
         sizes = fit_to_memory(task, config, accelerator)
         optimizer = make_optimizer(task.objective, config, task.lr_ratios)
         freeze_unused(task, config, accelerator, sizes["micro_batch_size"])

@@ -159,7 +159,7 @@ class ClassificationLoss(nn.Module):
 
     def __init__(self, model: nn.Module, label_smoothing: float = 0.0, mixup: Any = None) -> None:
         super().__init__()
-        self.model = model  # not channels-last: Conv2d(4, 8, 1, stride=2) in torch 2.14 then corrupts the heap on a CPU
+        self.model = model
         self.label_smoothing = label_smoothing
         self.mixup = mixup
         self.multiple_of = 1 if mixup is None else 2  # of images in a micro-batch: mixing works on pairs

@@ -3,10 +3,12 @@
 import math
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from hf_gem.training.config import parse_config
 from hf_gem.training.data import text
-from recipes import gpt2_pretrain
+from recipes import gpt2_pretrain, vision_train
 from tests.helpers import TINY, finish, losses, run_here, start
 
 pytestmark = pytest.mark.gpu
@@ -55,3 +57,18 @@ def test_resuming_goes_on_bit_for_bit(flags, tmp_path):
     assert code == 0, output
     for key in ("loss", "validation_loss"):
         assert losses(tmp_path / "rest", key) == losses(tmp_path / "whole", key)
+
+
+def test_filters_of_half_precision_are_channels_last_and_are_saved_as_usual(tmp_path, monkeypatch):
+    tasks, train = [], vision_train.train
+    monkeypatch.setattr(vision_train, "train", lambda task, *rest: tasks.append(task) or train(task, *rest))
+    steps = ("--steps=20", "--eval_every=20", "--save_every=10", "--log_every=1", "--report_to=none")
+    run_here(vision_train, tmp_path, "--mixed_precision=bf16", "--model=resnet8-cifar", *steps)
+    found = losses(tmp_path)
+    assert sum(found[step] for step in range(16, 21)) < sum(found[step] for step in range(1, 6))
+    (task,), saved = tasks, load_file(tmp_path / "model.safetensors")
+    filters = {name: tensor for name, tensor in task.model.state_dict().items() if tensor.dim() == 4}
+    assert len(filters) == 7
+    for name, tensor in filters.items():
+        assert tensor.is_contiguous(memory_format=torch.channels_last), name
+        assert torch.equal(tensor.cpu(), saved[name]), name
