@@ -21,7 +21,7 @@ from ..errors import DataError
 from ..signals import check
 from .images import ImageData, ImageSplits, Rows, VisionConfig
 from .normalisation import Normalisation, Preprocessing
-from .order import uniforms
+from .order import four_uniforms
 from .source import STOPPED, cached, source_state
 from .stored import ImageContent, read_array
 
@@ -61,7 +61,7 @@ class ResidentImages:
         device = self.images.device
         pixels = self.normalisation(self.images[to_device(torch.from_numpy(np.asarray(indices)), device)])
         if draws is not None and (self.padding or self.flip):
-            pixels = self._augment(pixels, uniforms((self.seed, 2), draws, (3,)))
+            pixels = self._augment(pixels, four_uniforms((self.seed, 2), draws))
         batch = {"pixel_values": pixels, "labels": self.labels[torch.from_numpy(np.asarray(indices))]}
         return batch if draws is not None else {**batch, "units": torch.from_numpy(np.asarray(indices))}
 
@@ -71,7 +71,7 @@ class ResidentImages:
         rows = top[:, None] + np.arange(height)
         columns = left[:, None] + np.arange(width)
         if self.flip:
-            columns = np.where(random[:, 2:] < 0.5, columns[:, ::-1], columns)
+            columns = np.where(random[:, 2:3] < 0.5, columns[:, ::-1], columns)
         padded = F.pad(pixels, [self.padding] * 4)
         rows, columns = (to_device(torch.from_numpy(part.copy()), pixels.device) for part in (rows, columns))
         each = torch.arange(len(pixels), device=pixels.device)[:, None, None]
