@@ -37,7 +37,8 @@ QUICK_RESULTS = RESULTS.parent.parent / "build" / "benchmarks"
 LAUNCH_BOUND = 2**20  # with fewer elements, a GPU waits for Python to launch kernels
 _LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # the load of the machine before the benchmark
 _CHUNK = 2**22  # elements compared in float64 at a time
-_SLEEP = 400_000  # GPU cycles per call, about 200 us: longer than Python takes to launch one
+_SLEEP = 400_000  # GPU cycles per call, about 200 us: longer than Python takes to launch one on most machines
+_MOST_DOUBLINGS = 5  # of this, on slower machines
 
 
 def slope_size(slope: Tensor, value: Tensor, x: Tensor) -> Tensor:
@@ -195,15 +196,19 @@ def _timed(
     call: Callable[[], Any], count: int, device: torch.device, clock: Callable[[], float], ahead: bool = False
 ) -> float:
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        if ahead:
-            wait_on_device(_SLEEP * count)
-        start.record()
-        for _ in range(count):
-            call()
-        end.record()
-        end.synchronize()
+        for doublings in range(_MOST_DOUBLINGS + 1):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(device)
+            if ahead:
+                wait_on_device(_SLEEP * count << doublings)
+            start.record()
+            for _ in range(count):
+                call()
+            end.record()
+            started_early = start.query()  # before all calls were queued
+            end.synchronize()
+            if not (ahead and started_early):
+                break
         return start.elapsed_time(end) / 1000
     synchronize(device)
     began = clock()

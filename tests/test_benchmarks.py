@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import activation, exhaustive, memory, report, sweep, train_step, verify
+from benchmarks import activation, common, exhaustive, memory, report, sweep, train_step, verify
 from benchmarks.common import (
     RESULTS,
     Batch,
@@ -171,6 +171,50 @@ def test_forward_and_backward_are_timed_alone_too():
     batches = random_batches((8, 16), torch.float32, CPU)
     for what in ("forward", "backward"):
         assert race(activation.STOCK, batches, CPU, 2, what).seconds.keys() == activation.STOCK.keys()
+
+
+class SlowlyLaunched:
+    """A GPU whose kernels take 1 us, driven by Python that takes 300 us to launch one, at 2 GHz."""
+
+    def __init__(self):
+        self.host = self.done = 0.0
+
+    def sleep(self, cycles):
+        self.done = max(self.host, self.done) + cycles / 2e9
+
+    def launch(self):
+        self.host += 300e-6
+        self.done = max(self.host, self.done) + 1e-6
+
+    def synchronize(self, *_):
+        self.host = max(self.host, self.done)
+
+    def Event(self, enable_timing):  # noqa: N802
+        gpu = self
+
+        class Event:
+            def record(self):
+                self.at = max(gpu.host, gpu.done)
+
+            def query(self):
+                return gpu.host > self.at
+
+            synchronize = gpu.synchronize
+
+            def elapsed_time(self, end):
+                return 1000 * (end.at - self.at)
+
+        return Event()
+
+
+def test_times_of_a_gpu_do_not_contain_launches_however_slow_they_are(monkeypatch):
+    gpu = SlowlyLaunched()
+    monkeypatch.setattr(torch.cuda, "Event", gpu.Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
+    monkeypatch.setattr(common, "wait_on_device", gpu.sleep)
+    for ahead, expected in ((True, 1e-6), (False, 301e-6)):
+        (seconds,) = common.time_together({"a": gpu.launch}, torch.device("cuda"), 1, ahead=ahead).seconds["a"]
+        assert seconds == pytest.approx(expected, rel=0.02)
 
 
 def test_held_bytes_count_each_storage_once_and_leave_out_what_is_kept_anyway():
