@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import gpu, report
 from benchmarks.device import run_suite
-from benchmarks.evidence import PLAN, findings, fitted, joined, pilot, seconds_a_run
+from benchmarks.evidence import PLAN, findings, fitted, from_root, joined, pilot, seconds_a_run
 from benchmarks.processes import run_for
 from hf_gem.compare.plan import load_plan
 from hf_gem.compare.study import Study, freeze
@@ -129,6 +129,13 @@ def test_a_study_that_was_cut_off_in_its_tuning_says_so(tmp_path):
     freeze(load_plan(PLAN), tmp_path)
     found = findings(Study(tmp_path))
     assert "not finished" in report.evidence_table({"results": {"cost": {}, "study": "cifar10-fast", **found}})
+
+
+def test_a_study_does_not_depend_on_where_the_repository_is(tmp_path, monkeypatch):
+    assert from_root(ROOT / "data" / "cifar10.npz") == Path("data/cifar10.npz")
+    monkeypatch.chdir(ROOT / "docs")
+    assert from_root(Path("../results")) == Path("results")
+    assert from_root(tmp_path / "cifar10.npz") == tmp_path.resolve() / "cifar10.npz"
 
 
 def test_parts_of_a_dataset_are_put_together(tmp_path):
