@@ -92,8 +92,9 @@ def test_failures_of_tests_are_named(tmp_path):
     assert "1 == 2" in message
 
 
-def test_a_study_takes_as_much_as_fits():
-    plan = load_plan(PLAN)
+@pytest.mark.parametrize("name", ["cifar10-fast", "bert-narrow-stdlib", "pinn-poisson"])
+def test_a_study_takes_as_much_as_fits(name):
+    plan = load_plan(PLAN.with_name(f"{name}.yaml"))
     for runs in (10, 100, 150, 300, 10_000):
         found = fitted(plan, 2.0, 2.0 * runs)
         tuning, final = found.num_runs()
