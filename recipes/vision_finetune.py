@@ -90,7 +90,9 @@ class Config(VisionConfig, TrainConfig):
         chooses = self.eps in self.eps_choices
         has_eps = self.hidden_act != "none" or chooses or self.eps is None  # presets choose
         require(has_eps, "eps", self.eps, "left out: --hidden_act none keeps the old activations")
-        require(chooses or not self.fit_per_layer, "fit_per_layer", True, "false without --eps fit or match")
+        chooses &= self.hidden_act != "none"
+        allowed = "false without --eps fit or match, and with --hidden_act none"
+        require(chooses or not self.fit_per_layer, "fit_per_layer", True, allowed)
         at_least(self, 1, "fit_batches")
         at_least(self, 0, "head_lr_ratio", "mixup", "cutmix")
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")

@@ -389,11 +389,10 @@ def test_the_cifar_presets_are_those_of_the_paper():
         ],
         (vision_finetune, ["--model=x", "--hidden_act=gem", "--eps=0.01"], "gem has a fixed eps of 1"),
         (vision_finetune, ["--model=x", "--hidden_act=none", "--eps=0.1"], "--eps must be left out: --hidden_act none"),
-        (
-            vision_finetune,
-            ["--model=x", "--eps=0.1", "--fit_per_layer"],
-            "--fit_per_layer must be false without --eps fit or match",
-        ),
+        *[
+            (vision_finetune, ["--model=x", flag, "--fit_per_layer"], "--fit_per_layer must be false without --eps fit")
+            for flag in ("--eps=0.1", "--hidden_act=none")
+        ],
         (vision_finetune, ["--model=x", "--match_c=0.2"], "--match_c must be left out without --eps match, got 0.2"),
         (vision_finetune, ["--model="], "--model must be timm/<name>"),
     ],
