@@ -27,7 +27,7 @@ def keep_freed_memory() -> None:
 
 
 def place_model(model: nn.Module, accelerator: Accelerator) -> None:
-    """Moves a model to the accelerator's device, in the layout that is fastest there.
+    """Moves a model to the accelerator's device, in the layout that suits its convolutions.
 
     In half precision on a GPU, the filters of 2D convolutions become channels-last, and so do the images between them.
     On a CPU they stay as they are: small images take longer in the other layout, and Conv2d(4, 8, 1, stride=2) in torch
