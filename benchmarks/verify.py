@@ -2,7 +2,8 @@
 
 Every check is a row: cases, failures, greatest error; docs/verification.md says what each one is. Truth is float64,
 whose results err by some 1e-15 of their size, and exact fractions for the smoothness. The functions are taken as users
-get them, with their kernels. With --tests, pytest is run too, and counted. --device cuda takes the Triton kernels.
+get them, with their kernels. With --tests, pytest is run too, and counted. --device cuda takes the Triton kernels. A run on a CPU with --tests
+writes the table of docs/verification.md.
 """
 
 from __future__ import annotations
@@ -383,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
         if not row.what.startswith("torch") and not any(check in row.check for check in counted)
     ]
     path = write("verify", arguments, argv, [asdict(row) for row in rows], goals)
-    if not arguments.quick and arguments.results is None:
+    if arguments.tests and device.type == "cpu" and not arguments.quick and arguments.results is None:
         stamp = f"{datetime.now(timezone.utc):%Y-%m-%d}, torch {torch.__version__}, {path.parent.name}."
         text = PAGE.read_text(encoding="utf-8")
         content = f"\n{stamp}\n\n{table(rows)}\n"

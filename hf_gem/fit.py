@@ -314,7 +314,7 @@ def _ratio(found: float, scale: float) -> float:
 
 def _minimise(cost: Callable[[float], float], low: float, high: float, tie: float) -> tuple[float, float]:
     """Returns the eps with the lowest cost, and that cost. Among equal costs on the grid, the smallest eps wins."""
-    width = math.log(high / low)
+    width = math.log(high) - math.log(low)  # the quotient may overflow
     steps = max(1, math.ceil(width / _GRID_STEP))
     grid = [math.log(low) + width * i / steps for i in range(steps + 1)]
     costs = [cost(math.exp(u)) for u in grid]

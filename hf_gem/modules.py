@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import functional
 from ._kernels import check_save
 from ._kernels.replaceable import LAYER, kernel_condition
+from ._torch import is_tracing
 from .family.arithmetic import learnable_eps, scale, scale_tensor, working
 from .family.names import GemSpec, parse
 from .family.table import DEFAULT_EPS, Formula
@@ -144,8 +145,14 @@ class GemActivation(nn.Module):
         eps = learnable_eps(self.log_ratio, self.init_eps)
         if self.num_parameters == 1:
             return functional.activation(x, self.family, self.n, eps.view([]), self.save)
-        x = x.movedim(self.channel_dim, -1)
-        return functional.activation(x, self.family, self.n, eps, self.save).movedim(-1, self.channel_dim)
+        moved = x.movedim(self.channel_dim, -1)
+        if not is_tracing() and moved.shape[-1] != self.num_parameters:
+            raise ValueError(
+                f"got an input of shape {tuple(x.shape)}, which has {moved.shape[-1]} channels in dimension "
+                f"{self.channel_dim}. The activation has num_parameters={self.num_parameters}. Set num_parameters to "
+                "the number of channels, or channel_dim to their dimension."
+            )
+        return functional.activation(moved, self.family, self.n, eps, self.save).movedim(-1, self.channel_dim)
 
     def captured(self, x: Tensor, up: Tensor | None = None) -> Tensor:
         """`forward` with a fixed eps, for a compiler. If `up` is given, the result is multiplied by it before rounding.

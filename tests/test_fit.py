@@ -230,6 +230,11 @@ def test_huge_and_tiny_values():
     assert found.relative_error >= 0
 
 
+def test_the_range_of_all_eps():
+    found = fit(histogram(normal()), F.gelu, "segem", n=32, eps_range=(1e-300, 1e300))
+    assert found.error <= fit(histogram(normal()), F.gelu, "segem", n=32, eps_range=(1e-4, 1.0)).error
+
+
 def test_a_range_of_one_eps():
     found = fit(histogram(normal()), F.gelu, "segem", eps_range=(0.02345, 0.02345))
     assert found.spec.eps == 0.02345  # not rounded out of the range

@@ -90,8 +90,8 @@ def test_num_parameters(family):
     for num_parameters in (0, -1):
         with pytest.raises(ValueError, match=rf"got num_parameters={num_parameters}\."):
             cls(learnable=True, num_parameters=num_parameters)
-    with pytest.raises(ValueError, match="must broadcast to the shape of x"):
-        cls(learnable=True, num_parameters=3)(torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"got an input of shape \(2, 4, 5\), which has 4 channels in dimension 1\."):
+        cls(learnable=True, num_parameters=3)(torch.ones(2, 4, 5))
 
 
 @pytest.mark.parametrize(("arguments", "error"), [({"n": 0}, ValueError), ({"n": 1.5}, TypeError)])

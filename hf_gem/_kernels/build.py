@@ -46,6 +46,8 @@ def _build(target: Path, source: str, trust: dict[str, Any]) -> None:
     work.mkdir(mode=0o700)
     try:
         os.environ["TMPDIR"] = str(work)
+        for name in [name for name in os.environ if name.startswith("TORCHINDUCTOR_CPP_")]:
+            del os.environ[name]  # these flags would change the bits, also for later programs
         library = Path(torch["compile_cpp"](source, work, trust["make_private"](target.parent / "inductor")))
         checksum = work / "sha256"
         checksum.write_text(trust["seal"](library), encoding="ascii")

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -126,7 +127,16 @@ class Library:
         if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
             self._fail("no C++ compiler was found: install g++ or clang++, or set CXX")
             return
+        if not sys.executable:  # in a program that contains Python
+            self._fail("sys.executable, the Python that would build them, is not set")
+            return
         folder = make_private(self.path.parent)
+        if re.search(r"[\s'\"\\]", str(folder)):
+            self._fail(
+                f"torch cuts the compiler's command at spaces and quotes, and the cache folder is {str(folder)!r}. Set "
+                "HF_GEM_CACHE to a folder without them"
+            )
+            return
         path = folder / self.path.name
         with tempfile.TemporaryFile(dir=folder) as source, _open(path.with_suffix(".log")) as log:
             source.write(cpp_source(self.family, self.n).encode())
@@ -143,8 +153,8 @@ class Library:
     def _last_words(self) -> str:
         log = self.path.with_suffix(".log")
         text = log.read_text(encoding="utf-8", errors="replace").strip()
-        if text:
-            return f"{text.splitlines()[-1]} (from {log})"
+        if lines := text.splitlines():
+            return f"{next((line for line in lines if 'error: ' in line), lines[-1])} (from {log})"
         return f"exit status {self._process and self._process.returncode}"
 
     def _load(self) -> bool:

@@ -127,7 +127,11 @@ def _load(entry: str) -> None:
     path = Path(entry)
     if path.suffix != ".py":
         importlib.import_module(entry)
-    elif path.stem not in sys.modules:
+    elif (loaded := sys.modules.get(path.stem)) is not None:
+        file = getattr(loaded, "__file__", None)
+        if not (file and path.exists() and path.samefile(file)):
+            raise ImportError(f"the name {path.stem} belongs to the module {file or 'of Python'}. Rename the file")
+    else:
         found = importlib.util.spec_from_file_location(path.stem, path)
         assert found is not None  # since the file ends with .py
         assert found.loader is not None

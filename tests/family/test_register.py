@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -334,9 +335,15 @@ def test_a_family_named_by_the_environment(tmp_path):
     (tmp_path / "mine.py").write_text(
         Path(dgem.__file__).read_text() + "\nimport hf_gem\n\nhf_gem.register_family(DGEM)\n"
     )
-    code = "import hf_gem; print(hf_gem.get_activation('dgem_n3'))"
+    (tmp_path / "other").mkdir()
+    for namesake in ("other/mine.py", "other/random.py"):
+        shutil.copyfile(tmp_path / "mine.py", tmp_path / namesake)
+    code = "import random, hf_gem; print(hf_gem.get_activation('dgem_n3'))"
     for value, expected in (
         ("mine.py", "GemActivation(dgem, n=3"),
+        (f"mine.py{os.pathsep}other/../mine.py", "GemActivation(dgem, n=3"),
+        (f"mine.py{os.pathsep}other/mine.py", "(ImportError: the name mine belongs to the module /"),
+        ("other/random.py", "(ImportError: the name random belongs to the module /"),
         ("none.py", "ImportError: HF_GEM_FAMILIES"),
     ):
         env = {**os.environ, "HF_GEM_FAMILIES": value}

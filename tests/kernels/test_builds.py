@@ -110,10 +110,11 @@ def test_the_log_follows_no_link(fresh, monkeypatch, tmp_path):
 def test_all_files_of_a_build_are_in_its_folder(tmp_path):
     """Inductor's own folder has a name that others can guess and take, and it loads what it finds there.
 
-    What a killed build has left does no harm.
+    What a killed build has left does no harm, nor do flags for Inductor, here one that no compiler knows.
     """
     (tmp_path / "tmp").mkdir()
     elsewhere = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "TMPDIR": str(tmp_path / "tmp")}
+    elsewhere["TORCHINDUCTOR_CPP_ENABLE_FLOATING_POINT_CONTRACT_FLAG"] = "nonsense"
     target = tmp_path / "cache" / "kernels.so"
     work, probes = target.with_suffix(".build"), target.parent / "inductor" / "ab"
     for folder in (target.parent, work, probes.parent, probes):

@@ -278,6 +278,21 @@ def test_a_build_whose_exit_status_is_lost(fresh, monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "build", SimpleNamespace(__file__=str(script)))
     monkeypatch.setenv("CXX", sys.executable)  # anything that is there
     fails("building the kernels failed: no licence today")
+    script.write_text("print('a.cpp:3:1: error: no such type\\n    3 | x\\n      | ^')")
+    cpu._library.cache_clear()
+    fails("building the kernels failed: a.cpp:3:1: error: no such type ")
+
+
+def test_a_cache_folder_that_the_command_of_the_compiler_cannot_have(fresh, monkeypatch):
+    monkeypatch.setenv("HF_GEM_CACHE", f"{fresh} of Jane's")
+    monkeypatch.setenv("CXX", sys.executable)
+    fails("cuts the compiler's command at spaces and quotes, and the cache folder is .* Set HF_GEM_CACHE")
+
+
+def test_a_program_that_contains_python(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr(cpu.sys, "executable", None)
+    fails("sys.executable, the Python that would build them, is not set")
 
 
 def test_a_library_that_cannot_be_loaded(fresh):
