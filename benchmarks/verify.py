@@ -2,8 +2,8 @@
 
 Every check is a row: cases, failures, greatest error; docs/verification.md says what each one is. Truth is float64,
 whose results err by some 1e-15 of their size, and exact fractions for the smoothness. The functions are taken as users
-get them, with their kernels. With --tests, pytest is run too, and counted. --device cuda takes the Triton kernels. A run on a CPU with --tests
-writes the table of docs/verification.md.
+get them, with their kernels. With --tests, pytest is run too, and counted. --device cuda takes the Triton kernels.
+A run on a CPU with --tests writes the table of docs/verification.md.
 """
 
 from __future__ import annotations

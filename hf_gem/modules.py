@@ -146,7 +146,8 @@ class GemActivation(nn.Module):
         if self.num_parameters == 1:
             return functional.activation(x, self.family, self.n, eps.view([]), self.save)
         moved = x.movedim(self.channel_dim, -1)
-        if not is_tracing() and moved.shape[-1] != self.num_parameters:
+        # In tracing, shapes are not numbers.
+        if isinstance(x, Tensor) and not is_tracing() and moved.shape[-1] != self.num_parameters:
             raise ValueError(
                 f"got an input of shape {tuple(x.shape)}, which has {moved.shape[-1]} channels in dimension "
                 f"{self.channel_dim}. The activation has num_parameters={self.num_parameters}. Set num_parameters to "
