@@ -22,4 +22,4 @@ def slope(z, n: int, r, e):
     return s * ((1 + 2 * n) - s * (2 * n))
 
 
-SPELLED = dataclasses.replace(DGEM, name="spelled", title="Spelled", kernels="", value=value, slope=slope)
+SPELLED = dataclasses.replace(DGEM, name="spelled", title="Spelled", value=value, slope=slope)

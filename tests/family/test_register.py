@@ -204,7 +204,7 @@ def test_recipes_and_plans(tmp_path):
 
 
 def changed(**changes):
-    return dataclasses.replace(DGEM, **{"name": "xgem", "title": "X-GEM", "kernels": "", **changes})
+    return dataclasses.replace(DGEM, **{"name": "xgem", "title": "X-GEM", **changes})
 
 
 @pytest.mark.parametrize(
@@ -261,11 +261,15 @@ def test_formulas_that_kernels_would_compute_otherwise(value, message):
         hf_gem.register_family(changed(value=value))
 
 
-def test_a_fixed_member_of_a_family_that_is_not_registered():
+def test_a_fixed_member_of_a_family_that_is_not_registered(monkeypatch):
     fixed = changed().fixed(0.5, "ygem", "Y-GEM", "x")
     with pytest.raises(ValueError, match=r"'ygem', which uses the kernels of 'xgem'.*register_family for it first"):
         hf_gem.register_family(fixed)
     assert "ygem" not in FAMILIES
+
+    monkeypatch.setitem(FAMILIES, "xgem", changed(slope=lambda z, n, r, e: DGEM.slope(z, n, r, e) * 1.0))
+    with pytest.raises(ValueError, match="A family of that name with the same formulas must be registered"):
+        hf_gem.register_family(fixed)
 
 
 def test_a_name_that_another_library_has(monkeypatch):
