@@ -101,7 +101,7 @@ class _Cpp(_Printer):
 
     Attributes:
         constants: Expression of r and e -> the member of `Constants` that holds its value, in all lanes.
-        rare: The `rarely` symbols among all that will be printed.
+        rare: The `rarely` symbols among all that will be printed here: outside branches, or in the current one.
     """
 
     operations: ClassVar[dict[str, str]] = {
@@ -121,7 +121,7 @@ class _Cpp(_Printer):
     def __init__(self, constants: dict[str, str], outputs: Iterable[Symbol]) -> None:
         super().__init__()
         self.constants = constants
-        self.rare = [symbol for symbol in _below(*outputs) if symbol.op == "rarely"]
+        self.rare = _rare(outputs)
 
     def literal(self, value: float, dtype: torch.dtype) -> str:
         return f"VInt({int(value)})" if dtype == torch.int32 else f"V({_single(value).hex()}f)"
@@ -133,25 +133,41 @@ class _Cpp(_Printer):
         return f"const {'VInt' if x.dtype == torch.int32 else 'V'} {name} = {text};"
 
     def rarely(self, x: Symbol) -> str:
-        """Prints a branch. All symbols with the same condition go into one branch."""
+        """Prints a branch, also for all other symbols with the same condition that can be computed in it."""
         mask = self.name(x.args[0])
-        together = [x, *(y for y in self.rare if y is not x and y not in self._printed and self._can_join(y, x))]
-        for y in together:
-            usual = self.operand(y.args[2], y)
+        usual = {x: self.operand(x.args[2], x)}
+        for y in self.rare:
+            if self._is_next(y) and _are_apart(y, usual) and self.name(y.args[0]) == mask:
+                usual[y] = self.operand(y.args[2], y)
+        for y, text in usual.items():
             self._printed[y] = f"v{next(self._count)}"
-            self.lines.append(f"V {self._printed[y]} = {usual};")
-        outside, self.lines = self.lines, []
+            self.lines.append(f"V {self._printed[y]} = {text};")
+        outside = self.lines, self.rare
         names, printed = dict(self._names), dict(self._printed)
-        for y in together:
+        self.lines, self.rare = [], _rare(y.args[1] for y in usual)
+        for y in usual:
             inside = self.operand(y.args[1], y)
             self.lines.append(f"{printed[y]} = V::blendv({printed[y]}, {inside}, {mask});")
-        body, self.lines = self.lines, outside
+        body = self.lines
+        self.lines, self.rare = outside
         self._names, self._printed = names, printed  # variables of the branch do not exist after it
         self.lines += _block(f"if ({mask}.zero_mask() != (1 << V::size()) - 1) {{", body, "}")
         return self._printed[x]
 
-    def _can_join(self, y: Symbol, x: Symbol) -> bool:
-        return self.name(y.args[0]) == self.name(x.args[0]) and x not in _below(y)
+    def _is_next(self, y: Symbol) -> bool:
+        """Returns whether y is still to be printed, and its condition and usual value take no further branch."""
+        return y not in self._printed and all(x in self._printed for x in _rare((y.args[0], y.args[2])))
+
+
+def _are_apart(y: Symbol, others: Iterable[Symbol]) -> bool:
+    """Returns whether y depends on none of the others, and none of them on y."""
+    below = _below(y)
+    return not any(x in below or y in _below(x) for x in others)
+
+
+def _rare(symbols: Iterable[Any]) -> list[Symbol]:
+    """Returns the `rarely` symbols among all that is printed for the given ones."""
+    return [x for x in _below(*(x for x in symbols if isinstance(x, Symbol))) if x.op == "rarely"]
 
 
 def _below(*symbols: Symbol) -> dict[Symbol, None]:

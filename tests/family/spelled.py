@@ -4,13 +4,15 @@ import dataclasses
 
 import torch
 
-from hf_gem.family.arithmetic import gate_power
+from hf_gem.family.arithmetic import gate_power, rarely
 from tests.family.dgem import DGEM
 
 
 def gate(z, n: int, r, e):
     t = gate_power(abs(z) * r, n)
-    return torch.where(z != 0.0, t / (torch.clamp(t, min=0.0) - (-e)), 0.0)
+    s = torch.where(z != 0.0, t / (torch.clamp(t, min=0.0) - (-e)), 0.0)
+    large = abs(z) > 1.0
+    return rarely(large, rarely(large, s, t), s)  # one branch inside another
 
 
 def value(z, n: int, r, e):
