@@ -23,9 +23,11 @@ class _Printer:
 
     Attributes:
         operations: Operation -> its text for vectors, with operands as {0}, {1} ...
+        on_numbers: The same for numbers made of r and e.
     """
 
     operations: ClassVar[dict[str, str]]
+    on_numbers: ClassVar[dict[str, str]]
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -43,9 +45,7 @@ class _Printer:
         """Prints a number made of r and e as an expression in double precision."""
         if not isinstance(x, Symbol):
             return repr(float(x))
-        if x.op == "neg":
-            return f"(-{self.scalar(x.args[0])})"
-        return f"({f' {x.op} '.join(map(self.scalar, x.args))})" if x.args else x.op
+        return self.on_numbers[x.op].format(*map(self.scalar, x.args)) if x.args else x.op
 
     def name(self, x: Symbol) -> str:
         """Returns the variable that holds a symbol, and prints its definition if there is none yet."""
@@ -89,6 +89,7 @@ class _Printer:
 
 _NAMES = {torch.float32: "float", torch.int32: "int", torch.bool: "bool"}
 _BINARY = {op: f"({{0}} {op} {{1}})" for op in ("+", "-", "*", "/", "<", "<=", ">", ">=", "==", "!=", "<<", ">>")}
+_ON_NUMBERS = {**{op: _BINARY[op] for op in ("+", "-", "*", "/")}, "neg": "(-{0})"}
 
 
 def _single(value: float) -> float:
@@ -117,6 +118,7 @@ class _Cpp(_Printer):
         "bits int": "bits<VInt>({0})",
         "bits float": "bits<V>({0})",
     }
+    on_numbers: ClassVar[dict[str, str]] = {**_ON_NUMBERS, "abs": "std::fabs({0})"}
 
     def __init__(self, constants: dict[str, str], outputs: Iterable[Symbol]) -> None:
         super().__init__()
@@ -197,6 +199,7 @@ class _Triton(_Printer):
         "bits int": "{0}.to(tl.int32, bitcast=True)",
         "bits float": "{0}.to(tl.float32, bitcast=True)",
     }
+    on_numbers: ClassVar[dict[str, str]] = {**_ON_NUMBERS, "abs": "tl.abs({0})"}
 
     def __init__(self, exact: bool) -> None:
         super().__init__()

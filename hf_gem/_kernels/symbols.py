@@ -16,6 +16,7 @@ from ..family.table import Family
 from ..files import shown
 
 Operand = Any  # a Symbol or a number
+ON_NUMBERS = ("+", "-", "*", "/", "neg", "abs")  # the operations on numbers made of r and e alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +135,14 @@ def _make(op: str, *args: Operand, dtype: torch.dtype | None = None) -> Symbol:
     symbols = [arg for arg in args if isinstance(arg, Symbol)]
     if any(arg.dtype == torch.bool for arg in symbols[op in ("where", "rarely") :]):
         raise TypeError("a formula computes with the result of a comparison. Use it as the condition of torch.where.")
+    scalar = all(arg.scalar for arg in symbols)
+    if scalar and op not in ON_NUMBERS:
+        raise TypeError(
+            f"a formula applies {shown(op)} to numbers made of r and e. Kernels can combine such numbers with + - * / "
+            "and abs. Rewrite it with these, or apply it to a tensor."
+        )
     found = next((arg.dtype for arg in symbols if arg.dtype != torch.bool), torch.float32)
-    return Symbol(op, args, dtype or found, all(arg.scalar for arg in symbols))
+    return Symbol(op, args, dtype or found, scalar)
 
 
 _FUNCTIONS: dict[Any, Callable[..., Symbol]] = {

@@ -10,6 +10,7 @@ from tests.family.dgem import DGEM
 
 def gate(z, n: int, r, e):
     t = gate_power(abs(z) * r, n)
+    e = abs(0.0 - e)
     s = torch.where(z != 0.0, t / (torch.clamp(t, min=0.0) - (-e)), 0.0)
     large = abs(z) > 1.0
     return rarely(large, rarely(large, s, t), s)  # one branch inside another

@@ -254,6 +254,10 @@ def test_what_kernels_do_not_have():
             r"the result of a comparison.* condition of torch\.where",
         ),
         (lambda z, n, r, e: DGEM.value(z, n, r, e) * (z * z) ** 0, r"uses the operation '\*\*'"),
+        (
+            lambda z, n, r, e: DGEM.value(z, n, r, e) * (1.0 if e > 0.0 else -1.0),
+            "applies '>' to numbers made of r and e. Kernels can combine such numbers with",
+        ),
     ],
 )
 def test_formulas_that_kernels_would_compute_otherwise(value, message):
