@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,10 +25,12 @@ class _Printer:
     Attributes:
         operations: Operation -> its text for vectors, with operands as {0}, {1} ...
         on_numbers: The same for numbers made of r and e.
+        infinity: The text of infinity.
     """
 
     operations: ClassVar[dict[str, str]]
     on_numbers: ClassVar[dict[str, str]]
+    infinity: ClassVar[str]
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -44,8 +47,14 @@ class _Printer:
     def scalar(self, x: Any) -> str:
         """Prints a number made of r and e as an expression in double precision."""
         if not isinstance(x, Symbol):
-            return repr(float(x))
+            return self.number(float(x))
         return self.on_numbers[x.op].format(*map(self.scalar, x.args)) if x.args else x.op
+
+    def number(self, value: float, text: str = "") -> str:
+        """Prints a number: as `text` if it is finite, by default in double precision."""
+        if math.isinf(value):
+            return self.infinity if value > 0 else f"(-{self.infinity})"
+        return text or repr(value)
 
     def name(self, x: Symbol) -> str:
         """Returns the variable that holds a symbol, and prints its definition if there is none yet."""
@@ -119,6 +128,7 @@ class _Cpp(_Printer):
         "bits float": "bits<V>({0})",
     }
     on_numbers: ClassVar[dict[str, str]] = {**_ON_NUMBERS, "abs": "std::fabs({0})"}
+    infinity = "INFINITY"
 
     def __init__(self, constants: dict[str, str], outputs: Iterable[Symbol]) -> None:
         super().__init__()
@@ -126,7 +136,10 @@ class _Cpp(_Printer):
         self.rare = _rare(outputs)
 
     def literal(self, value: float, dtype: torch.dtype) -> str:
-        return f"VInt({int(value)})" if dtype == torch.int32 else f"V({_single(value).hex()}f)"
+        if dtype == torch.int32:
+            return f"VInt({int(value)})"
+        single = _single(value)
+        return f"V({self.number(single, f'{single.hex()}f')})"
 
     def broadcast(self, expression: str) -> str:
         return f"k.{self.constants.setdefault(expression, f'c{len(self.constants)}')}"
@@ -200,6 +213,7 @@ class _Triton(_Printer):
         "bits float": "{0}.to(tl.float32, bitcast=True)",
     }
     on_numbers: ClassVar[dict[str, str]] = {**_ON_NUMBERS, "abs": "tl.abs({0})"}
+    infinity = 'float("inf")'
 
     def __init__(self, exact: bool) -> None:
         super().__init__()
@@ -209,7 +223,7 @@ class _Triton(_Printer):
         return "fast /" if x.op == "/" and not self.exact else super().key(x)
 
     def literal(self, value: float, dtype: torch.dtype) -> str:
-        return repr(int(value) if dtype == torch.int32 else _single(value))
+        return repr(int(value)) if dtype == torch.int32 else self.number(_single(value))
 
     def broadcast(self, expression: str) -> str:
         return expression

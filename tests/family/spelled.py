@@ -1,6 +1,7 @@
 """The function of D-GEM, in all operations that a formula may have and D-GEM has not."""
 
 import dataclasses
+import math
 
 import torch
 
@@ -10,14 +11,14 @@ from tests.family.dgem import DGEM
 
 def gate(z, n: int, r, e):
     t = gate_power(abs(z) * r, n)
-    e = abs(0.0 - e)
+    e = abs(e / -math.inf - e)
     s = torch.where(z != 0.0, t / (torch.clamp(t, min=0.0) - (-e)), 0.0)
     large = abs(z) > 1.0
     return rarely(large, rarely(large, s, t), s)  # one branch inside another
 
 
 def value(z, n: int, r, e):
-    return torch.where(z == 0.0, 0.0, z * gate(z, n, r, e))
+    return torch.where(z == 0.0, 0.0, torch.where(abs(z) == math.inf, +z, z * gate(z, n, r, e)))
 
 
 def slope(z, n: int, r, e):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import os
 import pickle
 import subprocess
@@ -254,6 +255,14 @@ def test_what_kernels_do_not_have():
             r"the result of a comparison.* condition of torch\.where",
         ),
         (lambda z, n, r, e: DGEM.value(z, n, r, e) * (z * z) ** 0, r"uses the operation '\*\*'"),
+        (
+            lambda z, n, r, e: torch.where((z > 0.0) | (z < 0.0), DGEM.value(z, n, r, e), z),
+            r"uses the operation '\|'",
+        ),
+        (
+            lambda z, n, r, e: torch.where(z > 1e30, math.nan, DGEM.value(z, n, r, e)),
+            "the number nan, which kernels do",
+        ),
         (
             lambda z, n, r, e: DGEM.value(z, n, r, e) * (1.0 if e > 0.0 else -1.0),
             "applies '>' to numbers made of r and e. Kernels can combine such numbers with",
