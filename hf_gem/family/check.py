@@ -80,6 +80,12 @@ def exact_slope(family: Family, x: Fraction, n: int, eps: Fraction) -> Fraction:
     return Fraction(slope)
 
 
+def exact_eps_slope(family: Family, x: Fraction, n: int, eps: Fraction) -> Fraction:
+    """Returns the derivative of `exact` with respect to log(eps)."""
+    slope = _dual(family.exact(x, n, Dual(eps, eps))).slope
+    return Fraction(slope)
+
+
 def check(family: Family) -> None:
     """Compares the float64 formulas of a family with its exact definition.
 
@@ -94,6 +100,11 @@ def check(family: Family) -> None:
         slopes = [exact_slope(family, point, n, Fraction(eps)) for point in _POINTS]
         _compare(family, "value", "exact", n, eps, _POINTS, value, exact)
         _compare(family, "slope", "the derivative of exact", n, eps, _POINTS, slope, slopes)
+        if family.eps_slope is not None and family.fixed_eps is None:
+            eps_slope = formulas.eps_slope(family, n, torch.tensor(eps, dtype=x.dtype, device="cpu"), x) * eps
+            eps_slopes = [exact_eps_slope(family, point, n, Fraction(eps)) for point in _POINTS]
+            of = "the derivative of exact with respect to log(eps)"
+            _compare(family, "eps_slope", of, n, eps, _POINTS, eps_slope, eps_slopes)
         if family.slope_at is not None and family.invertible(n, eps, torch.float64):
             rises = [k for k, s in enumerate(slopes) if s != 0]
             at = formulas.slope_at(family, n, eps, value[rises])

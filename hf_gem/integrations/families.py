@@ -42,8 +42,8 @@ def register_family(family: Family) -> Family:
 
     Raises:
         TypeError: `family` is not a Family, or a formula uses an operation that kernels do not have.
-        ValueError: The name is taken, `value` does not equal `exact`, or `slope` is not its derivative. The message
-            says where they differ.
+        ValueError: The name is taken, `value` does not equal `exact`, or `slope` or `eps_slope` is not its derivative.
+            The message says where they differ.
     """
     if not isinstance(family, Family):
         raise TypeError(

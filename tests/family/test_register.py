@@ -219,6 +219,10 @@ def changed(**changes):
             {"value": lambda z, n, r, e: DGEM.value(z, n, r, e) + 1e-6},
             r"value of family 'xgem' is .* at x = .*must equal exact, which is",
         ),
+        (
+            {"eps_slope": lambda z, n, r, e: DGEM.value(z, n, r, e) - z},
+            r"eps_slope of family 'xgem' is .* must equal the derivative of exact with respect to log\(eps\)",
+        ),
         ({"value": lambda z, n, r, e: DGEM.value(z, n, r, e).sum()}, "It must be elementwise"),
         ({"slope_at": lambda y, n, r, e, d: y, "inverse": lambda y, n, r, e: y}, "slope_at of family 'xgem' is"),
         ({"slope_at": lambda y, n, r, e, d: y}, "got slope_at without inverse"),
