@@ -119,8 +119,9 @@ def add(family: Family) -> Family:
     """
     if FAMILIES.get(family.name, family) is not family:
         raise ValueError(
-            f"the name {shown(family.name)} is taken by the family {shown(FAMILIES[family.name].formula)}. Names must "
-            "be unique. Choose another one."
+            f"the name {shown(family.name)} is taken by the family {shown(FAMILIES[family.name].formula)}. Kernels may "
+            "exist for it, so it stays until the program ends. Choose another name, or restart the program or notebook "
+            "to define the family again."
         )
     FAMILIES[family.name] = family
     return family

@@ -30,8 +30,8 @@ def register_family(family: Family) -> Family:
 
     You can use `<name>[_n<N>][_eps<E>][_learnable]` in transformers, timm, `get_activation` and everywhere else that
     hf_gem takes a name. The family gets kernels for CPUs and GPUs, and works in conversion, audit, recipes and
-    comparison. Call this in a module that is imported before such a name is used. Registering the same family again has
-    no effect.
+    comparison. Call this in a module that is imported before such a name is used. Registering the same object again has
+    no effect. To change a family, restart the program.
 
     Args:
         family: The family. `hf_gem.family.table.Family` documents its fields, and `hf_gem.family.arithmetic` the
