@@ -90,6 +90,12 @@ class Family:
         object.__setattr__(member, "kernels", self.kernels)
         return member
 
+    def __copy__(self) -> Family:  # copies go through __reduce__ otherwise, which needs a registered family
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Family:
+        return self
+
     def __reduce__(self) -> Any:  # a pickle holds the name only, and the table provides the functions
         return family_named, (self.name,)
 

@@ -250,6 +250,11 @@ def test_a_family_that_contradicts_itself(changes, message):
     assert "xgem" not in FAMILIES
 
 
+def test_copies_of_a_family():
+    family = changed()  # which is not registered
+    assert copy.copy(family) is copy.deepcopy(family) is family
+
+
 def test_what_is_no_family():
     with pytest.raises(TypeError, match=r"got 5 of type int\. register_family takes a hf_gem\.Family\."):
         hf_gem.register_family(5)
