@@ -268,9 +268,7 @@ def local_family(monkeypatch):
     """A user's family whose formula is a lambda."""
     monkeypatch.setattr("hf_gem.family.table.FAMILIES", FAMILIES.copy())
     value = lambda z, n, r, e: 2 * FAMILIES["egem"].value(z, n, r, e)  # noqa: E731
-    return add(
-        replace(FAMILIES["egem"], name="zgem", title="Z-GEM", value=value, kernels="", slope_at=None, inverse=None)
-    )
+    return add(replace(FAMILIES["egem"], name="zgem", title="Z-GEM", value=value, slope_at=None, inverse=None))
 
 
 @pytest.mark.parametrize("learnable", [False, True])

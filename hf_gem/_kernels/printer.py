@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,9 +24,13 @@ class _Printer:
 
     Attributes:
         operations: Operation -> its text for vectors, with operands as {0}, {1} ...
+        on_numbers: The same for numbers made of r and e.
+        infinity: The text of infinity.
     """
 
     operations: ClassVar[dict[str, str]]
+    on_numbers: ClassVar[dict[str, str]]
+    infinity: ClassVar[str]
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -42,10 +47,14 @@ class _Printer:
     def scalar(self, x: Any) -> str:
         """Prints a number made of r and e as an expression in double precision."""
         if not isinstance(x, Symbol):
-            return repr(float(x))
-        if x.op == "neg":
-            return f"(-{self.scalar(x.args[0])})"
-        return f"({f' {x.op} '.join(map(self.scalar, x.args))})" if x.args else x.op
+            return self.number(float(x))
+        return self.on_numbers[x.op].format(*map(self.scalar, x.args)) if x.args else x.op
+
+    def number(self, value: float, text: str = "") -> str:
+        """Prints a number: as `text` if it is finite, by default in double precision."""
+        if math.isinf(value):
+            return self.infinity if value > 0 else f"(-{self.infinity})"
+        return text or repr(value)
 
     def name(self, x: Symbol) -> str:
         """Returns the variable that holds a symbol, and prints its definition if there is none yet."""
@@ -89,6 +98,7 @@ class _Printer:
 
 _NAMES = {torch.float32: "float", torch.int32: "int", torch.bool: "bool"}
 _BINARY = {op: f"({{0}} {op} {{1}})" for op in ("+", "-", "*", "/", "<", "<=", ">", ">=", "==", "!=", "<<", ">>")}
+_ON_NUMBERS = {**{op: _BINARY[op] for op in ("+", "-", "*", "/")}, "neg": "(-{0})"}
 
 
 def _single(value: float) -> float:
@@ -101,7 +111,7 @@ class _Cpp(_Printer):
 
     Attributes:
         constants: Expression of r and e -> the member of `Constants` that holds its value, in all lanes.
-        rare: The `rarely` symbols among all that will be printed.
+        rare: The `rarely` symbols among all that will be printed here: outside branches, or in the current one.
     """
 
     operations: ClassVar[dict[str, str]] = {
@@ -117,14 +127,19 @@ class _Cpp(_Printer):
         "bits int": "bits<VInt>({0})",
         "bits float": "bits<V>({0})",
     }
+    on_numbers: ClassVar[dict[str, str]] = {**_ON_NUMBERS, "abs": "std::fabs({0})"}
+    infinity = "INFINITY"
 
     def __init__(self, constants: dict[str, str], outputs: Iterable[Symbol]) -> None:
         super().__init__()
         self.constants = constants
-        self.rare = [symbol for symbol in _below(*outputs) if symbol.op == "rarely"]
+        self.rare = _rare(outputs)
 
     def literal(self, value: float, dtype: torch.dtype) -> str:
-        return f"VInt({int(value)})" if dtype == torch.int32 else f"V({_single(value).hex()}f)"
+        if dtype == torch.int32:
+            return f"VInt({int(value)})"
+        single = _single(value)
+        return f"V({self.number(single, f'{single.hex()}f')})"
 
     def broadcast(self, expression: str) -> str:
         return f"k.{self.constants.setdefault(expression, f'c{len(self.constants)}')}"
@@ -133,25 +148,41 @@ class _Cpp(_Printer):
         return f"const {'VInt' if x.dtype == torch.int32 else 'V'} {name} = {text};"
 
     def rarely(self, x: Symbol) -> str:
-        """Prints a branch. All symbols with the same condition go into one branch."""
+        """Prints a branch, also for all other symbols with the same condition that can be computed in it."""
         mask = self.name(x.args[0])
-        together = [x, *(y for y in self.rare if y is not x and y not in self._printed and self._can_join(y, x))]
-        for y in together:
-            usual = self.operand(y.args[2], y)
+        usual = {x: self.operand(x.args[2], x)}
+        for y in self.rare:
+            if self._is_next(y) and _are_apart(y, usual) and self.name(y.args[0]) == mask:
+                usual[y] = self.operand(y.args[2], y)
+        for y, text in usual.items():
             self._printed[y] = f"v{next(self._count)}"
-            self.lines.append(f"V {self._printed[y]} = {usual};")
-        outside, self.lines = self.lines, []
+            self.lines.append(f"V {self._printed[y]} = {text};")
+        outside = self.lines, self.rare
         names, printed = dict(self._names), dict(self._printed)
-        for y in together:
+        self.lines, self.rare = [], _rare(y.args[1] for y in usual)
+        for y in usual:
             inside = self.operand(y.args[1], y)
             self.lines.append(f"{printed[y]} = V::blendv({printed[y]}, {inside}, {mask});")
-        body, self.lines = self.lines, outside
+        body = self.lines
+        self.lines, self.rare = outside
         self._names, self._printed = names, printed  # variables of the branch do not exist after it
         self.lines += _block(f"if ({mask}.zero_mask() != (1 << V::size()) - 1) {{", body, "}")
         return self._printed[x]
 
-    def _can_join(self, y: Symbol, x: Symbol) -> bool:
-        return self.name(y.args[0]) == self.name(x.args[0]) and x not in _below(y)
+    def _is_next(self, y: Symbol) -> bool:
+        """Returns whether y is still to be printed, and its condition and usual value take no further branch."""
+        return y not in self._printed and all(x in self._printed for x in _rare((y.args[0], y.args[2])))
+
+
+def _are_apart(y: Symbol, others: Iterable[Symbol]) -> bool:
+    """Returns whether y depends on none of the others, and none of them on y."""
+    below = _below(y)
+    return not any(x in below or y in _below(x) for x in others)
+
+
+def _rare(symbols: Iterable[Any]) -> list[Symbol]:
+    """Returns the `rarely` symbols among all that is printed for the given ones."""
+    return [x for x in _below(*(x for x in symbols if isinstance(x, Symbol))) if x.op == "rarely"]
 
 
 def _below(*symbols: Symbol) -> dict[Symbol, None]:
@@ -181,6 +212,8 @@ class _Triton(_Printer):
         "bits int": "{0}.to(tl.int32, bitcast=True)",
         "bits float": "{0}.to(tl.float32, bitcast=True)",
     }
+    on_numbers: ClassVar[dict[str, str]] = {**_ON_NUMBERS, "abs": "tl.abs({0})"}
+    infinity = 'float("inf")'
 
     def __init__(self, exact: bool) -> None:
         super().__init__()
@@ -190,7 +223,7 @@ class _Triton(_Printer):
         return "fast /" if x.op == "/" and not self.exact else super().key(x)
 
     def literal(self, value: float, dtype: torch.dtype) -> str:
-        return repr(int(value) if dtype == torch.int32 else _single(value))
+        return repr(int(value)) if dtype == torch.int32 else self.number(_single(value))
 
     def broadcast(self, expression: str) -> str:
         return expression

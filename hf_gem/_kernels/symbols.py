@@ -6,6 +6,7 @@ in both languages are allowed. Any other operation is an error that names it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,16 @@ from ..family.table import Family
 from ..files import shown
 
 Operand = Any  # a Symbol or a number
+ON_NUMBERS = ("+", "-", "*", "/", "neg", "abs")  # the operations on numbers made of r and e alone
+
+
+def _without(operation: str) -> Callable[..., Any]:
+    """Returns the method of an operation that kernels do not have."""
+
+    def method(*operands: Operand) -> Any:
+        raise TypeError(_unknown(operation))
+
+    return method
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +118,18 @@ class Symbol:
 
     __abs__ = abs
 
-    def __pow__(self, other: Operand) -> Symbol:
-        raise TypeError(_unknown("**"))
+    def __pos__(self) -> Symbol:
+        return self
+
+    # Python looks these up in the class, and not with __getattr__.
+    __pow__ = __rpow__ = _without("**")
+    __mod__ = __rmod__ = _without("%")
+    __floordiv__ = __rfloordiv__ = _without("//")
+    __and__ = __rand__ = _without("&")
+    __or__ = __ror__ = _without("|")
+    __xor__ = __rxor__ = _without("^")
+    __invert__ = _without("~")
+    __float__ = _without("float")
 
     def clamp(self, min: float | None = None, max: float | None = None) -> Symbol:
         low = self if min is None else _make("clamp_min", self, min)
@@ -134,8 +155,16 @@ def _make(op: str, *args: Operand, dtype: torch.dtype | None = None) -> Symbol:
     symbols = [arg for arg in args if isinstance(arg, Symbol)]
     if any(arg.dtype == torch.bool for arg in symbols[op in ("where", "rarely") :]):
         raise TypeError("a formula computes with the result of a comparison. Use it as the condition of torch.where.")
+    if any(math.isnan(arg) for arg in args if not isinstance(arg, Symbol)):
+        raise TypeError("a formula computes with the number nan, which kernels do not have. Rewrite it without a NaN.")
+    scalar = all(arg.scalar for arg in symbols)
+    if scalar and op not in ON_NUMBERS:
+        raise TypeError(
+            f"a formula applies {shown(op)} to numbers made of r and e. Kernels can combine such numbers with + - * / "
+            "and abs. Rewrite it with these, or apply it to a tensor."
+        )
     found = next((arg.dtype for arg in symbols if arg.dtype != torch.bool), torch.float32)
-    return Symbol(op, args, dtype or found, all(arg.scalar for arg in symbols))
+    return Symbol(op, args, dtype or found, scalar)
 
 
 _FUNCTIONS: dict[Any, Callable[..., Symbol]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -14,7 +15,8 @@ from .table import Family
 
 _POINTS = [Fraction(k, 8) for k in (-4000, -24, -9, -8, -3, -1, 0, 1, 3, 8, 9, 24, 4000)]
 _MEMBERS = [(1, 1.0), (2, 1.0), (1, 2.0**-10), (3, 4.0)]
-_TOLERANCE = 1e-9  # for float64 formulas, which are some twenty roundings away from the exact value
+_FAR = [Fraction(-(2**100)), Fraction(2**100)]  # where powers overflow in float32
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # formulas are some twenty roundings from the exact value
 
 
 class Dual:
@@ -80,20 +82,22 @@ def exact_slope(family: Family, x: Fraction, n: int, eps: Fraction) -> Fraction:
     return Fraction(slope)
 
 
+def exact_eps_slope(family: Family, x: Fraction, n: int, eps: Fraction) -> Fraction:
+    """Returns the derivative of `exact` with respect to log(eps)."""
+    slope = _dual(family.exact(x, n, Dual(eps, eps))).slope
+    return Fraction(slope)
+
+
 def check(family: Family) -> None:
-    """Compares the float64 formulas of a family with its exact definition.
+    """Compares the formulas of a family with its exact definition: in float64, and in float32 far from 0.
 
     Raises:
         ValueError: They disagree. The message names the formula and gives x, n and eps.
     """
     for n, eps in _members(family):
-        x = torch.tensor([float(point) for point in _POINTS], dtype=torch.float64, device="cpu")
-        value = formulas.forward(family, n, eps, x)
-        slope = formulas.slope(family, n, eps, x)
-        exact = [family.exact(point, n, Fraction(eps)) for point in _POINTS]
-        slopes = [exact_slope(family, point, n, Fraction(eps)) for point in _POINTS]
-        _compare(family, "value", "exact", n, eps, _POINTS, value, exact)
-        _compare(family, "slope", "the derivative of exact", n, eps, _POINTS, slope, slopes)
+        value, slopes = _check_formulas(family, n, eps, _POINTS, torch.float64)
+        _check_formulas(family, n, eps, _FAR, torch.float32)
+        _check_infinity(family, n, eps)
         if family.slope_at is not None and family.invertible(n, eps, torch.float64):
             rises = [k for k, s in enumerate(slopes) if s != 0]
             at = formulas.slope_at(family, n, eps, value[rises])
@@ -101,6 +105,36 @@ def check(family: Family) -> None:
             _compare(family, "slope_at", "the derivative of exact", n, eps, points, at, [slopes[k] for k in rises])
             x_again = formulas.inverse(family, n, eps, value[rises])
             _compare(family, "inverse", "x", n, eps, points, x_again, points)
+
+
+def _check_formulas(
+    family: Family, n: int, eps: float, points: list[Fraction], dtype: torch.dtype
+) -> tuple[torch.Tensor, list[Fraction]]:
+    """Checks value, slope and eps_slope. Returns the values and the exact slopes."""
+    x = torch.tensor([float(point) for point in points], dtype=dtype, device="cpu")
+    value = formulas.forward(family, n, eps, x)
+    slope = formulas.slope(family, n, eps, x)
+    exact = [family.exact(point, n, Fraction(eps)) for point in points]
+    slopes = [exact_slope(family, point, n, Fraction(eps)) for point in points]
+    _compare(family, "value", "exact", n, eps, points, value, exact)
+    _compare(family, "slope", "the derivative of exact", n, eps, points, slope, slopes)
+    if family.eps_slope is not None and family.fixed_eps is None:
+        eps_slope = formulas.eps_slope(family, n, torch.tensor(eps, dtype=dtype, device="cpu"), x) * eps
+        eps_slopes = [exact_eps_slope(family, point, n, Fraction(eps)) for point in points]
+        of = "the derivative of exact with respect to log(eps)"
+        _compare(family, "eps_slope", of, n, eps, points, eps_slope, eps_slopes)
+    return value, slopes
+
+
+def _check_infinity(family: Family, n: int, eps: float) -> None:
+    x = torch.tensor([-math.inf, math.inf], device="cpu", dtype=torch.float32)
+    for what, formula in (("value", formulas.forward), ("slope", formulas.slope)):
+        for point, got in zip(x.tolist(), formula(family, n, eps, x).tolist(), strict=True):
+            if math.isnan(got):
+                raise ValueError(
+                    f"{what} of family {shown(family.name)} is nan at x = {point}, n = {n}, eps = {eps:g} in float32. "
+                    "It must be a number or infinity. Clamp x or its powers, as in hf_gem.family.arithmetic."
+                )
 
 
 def _members(family: Family) -> Iterator[tuple[int, float]]:
@@ -123,9 +157,11 @@ def _compare(
             f"{what} of family {shown(family.name)} returned shape {tuple(found.shape)} for an input of shape "
             f"{(len(points),)}. It must be elementwise. Use only elementwise operations in it."
         )
-    for x, got, right in zip(points, found.tolist(), wanted, strict=True):
-        if not abs(got - float(right)) <= _TOLERANCE * max(abs(float(right)), 1e-6):
+    rights = torch.tensor([float(right) for right in wanted], dtype=found.dtype, device="cpu").tolist()
+    for x, got, right in zip(points, found.tolist(), rights, strict=True):
+        if got != right and not abs(got - right) <= _TOLERANCE[found.dtype] * max(abs(right), 1e-6):
             raise ValueError(
-                f"{what} of family {shown(family.name)} is {got:.12g} at x = {float(x):g}, n = {n}, eps = {eps:g}. It "
-                f"must equal {of}, which is {float(right):.12g}. Fix whichever is wrong."
+                f"{what} of family {shown(family.name)} is {got:.12g} at x = {float(x):g}, n = {n}, eps = {eps:g} in "
+                f"{str(found.dtype).removeprefix('torch.')}. It must equal {of}, which is {right:.12g}. Fix whichever "
+                "is wrong."
             )

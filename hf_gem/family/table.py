@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Family:
             allows.
         eps_slope: The derivative with respect to log(eps). Without it, autograd differentiates `value`.
         fixed_eps: The eps of every member of a family without a free eps, such as GEM.
-        kernels: Name of the family whose kernels this family uses. By default its own.
+        kernels: Name of the family whose kernels this family uses: its own, or that of the family it was `fixed` from.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Family:
     invertible: Callable[[int, float | Tensor, torch.dtype], bool] = _by_digits
     eps_slope: Formula | None = None
     fixed_eps: float | None = None
-    kernels: str = ""
+    kernels: str = field(init=False)  # so that `replace`, which may change the formulas, does not copy it
 
     def __post_init__(self) -> None:
         if not re.fullmatch("[a-z]+", self.name):
@@ -77,8 +77,7 @@ class Family:
                 f"got {given} without {missing} for family {shown(self.name)}. A family needs both or neither. Add "
                 f"{missing}, or leave out {given}."
             )
-        if not self.kernels:
-            object.__setattr__(self, "kernels", self.name)
+        object.__setattr__(self, "kernels", self.name)
 
     @property
     def default_eps(self) -> float:
@@ -87,7 +86,15 @@ class Family:
 
     def fixed(self, eps: float, name: str, title: str, formula: str) -> Family:
         """Returns this family with a fixed eps, under another name. It uses the same kernels."""
-        return replace(self, name=name, title=title, formula=formula, fixed_eps=eps, kernels=self.kernels)
+        member = replace(self, name=name, title=title, formula=formula, fixed_eps=eps)
+        object.__setattr__(member, "kernels", self.kernels)
+        return member
+
+    def __copy__(self) -> Family:  # copies go through __reduce__ otherwise, which needs a registered family
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Family:
+        return self
 
     def __reduce__(self) -> Any:  # a pickle holds the name only, and the table provides the functions
         return family_named, (self.name,)
@@ -118,8 +125,9 @@ def add(family: Family) -> Family:
     """
     if FAMILIES.get(family.name, family) is not family:
         raise ValueError(
-            f"the name {shown(family.name)} is taken by the family {shown(FAMILIES[family.name].formula)}. Names must "
-            "be unique. Choose another one."
+            f"the name {shown(family.name)} is taken by the family {shown(FAMILIES[family.name].formula)}. Kernels may "
+            "exist for it, so it stays until the program ends. Choose another name, or restart the program or notebook "
+            "to define the family again."
         )
     FAMILIES[family.name] = family
     return family

@@ -30,8 +30,8 @@ def register_family(family: Family) -> Family:
 
     You can use `<name>[_n<N>][_eps<E>][_learnable]` in transformers, timm, `get_activation` and everywhere else that
     hf_gem takes a name. The family gets kernels for CPUs and GPUs, and works in conversion, audit, recipes and
-    comparison. Call this in a module that is imported before such a name is used. Registering the same family again has
-    no effect.
+    comparison. Call this in a module that is imported before such a name is used. Registering the same object again has
+    no effect. To change a family, restart the program.
 
     Args:
         family: The family. `hf_gem.family.table.Family` documents its fields, and `hf_gem.family.arithmetic` the
@@ -42,8 +42,8 @@ def register_family(family: Family) -> Family:
 
     Raises:
         TypeError: `family` is not a Family, or a formula uses an operation that kernels do not have.
-        ValueError: The name is taken, `value` does not equal `exact`, or `slope` is not its derivative. The message
-            says where they differ.
+        ValueError: The name is taken, `value` does not equal `exact`, or `slope` or `eps_slope` is not its derivative.
+            The message says where they differ.
     """
     if not isinstance(family, Family):
         raise TypeError(
@@ -57,10 +57,11 @@ def register_family(family: Family) -> Family:
             f"the name {shown(family.name)} is taken by torch.nn.functional.{family.name:.80}. Names must be unique. "
             "Choose another one."
         )
-    if family.kernels not in (family.name, *FAMILIES):
+    source = family if family.kernels == family.name else FAMILIES.get(family.kernels)
+    if source is None or (source.value, source.slope, source.slope_at) != (family.value, family.slope, family.slope_at):
         raise ValueError(
-            f"got the family {shown(family.name)}, which uses the kernels of {shown(family.kernels)}. That family must "
-            "be registered too. Call hf_gem.register_family for it first."
+            f"got the family {shown(family.name)}, which uses the kernels of {shown(family.kernels)}. A family of that "
+            "name with the same formulas must be registered too. Call hf_gem.register_family for it first."
         )
     check(family)
     for n in (1, 2):
@@ -84,7 +85,8 @@ def register_shipped(family: Any) -> None:
     """
     registered = FAMILIES.get(family.name)
     if registered is None:
-        register_family(Family(**vars(family)))
+        fields = {name: value for name, value in vars(family).items() if name != "kernels"}  # which Family derives
+        register_family(Family(**fields))
     elif registered.formula != family.formula:
         warnings.warn(
             f"the checkpoint was saved with the family {shown(family.formula)}, and runs with the registered family "

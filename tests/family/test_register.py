@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import os
 import pickle
 import shutil
@@ -20,6 +21,7 @@ import hf_gem
 from hf_gem import functional
 from hf_gem.compare.plan import load_plan
 from hf_gem.family import formulas
+from hf_gem.family.arithmetic import power
 from hf_gem.family.check import check, exact_slope
 from hf_gem.family.table import FAMILIES, Family
 from hf_gem.fit import Histogram, fit
@@ -205,7 +207,7 @@ def test_recipes_and_plans(tmp_path):
 
 
 def changed(**changes):
-    return dataclasses.replace(DGEM, **{"name": "xgem", "title": "X-GEM", "kernels": "", **changes})
+    return dataclasses.replace(DGEM, **{"name": "xgem", "title": "X-GEM", **changes})
 
 
 @pytest.mark.parametrize(
@@ -219,10 +221,25 @@ def changed(**changes):
             {"value": lambda z, n, r, e: DGEM.value(z, n, r, e) + 1e-6},
             r"value of family 'xgem' is .* at x = .*must equal exact, which is",
         ),
+        (
+            {"eps_slope": lambda z, n, r, e: DGEM.value(z, n, r, e) - z},
+            r"eps_slope of family 'xgem' is .* must equal the derivative of exact with respect to log\(eps\)",
+        ),
+        (
+            {"value": lambda z, n, r, e: z * (power(z * r, 2 * n) / (power(z * r, 2 * n) + e))},
+            r"value of family 'xgem' is nan at x = .* in float32\. It must equal exact, which is -1\.26",
+        ),
+        (
+            {"slope": lambda z, n, r, e: DGEM.slope(z, n, r, e) + 0.0 * z},
+            "slope of family 'xgem' is nan at x = -inf, .* in float32. It must be a number or infinity.",
+        ),
         ({"value": lambda z, n, r, e: DGEM.value(z, n, r, e).sum()}, "It must be elementwise"),
         ({"slope_at": lambda y, n, r, e, d: y, "inverse": lambda y, n, r, e: y}, "slope_at of family 'xgem' is"),
         ({"slope_at": lambda y, n, r, e, d: y}, "got slope_at without inverse"),
-        ({"name": "dgem", "title": "D-GEM", "formula": "another"}, "taken by the family 'x t / "),
+        (
+            {"name": "dgem", "title": "D-GEM", "formula": "another"},
+            "taken by the family 'x t / .*, or restart the program",
+        ),
         ({"name": "relu", "title": "ReLU"}, r"taken by torch\.nn\.functional\.relu"),
         ({"name": "X2"}, "got the family name 'X2'.*lower-case letters"),
         ({"title": "other"}, "The title must equal the name"),
@@ -234,6 +251,11 @@ def test_a_family_that_contradicts_itself(changes, message):
     assert "xgem" not in FAMILIES
 
 
+def test_copies_of_a_family():
+    family = changed()  # which is not registered
+    assert copy.copy(family) is copy.deepcopy(family) is family
+
+
 def test_what_is_no_family():
     with pytest.raises(TypeError, match=r"got 5 of type int\. register_family takes a hf_gem\.Family\."):
         hf_gem.register_family(5)
@@ -241,7 +263,7 @@ def test_what_is_no_family():
 
 def test_what_kernels_do_not_have():
     def value(z, n, r, e):
-        return DGEM.value(z, n, r, e) + 0.0 * torch.sin(z)
+        return DGEM.value(z, n, r, e) + 0.0 * torch.sin(z.clamp(-1.0, 1.0))
 
     with pytest.raises(TypeError, match=r"uses the operation 'sin'.* A formula can use .* torch\.where"):
         hf_gem.register_family(changed(value=value))
@@ -255,6 +277,18 @@ def test_what_kernels_do_not_have():
             r"the result of a comparison.* condition of torch\.where",
         ),
         (lambda z, n, r, e: DGEM.value(z, n, r, e) * (z * z) ** 0, r"uses the operation '\*\*'"),
+        (
+            lambda z, n, r, e: torch.where((z > 0.0) | (z < 0.0), DGEM.value(z, n, r, e), z),
+            r"uses the operation '\|'",
+        ),
+        (
+            lambda z, n, r, e: torch.where(z == 7.0, math.nan, DGEM.value(z, n, r, e)),
+            "the number nan, which kernels do",
+        ),
+        (
+            lambda z, n, r, e: DGEM.value(z, n, r, e) * (1.0 if e > 0.0 else -1.0),
+            "applies '>' to numbers made of r and e. Kernels can combine such numbers with",
+        ),
     ],
 )
 def test_formulas_that_kernels_would_compute_otherwise(value, message):
@@ -262,11 +296,15 @@ def test_formulas_that_kernels_would_compute_otherwise(value, message):
         hf_gem.register_family(changed(value=value))
 
 
-def test_a_fixed_member_of_a_family_that_is_not_registered():
+def test_a_fixed_member_of_a_family_that_is_not_registered(monkeypatch):
     fixed = changed().fixed(0.5, "ygem", "Y-GEM", "x")
     with pytest.raises(ValueError, match=r"'ygem', which uses the kernels of 'xgem'.*register_family for it first"):
         hf_gem.register_family(fixed)
     assert "ygem" not in FAMILIES
+
+    monkeypatch.setitem(FAMILIES, "xgem", changed(slope=lambda z, n, r, e: DGEM.slope(z, n, r, e) * 1.0))
+    with pytest.raises(ValueError, match="A family of that name with the same formulas must be registered"):
+        hf_gem.register_family(fixed)
 
 
 def test_a_name_that_another_library_has(monkeypatch):

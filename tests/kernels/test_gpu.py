@@ -3,6 +3,8 @@
 Bounds as in test_formulas, with two more roundings for each division that is fast.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -109,6 +111,16 @@ def test_every_operation(monkeypatch):
     for operation, inputs in (("forward", [x]), ("backward", [grad, x])):
         assert_same(operation, SPELLED, 2, 0.3, *inputs, backend="triton", device=DEVICE)
         assert torch.equal(*(plain.run(operation, family, 2, 0.3, *inputs) for family in (SPELLED, DGEM)))
+
+
+def test_a_family_made_from_another(monkeypatch):
+    """Only a member with a fixed eps shares the kernels of the family that it was made from."""
+    twice = dataclasses.replace(
+        DGEM, name="twice", title="Twice", value=lambda *a: 2 * DGEM.value(*a), slope=lambda *a: 2 * DGEM.slope(*a)
+    )
+    monkeypatch.setitem(TABLE, "twice", twice)
+    assert_same("forward", twice, 1, 0.3, torch.randn(100), backend="triton", device=DEVICE)
+    assert twice.fixed(0.3, "half", "Half", "x").kernels == "twice"
 
 
 @pytest.mark.parametrize("family", [EGEM, SEGEM])
