@@ -99,10 +99,17 @@ def _init(original: Any, model: Any, base: nn.Module, config: Any, *args: Any, *
     original(model, base, config, *args, **kwargs)
 
 
+def _base(model: Any) -> Any:
+    """Returns the model without its adapters.
+
+    PEFT's `get_base_model` fails without an active adapter, and the class that mixes adapters does not have it. Prompt
+    learning, which that class does not support, wraps the model directly.
+    """
+    return model.base_model if getattr(model, "_is_prompt_learning", False) else model.base_model.model
+
+
 def _add_adapter(original: Any, model: Any, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> Any:
-    # The class that mixes adapters has no method for the base model.
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model.base_model.model
-    _replay(base, config)
+    _replay(_base(model), config)
     return original(model, adapter_name, config, *args, **kwargs)
 
 
@@ -112,7 +119,7 @@ def _inject(original: Any, config: Any, model: nn.Module, *args: Any, **kwargs: 
 
 
 def _save(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    write_adapter_plan(model.get_base_model(), model.peft_config)
+    write_adapter_plan(_base(model), model.peft_config)
     return original(model, *args, **kwargs)
 
 

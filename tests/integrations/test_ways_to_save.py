@@ -128,14 +128,20 @@ def base(tmp_path_factory):
     return folder
 
 
-def adapted(base, name, how="convert", **options):
-    """A converted model with an adapter: the natural way to convert and fine-tune."""
-    peft = pytest.importorskip("peft")
+def to_adapt(base, name, how="convert"):
+    """The model under an adapter: converted, built with the name, or as it is."""
     transformers = pytest.importorskip("transformers")
     asked = {"hidden_act": name} if how == "config" else {}
     model = transformers.GPT2LMHeadModel.from_pretrained(base, **asked)
     if how == "convert":
         hf_gem.convert(model, name, inputs=IDS)
+    return model
+
+
+def adapted(base, name, how="convert", **options):
+    """A converted model with an adapter: the natural way to convert and fine-tune."""
+    peft = pytest.importorskip("peft")
+    model = to_adapt(base, name, how)
     layers = {"target_modules": ["c_attn", "c_fc"], "init_lora_weights": False, "fan_in_fan_out": True}
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **layers, **options)).eval()
 
@@ -166,6 +172,34 @@ def test_adapters(name, how, base, tmp_path, monkeypatch):
     merged = loaded.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     assert same(merged, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), IDS)
+
+
+@pytest.mark.parametrize("how", ["convert", "config", "stock"])
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_adapters_that_learn_a_prompt(kind, how, base, tmp_path):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(to_adapt(base, "gem_n2", how), config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(transformers.GPT2LMHeadModel.from_pretrained(base), tmp_path)
+    assert same(model, loaded, IDS)
+    loaded.load_adapter(tmp_path, "second")
+    loaded.set_adapter("second")
+    assert same(model, loaded, IDS)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_after_the_only_one_was_deleted(base, tmp_path):
+    model = adapted(base, "gem_n2")
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    model.delete_adapter("default")
+    model.load_adapter(tmp_path, "default")
+    model.set_adapter("default")  # PEFT leaves it inactive
+    assert torch.equal(model(IDS).logits, expected)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
