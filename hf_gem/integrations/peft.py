@@ -19,7 +19,8 @@ from typing import Any
 from torch import nn
 
 from ..modules import GemActivation, get_activation
-from ..surgery.plans import PLAN, apply_plan, plan_of
+from ..surgery.plans import PLAN, apply_plan, check_plan, plan_of
+from ..surgery.slots import join
 from .registry import Installer, both, patch
 
 _loading: ContextVar[bool] = ContextVar("hf_gem_loading_adapter", default=False)
@@ -39,11 +40,27 @@ def _while_loading() -> Iterator[None]:
         _loading.reset(token)
 
 
+def _outside_tuners(model: nn.Module, path: str) -> str:
+    """Returns the path that a module has if no layer of an adapter holds it, as around experts."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    kept = []
+    module = model
+    for key in path.split("."):
+        if not (key == "base_layer" and isinstance(module, BaseTunerLayer)):
+            kept.append(key)
+        module = getattr(module, key)
+    return ".".join(kept)
+
+
 def write_adapter_plan(model: nn.Module, configs: dict[str, Any]) -> None:
     """Writes the plan of a model's activations into the configs of its adapters."""
     plan = plan_of(model, built=True)
     if plan is not None:
-        clean = {name: [_COPIES.sub("", path) for path in paths] for name, paths in plan["activations"].items()}
+        clean = {
+            name: [_COPIES.sub("", _outside_tuners(model, path)) for path in paths]
+            for name, paths in plan["activations"].items()
+        }
         plan["activations"] = {
             name: list(dict.fromkeys(path.replace(".original_module", "") for path in paths))
             for name, paths in clean.items()
@@ -69,7 +86,23 @@ def write_adapter_plan(model: nn.Module, configs: dict[str, Any]) -> None:
 def _replay(model: nn.Module, config: Any) -> None:
     plan = vars(config).get(PLAN)
     if plan is not None and _loading.get():
-        apply_plan(plan, model, get_activation, keep="the adapter")
+        check_plan(plan)
+        apply_plan(_in_tuners(model, plan), model, get_activation, keep="the adapter")
+
+
+def _in_tuners(model: nn.Module, plan: dict[str, Any]) -> dict[str, Any]:
+    """Returns a plan with the paths of this model, where layers of other adapters may hold the activations.
+
+    In adapters from older versions of hf_gem, the paths lead through the layers of the adapter itself.
+    """
+    here = {_outside_tuners(model, path): path for path, _ in model.named_modules() if path}
+
+    def place(path: str) -> str:
+        owner, _, key = path.rpartition(".")
+        known = owner if owner in here else owner.replace(".base_layer", "")
+        return join(here.get(known, owner), key)
+
+    return {**plan, "activations": {name: [*map(place, paths)] for name, paths in plan["activations"].items()}}
 
 
 # ---- configs
@@ -99,10 +132,17 @@ def _init(original: Any, model: Any, base: nn.Module, config: Any, *args: Any, *
     original(model, base, config, *args, **kwargs)
 
 
+def _base(model: Any) -> Any:
+    """Returns the model without its adapters.
+
+    PEFT's `get_base_model` fails without an active adapter, and the class that mixes adapters does not have it. Prompt
+    learning, which that class does not support, wraps the model directly.
+    """
+    return model.base_model if getattr(model, "_is_prompt_learning", False) else model.base_model.model
+
+
 def _add_adapter(original: Any, model: Any, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> Any:
-    # The class that mixes adapters has no method for the base model.
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model.base_model.model
-    _replay(base, config)
+    _replay(_base(model), config)
     return original(model, adapter_name, config, *args, **kwargs)
 
 
@@ -112,7 +152,7 @@ def _inject(original: Any, config: Any, model: nn.Module, *args: Any, **kwargs: 
 
 
 def _save(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    write_adapter_plan(model.get_base_model(), model.peft_config)
+    write_adapter_plan(_base(model), model.peft_config)
     return original(model, *args, **kwargs)
 
 

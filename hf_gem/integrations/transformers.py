@@ -256,15 +256,17 @@ def _refuse(missing: dict[str, str], model: Any, _: Any) -> None:
 def _constructors() -> list[Any]:
     """Returns the models whose `__init__` is running, innermost first.
 
-    Only the call stack shows this, since a model and its parts share a config.
+    Only the call stack shows this, since a model and its parts share a config. Models around a `from_pretrained` do not
+    count: it loads the weights of the model in it before they continue.
     """
-    base = sys.modules["transformers.modeling_utils"].PreTrainedModel
+    library = sys.modules["transformers.modeling_utils"]
     models = []
     frame: Any = sys._getframe(2)
-    while frame is not None:
+    # By name and place: others may have wrapped the method.
+    while frame is not None and (frame.f_code.co_name != "from_pretrained" or frame.f_globals is not vars(library)):
         if frame.f_code.co_name == "__init__" and frame.f_code.co_argcount:
             model = frame.f_locals.get(frame.f_code.co_varnames[0])  # self
-            if isinstance(model, base):
+            if isinstance(model, library.PreTrainedModel):
                 models.append(model)
         frame = frame.f_back
     return models

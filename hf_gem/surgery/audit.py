@@ -21,7 +21,7 @@ from .._torch import tree_leaves, uncompiled
 from ..modules import CALLED, GemActivation
 from .inputs import example_inputs
 from .kinds import is_stock
-from .reports import counted, path_patterns
+from .reports import counted, path_patterns, without_indices
 from .running import copied_buffers, unwrapped
 from .slots import named_modules
 from .tracer import ActivationCall, is_activation, trace
@@ -165,14 +165,16 @@ def say_what_did_not_run(model: nn.Module) -> None:
     """Warns once about modules of the family that were never called although the model has trained.
 
     Something else runs instead. For example, Liger's kernels replace the forward of a gated MLP, while the config and
-    the printed model still name the activation. Nothing is known about models that are compiled or run in copies.
+    the printed model still name the activation. If the activation of a layer with another index ran, this one was only
+    left out, as LayerDrop and mixtures of experts do. Nothing is known about models that are compiled or run in copies.
     """
     modules = dict(named_modules(model))
     copied = isinstance(model, nn.DataParallel)
     if copied or any(uncompiled(m) is not None or m._compiled_call_impl is not None for m in modules.values()):
         return
     ours = {path: module for path, module in modules.items() if isinstance(module, GemActivation)}
-    idle = {path: module for path, module in ours.items() if CALLED not in vars(module) and not is_replaced(module)}
+    ran = {without_indices(path) for path, module in ours.items() if CALLED in vars(module) or is_replaced(module)}
+    idle = {path: module for path, module in ours.items() if without_indices(path) not in ran}
     if not idle:
         return
     for module in idle.values():

@@ -25,7 +25,8 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
         ValueError: The inputs of such a model, or one input that it requires, are not known.
     """
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    signature = inspect.signature(model.forward).parameters
+    inside = getattr(model, "get_base_model", lambda: model)()  # the forward of a PEFT model may be (*args, **kwargs)
+    signature = inspect.signature(inside.forward).parameters
     timm_config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if timm_config and "input_size" in timm_config:
         size = _timm_size(model, timm_config)
@@ -39,6 +40,11 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
         )
     found = _Config(config)
     wanted = _wanted({main} if isinstance(main, str) else set(main), signature, found)
+    if not wanted:
+        raise ValueError(
+            f"the forward of {type(model).__name__} does not name its inputs, so none can be made up. Pass all inputs "
+            "yourself: audit(model, input_ids=ids, ...)."
+        )
     if unknown := [name for name in wanted if name not in _MAKERS]:
         raise ValueError(
             f"{type(model).__name__} needs {', '.join(unknown)}, which cannot be made up. Only common inputs such as "

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import re
 
+_INDEX = r"(?<![^.])\d+(?![^.])"  # of a layer among others of its kind
+
+
+def without_indices(path: str) -> str:
+    """Returns a path with `*` for its indices."""
+    return re.sub(_INDEX, "*", path)
+
 
 def path_patterns(paths: list[str]) -> str:
     """Lists the distinct paths, with `*` for differing indices, and for numbers in names if there are too many."""
-    for few, number in ((1, r"(?<![^.])\d+(?![^.])"), (3, r"\d+(?![^.])")):
+    for few, number in ((1, _INDEX), (3, r"\d+(?![^.])")):
         if len(set(paths)) > few:
             paths = [re.sub(number, "*", path) for path in paths]
     distinct = list(dict.fromkeys(path or "(the model)" for path in paths))

@@ -703,6 +703,44 @@ def test_a_subclass_with_parts_of_its_own(cls, tmp_path):
     assert len(activations(GPT2LMHeadModel.from_pretrained(tmp_path))) == 2
 
 
+class Teacher(transformers.PreTrainedModel):
+    """Loads another model while it is built itself, as a part or out of sight."""
+
+    config_class = GPT2Config
+
+    def __init__(self, config, folder, how):
+        super().__init__(config)
+        teacher = GPT2LMHeadModel.from_pretrained(folder)
+        self.student = nn.Linear(2, 2)
+        if how == "hidden":
+            self.teacher = [teacher]
+        else:
+            self.part = teacher
+            self.teacher = (teacher,)
+        if how != "no post_init":
+            self.post_init()
+
+    def _init_weights(self, module):
+        pass
+
+
+@pytest.mark.parametrize("how", ["part", "hidden", "no post_init"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_that_another_loads_while_it_is_built(how, wrapped, tmp_path, monkeypatch):
+    teacher = GPT2LMHeadModel(GPT2Config(**GPT2))
+    hf_gem.convert(teacher, "egem_learnable", inputs=IDS)
+    saved(disturb(teacher), tmp_path)
+    if wrapped:
+        original = transformers.PreTrainedModel.from_pretrained.__func__
+
+        def theirs(cls, *args, **kwargs):
+            return original(cls, *args, **kwargs)
+
+        monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(theirs))
+    model = Teacher(GPT2Config(**GPT2), tmp_path, how)
+    assert same(teacher, model.teacher[0], TEXT)
+
+
 THEIR_CODE = """
 import hf_gem
 from torch import nn

@@ -714,13 +714,12 @@ def test_activations_that_do_not_run_in_training(replaced, tmp_path):
         Trainer(model=model, args=arguments, train_dataset=rows).train()
         model.save_pretrained(tmp_path)
     said = [str(warning.message) for warning in caught if "did not run" in str(warning.message)]
-    if replaced == "none":
-        assert said == []
-    else:
+    if replaced == "all":
         (message,) = said
         where = "2 of 2 activations of the family in LlamaForCausalLM did not run in training: model.layers.*.mlp"
-        where = where if replaced == "all" else where.replace("2 of", "1 of").replace("*", "0")
         assert message.startswith(where)
+    else:  # training may leave out one layer of many, as LayerDrop and mixtures of experts do
+        assert said == []
 
 
 def test_activations_that_did_not_run_in_a_loop_of_ones_own(tmp_path):

@@ -1,6 +1,8 @@
 """The ways to save and load that people use: the same function comes back, or something says that it does not."""
 
 import copy
+import json
+import shutil
 import warnings
 
 import pytest
@@ -128,14 +130,20 @@ def base(tmp_path_factory):
     return folder
 
 
-def adapted(base, name, how="convert", **options):
-    """A converted model with an adapter: the natural way to convert and fine-tune."""
-    peft = pytest.importorskip("peft")
+def to_adapt(base, name, how="convert"):
+    """The model under an adapter: converted, built with the name, or as it is."""
     transformers = pytest.importorskip("transformers")
     asked = {"hidden_act": name} if how == "config" else {}
     model = transformers.GPT2LMHeadModel.from_pretrained(base, **asked)
     if how == "convert":
         hf_gem.convert(model, name, inputs=IDS)
+    return model
+
+
+def adapted(base, name, how="convert", **options):
+    """A converted model with an adapter: the natural way to convert and fine-tune."""
+    peft = pytest.importorskip("peft")
+    model = to_adapt(base, name, how)
     layers = {"target_modules": ["c_attn", "c_fc"], "init_lora_weights": False, "fan_in_fan_out": True}
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **layers, **options)).eval()
 
@@ -166,6 +174,68 @@ def test_adapters(name, how, base, tmp_path, monkeypatch):
     merged = loaded.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     assert same(merged, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), IDS)
+
+
+@pytest.mark.parametrize("how", ["convert", "config", "stock"])
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_adapters_that_learn_a_prompt(kind, how, base, tmp_path):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(to_adapt(base, "gem_n2", how), config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(transformers.GPT2LMHeadModel.from_pretrained(base), tmp_path)
+    assert same(model, loaded, IDS)
+    loaded.load_adapter(tmp_path, "second")
+    loaded.set_adapter("second")
+    assert same(model, loaded, IDS)
+
+
+@pytest.mark.parametrize("how", ["convert", "config"])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_adapters_of_experts(how, tmp_path):
+    """PEFT wraps the module with the parameters, which also holds the activation, once for each parameter."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "num_local_experts": 2, "vocab_size": 32, "pad_token_id": None}
+    cls, base, adapter = transformers.MixtralForCausalLM, tmp_path / "base", tmp_path / "adapter"
+    cls(transformers.MixtralConfig(**sizes)).save_pretrained(base)
+    model = cls.from_pretrained(base, **({"hidden_act": "gem_n2"} if how == "config" else {}))
+    if how == "convert":
+        hf_gem.convert(model, "gem_n2")
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=experts, init_lora_weights=False)
+    model = peft.get_peft_model(model, config).eval()
+    model.save_pretrained(adapter)
+    loaded = peft.PeftModel.from_pretrained(cls.from_pretrained(base), adapter)
+    assert same(model, loaded, IDS)
+    file = adapter / "adapter_config.json"
+    written = json.loads(file.read_text())
+    assert written["hf_gem"]["activations"] == {"gem_n2": ["model.layers.0.mlp.experts.act_fn"]}
+    # Older versions of hf_gem wrote the path through the wrappers.
+    written["hf_gem"]["activations"] = {"gem_n2": ["model.layers.0.mlp.experts.base_layer.base_layer.act_fn"]}
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/adapter_config.json").write_text(json.dumps(written))
+    shutil.copy(adapter / "adapter_model.safetensors", tmp_path / "old")
+    assert same(model, peft.PeftModel.from_pretrained(cls.from_pretrained(base), tmp_path / "old"), IDS)
+    for folder in (adapter, tmp_path / "old"):  # where the model is wrapped already
+        loaded.load_adapter(folder, folder.name)
+        loaded.set_adapter(folder.name)
+        assert same(model, loaded, IDS)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_after_the_only_one_was_deleted(base, tmp_path):
+    model = adapted(base, "gem_n2")
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    model.delete_adapter("default")
+    model.load_adapter(tmp_path, "default")
+    model.set_adapter("default")  # PEFT leaves it inactive
+    assert torch.equal(model(IDS).logits, expected)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -290,6 +290,29 @@ def test_wrong_models():
         audit(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_model_with_an_adapter(task):
+    """Without a task, its own forward does not say what it takes."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type=task)
+    model = peft.get_peft_model(llama(hidden_act="gem_n2"), config)
+    assert audit(model).num_gem == 2
+
+
+def test_a_forward_that_does_not_say_what_it_takes():
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.config, self.main_input_name = model, model.config, model.main_input_name
+
+        def forward(self, *args, **kwargs):
+            return self.model(*args, **kwargs)
+
+    with pytest.raises(ValueError, match=r"forward of Wrapper does not name its inputs, so none can be made up\. Pass"):
+        audit(Wrapper(llama()))
+
+
 @pytest.mark.parametrize("inputs", [5, "gem_n2", {"input_ids": [1]}])
 def test_inputs_that_are_none(inputs):
     kind = type(inputs).__name__
