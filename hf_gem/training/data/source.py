@@ -122,6 +122,7 @@ def load_splits(config: SourceConfig, streaming: bool = False) -> dict[str, Any]
     """
     with needed_for(f"reading --dataset {shown(config.dataset)}"):
         from datasets import load_dataset
+        from datasets.exceptions import DatasetGenerationError
 
     path = Path(config.dataset)
     try:
@@ -133,10 +134,14 @@ def load_splits(config: SourceConfig, streaming: bool = False) -> dict[str, Any]
     except (DataError, Interrupted):
         raise
     except Exception as error:  # each reader of datasets raises its own
-        raise DataError(
-            f"cannot read the dataset {shown(config.dataset)}: {reason(error)}. --dataset can be a Hub dataset id, a "
-            f"local folder or file ({', '.join(config.builders)}), or {config.builtin!r}. Check the name."
-        ) from error
+        hidden = error.__cause__ if type(error) is DatasetGenerationError else None  # this type itself says nothing
+        cause = hidden if isinstance(hidden, Exception) else error
+        fix = "Fix the data."
+        if not path.exists():
+            kinds = ", ".join(config.builders)
+            fix = f"--dataset can be a Hub dataset id, a local folder or file ({kinds}), or {config.builtin!r}. "
+            fix += "Check the name."
+        raise DataError(f"cannot read the dataset {shown(config.dataset)}: {reason(cause)}. {fix}") from error
     if config.train_split not in loaded:
         raise DataError(
             f"{shown(config.dataset)} has no split {shown(config.train_split)}. Its splits are {', '.join(loaded)}. "

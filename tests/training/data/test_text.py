@@ -396,18 +396,28 @@ def test_too_little_text_is_an_error(prepare, tmp_path, content, words):
     assert all(word in str(error.value) for word in [*words, "corpus.txt"]), error.value
 
 
-def test_unreadable_sources_are_errors_that_say_what_can_be_read(prepare, tmp_path):
-    (tmp_path / "bad.parquet").write_bytes(b"not parquet")
-    (tmp_path / "bad.jsonl").write_text('{"text": \n')
-    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00 not utf-8 \xff" * 100)
-    (tmp_path / "empty").mkdir()
-    for name in ("bad.parquet", "bad.jsonl", "bad.txt", "bad.docx", "empty", "no/such-dataset"):
-        (tmp_path / "bad.docx").touch()
-        source = tmp_path / name if "/" not in name else name
-        with pytest.raises(DataError, match=name) as error:
-            prepare(source)
-        assert "jsonl" in str(error.value)
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        ("bad.parquet", b"not parquet", r"ArrowInvalid: Parquet .*\. Fix the data\.$"),
+        ("bad.jsonl", b'{"text": "good"}\n{"text": \n', r"ArrowInvalid: JSON parse error.*\. Fix the data\.$"),
+        ("bad.txt", b"not utf-8 \xff" * 100, r"UnicodeDecodeError: .* 0xff in position 10.*\. Fix the data\.$"),
+        ("bad.docx", b"", "has the suffix '.docx'. It can be .parquet, .jsonl, .json, .txt"),
+        ("empty/nothing", b"", r"empty holds these kinds of files: none\. It must hold one kind of .parquet, .jsonl"),
+    ],
+)
+def test_unreadable_sources_are_errors_that_say_why(prepare, tmp_path, name, content, cause):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=cause):
+        prepare(path.parent if "/" in name else path)
     assert not list((tmp_path / "c" / "text").glob(".*"))
+
+
+def test_a_dataset_that_is_nowhere_may_have_a_wrong_name(prepare):
+    with pytest.raises(DataError, match=r"'no/such-dataset': .* local folder or file \(.parquet, .*Check the name\.$"):
+        prepare("no/such-dataset")
 
 
 def test_a_wrong_column_split_or_tokenizer_names_the_choices(prepare, tmp_path, bytes_tokenizer):
