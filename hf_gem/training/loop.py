@@ -357,7 +357,7 @@ class _Run:
         parts = {"validation": self.task.validation, "test": self.task.test if last else None}
         how = self.task.metrics, self.micro_batch_size, self.accelerator
         try:
-            found = {part: evaluate(self.evaluated, samples, *how) for part, samples in parts.items() if samples}
+            found = {part: evaluate(self.evaluated, data, *how) for part, data in parts.items() if data is not None}
         except Interrupted as stopped:
             self.owes_evaluation = True  # a resumed run starts with it
             self._stop(step, stopped.signal_number)

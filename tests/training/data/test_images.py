@@ -136,6 +136,35 @@ def test_every_image_needs_a_class(tmp_path, kind):
         prepare(tmp_path, dataset=str(tmp_path / "data"))
 
 
+def test_training_images_cover_all_classes(tmp_path):
+    draw(*(tmp_path / "set" / f"{path}.png" for path in ("train/a/1", "train/b/1", "test/a/1", "test/c/1")))
+    with pytest.raises(DataError, match="validation images of classes that do not occur in its split 'train'"):
+        prepare(tmp_path, dataset=str(tmp_path / "set"), validation_split="test")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"label_column": "tags"}, "column 'tags' of .* holds no classes, but List.*Name another --label_column"),
+        ({"image_column": "kind"}, "column 'kind' of .* holds no images: Arrow.*Name another --image_column"),
+    ],
+)
+def test_columns_of_other_types_are_refused(tmp_path, fields, message):
+    rows = {
+        "img": [np.full((6, 6), i, np.uint8) for i in range(4)],
+        "tags": [[i] for i in range(4)],
+        "kind": [0, 1] * 2,
+    }
+    features = {
+        "img": datasets.Image(),
+        "tags": datasets.List(datasets.Value("int64")),
+        "kind": datasets.Value("int64"),
+    }
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=message):
+        prepare(tmp_path, **{"dataset": str(tmp_path / "train.parquet"), "label_column": "kind", **fields})
+
+
 @pytest.mark.parametrize("resident", [True, False])
 def test_a_file_that_is_no_image(tmp_path, resident):
     folder = write_folder(tmp_path / "data")
