@@ -143,7 +143,9 @@ class TrainConfig:
             self.hidden_act = parse(self.hidden_act).name  # or ValueError, with the nearest valid name
         self._check_eps()
         at_least(self, 1, "steps", "global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints")
-        at_least(self, 0, "seed", "data_seed", "warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every")
+        at_least(self, 0, "warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every")
+        for name in ("seed", "data_seed"):  # torch and NumPy keep seeds in 64 bits
+            require(0 <= getattr(self, name) < 2**63, name, getattr(self, name), "from 0 to 2**63 - 1")
         for name in ("momentum", "adam_beta1", "adam_beta2", "ema_decay"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         for name in ("learning_rate", "adam_eps"):
