@@ -142,7 +142,7 @@ class Plan:
         both = sorted(set(self.tuning_seeds) & set(self.final_seeds))
         require(not both, f"tuning_seeds and final_seeds must differ, got {shown(both)} in both")
         for seeds in (self.tuning_seeds, self.final_seeds):
-            require(all(seed >= 0 for seed in seeds), f"seeds must be at least 0, got {shown(seeds)}")
+            require(all(0 <= seed < 2**63 for seed in seeds), f"seeds must be 0 to 2**63 - 1, got {shown(seeds)}")
             require(len(set(seeds)) == len(seeds), f"seeds must differ, got {shown(seeds)}")
         require(len(self.final_seeds) > 1, f"final_seeds must be at least two, got {shown(self.final_seeds)}")
         require(self.tuning_seeds or not self.tunes, "tuning_seeds is empty, but there is something to choose")

@@ -143,7 +143,9 @@ class TrainConfig:
             self.hidden_act = parse(self.hidden_act).name  # or ValueError, with the nearest valid name
         self._check_eps()
         at_least(self, 1, "steps", "global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints")
-        at_least(self, 0, "seed", "data_seed", "warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every")
+        at_least(self, 0, "warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every")
+        for name in ("seed", "data_seed"):  # torch and NumPy keep seeds in 64 bits
+            require(0 <= getattr(self, name) < 2**63, name, getattr(self, name), "from 0 to 2**63 - 1")
         for name in ("momentum", "adam_beta1", "adam_beta2", "ema_decay"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         for name in ("learning_rate", "adam_eps"):
@@ -247,7 +249,7 @@ def parse_config(
             **_converted(from_file, types, str(values["config"])),
             **given,
         }
-        config = cls(**{name: value for name, value in chosen.items() if value is not None})
+        config = cls(**{name: _at_home(value) for name, value in chosen.items() if value is not None})
         config.validate()
     except ValueError as error:
         parser.fail(str(error))
@@ -276,6 +278,11 @@ class _Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {redact(message)}\n")
 
 
+def _at_home(value: Any) -> Any:
+    """Expands a path that begins with the home folder, as a shell does only if the path is a word of its own."""
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
+
+
 def _nearest(name: str, allowed: Iterable[str]) -> str:
     near = closest(name, allowed)
     return f" Did you mean {near!r}?" if near else ""
@@ -300,7 +307,7 @@ def read_yaml(text: str) -> Any:
 
 def _read_config(path: str) -> dict[str, Any]:
     try:
-        values = read_yaml(Path(path).read_text(encoding="utf-8"))
+        values = read_yaml(Path(_at_home(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = str(error).rstrip(".")
         raise ValueError(f"cannot read --config {shown(path)}: {reason}. Name a file with YAML in it.") from error

@@ -25,7 +25,7 @@ from .config import TrainConfig, trajectory
 from .curve import LiveCurve
 from .data.order import SampleOrder
 from .device import batch_to_device, place_model
-from .errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError, reason
+from .errors import ConfigError, DataError, Interrupted, TrainingError, reason
 from .evaluate import evaluate
 from .launch import layers_to_shard, start_tracker
 from .loss import IGNORE
@@ -160,11 +160,6 @@ class _Run:
     def train(self) -> dict[str, Any]:
         steps = self.config.steps
         start, state = self.checkpoints.restore(self.accelerator, self.config.resume)
-        if start > steps:
-            raise CheckpointError(
-                f"the newest checkpoint is at step {start}, but --steps is {steps}. Use at least --steps {start}, or "
-                "choose another --output_dir."
-            )
         self._take_up(start, state)
         if self.is_main and start < steps:
             self.session["first_step"] = start + 1
@@ -357,7 +352,7 @@ class _Run:
         parts = {"validation": self.task.validation, "test": self.task.test if last else None}
         how = self.task.metrics, self.micro_batch_size, self.accelerator
         try:
-            found = {part: evaluate(self.evaluated, samples, *how) for part, samples in parts.items() if samples}
+            found = {part: evaluate(self.evaluated, data, *how) for part, data in parts.items() if data is not None}
         except Interrupted as stopped:
             self.owes_evaluation = True  # a resumed run starts with it
             self._stop(step, stopped.signal_number)

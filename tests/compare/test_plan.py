@@ -31,6 +31,7 @@ from tests.helpers import ROOT
         ({"tuning_seeds": [7]}, r"must differ, got \[7\] in both"),
         ({"tuning_seeds": []}, "there is something to choose"),
         ({"final_seeds": [1]}, r"at least two, got \[1\]"),
+        ({"final_seeds": [1, 2**63]}, r"seeds must be 0 to 2\*\*63 - 1, got \[1, 9223372036854775808\]"),
         ({"smallest_effect": 0}, "smallest_effect must be above 0"),
         ({"flags": {"seed": 3}}, "flags must not include seed, which the study sets"),
     ],

@@ -131,6 +131,15 @@ def test_a_flag_wins_even_with_the_value_of_the_default(tmp_path):
     assert (config.whole, config.flag, config.maybe_text) == (1, False, "x")
 
 
+def test_paths_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    """A shell leaves the ~ of --output_dir=~/runs as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("cache_dir: ~/cache\ndataset: ~/corpus.txt\n")
+    config = parse("--config=~/run.yaml", "--output_dir=~/runs/~/a")
+    got = config.cache_dir, config.dataset, config.output_dir
+    assert got == (f"{tmp_path}/cache", f"{tmp_path}/corpus.txt", f"{tmp_path}/runs/~/a")
+
+
 def test_a_checkpoint_to_resume_may_have_been_deleted_by_its_run(tmp_path, capsys):
     (tmp_path / "checkpoints").mkdir()
     path = str(tmp_path / "checkpoints" / "step_00000002")
@@ -210,7 +219,8 @@ def test_the_124m_preset_is_gpt2_small():
         (["--preset", "gpt3"], ["--preset", "gpt3", "gpt2-124m"]),
         (["--n_head", "3"], ["--n_embd", "multiple", "3"]),
         (["--adam_beta2", "1"], ["--adam_beta2", "[0, 1)"]),
-        (["--seed", "-1"], ["--seed", "at least 0", "got -1"]),
+        (["--seed", "-1"], ["--seed", "from 0 to 2**63 - 1", "got -1"]),
+        (["--data_seed", str(2**63)], ["--data_seed", "from 0 to 2**63 - 1", f"got {2**63}"]),
         (["--learning_rate", "inf"], ["--learning_rate", "finite", "got inf"]),
         (["--n_head", "0"], ["--n_head", "at least 1"]),
         (["--micro_batch_size", "0"], ["--micro_batch_size", "at least 1", "got 0"]),

@@ -173,7 +173,7 @@ def read_splits(config: VisionConfig) -> ImageSplits:
 
     Raises:
         ConfigError: A package that is needed to read the dataset is not installed.
-        DataError: The dataset cannot be read, or lacks the named columns.
+        DataError: The dataset cannot be read, lacks the named columns, or has too few images.
     """
     if config.dataset == DIGITS:
         return _read_arrays(config, _DIGITS_FILE)
@@ -200,24 +200,42 @@ def _read_arrays(config: VisionConfig, path: Path) -> ImageSplits:
     shares = config.held_out(found)
     arrays = {part: (images[chosen], labels[chosen]) for part, chosen in hold_out(len(images), shares).items()}
     arrays |= {part: _checked(path, *found[split]) for part, split in config.own_splits(shares).items()}
-    for part, (_, classes_of_part) in arrays.items():
-        if not np.isin(classes_of_part, classes).all():
-            raise DataError(
-                f"{path} has {part} images of classes that do not occur in y_{config.train_split}. Training images "
-                "must cover all classes. Add some, or remove the others."
-            )
+    _check_parts(config, {part: y for part, (_, y) in arrays.items()}, classes)
     parts = {part: Rows(x.__getitem__, np.searchsorted(classes, y)) for part, (x, y) in arrays.items()}
     return ImageSplits(parts, [str(name) for name in classes], _held_out(shares), False)
+
+
+def _check_parts(config: VisionConfig, labels: Mapping[str, np.ndarray], known: np.ndarray) -> None:
+    """Checks that each part has images, and only of classes that the training split has.
+
+    Args:
+        config: The config with the dataset.
+        labels: Part -> the classes of its images.
+        known: All classes of the training split.
+    """
+    for part, classes in labels.items():
+        if len(classes) == 0:
+            counts = ", ".join(f"{len(of_part)} {name}" for name, of_part in labels.items())
+            raise DataError(
+                f"{shown(config.dataset)} has too few {part} images: {counts}. Each part needs at least one. Add some, "
+                f"or name another --{part}_split."
+            )
+        if not np.isin(classes, known).all():
+            raise DataError(
+                f"{shown(config.dataset)} has {part} images of classes that do not occur in its split "
+                f"{shown(config.train_split)}. Training images must cover all classes. Add some, or remove the others."
+            )
 
 
 def _checked(path: Path, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Checks the arrays of a file. Returns grey images without a channel dimension, and classes in one dimension."""
     colours = images.ndim == 4 and images.shape[-1] in (1, 3)
-    if images.dtype != np.uint8 or not (images.ndim == 3 or colours) or len(images) != labels.size:
+    sound = images.dtype == np.uint8 and (images.ndim == 3 or colours) and 0 not in images.shape[1:]
+    if not sound or len(images) != labels.size:
         raise DataError(
             f"{path} has {images.dtype} images of shape {images.shape} and {labels.size} classes. Images must be uint8 "
-            "of shape (images, height, width), with or without a last dimension of 1 or 3 channels, and each needs a "
-            "class. Convert the arrays."
+            "of shape (images, height, width), not 0 x 0, with or without a last dimension of 1 or 3 channels, and "
+            "each needs a class. Convert the arrays."
         )
     return images[..., 0] if images.shape[3:] == (1,) else images, labels.reshape(-1)
 
@@ -254,31 +272,52 @@ def _read(config: VisionConfig) -> ImageSplits:
                 f"{', '.join(train.column_names)}. Name one with --image_column or --label_column."
             )
     feature = train.features[label]
+    if not isinstance(feature, (datasets.Value, datasets.ClassLabel)):
+        raise DataError(
+            f"column {shown(label)} of {shown(config.dataset)} holds no classes, but {type(feature).__name__}. A class "
+            "is a name or a number. Name another --label_column."
+        )
     names = getattr(feature, "names", None)
     values = range(len(names)) if names else sorted(set(train[label]) - {None})
     numbers = {value: number for number, value in enumerate(values)}
 
     def rows(table: Any) -> Rows:
         labels = np.array([numbers.get(value, -1) for value in table[label]], np.int64)
-        if len(labels) == 0 or labels.min() < 0:
+        if (labels < 0).any():
             raise DataError(
-                f"column {shown(label)} of {shown(config.dataset)} is empty, or has values, perhaps null, that are "
-                f"none of its {len(values)} classes. Every image needs a class. Name another split or column, or "
-                "remove these images."
+                f"column {shown(label)} of {shown(config.dataset)} has values, perhaps null, that are none of its "
+                f"{len(values)} classes. Every image needs a class. Name another split or column, or remove these "
+                "images."
             )
-        encoded = table.cast_column(image, datasets.Image(decode=False)).select_columns(image)
-
-        def source(index: int) -> Any:
-            item = encoded[index][image]
-            return io.BytesIO(item["bytes"]) if item["bytes"] is not None else item["path"]
-
-        return Rows(source, labels)
+        return Rows(_encoded(config, table, image), labels)
 
     shares = config.held_out(loaded)
     tables = {part: train.select(chosen) if shares else train for part, chosen in hold_out(len(train), shares).items()}
-    tables |= {part: loaded[split] for part, split in config.own_splits(shares).items()}
+    own = config.own_splits(shares)
+    tables |= {part: loaded[split] for part, split in own.items()}
     parts = {part: rows(table) for part, table in tables.items()}
+    labels = {part: rows_of_part.labels for part, rows_of_part in parts.items()}
+    _check_parts(config, labels, np.concatenate([labels[part] for part in labels if part not in own]))
     return ImageSplits(parts, [str(name) for name in names or values], _held_out(shares), config.on_hub)
+
+
+def _encoded(config: VisionConfig, table: Any, column: str) -> Callable[[int], Any]:
+    """Returns the source of `Rows` for a column of images."""
+    import datasets
+
+    try:
+        encoded = table.cast_column(column, datasets.Image(decode=False)).select_columns(column)
+    except Exception as error:  # Arrow raises its own for each pair of types
+        raise DataError(
+            f"column {shown(column)} of {shown(config.dataset)} holds no images: {reason(error)}. Name another "
+            "--image_column."
+        ) from error
+
+    def source(index: int) -> Any:
+        item = encoded[index][column]
+        return io.BytesIO(item["bytes"]) if item["bytes"] is not None else item["path"]
+
+    return source
 
 
 def _first_column(config: VisionConfig, table: Any, what: str, kind: type) -> str:

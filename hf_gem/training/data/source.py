@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -23,6 +25,13 @@ T = TypeVar("T")
 _META = "meta.json"
 STOPPED = "stopped while preparing the data; run the same command again to start over"
 _LOOK_EVERY = 0.2  # seconds
+_SPLITS = {  # the word that names a split of a local folder, in lower case -> the split
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_SHARD = re.compile(r"[-_. ]?\d+(?:-of-\d+)?(?:-[0-9a-f]{16})?$")  # as in train-00000-of-00002, perhaps with a hash
+_HIDDEN = re.compile(r"/(?:\.|__[^/]*/)")  # what `datasets` skips too
 
 
 @dataclass
@@ -113,6 +122,7 @@ def load_splits(config: SourceConfig, streaming: bool = False) -> dict[str, Any]
     """
     with needed_for(f"reading --dataset {shown(config.dataset)}"):
         from datasets import load_dataset
+        from datasets.exceptions import DatasetGenerationError
 
     path = Path(config.dataset)
     try:
@@ -124,10 +134,14 @@ def load_splits(config: SourceConfig, streaming: bool = False) -> dict[str, Any]
     except (DataError, Interrupted):
         raise
     except Exception as error:  # each reader of datasets raises its own
-        raise DataError(
-            f"cannot read the dataset {shown(config.dataset)}: {reason(error)}. --dataset can be a Hub dataset id, a "
-            f"local folder or file ({', '.join(config.builders)}), or {config.builtin!r}. Check the name."
-        ) from error
+        hidden = error.__cause__ if type(error) is DatasetGenerationError else None  # this type itself says nothing
+        cause = hidden if isinstance(hidden, Exception) else error
+        fix = "Fix the data."
+        if not path.exists():
+            kinds = ", ".join(config.builders)
+            fix = f"--dataset can be a Hub dataset id, a local folder or file ({kinds}), or {config.builtin!r}. "
+            fix += "Check the name."
+        raise DataError(f"cannot read the dataset {shown(config.dataset)}: {reason(cause)}. {fix}") from error
     if config.train_split not in loaded:
         raise DataError(
             f"{shown(config.dataset)} has no split {shown(config.train_split)}. Its splits are {', '.join(loaded)}. "
@@ -144,35 +158,88 @@ def _local_arguments(path: Path, builders: dict[str, str]) -> dict[str, Any]:
                 f"the file {path} has the suffix {shown(path.suffix)}. It can be {', '.join(builders)}. Convert the "
                 "file."
             )
-        files = {"train": [path]}
-    else:
-        files = {}
-        for file in checked(sorted(path.rglob("*"))):
-            if file.suffix.lower() in builders and file.stem.lower() not in ("readme", "license"):
-                files.setdefault(_split_of(file.relative_to(path)), []).append(file)
-    kinds = {builders[file.suffix.lower()] for group in files.values() for file in group}
+        return _file_arguments(builders[path.suffix.lower()], {"train": [path]})
+    found = checked(sorted(path.rglob("*")))
+    visible = [file for file in found if not _HIDDEN.search(f"/{file.relative_to(path).as_posix()}")]
+    files = [
+        file for file in visible if file.suffix.lower() in builders and file.stem.lower() not in ("readme", "license")
+    ]
+    kinds = {builders[file.suffix.lower()] for file in files}
     if len(kinds) != 1:
         raise DataError(
             f"the folder {path} holds these kinds of files: {', '.join(sorted(kinds)) or 'none'}. It must hold one "
             f"kind of {', '.join(builders)}. Name another folder, or move the other files away."
         )
     kind = kinds.pop()
-    if kind == "imagefolder" and path.is_dir():
-        return {"path": kind, "data_dir": str(path)}  # this builder takes labels from the names of folders
+    if kind == "imagefolder":
+        described = {file.parent for file in visible if file.name in ("metadata.csv", "metadata.jsonl")}
+        return {"path": kind, "data_files": _image_patterns(path, files, described), "drop_labels": False}
+    groups: dict[str, list[Path]] = {}
+    top = _top(path, files)
+    for file in files:
+        groups.setdefault(_split_of(file.relative_to(top)), []).append(file)
+    return _file_arguments(kind, groups)
+
+
+def _file_arguments(kind: str, groups: dict[str, list[Path]]) -> dict[str, Any]:
+    """Returns the arguments of `load_dataset` for the files of each split."""
     return {
         "path": kind,
-        "data_files": {split: [str(file) for file in group] for split, group in files.items()},
+        "data_files": {split: [glob.escape(str(file)) for file in group] for split, group in groups.items()},
         **({"sample_by": "document"} if kind == "text" else {}),  # a text file is one document, not one per line
     }
 
 
+def _top(path: Path, files: list[Path]) -> Path:
+    """Returns the folder whose subfolders may be splits. A folder that holds only one other is passed over."""
+    common = Path(os.path.commonpath([file.parent.parent for file in files]))
+    if path in common.parents:
+        for name in common.relative_to(path).parts:
+            if name.lower() in _SPLITS:
+                break
+            path /= name
+    return path
+
+
 def _split_of(file: Path) -> str:
-    """Finds the split of a file from the words in its path, as on the Hub; train if no word names one."""
-    words = set(re.split(r"[^a-z]+", file.as_posix().lower()))
-    for split, names in (("validation", {"validation", "valid", "val", "dev"}), ("test", {"test", "testing"})):
-        if words & names:
-            return split
-    return "train"
+    """Finds the split of a file: its first folder or its name is the word for one, or else it is train.
+
+    Words inside longer names, such as "the test of time.txt", have other meanings.
+    """
+    name = _SHARD.sub("", file.stem.lower())
+    return _SPLITS.get(file.parts[0].lower()) or _SPLITS.get(name, "train")
+
+
+def _image_patterns(path: Path, files: list[Path], described: set[Path]) -> dict[str, list[str]]:
+    """Returns the glob patterns of each split of a folder of images.
+
+    Subfolders are splits if all are named so and hold folders of classes. Otherwise they are classes themselves.
+
+    Args:
+        path: The folder.
+        files: Its images.
+        described: Folders in which a metadata file lists the images. These need no folders of classes.
+
+    Raises:
+        DataError: An image is not in the folder of a class.
+    """
+    top = path if described else _top(path, files)
+    names = {file.relative_to(top).parts[0] for file in files}
+    direct = any(file.parent.parent == top and file.parent not in described for file in files)
+    are_splits = not direct and all(name.lower() in _SPLITS for name in names)
+    roots = [top / name for name in sorted(names)] if are_splits else [top]
+    for file in files:
+        if not described and file.parent.parent not in roots:
+            raise DataError(
+                f"the image {shown(str(file))} is not directly in the folder of a class. {path} must hold one folder "
+                "of images per class, or folders train, validation and test that hold those. Move the image, or name "
+                "another folder."
+            )
+    patterns: dict[str, list[str]] = {}
+    for root in roots:
+        split = _SPLITS[root.name.lower()] if are_splits else "train"
+        patterns.setdefault(split, []).append(f"{glob.escape(str(root))}/**")
+    return patterns
 
 
 def checked(items: Iterable[T]) -> Iterator[T]:

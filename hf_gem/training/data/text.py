@@ -30,7 +30,7 @@ from .stored import ENDS, TextContent, read_ends, read_tokens
 
 STDLIB = "stdlib"
 END_OF_TEXT = "<|endoftext|>"
-_CACHE_FORMAT = 5  # increment when the content of the files changes
+_CACHE_FORMAT = 6  # increment when the content of the files changes
 _PIECE = 1 << 20  # characters given to the tokenizer at once: its memory grows with the length of a text
 _BATCH = 1 << 22  # characters of whole documents that are tokenised together
 _FEW = 100  # documents: fewer are too few to draw from

@@ -72,13 +72,27 @@ def test_images_for_a_test_are_others(tmp_path):
         ({"x_train": images().astype(np.float32)}, "float32 images of shape .40, 6, 6. .* Images must be uint8"),
         ({"x_train": images(40, 2)}, "1 or 3 channels"),
         ({"y_train": LABELS[:7]}, "7 classes"),
-        ({"x_validation": images(2), "y_validation": np.array([3, 9])}, "classes that do not occur in y_train"),
+        ({"x_validation": images(2), "y_validation": np.array([3, 9])}, "classes .* not occur in its split 'train'"),
+        (
+            {"x_validation": images(0), "y_validation": LABELS[:0]},
+            "few validation images: 40 train, 0 validation. .*Add",
+        ),
+        ({"x_train": images(0), "y_train": LABELS[:0]}, "few train images: 0 train, 0 validation"),
+        ({"x_train": images(1), "y_train": LABELS[:1]}, "few train images: 0 train, 1 validation"),
+        ({"x_train": images()[:, :0, :0]}, "uint8 images of shape .40, 0, 0. .*not 0 x 0"),
         ({"x_test": images(2)}, "y_test.*It must hold the arrays x_train, y_train"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, arrays, message):
     with pytest.raises(DataError, match=message):
         prepare(tmp_path, dataset=write(tmp_path / "a.npz", **arrays))
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_an_empty_test_split_is_no_test(tmp_path, resident):
+    file = write(tmp_path / "a.npz", x_test=images(0), y_test=LABELS[:0])
+    with pytest.raises(DataError, match=r"too few test images: .* 0 test\. .* or name another --test_split"):
+        prepare(tmp_path, dataset=file, test_split="test", resident=resident)
 
 
 def test_files_and_splits_that_are_not_there(tmp_path):

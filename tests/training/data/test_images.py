@@ -25,6 +25,51 @@ def test_an_image_folder_with_splits(tmp_path):
     assert min(np.abs(image.permute(1, 2, 0).numpy() - expected).max() for image in got) < 1e-5
 
 
+def draw(*paths):
+    for number, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 6), (number, 0, 0)).save(path)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [("bus", "freight train", "passenger train"), ("cat", "val"), ("test", "train"), ("car [1]", "test drive")],
+)
+def test_words_in_names_of_classes_and_images_mean_nothing(tmp_path, classes):
+    folder = tmp_path / "my test [2]"
+    names = ("1.png", "train bild 2.png", "test-3.png", "val.png", "5 [x].png")
+    draw(*(folder / label / name for label in classes for name in names))
+    draw(folder / ".thumbnails" / "1.png", folder / "__MACOSX" / "test" / "1.png")  # as systems add them
+    data = prepare(tmp_path, dataset=str(folder), validation_fraction=0.2)
+    assert data.classes == list(classes)
+    assert len(data.train) + len(data.validation) == 5 * len(classes)
+
+
+def test_folders_of_splits_have_several_names_and_may_lie_in_another(tmp_path):
+    names = {"Training": 5, "val": 3, "evaluation": 2}
+    draw(*(tmp_path / "set" / "images" / s / c / f"{i}.png" for s, n in names.items() for c in "ab" for i in range(n)))
+    data = prepare(tmp_path, dataset=str(tmp_path / "set"), test_split="test")
+    assert data.facts["num_images"] == {"train": 10, "validation": 6, "test": 4}
+
+
+@pytest.mark.parametrize("stray", ["1.png", "a/more/1.png", "test/1.png"])
+def test_an_image_outside_the_folder_of_a_class_is_named(tmp_path, stray):
+    draw(tmp_path / "set" / stray)
+    folder = tmp_path / "set" / ("train" if "test" in stray else "")
+    draw(*(folder / label / f"{i}.png" for label in "ab" for i in "12"))
+    with pytest.raises(DataError, match=r"the image '.*\.png' is not directly in the folder of a class.*one folder"):
+        prepare(tmp_path, dataset=str(tmp_path / "set"))
+
+
+def test_classes_from_a_file_of_metadata(tmp_path):
+    for split in ("train", "test"):
+        draw(*(tmp_path / "set" / split / f"{i}.png" for i in range(4)))
+        lines = ["file_name,kind", *(f"{i}.png,{'ab'[i % 2]}" for i in range(4))]
+        (tmp_path / "set" / split / "metadata.csv").write_text("\n".join(lines))
+    data = prepare(tmp_path, dataset=str(tmp_path / "set"), validation_split="test")
+    assert (data.classes, data.facts["num_images"]) == (["a", "b"], {"train": 4, "validation": 4})
+
+
 @pytest.mark.parametrize("suffix", [".PNG", ".JPG", ".Jpeg"])
 @pytest.mark.parametrize("split", ["", "test"])
 def test_names_in_capitals_are_images_too(tmp_path, suffix, split):
@@ -89,6 +134,35 @@ def test_every_image_needs_a_class(tmp_path, kind):
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "train.parquet")
     with pytest.raises(DataError, match=r"column 'label' .* null, that are none of its 2 classes"):
         prepare(tmp_path, dataset=str(tmp_path / "data"))
+
+
+def test_training_images_cover_all_classes(tmp_path):
+    draw(*(tmp_path / "set" / f"{path}.png" for path in ("train/a/1", "train/b/1", "test/a/1", "test/c/1")))
+    with pytest.raises(DataError, match="validation images of classes that do not occur in its split 'train'"):
+        prepare(tmp_path, dataset=str(tmp_path / "set"), validation_split="test")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"label_column": "tags"}, "column 'tags' of .* holds no classes, but List.*Name another --label_column"),
+        ({"image_column": "kind"}, "column 'kind' of .* holds no images: Arrow.*Name another --image_column"),
+    ],
+)
+def test_columns_of_other_types_are_refused(tmp_path, fields, message):
+    rows = {
+        "img": [np.full((6, 6), i, np.uint8) for i in range(4)],
+        "tags": [[i] for i in range(4)],
+        "kind": [0, 1] * 2,
+    }
+    features = {
+        "img": datasets.Image(),
+        "tags": datasets.List(datasets.Value("int64")),
+        "kind": datasets.Value("int64"),
+    }
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=message):
+        prepare(tmp_path, **{"dataset": str(tmp_path / "train.parquet"), "label_column": "kind", **fields})
 
 
 @pytest.mark.parametrize("resident", [True, False])

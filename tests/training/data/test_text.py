@@ -235,7 +235,7 @@ def test_few_documents_keep_their_beginnings_for_training(prepare, tmp_path, byt
     assert all(len(a) > len(b) for a, b in zip(begins, ends, strict=True))
 
 
-def test_all_files_of_a_folder_count_by_the_words_in_their_names(prepare, tmp_path, bytes_tokenizer):
+def test_all_files_of_a_folder_count_and_whole_names_tell_their_splits(prepare, tmp_path, bytes_tokenizer):
     for name in ("a", "part/b", "train-1", "test-1", "validation/c", "README"):
         file = tmp_path / "data" / f"{name}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -245,6 +245,36 @@ def test_all_files_of_a_folder_count_by_the_words_in_their_names(prepare, tmp_pa
     assert [name in train for name in ("of a,", "of part/b,", "of train-1,", "test-1", "README")] == [1, 1, 1, 0, 0]
     assert validation.startswith("text of validation/c,")
     assert data.facts["held_out"] == "split"
+
+
+def test_words_inside_the_names_of_files_name_no_split(prepare, tmp_path, bytes_tokenizer):
+    names = ("chapter [1]", "my dev notes", "the test of time", "letters/test/3", "validation rules")
+    for name in names:
+        file = tmp_path / "my test" / f"{name}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"text of {name}, long enough for a block\n")
+    data = prepare(tmp_path / "my test", tokenizer=bytes_tokenizer)
+    train = data.tokenizer.decode(data.train.tokens)
+    assert all(f"text of {name}" in train for name in names)
+    assert data.facts["held_out"] == "end"
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("data/train-00000-of-00002.parquet", "data/test-00000-of-00001.parquet"),
+        ("train-00000-of-00001-a09b74b3ef9c3b56.parquet", "test-00000-of-00001-cd19b3f37b6f1b3a.parquet"),
+        ("default/train/0000.parquet", "default/test/0000.parquet"),
+    ],
+)
+def test_files_are_laid_out_as_on_the_hub(prepare, tmp_path, bytes_tokenizer, train, test):
+    for name, documents in ((train, DOCUMENTS), (test, DOCUMENTS[:30])):
+        path = tmp_path / "set" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_documents(tmp_path / "made", "parquet", documents=documents).rename(path)
+    data = prepare(tmp_path / "set", tokenizer=bytes_tokenizer, test_split="test")
+    assert data.facts["num_documents"]["train"] + data.facts["num_documents"]["validation"] == len(DOCUMENTS)
+    assert data.facts["num_documents"]["test"] == 30
 
 
 def test_columns_of_other_types_are_an_error_and_gaps_are_not(prepare, tmp_path, bytes_tokenizer):
@@ -366,18 +396,28 @@ def test_too_little_text_is_an_error(prepare, tmp_path, content, words):
     assert all(word in str(error.value) for word in [*words, "corpus.txt"]), error.value
 
 
-def test_unreadable_sources_are_errors_that_say_what_can_be_read(prepare, tmp_path):
-    (tmp_path / "bad.parquet").write_bytes(b"not parquet")
-    (tmp_path / "bad.jsonl").write_text('{"text": \n')
-    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00 not utf-8 \xff" * 100)
-    (tmp_path / "empty").mkdir()
-    for name in ("bad.parquet", "bad.jsonl", "bad.txt", "bad.docx", "empty", "no/such-dataset"):
-        (tmp_path / "bad.docx").touch()
-        source = tmp_path / name if "/" not in name else name
-        with pytest.raises(DataError, match=name) as error:
-            prepare(source)
-        assert "jsonl" in str(error.value)
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        ("bad.parquet", b"not parquet", r"ArrowInvalid: Parquet .*\. Fix the data\.$"),
+        ("bad.jsonl", b'{"text": "good"}\n{"text": \n', r"ArrowInvalid: JSON parse error.*\. Fix the data\.$"),
+        ("bad.txt", b"not utf-8 \xff" * 100, r"UnicodeDecodeError: .* 0xff in position 10.*\. Fix the data\.$"),
+        ("bad.docx", b"", "has the suffix '.docx'. It can be .parquet, .jsonl, .json, .txt"),
+        ("empty/nothing", b"", r"empty holds these kinds of files: none\. It must hold one kind of .parquet, .jsonl"),
+    ],
+)
+def test_unreadable_sources_are_errors_that_say_why(prepare, tmp_path, name, content, cause):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=cause):
+        prepare(path.parent if "/" in name else path)
     assert not list((tmp_path / "c" / "text").glob(".*"))
+
+
+def test_a_dataset_that_is_nowhere_may_have_a_wrong_name(prepare):
+    with pytest.raises(DataError, match=r"'no/such-dataset': .* local folder or file \(.parquet, .*Check the name\.$"):
+        prepare("no/such-dataset")
 
 
 def test_a_wrong_column_split_or_tokenizer_names_the_choices(prepare, tmp_path, bytes_tokenizer):
