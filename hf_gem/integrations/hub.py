@@ -60,7 +60,7 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
         **kwargs: Further arguments of `save_pretrained`.
 
     Returns:
-        The files written in addition to those of `save_pretrained`.
+        The files written in addition to those of `save_pretrained`. With `is_main_process=False`, there are none.
 
     Raises:
         TypeError: `model` is not a transformers model.
@@ -86,6 +86,8 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
         vars(config).pop("auto_map")
         if before is not None:
             config.auto_map = before
+    if not kwargs.get("is_main_process", True):
+        return []  # the config, from which the card is written, is saved by the main process only
     written = {folder / name: text for name, text in code.items()}
     card = folder / "README.md"
     auto = next(auto for auto, cls in auto_map.items() if cls == type(model).__name__)
