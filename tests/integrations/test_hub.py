@@ -344,7 +344,7 @@ def test_a_family_without_a_file_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setitem(TABLE, "nofile", family)
     model = gpt2()
     model.transformer.h[0].mlp.act = hf_gem.get_activation("nofile")
-    with pytest.raises(ValueError, match=r"the family 'nofile' is defined in .* Define it as a variable"):
+    with pytest.raises(ValueError, match=r"the family 'nofile' is not a variable of .* Define it as a variable"):
         hf_gem.save_for_hub(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
