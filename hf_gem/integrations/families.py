@@ -84,7 +84,8 @@ def register_shipped(family: Any) -> None:
     """
     registered = FAMILIES.get(family.name)
     if registered is None:
-        register_family(Family(**vars(family)))
+        kernels = family.kernels if family.kernels in FAMILIES else ""  # its own, if the checkpoint lacks that family
+        register_family(Family(**{**vars(family), "kernels": kernels}))
     elif registered.formula != family.formula:
         warnings.warn(
             f"the checkpoint was saved with the family {shown(family.formula)}, and runs with the registered family "

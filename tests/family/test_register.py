@@ -348,6 +348,11 @@ def test_a_registered_family_of_the_same_name_stays():
     assert FAMILIES["dgem"] is DGEM
 
 
+def test_a_shipped_family_has_its_own_kernels_where_theirs_are_missing():
+    register_shipped(changed().fixed(0.5, "ygem", "Y-GEM", "x"))
+    assert FAMILIES.pop("ygem").kernels == "ygem"
+
+
 def test_a_family_named_by_the_environment(tmp_path):
     (tmp_path / "mine.py").write_text(
         Path(dgem.__file__).read_text() + "\nimport hf_gem\n\nhf_gem.register_family(DGEM)\n"
