@@ -7,7 +7,7 @@ from typing import Any
 
 LAYER = "GemActivation"  # the name of the layer in mappings of kernels
 PACKAGE = "_hf_gem_"  # the prefix of the packages' module names
-_FAMILIES = ("gem", "egem", "segem")  # in every package that `write_kernel_package` writes
+BUILT_IN = ("gem", "egem", "segem")  # in every package that `write_kernel_package` writes
 
 
 def kernel_condition(module: Any) -> bool:
@@ -19,7 +19,7 @@ def kernel_condition(module: Any) -> bool:
     mapping = getattr(sys.modules.get("kernels.layer.globals"), "_KERNEL_MAPPING", None)
     if mapping is not None and LAYER not in mapping.get():
         return False
-    return module.log_ratio is None and module.family in _FAMILIES
+    return module.log_ratio is None and module.family in BUILT_IN
 
 
 def is_replaced(module: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import sys
 import warnings
@@ -15,9 +16,10 @@ import torch
 from torch import nn
 
 from ..family.names import is_claimed, parse
-from ..files import closest
+from ..files import closest, shown
 from ..surgery.convert import convert
 from ..surgery.fields import set_activation
+from ..surgery.reports import counted
 from ..training.errors import ConfigError, DataError, reason
 
 
@@ -87,12 +89,13 @@ def build(source: Source, act: str | None = None) -> nn.Module:
         return _on_meta(lambda: cls(config))
 
 
-def load(source: Source, act: str | None = None) -> nn.Module:
+def load(source: Source, act: str | None = None, to_save: bool = False) -> nn.Module:
     """Loads a model with its weights, in evaluation mode.
 
     Args:
         source: The model to load.
         act: An activation that the model is built with.
+        to_save: Whether the model will be saved. It must then be of the class that its config names, with all weights.
 
     Raises:
         ConfigError: It has no weights, or they cannot be loaded, or not with this activation.
@@ -109,9 +112,11 @@ def load(source: Source, act: str | None = None) -> nn.Module:
         if not sys.stderr.isatty():
             logging.disable_progress_bar()
         config = _config(source, act)
-        model: nn.Module = _model_class(config).from_pretrained(
-            source.name, config=config, dtype="auto", trust_remote_code=False
-        )
+        cls = _model_class(config, to_save)
+        options = {"config": config, "dtype": "auto", "trust_remote_code": False}
+        if to_save:
+            return _with_all_weights(cls, source, **options).eval()
+        model: nn.Module = cls.from_pretrained(source.name, **options)
         return model.eval()
 
 
@@ -266,8 +271,13 @@ def _config(source: Source, act: str | None = None) -> Any:
     return config
 
 
-def _model_class(config: Any) -> Any:
-    """Returns the class that a config names, or otherwise the first one that an Auto class builds from it."""
+def _model_class(config: Any, to_save: bool = False) -> Any:
+    """Returns the class that a config names, or otherwise the first one that an Auto class builds from it.
+
+    Raises:
+        ConfigError: There is no class. With `to_save`, also if the config names one that transformers does not have.
+    """
+    import transformers
     from transformers.models.auto import modeling_auto
 
     found: dict[str, Any] = {}
@@ -277,10 +287,51 @@ def _model_class(config: Any) -> Any:
             built = mapping[type(config)]
             for cls in built if isinstance(built, tuple) else (built,):
                 found.setdefault(cls.__name__, cls)
+    for name in config.architectures or ():
+        if name in found:
+            return found[name]
+        cls = getattr(transformers, name, None)  # not every class has an Auto class
+        if isinstance(config, getattr(cls, "config_class", None) or ()):
+            return cls
+    if config.architectures and to_save:
+        raise ConfigError(
+            f"{shown(config.name_or_path)} names {shown(config.architectures[0])} under architectures in its "
+            f"config.json. transformers has no such class for a {type(config).__name__}, and another class may lose "
+            "weights. Load the model with its own code in Python, call hf_gem.convert and save it."
+        )
     if not found:
         raise ConfigError(f"transformers builds no model from a {type(config).__name__}.")
-    named = [found[name] for name in config.architectures or () if name in found]
-    return named[0] if named else next(iter(found.values()))
+    return next(iter(found.values()))
+
+
+def _with_all_weights(cls: Any, source: Source, **options: Any) -> nn.Module:
+    """Loads a transformers model that has the weights of its checkpoint and no others.
+
+    Raises:
+        ConfigError: It lacks weights, or the checkpoint has more. The latter is no error if its config names the class:
+            the checkpoint of a BertForMaskedLM often contains another head too.
+    """
+
+    def load_with(**more: Any) -> Any:
+        return cls.from_pretrained(source.name, **options, **more, output_loading_info=True)
+
+    named = cls.__name__ in (options["config"].architectures or ())
+    model: nn.Module
+    model, info = load_with()
+    absent = info["missing_keys"]
+    optional = "add_pooling_layer" in inspect.signature(cls.__init__).parameters  # which no config stores
+    if absent and optional and all("pooler" in key.split(".") for key in absent):
+        model, info = load_with(add_pooling_layer=False)
+    lost = set() if named else info["unexpected_keys"]
+    for keys, problem in ((info["missing_keys"], "lacks"), (lost, "has in addition")):
+        if keys:
+            raise ConfigError(
+                f"{shown(source.given)} is not the checkpoint of a {cls.__name__}: it {problem} "
+                f"{counted(len(keys), 'weight')}, such as {shown(min(keys))}. The converted model would be another "
+                "one. Name the right class under architectures in its config.json, or load the model in Python, call "
+                "hf_gem.convert and save it."
+            )
+    return model
 
 
 def _on_meta(make: Callable[[], nn.Module]) -> nn.Module:

@@ -82,7 +82,7 @@ def convert(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not an empty folder. Name a new one.")
     source = find(model)
-    loaded = load(source)
+    loaded = load(source, to_save=True)
     batches = None if data is None else read(data, loaded, source, num_batches, batch_size)
     with user_errors(_in_flags):
         report = convert_model(

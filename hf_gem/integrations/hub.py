@@ -9,11 +9,13 @@ import json
 import re
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from .._kernels.replaceable import BUILT_IN
 from .._torch import uncompiled
 from ..family.names import parse
 from ..family.table import Family
@@ -60,7 +62,7 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
         **kwargs: Further arguments of `save_pretrained`.
 
     Returns:
-        The files written in addition to those of `save_pretrained`.
+        The files written in addition to those of `save_pretrained`. With `is_main_process=False`, there are none.
 
     Raises:
         TypeError: `model` is not a transformers model.
@@ -86,6 +88,8 @@ def save_for_hub(model: Any, folder: str | Path, **kwargs: Any) -> list[Path]:
         vars(config).pop("auto_map")
         if before is not None:
             config.auto_map = before
+    if not kwargs.get("is_main_process", True):
+        return []  # the config, from which the card is written, is saved by the main process only
     written = {folder / name: text for name, text in code.items()}
     card = folder / "README.md"
     auto = next(auto for auto, cls in auto_map.items() if cls == type(model).__name__)
@@ -217,8 +221,7 @@ def _auto_map(model: Any) -> dict[str, str]:
 def _code(auto_map: dict[str, str], names: list[str], own: Path | None) -> dict[str, str]:
     """Returns file name -> source of all code in a checkpoint. Files of hf_gem import from the files next to them."""
     families = {parse(name).family: parse(name).definition for name in names}
-    foreign = {name: family for name, family in families.items() if not family.value.__module__.startswith("hf_gem.")}
-    homes = {name: _home(family) for name, family in foreign.items()}
+    homes = {name: _home(family) for name, family in families.items() if name not in BUILT_IN}
     own_name = None if own is None else _own_name(own)
     files = {f"{_CODE}.py": _modeling(auto_map, names, own_name, {name: key for name, (key, _) in homes.items()})}
     if own is not None:
@@ -237,25 +240,38 @@ def _home(family: Family) -> tuple[str, str]:
     Raises:
         ValueError: There is no such file, or it uses more of hf_gem than a checkpoint contains.
     """
-    name = family.value.__module__
-    module = sys.modules.get(name)
-    # The family that a checkpoint shipped is registered as a copy, but with the same functions.
-    variables = vars(module).items() if module else ()
-    same = (key for key, value in variables if getattr(value, "value", None) is family.value)
-    key = next((key for key in same if vars(module)[key].name == family.name), None)
-    file = getattr(module, "__file__", None)
-    if key is None or file is None:
+    found = next(_definitions(family), None)
+    if found is None:
         raise ValueError(
-            f"the family {shown(family.name)} is defined in {name}. A checkpoint needs the file that defines it. "
-            "Define it as a variable of an imported module, in its own file."
+            f"the family {shown(family.name)} is not a variable of an imported module that has a file. A checkpoint "
+            "needs the file that defines it. Define it as a variable of an imported module, in its own file."
         )
+    key, file = found
     try:
-        return key, without_package(Path(file).read_text(encoding="utf-8"))
+        return key, without_package(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
             f"{file} uses more of hf_gem than a checkpoint has: {error}. The file of a family may only use Family, "
             "register_family and what it imports from modules of hf_gem.family. Move the rest to another file."
         ) from None
+
+
+def _definitions(family: Family) -> Iterator[tuple[str, Path]]:
+    """Yields the variables that hold a family, each with the file that assigns it, not with those that import it."""
+    wanted = (family.name, family.value)
+    for module in list(sys.modules.values()):
+        for key, value in list(getattr(module, "__dict__", {}).items()):
+            # The family that a checkpoint shipped is registered as a copy, but with the same functions. Objects of
+            # other classes are not asked for attributes, because some import a library then.
+            if type(value).__name__ == "Family" and (getattr(value, "name", ""), getattr(value, "value", "")) == wanted:
+                file = Path(getattr(module, "__file__", None) or "")
+                if file.is_file() and key in _assigned(file.read_text(encoding="utf-8")):
+                    yield key, file
+
+
+def _assigned(source: str) -> set[str]:
+    names = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name))
+    return {node.id for node in names if isinstance(node.ctx, ast.Store)}
 
 
 def without_package(source: str) -> str:

@@ -99,7 +99,7 @@ def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
     keys = [key for key in asked if key == "hidden_act" or not from_file]
     names = {key: kwargs.pop(key) for key in keys}
     original(config, **kwargs)
-    if config.model_type in _OVERWRITTEN and is_ours(config.hidden_act):
+    if config.model_type in _OVERWRITTEN and is_ours(config.hidden_act) and PLAN not in vars(config):
         warnings.warn(
             f"{type(config).__name__} replaces hidden_act={shown(config.hidden_act)} by 'silu' whenever it is created "
             "or loaded. Set it afterwards with hf_gem.set_activation(config, name), or convert the model.",
@@ -221,8 +221,11 @@ def _model_post_init(original: Any, model: Any) -> None:
 def _mark_built(model: Any) -> None:
     """Marks the activations that a model is built with, but not those that are put in by hand later.
 
-    A part with its own config was marked by its own `post_init`, and may have been changed since.
+    A part with its own config was marked by its own `post_init`, and may have been changed since. Nothing is marked if
+    the saved config will not select the activation again: a plan then restores it.
     """
+    if model.config.model_type in _OVERWRITTEN:
+        return
     inner = parts_inside(parts_of(model), "")
     for path, module in model.named_modules():
         if isinstance(module, GemActivation) and "replaces" not in vars(module) and not path.startswith(inner):

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..family.names import GemSpec, parse
 from ..files import shown
-from .fields import activation_fields, declares, is_ours, nested_configs, plain_name
+from .fields import activation_fields, declares, is_ours, nested_configs, plain_name, validate
 from .plans import PLAN, check_form, check_plan, parts_inside, parts_of, plan_of, specs
 
 
@@ -82,7 +82,7 @@ def mask(config: Any) -> None:
             if old == plan["fields"].get(field.path):
                 try:
                     field.set(min(plan["activations"]))
-                    getattr(part, "validate", lambda: None)()
+                    validate(part)
                 except Exception:  # validation by huggingface_hub: this field only allows some values
                     field.set(old)
 

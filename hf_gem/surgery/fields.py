@@ -114,18 +114,37 @@ def set_activation(config: Any, name: str, *, fields: str | Iterable[str] | None
         chosen = [field for field in found if any(fnmatchcase(field.path, pattern) for pattern in patterns)]
     if not chosen:
         raise ValueError(_no_field(config, name, found, fields))
+    valid = {prefix: part for prefix, part in nested_configs(config).items() if _is_valid(part)}
     changes: list[FieldChange] = []
-    for field in chosen:
-        try:
+    paths = ""
+    try:
+        for field in chosen:
+            paths = field.path
             changes.append(field.set(name))
-        except Exception as error:  # validation by huggingface_hub, which limits some fields to one value
-            for done, change in zip(chosen, changes, strict=False):
-                done.set(change.old)
-            raise ValueError(
-                f"{type(config).__name__} does not accept {name!r} as {field.path} ({error}). Nothing was set. Select "
-                f"the other fields with fields=, or {_instead(name)}."
-            ) from error
+        for prefix, part in valid.items():
+            paths = ", ".join(field.path for field in chosen if field.path.startswith(prefix))
+            validate(part)
+    except Exception as error:  # validation by huggingface_hub, which limits some fields to some values
+        for done, change in zip(chosen, changes, strict=False):
+            done.set(change.old)
+        raise ValueError(
+            f"{type(config).__name__} does not accept {name!r} as {paths} ({error}). Nothing was set. Select the other "
+            f"fields with fields=, or {_instead(name)}."
+        ) from error
     return changes
+
+
+def validate(config: Any) -> None:
+    """Checks a config as a whole, as huggingface_hub does when it is created or saved."""
+    getattr(config, "validate", lambda: None)()
+
+
+def _is_valid(config: Any) -> bool:
+    try:
+        validate(config)
+    except Exception:  # whatever its class raises
+        return False
+    return True
 
 
 def _no_field(config: Any, name: str, found: list[ActivationField], wanted: Any) -> str:

@@ -7,12 +7,18 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    BertModel,
+    DPRConfig,
+    DPRContextEncoder,
     GPT2Config,
+    GPT2DoubleHeadsModel,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaConfig,
     ViTConfig,
@@ -100,6 +106,61 @@ def test_convert_saves_what_it_says(hf_gem, gpt2, tmp_path):
     assert hf_gem("convert", gpt2, out, "--to", "egem")[0] == 1  # the folder is not empty
 
 
+BERT = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 8}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: GPT2DoubleHeadsModel(GPT2Config(**SMALL)),  # no Auto class builds these
+        lambda: DPRContextEncoder(DPRConfig(**BERT)),
+        lambda: BertModel(BertConfig(**BERT)),
+        lambda: BertModel(BertConfig(**BERT), add_pooling_layer=False),
+        lambda: BertForMaskedLM(BertConfig(**BERT)),
+    ],
+    ids=["two heads", "dpr", "bert", "without a pooler", "with a head"],
+)
+@pytest.mark.filterwarnings("ignore:there is no tokenizer")
+def test_convert_keeps_every_weight(hf_gem, tmp_path, model):
+    model = model()
+    model.save_pretrained(tmp_path / "model")
+    code, out, err = hf_gem("convert", tmp_path / "model", tmp_path / "out", "--to", "gem_n2")
+    assert code == 0, err
+    assert out.startswith(f"{type(model).__name__}: ")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("named", "lost", "words"),
+    [
+        (["FancyGPT2"], "nothing", "names 'FancyGPT2' under architectures in its config.json. transformers has no"),
+        (["pipeline"], "nothing", "names 'pipeline' under architectures"),
+        (["BertModel"], "nothing", "names 'BertModel' under architectures"),
+        (
+            ["GPT2ForSequenceClassification"],
+            "mlp.c_fc",
+            "lacks 4 weights, such as 'transformer.h.0.mlp.c_fc.b",
+        ),
+        ([], "nothing", "is not the checkpoint of a GPT2Model: it has in addition 1 weight, such as 'score"),
+    ],
+)
+def test_convert_writes_no_other_model(hf_gem, tmp_path, named, lost, words):
+    source = tmp_path / "model"
+    GPT2ForSequenceClassification(GPT2Config(**SMALL)).save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "architectures": named}))
+    weights = load_file(source / "model.safetensors")
+    kept = {key: weight for key, weight in weights.items() if lost not in key}
+    save_file(kept, source / "model.safetensors", metadata={"format": "pt"})
+    code, out, err = hf_gem("convert", source, tmp_path / "out", "--to", "gem_n2")
+    assert (code, out) == (1, "")
+    assert words in err
+    assert not (tmp_path / "out").exists()
+    assert hf_gem("audit", source, "--pretrained")[0] == 0
+
+
 @pytest.mark.parametrize("eps", ["fit", "match"])
 def test_convert_by_text(hf_gem, gpt2, tmp_path, eps):
     text = tmp_path / "text.txt"
@@ -118,8 +179,7 @@ def test_convert_by_text(hf_gem, gpt2, tmp_path, eps):
 def test_a_tokenizer_is_copied_if_there_is_one(hf_gem, gpt2, tmp_path):
     """Without its files, transformers makes up a tokenizer of special tokens, and all words are unknown to it."""
     source = tmp_path / "bert"
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
-    BertForMaskedLM(BertConfig(**sizes, vocab_size=8, max_position_embeddings=8)).save_pretrained(source)
+    BertForMaskedLM(BertConfig(**BERT, max_position_embeddings=8)).save_pretrained(source)
     code, _, err = hf_gem("convert", source, tmp_path / "without", "--to", "gem")
     without = f"there is no tokenizer or image processor in {source}"
     assert (code, err) == (0, f"warning: {without}. So {tmp_path / 'without'} has none either.\n")

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import math
 import os
 import pickle
@@ -359,6 +360,23 @@ def test_a_checkpoint_takes_its_family_along(tmp_path, converted, lines):
             assert (tmp_path / "again" / file.name).read_text() == file.read_text()
 
 
+@pytest.mark.parametrize("lines", [["import hf_gem"], [NOT_INSTALLED]])
+def test_a_family_that_takes_its_formulas_from_ours(tmp_path, monkeypatch, lines):
+    (tmp_path / "fixed_family.py").write_text(
+        "from hf_gem import register_family\nfrom hf_gem.family.egem import EGEM\n\n"
+        'FIXED = register_family(EGEM.fixed(0.1, "fixedgem", "Fixed-GEM", "E-GEM with eps = 0.1"))\n'
+    )
+    (tmp_path / "importer.py").write_text("from fixed_family import FIXED\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importer = importlib.import_module("importer")  # comes first in sys.modules
+    try:
+        model = GPT2LMHeadModel(GPT2Config(**SMALL, hidden_act="fixedgem_n2"))
+        hf_gem.save_for_hub(model, tmp_path / "saved")
+        torch.testing.assert_close(load_elsewhere(tmp_path / "saved", *lines), logits(model))
+    finally:
+        del FAMILIES[importer.FIXED.name], sys.modules["importer"], sys.modules["fixed_family"]
+
+
 def test_a_registered_family_of_the_same_name_stays():
     shipped = dataclasses.replace(DGEM)
     register_shipped(shipped)
@@ -367,6 +385,11 @@ def test_a_registered_family_of_the_same_name_stays():
     ):
         register_shipped(dataclasses.replace(DGEM, formula="another"))
     assert FAMILIES["dgem"] is DGEM
+
+
+def test_a_shipped_family_has_its_own_kernels_where_theirs_are_missing():
+    register_shipped(changed().fixed(0.5, "ygem", "Y-GEM", "x"))
+    assert FAMILIES.pop("ygem").kernels == "ygem"
 
 
 def test_a_family_named_by_the_environment(tmp_path):

@@ -186,6 +186,11 @@ def test_a_compiled_model_and_shards(tmp_path):
     assert all(map(torch.equal, run(model, TEXT), run(GPT2LMHeadModel.from_pretrained(tmp_path), TEXT)))
 
 
+def test_only_the_main_process_writes_the_code_and_the_card(tmp_path):
+    assert hf_gem.save_for_hub(gpt2(), tmp_path, is_main_process=False) == []
+    assert not {"README.md", "config.json", "modeling_gem.py"} & {path.name for path in tmp_path.iterdir()}
+
+
 def test_the_code_stands_alone(tmp_path):
     """Its imports are in the folder, in torch, in transformers or in Python itself, which may be 3.10."""
     hf_gem.save_for_hub(gpt2(), tmp_path)
@@ -339,7 +344,7 @@ def test_a_family_without_a_file_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setitem(TABLE, "nofile", family)
     model = gpt2()
     model.transformer.h[0].mlp.act = hf_gem.get_activation("nofile")
-    with pytest.raises(ValueError, match=r"the family 'nofile' is defined in .* Define it as a variable"):
+    with pytest.raises(ValueError, match=r"the family 'nofile' is not a variable of .* Define it as a variable"):
         hf_gem.save_for_hub(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 

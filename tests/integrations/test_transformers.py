@@ -422,6 +422,25 @@ def test_configs_that_replace_the_name():
     assert (config.hidden_act, again.hidden_act) == ("gem_n2", "silu")
 
 
+def test_a_model_whose_config_replaces_the_name_is_saved_with_it(tmp_path):
+    """With a plan, as after a conversion, since loading it reads nothing from the field."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 32}
+    config = AutoConfig.for_model("step3p7", text_config=text, vision_config={**sizes, "image_size": 28})
+    hf_gem.set_activation(config, "gem_n2")
+    model = AutoModel.from_config(config)
+    hf_gem.save_for_hub(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = type(model).from_pretrained(tmp_path)
+        loaded.save_pretrained(tmp_path / "again")
+        again = type(model).from_pretrained(tmp_path / "again")
+    for there in (model, loaded, again):
+        (layer,) = there.language_model.layers
+        assert layer.mlp.act_fn.spec.name == "gem_n2"
+    assert again.config.text_config.hidden_act == "silu"
+
+
 @pytest.mark.parametrize("model_type", ["hgnet_v2", "resnet", "uvdoc"])
 def test_what_is_hard_coded_beside_the_name_follows_it(model_type):
     with torch.device("meta"):

@@ -6,6 +6,7 @@ import hf_gem
 
 pytest.importorskip("transformers")
 
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 from transformers import (
     BertModel,
@@ -125,6 +126,25 @@ def test_a_field_that_refuses_the_name_leaves_everything_as_it_was():
     with pytest.raises(ValueError, match=r"does not accept 'gem_n2' as decoder\.hidden_act"):
         hf_gem.set_activation(config, "gem_n2")
     assert config.to_dict() == before
+
+
+def test_a_config_that_refuses_the_name_as_a_whole_leaves_everything_as_it_was():
+    """Its own validation runs when it is created and saved, so a model that was trained with it could not be saved."""
+    inner = pytest.importorskip("transformers.models.qwen4_exp.configuration_qwen4_exp").Qwen4ExpTextConfig()
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(GPT2Config(), inner)
+    before = config.to_dict()
+    with pytest.raises(ValueError, match=r"does not accept 'gem_n2' as decoder\.hidden_act (?s:.*)Unsupported"):
+        hf_gem.set_activation(config, "gem_n2")
+    assert config.to_dict() == before
+    assert changes(config, fields="encoder.*") == {"encoder.activation_function": ("gelu_new", "gem_n2")}
+
+
+def test_a_config_that_was_refused_before_can_still_be_set():
+    config = LlamaConfig()
+    config.num_attention_heads = 3  # which does not divide hidden_size
+    with pytest.raises(StrictDataclassClassValidationError):
+        config.validate()
+    assert changes(config) == {"hidden_act": ("silu", "gem_n2")}
 
 
 def neomme():
