@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -160,6 +160,16 @@ class Study:
         found = (record.get("evaluation") or {}).get(data, {}) if record.get("status") == "finished" else {}
         return np.array([found[sums], found["counts"]], dtype=float) if sums in found else None
 
+    def same_samples(self, runs: Iterable[Run]) -> bool:
+        """Returns whether runs were evaluated on the same samples. With --allow_mixed they may not have been.
+
+        Data of equal size have equal counts, so the hashes of the data must be equal too.
+        """
+        records = {run: record for run in runs if (record := self.record(run))}
+        hashes = {record["data"]["hash"] for record in records.values()}
+        counts = [part[1] for run in records if (part := self.parts(run)) is not None]
+        return len(hashes) <= 1 and all(np.array_equal(count, counts[0]) for count in counts)
+
     def missing(self) -> list[Run]:
         """Returns the runs that can be run next: first the tuning runs, then the final runs, seed by seed.
 
@@ -295,9 +305,11 @@ class Study:
         """
         plan = self.plan
         terms = plan.smallest_effect, plan.higher_is_better, plan.min_seeds
+        final = self.final_runs()
         parts = {arm: {run.seed: part for run in runs if (part := self.parts(run)) is not None}
-                 for arm, runs in self.final_runs().items()}  # fmt: skip
-        found = compare(self.outcomes(), baseline or plan.baseline, *terms, parts)
+                 for arm, runs in final.items()}  # fmt: skip
+        same = self.same_samples([run for runs in final.values() for run in runs])
+        found = compare(self.outcomes(), baseline or plan.baseline, *terms, parts if same else None)
         if self.missing():
             found = [replace(c, verdict="pending", further_seeds=None, barred=False) for c in found]
         return found

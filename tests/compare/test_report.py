@@ -8,6 +8,7 @@ import pytest
 from hf_gem import cli
 from hf_gem.compare.plan import Run
 from hf_gem.compare.report import write_report
+from hf_gem.compare.sample import tuning_components
 from hf_gem.compare.study import StudyError
 from hf_gem.training.errors import ConfigError
 from tests.compare.toy import TWO_ARMS, run
@@ -171,6 +172,31 @@ def test_a_report_says_what_intervals_count(study):
     assert f"{found['gem'].p:.2g} over seeds, {found['gem'].p_two_way:.2g} over seeds and documents, " in report
     saved = json.loads((new.folder / "results.json").read_text())["comparisons"][0]["components"]
     assert saved["groups"] == parts.groups
+
+
+@pytest.mark.parametrize("size", [12, 13])
+def test_a_mixture_of_data_has_a_report_that_does_not_count_samples(study, size):
+    """Also one of data of equal size, whose counts by document are the same."""
+    toy = study(final_seeds=[0, 1], flags={"documents": 12})
+    run(toy)
+    for name in ("gem_n2-lr0.01-seed1", "gem_n2-lr0.01-seed100"):
+        path = toy.folder / "records" / f"{name}.json"
+        record = json.loads(path.read_text())
+        record["data"]["hash"] = "other"
+        parts, loss = record["evaluation"]["validation"], record["result"]["validation_loss"]
+        parts |= {"num_units": size, "counts": [100] * size, "losses": [100 * loss] * size}
+        if size == 12:
+            before = json.loads((path.parent / "gem_n2-lr0.01-seed0.json").read_text())["evaluation"]["validation"]
+            parts |= {"counts": before["counts"], "losses": [count * loss for count in before["counts"]]}
+        path.write_text(json.dumps(record))
+    toy = study(final_seeds=[0, 1], flags={"documents": 12})
+    run(toy, allow_mixed=True)
+    write_report(toy)
+    report = (toy.folder / "report.md").read_text()
+    assert "**Mixed:** tuning data: test in" in report
+    assert "The intervals of this study only count seeds." in report
+    assert "The validation data have" not in report
+    assert tuning_components(toy) == {}
 
 
 def test_the_number_of_validation_tokens_of_older_records(study):
