@@ -226,6 +226,9 @@ def test_each_further_baseline_is_a_family(study):
     assert [c["arm"] for c in saved["comparisons"]] == ["gem", "silu"]
     assert [c["arm"] for c in saved["further"]["gem"]] == ["relu", "silu"]
     assert [c["p_holm"] for c in saved["further"]["gem"]] == [c.p_holm for c in toy.comparisons("gem")]
+    cli.main(["report", str(toy.folder), "--baseline", "relu"])  # the plan's own
+    assert (toy.folder / "report.md").read_text() == report
+    assert json.loads((toy.folder / "results.json").read_text()) == saved
 
 
 def test_two_rates_on_the_final_seeds_are_both_told(study):
