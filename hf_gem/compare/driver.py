@@ -190,8 +190,7 @@ class Driver:
             self._progress.leave(job.run)
             self._keep_record(job)
             self._refuse_mixed()
-            if job.run.seed in self.study.plan.final_seeds:
-                self._refuse_unpaired()
+            self._refuse_unpaired()
         finally:
             self._free.append(job.device)
             job.lock.release()

@@ -228,8 +228,9 @@ class Plan:
 
     @property
     def own_gains(self) -> bool:
-        """Whether each arm scales the same initial weights for its activation."""
-        return bool(self.flags.get("own_gain"))
+        """Whether arms scale the same initial weights for their activations; one flag of its own is enough."""
+        own = (parse_flags(act.split()[1:]) for act in self.acts)
+        return any(flags.get("own_gain") for flags in (self.flags, *own))
 
     @property
     def tunes(self) -> bool:

@@ -324,8 +324,14 @@ class Study:
         return wrong
 
     def unequal_hashes(self) -> dict[int, list[str]]:
-        """Returns final seed -> the hashes in which its arms differ. Such a difference is an error in the code."""
-        found = {seed: self._unequal(records) for seed, records in self._by_seed().items()}
+        """Returns seed -> the hashes in which its runs differ, in tuning too.
+
+        Learning rates do not change them. The reason is a flag of one arm, or an error in the code.
+        """
+        by_seed: dict[int, list[dict[str, Any]]] = {}
+        for name, record in self._records():
+            by_seed.setdefault(_seed(name), []).append(record)
+        found = {seed: self._unequal(records) for seed, records in by_seed.items()}
         return {seed: keys for seed, keys in found.items() if keys}
 
     def hashes(self) -> list[str]:
@@ -378,7 +384,11 @@ class Study:
         ]
 
     def _tunes(self, name: str) -> bool:
-        return int(name.rpartition("-seed")[2]) in self.plan.tuning_seeds
+        return _seed(name) in self.plan.tuning_seeds
+
+
+def _seed(name: str) -> int:
+    return int(name.rpartition("-seed")[2])
 
 
 def _code(session: Mapping[str, Any]) -> dict[str, Any]:

@@ -109,11 +109,18 @@ def test_pairing_is_claimed_by_the_hashes_that_there_are(study):
     assert "are equal for initial weights and the order of samples. On 1 seed, the arms ran" in report
 
 
-def test_arms_with_gains_of_their_own_are_paired_by_the_signs_of_their_weights(study):
-    toy = study(flags={"own_gain": True}, final_seeds=[0, 1])
+@pytest.mark.parametrize(
+    ("changes", "scaled"),
+    [
+        ({"flags": {"own_gain": True}}, "each scaled for its activation"),
+        ({"arms": {"relu": ["relu"], "gem": ["gem_n2 own_gain=yes"]}}, "some scaled for their activation"),
+    ],
+)
+def test_arms_with_gains_of_their_own_are_paired_by_the_signs_of_their_weights(study, changes, scaled):
+    toy = study(**changes, final_seeds=[0, 1])
     run(toy)
     write_report(toy)
-    assert "the same initial weights, each scaled for its activation, and saw" in (toy.folder / "report.md").read_text()
+    assert f"the same initial weights, {scaled}, and saw" in (toy.folder / "report.md").read_text()
 
 
 def test_arms_that_differ_in_n_or_eps_have_a_picture_of_it(study):
