@@ -38,6 +38,7 @@ MOST_EXTENSIONS = 3  # of the grid of learning rates, at either end
 _NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,100}")  # it becomes part of paths
 _ARM = re.compile(r"[A-Za-z0-9._+= -]{1,100}")
 _MARKS = re.compile(r"[`|<>\[\]$\\]")  # special characters of Markdown, HTML and matplotlib's formulas
+_BOOLEANS = {"true", "false", "yes", "no"}  # those words that YAML and recipes read alike
 _SET_BY_STUDY = {"hidden_act", "learning_rate", "seed", "data_seed", "output_dir", "preset", "resume"}
 # A plan only describes a comparison. These flags would publish the results, or read further flags from a file.
 _NOT_FOR_PLANS = {"config", "push_to_hub", "hub_strategy", "hub_public"}
@@ -285,7 +286,10 @@ def _check_flags(flags: Mapping[str, Any], require: Callable[[object, str], None
 
 
 def parse_flags(words: Sequence[str]) -> dict[str, Any]:
-    """Parses flags of a recipe from words such as `steps=100`, with values in YAML.
+    """Parses flags of a recipe from words such as `steps=100`.
+
+    A value is a number, true or false if it prints back to the same word. YAML would also read 007 as 7 and on as true,
+    but a recipe must get what was typed.
 
     Raises:
         PlanError: A word is malformed.
@@ -296,9 +300,12 @@ def parse_flags(words: Sequence[str]) -> dict[str, Any]:
         if not (name and equals and value):
             raise PlanError(f"a flag must have the form FLAG=VALUE, such as dataset=data/mnist, got {shown(word)}")
         try:
-            flags[name] = read_yaml(value)
+            found = read_yaml(value)
+            number = isinstance(found, (int, float)) and str(found) == value
         except ValueError as error:
             raise PlanError(f"cannot read the value of {shown(word)}: {error}") from error
+        kept = number or value.lower() in _BOOLEANS or isinstance(found, (dict, list))  # a plan refuses the last two
+        flags[name] = found if kept else value
     return flags
 
 

@@ -123,7 +123,7 @@ def test_the_driver_is_no_recipe(study):
 
 
 def test_flags_that_are_no_yaml():
-    for word in ("x=[", "x=!!python/name:os.system", f"x={DEEP}"):
+    for word in ("x=[", "x=!!python/name:os.system", f"x={DEEP}", f"x=0x{'f' * 5000}"):
         with pytest.raises(PlanError, match="cannot read the value of 'x="):
             parse_flags([word])
 

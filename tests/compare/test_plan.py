@@ -101,6 +101,9 @@ def test_flags_as_words():
     assert parse_flags(["steps=7", "dataset=data/text", "own_gain=yes"]) == {
         "steps": 7, "dataset": "data/text", "own_gain": True,
     }  # fmt: skip
+    for value in ("2024_10", "007", "1:30", "0x10", "on", "2024-01-01", "null", "1e-3"):  # of YAML, 1e-3 is no number
+        assert parse_flags([f"x={value}"]) == {"x": value}
+    assert parse_flags(["a=0.5", "b=No", "c=true", "d=-3"]) == {"a": 0.5, "b": False, "c": True, "d": -3}
     for word in ("steps", "steps=", "=7"):
         with pytest.raises(PlanError, match=f"the form FLAG=VALUE, such as dataset=data/mnist, got '{word}'"):
             parse_flags([word])
