@@ -128,13 +128,16 @@ class Plan:
         require(len(self.arms) > 1, "a comparison needs at least two arms, got one")
         for name in (self.baseline, *self.further_baselines):
             require(name in self.arms, f"baseline must be one of the arms {shown(list(self.arms))}, got {shown(name)}")
+        require(all(acts and all(map(str.split, acts)) for acts in self.arms.values()), "every arm needs an activation")
         for act, *own in map(str.split, self.acts):
             require(act in ACT2FN, f"unknown activation {shown(act)}")
             canonical = not is_ours(act) or parse(act).name == act
             require(canonical, f"an activation must be written in its canonical spelling, got {shown(act)}")
             _check_flags(parse_flags(own), require)
         require(len(set(map(slug, self.acts))) == len(self.acts), "the runs of two activations would have equal names")
-        require(all(self.arms.values()), "every arm needs an activation")
+        require(len(set(map(slug, self.arms))) == len(self.arms),
+                f"names of arms become names of files, so they must differ in more than spaces, +, = and -, got "
+                f"{shown(list(self.arms))}")  # fmt: skip
         rates = self.learning_rates
         require(rates and all(0 < a < b for a, b in itertools.pairwise(rates)) and 0 < rates[0] <= rates[-1] < 1e100,
                 f"learning_rates must be positive, finite and ascending, got {shown(rates)}")  # fmt: skip

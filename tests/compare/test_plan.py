@@ -24,6 +24,8 @@ from tests.helpers import ROOT
         ({"arms": {"relu": ["relu a=1"], "x": ["relu a 1"]}}, "FLAG=VALUE"),
         ({"baseline": "gelu"}, "baseline must be one of the arms .'relu'.*, got 'gelu'"),
         ({"arms": {"relu": ["relu"]}}, "a comparison needs at least two arms"),
+        *(({"arms": {"relu": ["relu"], "x": acts}}, "every arm needs an activation") for acts in ([], [""], [" "])),
+        ({"arms": {"relu": ["relu"], "x y": ["gem"], "x+y": ["silu"]}}, "in more than spaces, .*'x y', 'x\\+y'"),
         ({"arms": {"relu": ["relu"], "x": ["gem_2"]}}, "'gem_2'"),
         ({"arms": {"relu": ["relu"], "x": ["egem_eps1e-6"]}}, "canonical spelling"),
         ({"learning_rates": [0.1, 0.01]}, "ascending"),
