@@ -8,6 +8,8 @@ import json
 import math
 import re
 import runpy
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,7 +21,7 @@ from ..family.names import parse
 from ..files import check_type, redact, shown
 from ..surgery.fields import is_ours
 from ..training.config import read_yaml
-from ..training.errors import ConfigError
+from ..training.errors import ConfigError, reason
 
 # Metric of a recipe -> whether higher is better. Runs are tuned on validation samples and compared on test samples. If
 # the metric of a plan is a validation metric, both happen on the same samples.
@@ -319,7 +321,7 @@ def load_plan(path: Path) -> Plan:
         PlanError: The file cannot be read, or a field is missing, unknown or makes no sense.
     """
     if path.suffix == ".py" and path.exists():
-        plan = runpy.run_path(str(path)).get("plan")
+        plan = _run(path).get("plan")
         if not isinstance(plan, Plan):
             raise PlanError(f"the plan {path} must define `plan`, a hf_gem.compare.plan.Plan, got {shown(plan)}")
         return plan
@@ -341,6 +343,22 @@ def load_plan(path: Path) -> Plan:
     except (TypeError, ValueError, OverflowError) as error:
         raise PlanError(f"the plan {path}: {str(error)[:150]}") from error
     return plan_of(values, path)
+
+
+def _run(path: Path) -> dict[str, Any]:
+    """Runs a plan in Python, which can import what is beside it, and returns its global names."""
+    beside = str(path.resolve().parent)
+    sys.path.insert(0, beside)
+    try:
+        return runpy.run_path(str(path))
+    except PlanError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        place = f", in line {lines[-1]}" if lines else ""  # a SyntaxError has its line in its text
+        raise PlanError(f"cannot read the plan {path}: {reason(error)}{place}") from error
+    finally:
+        sys.path.remove(beside)
 
 
 def plan_of(values: Mapping[Any, Any], path: Path) -> Plan:

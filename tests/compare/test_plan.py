@@ -1,6 +1,7 @@
 """Plans: what they refuse, how they are read, and what they ask for."""
 
 import math
+import sys
 import textwrap
 from dataclasses import replace
 
@@ -73,6 +74,30 @@ def test_a_plan_in_python(tmp_path):
     assert load_plan(path) == Plan(**PLAN)
     path.write_text("steps = 3")
     with pytest.raises(PlanError, match=r"plan.py must define `plan`, a hf_gem.compare.plan.Plan, got None"):
+        load_plan(path)
+
+
+def test_a_plan_in_python_imports_what_is_beside_it(tmp_path):
+    (tmp_path / "beside_the_plan.py").write_text(f"from hf_gem.compare.plan import Plan\nmade = Plan(**{PLAN})\n")
+    path, before = tmp_path / "plan.py", list(sys.path)
+    path.write_text("from beside_the_plan import made as plan\n")
+    assert load_plan(path) == Plan(**PLAN)
+    assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n1 / 0", "ZeroDivisionError: division by zero, in line 2"),
+        ("\n\nx = = 3", r"SyntaxError: invalid syntax \(plan\.py, line 3\)"),
+        ("import no_such_helper", "ModuleNotFoundError: No module named 'no_such_helper', in line 1"),
+        ("import json\njson.loads('')", "JSONDecodeError: .*, in line 2"),
+    ],
+)
+def test_an_error_in_a_plan_in_python_is_told_with_its_line(tmp_path, text, message):
+    path = tmp_path / "plan.py"
+    path.write_text(text)
+    with pytest.raises(PlanError, match=rf"cannot read the plan .*plan\.py: {message}"):
         load_plan(path)
 
 
