@@ -235,8 +235,12 @@ class Plan:
     @property
     def own_gains(self) -> bool:
         """Whether arms scale the same initial weights for their activations; one flag of its own is enough."""
-        own = (parse_flags(act.split()[1:]) for act in self.acts)
-        return any(flags.get("own_gain") for flags in (self.flags, *own))
+        return any(self.flags_of(act, self.final_seeds[0]).get("own_gain") for act in self.acts)
+
+    def flags_of(self, act: str, seed: int) -> dict[str, Any]:
+        """Returns the flags of an activation's runs at a seed. Its own replace the plan's, and tuning flags both."""
+        tuning = self.tuning_flags if seed in self.tuning_seeds else {}
+        return {**self.flags, **parse_flags(act.split()[1:]), **tuning}
 
     @property
     def tunes(self) -> bool:

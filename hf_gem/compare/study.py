@@ -22,7 +22,7 @@ import numpy as np
 from ..files import check_type, read_json, shown, write_atomically
 from ..training.errors import TrainingError
 from ..training.record import read_record
-from .plan import Plan, PlanError, Run, plan_of
+from .plan import Plan, PlanError, Run, plan_of, slug
 from .stats import Comparison, compare
 
 PLAN = "plan.json"
@@ -108,9 +108,31 @@ class Study:
                 raise ValueError(f"{path}: status must be finished or diverged, got {shown(record['status'])}")
             for metric in metrics if record["status"] == "finished" else ():
                 check_type(record["result"].get(metric, "nothing"), float | None, f"{path}: result.{metric}")
+            self._check_name(record, path)
         except ValueError as error:
             raise StudyError(f"{error}. Restore the record, or delete it to run it again.") from error
         return record
+
+    def _check_name(self, record: Mapping[str, Any], path: Path) -> None:
+        """Raises ValueError if a record is of another run than its name says. Older records lack some of the fields."""
+        plan, config, seed = self.plan, record["config"], _seed(path.stem)
+        start, _, rate = path.stem.rpartition("-seed")[0].rpartition("-lr")
+        act = next((act for act in plan.acts if slug(act) == start), start)
+        eps, *all_eps = (plan.flags_of(each, seed).get("eps") for each in (act, *plan.acts))
+        asked = record.get("match", config).get("hidden_act")
+        expected = {"hidden_act": act.split()[0], "learning_rate": float(rate), "seed": seed}
+        found = {**config, "hidden_act": asked} if asked else config
+        if eps is not None and asked:  # a number replaces the eps in the name
+            expected["hidden_act"], found["hidden_act"] = (
+                name.partition("_eps")[0] for name in (act.split()[0], str(asked))
+            )
+        if eps is not None or config.get("eps") in map(str, all_eps):  # otherwise it may be the preset's
+            expected["eps"] = None if eps is None else str(eps)
+        for key, value in expected.items():
+            if key in found and found[key] != value:
+                raise ValueError(
+                    f"{path}: its {key} is {shown(found[key])}, but a record of this name has {shown(value)}"
+                )
 
     def seconds(self) -> list[float]:
         """Returns the time of each run that has a record, including tuning runs."""

@@ -33,7 +33,7 @@ def test_runs_that_the_tuning_does_not_choose_are_told(study):
     run(toy)
     for seed, loss in ((0, 3.5), (1, 3.7)):
         record = json.loads((toy.folder / "records" / f"gem-lr0.01-seed{seed}.json").read_text())
-        record["result"]["validation_loss"] = loss
+        record["result"]["validation_loss"], record["config"]["learning_rate"] = loss, 0.02
         (toy.folder / "records" / f"gem-lr0.02-seed{seed}.json").write_text(json.dumps(record))
     assert toy.set_aside() == {("gem", 0.02): [3.5, 3.7]}
     write_report(toy)

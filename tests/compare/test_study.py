@@ -1,5 +1,6 @@
 """What a study lacks, and what its tuning chooses."""
 
+import json
 import math
 from pathlib import Path
 
@@ -92,6 +93,26 @@ def test_a_frozen_plan_that_was_changed(study):
     path.write_text(path.read_text().replace('"smallest_effect": 0.005', '"smallest_effect": 0.5'))
     with pytest.raises(PlanError, match="was changed after it was frozen"):
         study()
+
+
+def test_a_record_of_an_activation_with_flags_of_its_own(study):
+    arms = {"relu": ["relu"], "match": ["egem_n2 eps=match"], "eps": ["egem eps=0.01"], "egem": ["egem"]}
+    plan = {**TWO_ARMS, "arms": arms, "final_seeds": [0, 1]}
+    toy = study(**plan)
+    run(toy)
+
+    def rewritten(act, like, **changes):
+        record = toy.record(Run(like, 0.01, 0))
+        found = {**record, **changes, "config": record["config"] | changes["config"]}
+        (toy.folder / "records" / f"{Run(act, 0.01, 0).name}.json").write_text(json.dumps(found))
+        return study(**plan).record(Run(act, 0.01, 0))
+
+    asked = {"match": {"hidden_act": "egem_n2"}, "config": {"hidden_act": "egem_n2_eps0.09"}}
+    assert rewritten("egem_n2 eps=match", "egem_n2 eps=match", **asked)  # as recipes write them
+    assert rewritten("egem eps=0.01", "egem eps=0.01", config={"hidden_act": "egem_eps0.01"})
+    for act, like, eps in (("egem", "egem eps=0.01", "0.01"), ("egem eps=0.01", "egem", None)):
+        with pytest.raises(StudyError, match=r"seed0\.json: its eps is .*, but a record of this name has"):
+            rewritten(act, like, config={"eps": eps})
 
 
 def test_a_changed_plan_is_another_study(study):
