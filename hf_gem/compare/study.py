@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
+from filelock import FileLock
 
 from ..files import check_type, read_json, shown, write_atomically
 from ..training.errors import TrainingError
@@ -43,8 +44,9 @@ def freeze(plan: Plan, folder: Path) -> None:
     if not frozen.exists():
         for name in ("records", "runs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        write_atomically(frozen, json.dumps({"hash": plan.hash, "plan": asdict(plan)}, indent=2) + "\n")
-        return
+        with FileLock(folder / "runs" / "plan.lock"):  # another driver may start at the same time, with another plan
+            if not frozen.exists():
+                write_atomically(frozen, json.dumps({"hash": plan.hash, "plan": asdict(plan)}, indent=2) + "\n")
     saved = _frozen(folder)
     if saved["hash"] != plan.hash:
         differ = ", ".join(name for name, value in asdict(plan).items() if saved["plan"].get(name) != value)

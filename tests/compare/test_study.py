@@ -2,15 +2,17 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import pytest
 
 from hf_gem import cli
-from hf_gem.compare.plan import PlanError, Run
+from hf_gem.compare.plan import Plan, PlanError, Run
 from hf_gem.compare.report import write_report
-from hf_gem.compare.study import StudyError
-from tests.compare.toy import TWO_ARMS, run, started
+from hf_gem.compare.study import Study, StudyError, freeze
+from hf_gem.files import write_atomically
+from tests.compare.toy import PLAN, TWO_ARMS, run, started
 
 
 def test_an_optimum_at_the_edge_extends_the_grid(study):
@@ -122,6 +124,31 @@ def test_a_changed_plan_is_another_study(study):
         match=r"a study of another plan, which differs in smallest_effect\. A plan is frozen when its first run starts",
     ):
         study(smallest_effect=0.01)
+
+
+def test_of_two_plans_for_one_new_folder_only_the_first_is_frozen(tmp_path, monkeypatch):
+    """The second comes while the first one writes its file."""
+    first, second, folder, refused = Plan(**PLAN), Plan(**{**PLAN, "smallest_effect": 0.01}), tmp_path / "new", []
+
+    def freeze_second():
+        try:
+            freeze(second, folder)
+        except PlanError as error:
+            refused.append(str(error))
+
+    other = threading.Thread(target=freeze_second)
+
+    def slowly(path, content):
+        if threading.current_thread() is not other:
+            other.start()
+            other.join(0.3)
+        write_atomically(path, content)
+
+    monkeypatch.setattr("hf_gem.compare.study.write_atomically", slowly)
+    freeze(first, folder)
+    other.join()
+    assert "a study of another plan, which differs in smallest_effect" in "".join(refused)
+    assert Study(folder).plan == first
 
 
 def test_final_runs_go_seed_by_seed(study):
