@@ -2,7 +2,8 @@
 
 Runs a plan with recipes/compare.py, several runs at once on one card. First times two runs of each arm, then uses as
 many learning rates and seeds as fit. The study stays in a folder next to the record. If it was cut off, the same
-command resumes it. Delete the folder to start a new one. The record has the last study that was run.
+command resumes it, and another plan is refused. Delete the folder to start a new one. The record has the last study
+that was run.
 
 The default plan is recipes/plans/cifar10-fast.yaml. The images of CIFAR-10 must be in --dataset: `x_train`, `y_train`,
 `x_test` and `y_test` as NumPy arrays in an .npz file, or in several, which are concatenated.
@@ -68,7 +69,8 @@ def chosen(plan: Plan, arguments: argparse.Namespace) -> Plan:
 def pilot(plan: Plan) -> Plan:
     """Makes a plan with two runs of each arm, to measure their cost. Their outcomes are not used."""
     middle = plan.learning_rates[len(plan.learning_rates) // 2]
-    few: dict[str, Any] = {"tuning_seeds": [], "final_seeds": [1000, 1001], "final_rates": 1}
+    arms = {name: acts[:1] for name, acts in plan.arms.items()}  # nothing is left to choose
+    few: dict[str, Any] = {"arms": arms, "tuning_seeds": [], "final_seeds": [1000, 1001], "final_rates": 1}
     return replace(plan, name="pilot", learning_rates=[middle], **few)
 
 
@@ -87,12 +89,36 @@ def fitted(plan: Plan, seconds_a_run: float, seconds: float) -> Plan:
         if final >= plan.min_seeds:
             break
     first = (len(plan.learning_rates) - num_rates + 1) // 2
+    seeds = dict.fromkeys([*plan.final_seeds, *range(_MOST_SEEDS + len(plan.tuning_seeds))])
+    free = [seed for seed in seeds if seed not in plan.tuning_seeds]
     return replace(
         plan,
         learning_rates=plan.learning_rates[first : first + num_rates],
         tuning_seeds=plan.tuning_seeds[:num_seeds],
-        final_seeds=list(range(max(2, min(_MOST_SEEDS, final)))),
+        final_seeds=free[: max(2, min(_MOST_SEEDS, final))],
     )
+
+
+def resumed(plan: Plan, folder: Path) -> Plan:
+    """Returns the plan of a study that was cut off.
+
+    Raises:
+        PlanError: It differs from `plan` in more than what `fitted` changes.
+    """
+    found = Study(folder).plan
+    fewer = ("learning_rates", "tuning_seeds")
+    differ = [
+        name
+        for name, value in asdict(plan).items()
+        if name not in (*fewer, "final_seeds") and getattr(found, name) != value
+    ]
+    differ += [name for name in fewer if not set(getattr(found, name)) <= set(getattr(plan, name))]
+    if differ:
+        raise PlanError(
+            f"{folder} is a study of another plan, which differs in {', '.join(differ)}. Delete the folder to start a "
+            "new study, or give the same plan and flags to resume it."
+        )
+    return found
 
 
 def from_root(path: Path) -> Path:
@@ -111,8 +137,8 @@ def compare(plan: Plan, folder: Path, jobs: int, seconds: float, flags: dict[str
     ended = run_for(seconds, command, {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))})
     if ended.status and not ended.stopped:
         raise RuntimeError(f"the study {plan.name} exited with status {ended.status}: {ended.last_lines[-1:]}")
-    if not (folder / "plan.json").exists():
-        raise RuntimeError(f"the time was up before the study {plan.name} began. Give more --minutes")
+    if not list((folder / "records").glob("*.json")):
+        raise RuntimeError(f"the time was up before the study {plan.name} had a record. Give more --minutes")
     return Study(folder)
 
 
@@ -161,7 +187,7 @@ def flags_of(arguments: argparse.Namespace, plan: Plan) -> dict[str, Any]:
                 f"the study needs {'CIFAR-10' if is_cifar10 else 'its images'} in {missing[0]}: x_train, y_train, "
                 "x_test, y_test, from np.savez"
             )
-        flags["dataset"] = from_root(joined(parts, SCRATCH / "dataset.npz"))
+        flags["dataset"] = str(from_root(joined(parts, SCRATCH / "dataset.npz")))
     return flags
 
 
@@ -175,14 +201,16 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
         return {}, [], [str(error)]
     results = arguments.results or (QUICK_RESULTS if arguments.quick else RESULTS)
     folder = results / machine(device) / plan.name
+    first = pilot(plan)
+    if arguments.quick:
+        plan = replace(first, name=plan.name, final_seeds=[0, 1])
     if (folder / "plan.json").exists():
-        plan = Study(folder).plan  # from a run that was cut off
+        plan = resumed(replace(plan, flags=plan.flags | flags), folder)
     else:
         shutil.rmtree(SCRATCH / "pilot", ignore_errors=True)
-        first = pilot(plan)
         each = seconds_a_run(compare(first, SCRATCH / "pilot", jobs, 60 * arguments.minutes, flags))
         left = 60 * arguments.minutes * _RESERVE - (time.monotonic() - began)
-        plan = replace(first, name=plan.name, final_seeds=[0, 1]) if arguments.quick else fitted(plan, each, left)
+        plan = plan if arguments.quick else fitted(plan, each, left)
     study = compare(plan, folder, jobs, 60 * arguments.minutes - (time.monotonic() - began), flags)
     seconds = study.seconds()
     if not study.left():
@@ -211,9 +239,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         arguments.plan = chosen(load_plan(arguments.plan), arguments)
+        found = run(arguments)
     except PlanError as error:
         parser.error(str(error))
-    write("evidence", arguments, argv, *run(arguments))
+    write("evidence", arguments, argv, *found)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from benchmarks import gpu, report
+from benchmarks.common import machine
 from benchmarks.device import run_suite
-from benchmarks.evidence import PLAN, findings, fitted, from_root, joined, pilot, seconds_a_run
-from benchmarks.processes import run_for
+from benchmarks.evidence import PLAN, findings, fitted, from_root, joined, main, pilot, seconds_a_run
+from benchmarks.processes import Ended, run_for
 from hf_gem.compare.plan import load_plan
 from hf_gem.compare.study import Study, freeze
 from tests.helpers import ROOT, needs_compiler
@@ -110,6 +112,55 @@ def test_a_study_takes_as_much_as_fits(name):
     first = pilot(plan)
     assert first.num_runs() == (0, 2 * len(plan.arms))
     assert not set(first.final_seeds) & {*found.final_seeds, *plan.tuning_seeds}
+
+
+def test_a_study_that_is_fitted_has_no_seed_twice():
+    plan = replace(load_plan(PLAN), tuning_seeds=[0, 1, 5], final_seeds=[30, 2, 31])
+    found = fitted(plan, 2.0, 20_000.0)
+    assert found.final_seeds[:5] == [30, 2, 31, 3, 4]
+    assert len(found.final_seeds) == len(set(found.final_seeds)) == 40
+    assert not set(found.final_seeds) & set(plan.tuning_seeds)
+
+
+def test_an_arm_that_chooses_is_timed_with_its_first_activation():
+    plan = load_plan(PLAN)
+    first = pilot(replace(plan, arms={**plan.arms, "gem": ["gem_n2", "gem"]}))
+    assert first.arms["gem"] == ["gem_n2"]
+
+
+@pytest.fixture
+def cut_off(tmp_path, monkeypatch):
+    """Calls the script again for a study that was stopped before its first run had ended, and stops it again."""
+    monkeypatch.setattr("benchmarks.evidence.run_for", lambda *_: Ended(-15, 1.0, [], stopped=True))
+    monkeypatch.setattr("benchmarks.evidence.SCRATCH", tmp_path / "scratch")
+    folder = tmp_path / machine(torch.device("cpu")) / "smoke"
+    plan = load_plan(PLAN.with_name("smoke.yaml"))
+    freeze(replace(fitted(plan, 1.0, 1000.0), flags={**plan.flags, "dataset": "x.npz"}), folder)
+    for name in ("x.npz", "y.npz"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("benchmarks.evidence.ROOT", tmp_path)
+
+    def run(*flags):
+        main(["--device=cpu", f"--results={tmp_path}", f"--plan={PLAN.with_name('smoke.yaml')}", *flags])
+
+    return run
+
+
+def test_the_time_is_up_before_the_first_run_has_ended(cut_off):
+    with pytest.raises(
+        RuntimeError, match=r"the time was up before the study smoke had a record\. Give more --minutes"
+    ):
+        cut_off("--dataset=x.npz")
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"), [(["--dataset=x.npz", "--arms=gem_n2"], "arms"), (["--dataset=y.npz"], "flags")]
+)
+def test_a_study_of_another_plan_is_not_continued(cut_off, capsys, flags, field):
+    with pytest.raises(SystemExit):
+        cut_off(*flags)
+    assert f"smoke is a study of another plan, which differs in {field}. Delete the folder" in capsys.readouterr().err
 
 
 def test_what_a_study_found_is_on_the_page():

@@ -41,6 +41,8 @@ def bench(
     with user_errors():
         if dtype not in _DTYPES:
             raise ConfigError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r:.80}.")
+        if torch.device(chosen).type == "meta":
+            raise ConfigError("--device must be a device that computes, such as cpu or cuda, got 'meta'.")
         x = torch.randn(sizes, device=chosen, dtype=getattr(torch, dtype), requires_grad=True)
         rows = _measure(names or ["gem_n2", "egem", "segem"], x, rounds)
     head = f"{shape}, {dtype}, on {chosen}, {torch.get_num_threads()} threads; forward with backward"

@@ -29,7 +29,7 @@ from ..training.errors import Interrupted, TrainingError
 from ..training.record import read_record
 from ..training.signals import STOPPED, Caught, catch_signals
 from .executors import Child, Executor, InProcess, Processes, environment_of, last_lines
-from .plan import PlanError, Run, parse_flags
+from .plan import PlanError, Run
 from .progress import StudyProgress
 from .study import Study, StudyError
 
@@ -105,11 +105,10 @@ class Driver:
     def command(self, run: Run) -> list[str]:
         """Returns the command line of a run: a script and its arguments."""
         plan = self.study.plan
-        act, *own = run.act.split()
+        act = run.act.split()[0]
         ours = {"preset": plan.preset, "hidden_act": act, "learning_rate": run.learning_rate, "seed": run.seed}
         ours |= {"data_seed": run.seed, "output_dir": self._folder(run)}
-        tuning = plan.tuning_flags if run.seed in plan.tuning_seeds else {}
-        flags = {"report_to": "none", "project": plan.name, **plan.flags, **parse_flags(own), **tuning, **ours}
+        flags = {"report_to": "none", "project": plan.name, **plan.flags_of(run.act, run.seed), **ours}
         text = {True: "yes", False: "no"}  # YAML turns words such as mixed_precision: no into booleans
         return [
             str(self.recipes / f"{plan.recipe}.py"),
@@ -190,8 +189,7 @@ class Driver:
             self._progress.leave(job.run)
             self._keep_record(job)
             self._refuse_mixed()
-            if job.run.seed in self.study.plan.final_seeds:
-                self._refuse_unpaired()
+            self._refuse_unpaired()
         finally:
             self._free.append(job.device)
             job.lock.release()

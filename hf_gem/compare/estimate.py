@@ -103,7 +103,9 @@ def cost_of(short: Short, long: Short, config: Mapping[str, Any]) -> Cost:
     rest = [part.training - part.saving for part in (short, long)]
     unit = (rest[1] - rest[0]) / (long.all_steps - short.all_steps)
     evaluation = (rest[0] - unit * short.all_steps) / 2
-    if evaluation < 0:  # it takes less than the variation of the steps
+    if unit < 0:  # the steps take less than the variation of the evaluations
+        unit, evaluation = 0.0, sum(rest) / 4
+    elif evaluation < 0:  # it takes less than the variation of the steps
         unit, evaluation = sum(rest) / (short.all_steps + long.all_steps), 0.0
     step = unit * (long.all_steps - long.first) / (long.steps - 1)
     return Cost(

@@ -8,6 +8,8 @@ import json
 import math
 import re
 import runpy
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,7 +21,7 @@ from ..family.names import parse
 from ..files import check_type, redact, shown
 from ..surgery.fields import is_ours
 from ..training.config import read_yaml
-from ..training.errors import ConfigError
+from ..training.errors import ConfigError, reason
 
 # Metric of a recipe -> whether higher is better. Runs are tuned on validation samples and compared on test samples. If
 # the metric of a plan is a validation metric, both happen on the same samples.
@@ -38,6 +40,7 @@ MOST_EXTENSIONS = 3  # of the grid of learning rates, at either end
 _NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,100}")  # it becomes part of paths
 _ARM = re.compile(r"[A-Za-z0-9._+= -]{1,100}")
 _MARKS = re.compile(r"[`|<>\[\]$\\]")  # special characters of Markdown, HTML and matplotlib's formulas
+_BOOLEANS = {"true", "false", "yes", "no"}  # those words that YAML and recipes read alike
 _SET_BY_STUDY = {"hidden_act", "learning_rate", "seed", "data_seed", "output_dir", "preset", "resume"}
 # A plan only describes a comparison. These flags would publish the results, or read further flags from a file.
 _NOT_FOR_PLANS = {"config", "push_to_hub", "hub_strategy", "hub_public"}
@@ -127,13 +130,16 @@ class Plan:
         require(len(self.arms) > 1, "a comparison needs at least two arms, got one")
         for name in (self.baseline, *self.further_baselines):
             require(name in self.arms, f"baseline must be one of the arms {shown(list(self.arms))}, got {shown(name)}")
+        require(all(acts and all(map(str.split, acts)) for acts in self.arms.values()), "every arm needs an activation")
         for act, *own in map(str.split, self.acts):
             require(act in ACT2FN, f"unknown activation {shown(act)}")
             canonical = not is_ours(act) or parse(act).name == act
             require(canonical, f"an activation must be written in its canonical spelling, got {shown(act)}")
             _check_flags(parse_flags(own), require)
         require(len(set(map(slug, self.acts))) == len(self.acts), "the runs of two activations would have equal names")
-        require(all(self.arms.values()), "every arm needs an activation")
+        require(len(set(map(slug, self.arms))) == len(self.arms),
+                f"names of arms become names of files, so they must differ in more than spaces, +, = and -, got "
+                f"{shown(list(self.arms))}")  # fmt: skip
         rates = self.learning_rates
         require(rates and all(0 < a < b for a, b in itertools.pairwise(rates)) and 0 < rates[0] <= rates[-1] < 1e100,
                 f"learning_rates must be positive, finite and ascending, got {shown(rates)}")  # fmt: skip
@@ -228,8 +234,13 @@ class Plan:
 
     @property
     def own_gains(self) -> bool:
-        """Whether each arm scales the same initial weights for its activation."""
-        return bool(self.flags.get("own_gain"))
+        """Whether arms scale the same initial weights for their activations; one flag of its own is enough."""
+        return any(self.flags_of(act, self.final_seeds[0]).get("own_gain") for act in self.acts)
+
+    def flags_of(self, act: str, seed: int) -> dict[str, Any]:
+        """Returns the flags of an activation's runs at a seed. Its own replace the plan's, and tuning flags both."""
+        tuning = self.tuning_flags if seed in self.tuning_seeds else {}
+        return {**self.flags, **parse_flags(act.split()[1:]), **tuning}
 
     @property
     def tunes(self) -> bool:
@@ -284,7 +295,10 @@ def _check_flags(flags: Mapping[str, Any], require: Callable[[object, str], None
 
 
 def parse_flags(words: Sequence[str]) -> dict[str, Any]:
-    """Parses flags of a recipe from words such as `steps=100`, with values in YAML.
+    """Parses flags of a recipe from words such as `steps=100`.
+
+    A value is a number, true or false if it prints back to the same word. YAML would also read 007 as 7 and on as true,
+    but a recipe must get what was typed.
 
     Raises:
         PlanError: A word is malformed.
@@ -295,9 +309,12 @@ def parse_flags(words: Sequence[str]) -> dict[str, Any]:
         if not (name and equals and value):
             raise PlanError(f"a flag must have the form FLAG=VALUE, such as dataset=data/mnist, got {shown(word)}")
         try:
-            flags[name] = read_yaml(value)
+            found = read_yaml(value)
+            number = isinstance(found, (int, float)) and str(found) == value
         except ValueError as error:
             raise PlanError(f"cannot read the value of {shown(word)}: {error}") from error
+        kept = number or value.lower() in _BOOLEANS or isinstance(found, (dict, list))  # a plan refuses the last two
+        flags[name] = found if kept else value
     return flags
 
 
@@ -308,7 +325,7 @@ def load_plan(path: Path) -> Plan:
         PlanError: The file cannot be read, or a field is missing, unknown or makes no sense.
     """
     if path.suffix == ".py" and path.exists():
-        plan = runpy.run_path(str(path)).get("plan")
+        plan = _run(path).get("plan")
         if not isinstance(plan, Plan):
             raise PlanError(f"the plan {path} must define `plan`, a hf_gem.compare.plan.Plan, got {shown(plan)}")
         return plan
@@ -330,6 +347,22 @@ def load_plan(path: Path) -> Plan:
     except (TypeError, ValueError, OverflowError) as error:
         raise PlanError(f"the plan {path}: {str(error)[:150]}") from error
     return plan_of(values, path)
+
+
+def _run(path: Path) -> dict[str, Any]:
+    """Runs a plan in Python, which can import what is beside it, and returns its global names."""
+    beside = str(path.resolve().parent)
+    sys.path.insert(0, beside)
+    try:
+        return runpy.run_path(str(path))
+    except PlanError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        place = f", in line {lines[-1]}" if lines else ""  # a SyntaxError has its line in its text
+        raise PlanError(f"cannot read the plan {path}: {reason(error)}{place}") from error
+    finally:
+        sys.path.remove(beside)
 
 
 def plan_of(values: Mapping[Any, Any], path: Path) -> Plan:

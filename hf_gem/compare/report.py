@@ -41,7 +41,8 @@ def write_report(study: Study, baseline: str | None = None) -> Path:
         import scipy  # noqa: F401  # the verdicts and the labels of lines import it, but too late for this error
 
         from . import figures, pages
-    if baseline is not None and baseline != plan.baseline:
+    baseline = None if baseline == plan.baseline else baseline
+    if baseline is not None:
         plan.require_arm(baseline)
         folder = folder / f"against-{slug(baseline)}"
         folder.mkdir(exist_ok=True)

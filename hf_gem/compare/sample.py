@@ -33,10 +33,10 @@ class Sample:
 
 
 def sample_of(study: Study) -> Sample | None:
-    """Reads the evaluation sample from the first record that describes it; None if none does."""
+    """Reads the evaluation sample from the first record that describes it; None if none does, or if samples differ."""
     runs = [run for runs in study.final_runs().values() for run in runs]
     samples = (_sample(study.plan.metric, record) for run in runs if (record := study.record(run)))
-    return next((sample for sample in samples if sample), None)
+    return next((sample for sample in samples if sample), None) if study.same_samples(runs) else None
 
 
 def _sample(metric: str, record: Mapping[str, Any]) -> Sample | None:
@@ -53,13 +53,15 @@ def tuning_components(study: Study) -> dict[str, Components]:
     """Computes arm -> the variance of its mean difference from the baseline, on the tuning seeds that have run.
 
     Arm and baseline are compared at their best trials so far. Arms with fewer than two finished pairs are left out.
+    It is empty if the runs were evaluated on different samples.
     """
     plan = study.plan
     trials = {arm: study.trials(arm) for arm in plan.arms if plan.tunes}
     best = {arm: plan.best(means, key=means.__getitem__) for arm, means in trials.items() if means}
-    parts = {
-        arm: [study.parts(Run(act, rate, seed)) for seed in plan.tuning_seeds] for arm, (act, rate) in best.items()
-    }
+    runs = {arm: [Run(act, rate, seed) for seed in plan.tuning_seeds] for arm, (act, rate) in best.items()}
+    if not study.same_samples(run for of_arm in runs.values() for run in of_arm):
+        return {}
+    parts = {arm: list(map(study.parts, of_arm)) for arm, of_arm in runs.items()}
     found = {}
     for arm in parts if plan.baseline in parts else ():
         if arm == plan.baseline:

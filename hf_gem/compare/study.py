@@ -12,17 +12,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
+from filelock import FileLock
 
 from ..files import check_type, read_json, shown, write_atomically
 from ..training.errors import TrainingError
 from ..training.record import read_record
-from .plan import Plan, PlanError, Run, plan_of
+from .plan import Plan, PlanError, Run, plan_of, slug
 from .stats import Comparison, compare
 
 PLAN = "plan.json"
@@ -43,8 +44,9 @@ def freeze(plan: Plan, folder: Path) -> None:
     if not frozen.exists():
         for name in ("records", "runs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        write_atomically(frozen, json.dumps({"hash": plan.hash, "plan": asdict(plan)}, indent=2) + "\n")
-        return
+        with FileLock(folder / "runs" / "plan.lock"):  # another driver may start at the same time, with another plan
+            if not frozen.exists():
+                write_atomically(frozen, json.dumps({"hash": plan.hash, "plan": asdict(plan)}, indent=2) + "\n")
     saved = _frozen(folder)
     if saved["hash"] != plan.hash:
         differ = ", ".join(name for name, value in asdict(plan).items() if saved["plan"].get(name) != value)
@@ -108,9 +110,31 @@ class Study:
                 raise ValueError(f"{path}: status must be finished or diverged, got {shown(record['status'])}")
             for metric in metrics if record["status"] == "finished" else ():
                 check_type(record["result"].get(metric, "nothing"), float | None, f"{path}: result.{metric}")
+            self._check_name(record, path)
         except ValueError as error:
             raise StudyError(f"{error}. Restore the record, or delete it to run it again.") from error
         return record
+
+    def _check_name(self, record: Mapping[str, Any], path: Path) -> None:
+        """Raises ValueError if a record is of another run than its name says. Older records lack some of the fields."""
+        plan, config, seed = self.plan, record["config"], _seed(path.stem)
+        start, _, rate = path.stem.rpartition("-seed")[0].rpartition("-lr")
+        act = next((act for act in plan.acts if slug(act) == start), start)
+        eps, *all_eps = (plan.flags_of(each, seed).get("eps") for each in (act, *plan.acts))
+        asked = record.get("match", config).get("hidden_act")
+        expected = {"hidden_act": act.split()[0], "learning_rate": float(rate), "seed": seed}
+        found = {**config, "hidden_act": asked} if asked else config
+        if eps is not None and asked:  # a number replaces the eps in the name
+            expected["hidden_act"], found["hidden_act"] = (
+                name.partition("_eps")[0] for name in (act.split()[0], str(asked))
+            )
+        if eps is not None or config.get("eps") in map(str, all_eps):  # otherwise it may be the preset's
+            expected["eps"] = None if eps is None else str(eps)
+        for key, value in expected.items():
+            if key in found and found[key] != value:
+                raise ValueError(
+                    f"{path}: its {key} is {shown(found[key])}, but a record of this name has {shown(value)}"
+                )
 
     def seconds(self) -> list[float]:
         """Returns the time of each run that has a record, including tuning runs."""
@@ -159,6 +183,16 @@ class Study:
         sums = {"loss": "losses", "accuracy": "correct"}.get(mean, "")
         found = (record.get("evaluation") or {}).get(data, {}) if record.get("status") == "finished" else {}
         return np.array([found[sums], found["counts"]], dtype=float) if sums in found else None
+
+    def same_samples(self, runs: Iterable[Run]) -> bool:
+        """Returns whether runs were evaluated on the same samples. With --allow_mixed they may not have been.
+
+        Data of equal size have equal counts, so the hashes of the data must be equal too.
+        """
+        records = {run: record for run in runs if (record := self.record(run))}
+        hashes = {record["data"]["hash"] for record in records.values()}
+        counts = [part[1] for run in records if (part := self.parts(run)) is not None]
+        return len(hashes) <= 1 and all(np.array_equal(count, counts[0]) for count in counts)
 
     def missing(self) -> list[Run]:
         """Returns the runs that can be run next: first the tuning runs, then the final runs, seed by seed.
@@ -295,9 +329,11 @@ class Study:
         """
         plan = self.plan
         terms = plan.smallest_effect, plan.higher_is_better, plan.min_seeds
+        final = self.final_runs()
         parts = {arm: {run.seed: part for run in runs if (part := self.parts(run)) is not None}
-                 for arm, runs in self.final_runs().items()}  # fmt: skip
-        found = compare(self.outcomes(), baseline or plan.baseline, *terms, parts)
+                 for arm, runs in final.items()}  # fmt: skip
+        same = self.same_samples([run for runs in final.values() for run in runs])
+        found = compare(self.outcomes(), baseline or plan.baseline, *terms, parts if same else None)
         if self.missing():
             found = [replace(c, verdict="pending", further_seeds=None, barred=False) for c in found]
         return found
@@ -312,8 +348,14 @@ class Study:
         return wrong
 
     def unequal_hashes(self) -> dict[int, list[str]]:
-        """Returns final seed -> the hashes in which its arms differ. Such a difference is an error in the code."""
-        found = {seed: self._unequal(records) for seed, records in self._by_seed().items()}
+        """Returns seed -> the hashes in which its runs differ, in tuning too.
+
+        Learning rates do not change them. The reason is a flag of one arm, or an error in the code.
+        """
+        by_seed: dict[int, list[dict[str, Any]]] = {}
+        for name, record in self._records():
+            by_seed.setdefault(_seed(name), []).append(record)
+        found = {seed: self._unequal(records) for seed, records in by_seed.items()}
         return {seed: keys for seed, keys in found.items() if keys}
 
     def hashes(self) -> list[str]:
@@ -366,7 +408,11 @@ class Study:
         ]
 
     def _tunes(self, name: str) -> bool:
-        return int(name.rpartition("-seed")[2]) in self.plan.tuning_seeds
+        return _seed(name) in self.plan.tuning_seeds
+
+
+def _seed(name: str) -> int:
+    return int(name.rpartition("-seed")[2])
 
 
 def _code(session: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,13 @@ from collections.abc import Iterator
 
 from ..files import redact
 
+# Package -> the extra that brings it, for those that hf_gem imports.
+_EXTRAS = {
+    **{"transformers": "transformers", "timm": "timm"},
+    **dict.fromkeys(("PIL", "accelerate", "datasets", "evaluate", "filelock", "huggingface_hub", "jinja2"), "train"),
+    **dict.fromkeys(("markdown_it", "matplotlib", "numpy", "safetensors", "scipy", "tokenizers"), "train"),
+    **dict.fromkeys(("torchvision", "tqdm", "trackio", "yaml"), "train"),
+}
 _MOST_QUOTED = 400  # characters of another library's message: it may repeat a long value in full
 
 
@@ -46,8 +53,8 @@ def needed_for(purpose: str) -> Iterator[None]:
 def missing_package(error: ModuleNotFoundError) -> str:
     """Says how to install a package that is missing."""
     name = str(error.name).partition(".")[0]
-    extra = name if name in ("transformers", "timm") else "train"
-    return f'The package {name} is not installed. Install it with: pip install "hf-gem[{extra}]"'
+    how = f' with: pip install "hf-gem[{_EXTRAS[name]}]"' if name in _EXTRAS else "."
+    return f"The package {name} is not installed. Install it{how}"
 
 
 def reason(error: Exception) -> str:

@@ -13,6 +13,7 @@ import typer
 import hf_gem as package
 from hf_gem.cli import app, main
 from hf_gem.files import shown
+from hf_gem.training.errors import missing_package
 from tests.helpers import ROOT, run_python
 
 DOCS = (ROOT / "docs" / "cli.md").read_text()
@@ -83,6 +84,18 @@ def test_a_missing_package_is_named_with_what_brings_it(hf_gem, monkeypatch):
     code, _, err = hf_gem("plot", "gem")
     assert code == 1
     assert err == 'error: The package matplotlib is not installed. Install it with: pip install "hf-gem[train]"\n'
+
+
+@pytest.mark.parametrize(
+    ("module", "hint"),
+    [
+        ("transformers.models", ' with: pip install "hf-gem[transformers]"'),
+        ("yaml", ' with: pip install "hf-gem[train]"'),
+        ("helper_mod", "."),
+    ],
+)
+def test_an_extra_is_named_for_what_it_contains(module, hint):
+    assert missing_package(ModuleNotFoundError(name=module)).endswith(f"is not installed. Install it{hint}")
 
 
 def test_a_warning_takes_one_line(hf_gem, monkeypatch):

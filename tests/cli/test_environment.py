@@ -60,6 +60,7 @@ def test_bench_compares_with_torch(hf_gem, monkeypatch):
 
 
 def test_bench_says_what_it_takes(hf_gem):
+    assert "--device must be a device that computes" in hf_gem("bench", "--device", "meta")[2]
     assert "--dtype must be one of" in hf_gem("bench", "--device", "cpu", "--dtype", "int8")[2]
     for shape in ("axb", "0", "8x0", "-8", "8x", "", "٣"):
         assert "--shape must be sizes above 0 with x" in hf_gem("bench", "--device", "cpu", "--shape", shape)[2]

@@ -36,7 +36,7 @@ def run(tmp_path):
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
         (folder / "README.md").write_text(CARD)
-        values = {"hidden_act": "gem_n2", "steps": "10", "learning_rate": "0.01", "dataset": "toy", "seed": 5, **config}
+        values = {"hidden_act": "gem_n2", "steps": "10", "learning_rate": 0.01, "dataset": "toy", "seed": 5, **config}
         (folder / "record.json").write_text(json.dumps({**RECORD, "run_id": "another", "config": values}))
         return folder
 

@@ -90,12 +90,19 @@ def test_two_drivers_share_a_study(study):
 
 @pytest.mark.parametrize("key", ["init_hash", "order_hash", "samples_hash"])
 def test_what_is_not_paired_stops_the_study(study, key):
-    toy = study(flags={"unpaired": key}, final_seeds=[0, 1])
+    toy = study(flags={"unpaired": key}, **TWO_ARMS)
     with pytest.raises(StudyError, match=rf"the runs are not paired: the arms of seed 0 differ in {key}"):
         run(toy)
-    assert len(started(toy)) == 4 * 3 * 2 + 2  # and not after all final runs
+    assert len(started(toy)) == 2  # and not after all final runs
     write_report(toy)
     assert f"**Not paired:** seed 0: the arms differ in {key}" in (toy.folder / "report.md").read_text()
+
+
+def test_what_is_not_paired_stops_the_tuning(study):
+    toy = study(arms={"relu": ["relu"], "gem": ["gem unpaired=init_hash"]})
+    with pytest.raises(StudyError, match="the runs are not paired: the arms of seed 100 differ in init_hash"):
+        run(toy)
+    assert started(toy)[-1] == "gem-unpaired-init_hash-lr0.005-seed100"  # the first run of the second arm
 
 
 def test_records_of_other_code_are_not_mixed_in(study):

@@ -68,6 +68,15 @@ def test_times_that_vary_do_not_make_an_evaluation_give_time_back():
     assert 0.24 < cost.step < 0.25
 
 
+def test_times_that_vary_do_not_make_a_step_give_time_back():
+    """With few steps, the longer run may take less time than the shorter one."""
+    config = {"steps": 2, "eval_every": 0, "save_every": 0}
+    cost = cost_of(made_up(1, 8.0), made_up(2, 6.0), config)
+    assert (cost.step, cost.first) == (0, 0)
+    assert cost.evaluation == pytest.approx((2 * 8 + 3 + 2 * 6 + 3.25) / 4)
+    assert cost.run > 0
+
+
 def test_a_study_occupies_cores_or_gpus():
     assert occupied(10, 2, {"gpus": [], "torch_threads": 4}) == "80 core-hours"
     assert occupied(10, 0, {"gpus": [], "torch_threads": 1}) == "10 core-hours"

@@ -123,7 +123,7 @@ def test_the_driver_is_no_recipe(study):
 
 
 def test_flags_that_are_no_yaml():
-    for word in ("x=[", "x=!!python/name:os.system", f"x={DEEP}"):
+    for word in ("x=[", "x=!!python/name:os.system", f"x={DEEP}", f"x=0x{'f' * 5000}"):
         with pytest.raises(PlanError, match="cannot read the value of 'x="):
             parse_flags([word])
 
@@ -225,6 +225,11 @@ def put(*keys, to):
         (put("init_hash", to=None), "init_hash must be text"),
         (put("activation_inputs", to={"rms": "x"}), "activation_inputs.rms must be a number"),
         (put("match", to={"hidden_act": 3}), "match.hidden_act must be text, got 3"),
+        # One of another run, under this one's name.
+        (put("config", "hidden_act", to="relu"), "its hidden_act is 'relu', but a record of this name has 'gem'"),
+        (put("match", to={"hidden_act": "egem"}), "its hidden_act is 'egem', but a record of this name has 'gem'"),
+        (put("config", "learning_rate", to=0.02), "its learning_rate is 0.02, but a record of this name has 0.01"),
+        (put("config", "seed", to=0), "its seed is 0, but a record of this name has 1"),
     ],
 )  # fmt: skip
 def test_a_record_that_is_none_is_named_with_its_field(finished, tmp_path, change, message, capsys):

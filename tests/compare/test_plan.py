@@ -1,6 +1,7 @@
 """Plans: what they refuse, how they are read, and what they ask for."""
 
 import math
+import sys
 import textwrap
 from dataclasses import replace
 
@@ -24,6 +25,8 @@ from tests.helpers import ROOT
         ({"arms": {"relu": ["relu a=1"], "x": ["relu a 1"]}}, "FLAG=VALUE"),
         ({"baseline": "gelu"}, "baseline must be one of the arms .'relu'.*, got 'gelu'"),
         ({"arms": {"relu": ["relu"]}}, "a comparison needs at least two arms"),
+        *(({"arms": {"relu": ["relu"], "x": acts}}, "every arm needs an activation") for acts in ([], [""], [" "])),
+        ({"arms": {"relu": ["relu"], "x y": ["gem"], "x+y": ["silu"]}}, "in more than spaces, .*'x y', 'x\\+y'"),
         ({"arms": {"relu": ["relu"], "x": ["gem_2"]}}, "'gem_2'"),
         ({"arms": {"relu": ["relu"], "x": ["egem_eps1e-6"]}}, "canonical spelling"),
         ({"learning_rates": [0.1, 0.01]}, "ascending"),
@@ -75,6 +78,30 @@ def test_a_plan_in_python(tmp_path):
         load_plan(path)
 
 
+def test_a_plan_in_python_imports_what_is_beside_it(tmp_path):
+    (tmp_path / "beside_the_plan.py").write_text(f"from hf_gem.compare.plan import Plan\nmade = Plan(**{PLAN})\n")
+    path, before = tmp_path / "plan.py", list(sys.path)
+    path.write_text("from beside_the_plan import made as plan\n")
+    assert load_plan(path) == Plan(**PLAN)
+    assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n1 / 0", "ZeroDivisionError: division by zero, in line 2"),
+        ("\n\nx = = 3", r"SyntaxError: invalid syntax \(plan\.py, line 3\)"),
+        ("import no_such_helper", "ModuleNotFoundError: No module named 'no_such_helper', in line 1"),
+        ("import json\njson.loads('')", "JSONDecodeError: .*, in line 2"),
+    ],
+)
+def test_an_error_in_a_plan_in_python_is_told_with_its_line(tmp_path, text, message):
+    path = tmp_path / "plan.py"
+    path.write_text(text)
+    with pytest.raises(PlanError, match=rf"cannot read the plan .*plan\.py: {message}"):
+        load_plan(path)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "plans").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_plans(path, capsys):
     plan = load_plan(path)
@@ -102,6 +129,9 @@ def test_flags_as_words():
     assert parse_flags(["steps=7", "dataset=data/text", "own_gain=yes"]) == {
         "steps": 7, "dataset": "data/text", "own_gain": True,
     }  # fmt: skip
+    for value in ("2024_10", "007", "1:30", "0x10", "on", "2024-01-01", "null", "1e-3"):  # of YAML, 1e-3 is no number
+        assert parse_flags([f"x={value}"]) == {"x": value}
+    assert parse_flags(["a=0.5", "b=No", "c=true", "d=-3"]) == {"a": 0.5, "b": False, "c": True, "d": -3}
     for word in ("steps", "steps=", "=7"):
         with pytest.raises(PlanError, match=f"the form FLAG=VALUE, such as dataset=data/mnist, got '{word}'"):
             parse_flags([word])

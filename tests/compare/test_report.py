@@ -8,6 +8,7 @@ import pytest
 from hf_gem import cli
 from hf_gem.compare.plan import Run
 from hf_gem.compare.report import write_report
+from hf_gem.compare.sample import tuning_components
 from hf_gem.compare.study import StudyError
 from hf_gem.training.errors import ConfigError
 from tests.compare.toy import TWO_ARMS, run
@@ -32,7 +33,7 @@ def test_runs_that_the_tuning_does_not_choose_are_told(study):
     run(toy)
     for seed, loss in ((0, 3.5), (1, 3.7)):
         record = json.loads((toy.folder / "records" / f"gem-lr0.01-seed{seed}.json").read_text())
-        record["result"]["validation_loss"] = loss
+        record["result"]["validation_loss"], record["config"]["learning_rate"] = loss, 0.02
         (toy.folder / "records" / f"gem-lr0.02-seed{seed}.json").write_text(json.dumps(record))
     assert toy.set_aside() == {("gem", 0.02): [3.5, 3.7]}
     write_report(toy)
@@ -108,11 +109,18 @@ def test_pairing_is_claimed_by_the_hashes_that_there_are(study):
     assert "are equal for initial weights and the order of samples. On 1 seed, the arms ran" in report
 
 
-def test_arms_with_gains_of_their_own_are_paired_by_the_signs_of_their_weights(study):
-    toy = study(flags={"own_gain": True}, final_seeds=[0, 1])
+@pytest.mark.parametrize(
+    ("changes", "scaled"),
+    [
+        ({"flags": {"own_gain": True}}, "each scaled for its activation"),
+        ({"arms": {"relu": ["relu"], "gem": ["gem_n2 own_gain=yes"]}}, "some scaled for their activation"),
+    ],
+)
+def test_arms_with_gains_of_their_own_are_paired_by_the_signs_of_their_weights(study, changes, scaled):
+    toy = study(**changes, final_seeds=[0, 1])
     run(toy)
     write_report(toy)
-    assert "the same initial weights, each scaled for its activation, and saw" in (toy.folder / "report.md").read_text()
+    assert f"the same initial weights, {scaled}, and saw" in (toy.folder / "report.md").read_text()
 
 
 def test_arms_that_differ_in_n_or_eps_have_a_picture_of_it(study):
@@ -173,6 +181,31 @@ def test_a_report_says_what_intervals_count(study):
     assert saved["groups"] == parts.groups
 
 
+@pytest.mark.parametrize("size", [12, 13])
+def test_a_mixture_of_data_has_a_report_that_does_not_count_samples(study, size):
+    """Also one of data of equal size, whose counts by document are the same."""
+    toy = study(final_seeds=[0, 1], flags={"documents": 12})
+    run(toy)
+    for name in ("gem_n2-lr0.01-seed1", "gem_n2-lr0.01-seed100"):
+        path = toy.folder / "records" / f"{name}.json"
+        record = json.loads(path.read_text())
+        record["data"]["hash"] = "other"
+        parts, loss = record["evaluation"]["validation"], record["result"]["validation_loss"]
+        parts |= {"num_units": size, "counts": [100] * size, "losses": [100 * loss] * size}
+        if size == 12:
+            before = json.loads((path.parent / "gem_n2-lr0.01-seed0.json").read_text())["evaluation"]["validation"]
+            parts |= {"counts": before["counts"], "losses": [count * loss for count in before["counts"]]}
+        path.write_text(json.dumps(record))
+    toy = study(final_seeds=[0, 1], flags={"documents": 12})
+    run(toy, allow_mixed=True)
+    write_report(toy)
+    report = (toy.folder / "report.md").read_text()
+    assert "**Mixed:** tuning data: test in" in report
+    assert "The intervals of this study only count seeds." in report
+    assert "The validation data have" not in report
+    assert tuning_components(toy) == {}
+
+
 def test_the_number_of_validation_tokens_of_older_records(study):
     toy = study(**TWO_ARMS, final_seeds=[0, 1])
     run(toy)
@@ -200,6 +233,9 @@ def test_each_further_baseline_is_a_family(study):
     assert [c["arm"] for c in saved["comparisons"]] == ["gem", "silu"]
     assert [c["arm"] for c in saved["further"]["gem"]] == ["relu", "silu"]
     assert [c["p_holm"] for c in saved["further"]["gem"]] == [c.p_holm for c in toy.comparisons("gem")]
+    cli.main(["report", str(toy.folder), "--baseline", "relu"])  # the plan's own
+    assert (toy.folder / "report.md").read_text() == report
+    assert json.loads((toy.folder / "results.json").read_text()) == saved
 
 
 def test_two_rates_on_the_final_seeds_are_both_told(study):

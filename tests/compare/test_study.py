@@ -1,15 +1,18 @@
 """What a study lacks, and what its tuning chooses."""
 
+import json
 import math
+import threading
 from pathlib import Path
 
 import pytest
 
 from hf_gem import cli
-from hf_gem.compare.plan import PlanError, Run
+from hf_gem.compare.plan import Plan, PlanError, Run
 from hf_gem.compare.report import write_report
-from hf_gem.compare.study import StudyError
-from tests.compare.toy import TWO_ARMS, run, started
+from hf_gem.compare.study import Study, StudyError, freeze
+from hf_gem.files import write_atomically
+from tests.compare.toy import PLAN, TWO_ARMS, run, started
 
 
 def test_an_optimum_at_the_edge_extends_the_grid(study):
@@ -94,6 +97,26 @@ def test_a_frozen_plan_that_was_changed(study):
         study()
 
 
+def test_a_record_of_an_activation_with_flags_of_its_own(study):
+    arms = {"relu": ["relu"], "match": ["egem_n2 eps=match"], "eps": ["egem eps=0.01"], "egem": ["egem"]}
+    plan = {**TWO_ARMS, "arms": arms, "final_seeds": [0, 1]}
+    toy = study(**plan)
+    run(toy)
+
+    def rewritten(act, like, **changes):
+        record = toy.record(Run(like, 0.01, 0))
+        found = {**record, **changes, "config": record["config"] | changes["config"]}
+        (toy.folder / "records" / f"{Run(act, 0.01, 0).name}.json").write_text(json.dumps(found))
+        return study(**plan).record(Run(act, 0.01, 0))
+
+    asked = {"match": {"hidden_act": "egem_n2"}, "config": {"hidden_act": "egem_n2_eps0.09"}}
+    assert rewritten("egem_n2 eps=match", "egem_n2 eps=match", **asked)  # as recipes write them
+    assert rewritten("egem eps=0.01", "egem eps=0.01", config={"hidden_act": "egem_eps0.01"})
+    for act, like, eps in (("egem", "egem eps=0.01", "0.01"), ("egem eps=0.01", "egem", None)):
+        with pytest.raises(StudyError, match=r"seed0\.json: its eps is .*, but a record of this name has"):
+            rewritten(act, like, config={"eps": eps})
+
+
 def test_a_changed_plan_is_another_study(study):
     study()
     with pytest.raises(
@@ -101,6 +124,31 @@ def test_a_changed_plan_is_another_study(study):
         match=r"a study of another plan, which differs in smallest_effect\. A plan is frozen when its first run starts",
     ):
         study(smallest_effect=0.01)
+
+
+def test_of_two_plans_for_one_new_folder_only_the_first_is_frozen(tmp_path, monkeypatch):
+    """The second comes while the first one writes its file."""
+    first, second, folder, refused = Plan(**PLAN), Plan(**{**PLAN, "smallest_effect": 0.01}), tmp_path / "new", []
+
+    def freeze_second():
+        try:
+            freeze(second, folder)
+        except PlanError as error:
+            refused.append(str(error))
+
+    other = threading.Thread(target=freeze_second)
+
+    def slowly(path, content):
+        if threading.current_thread() is not other:
+            other.start()
+            other.join(0.3)
+        write_atomically(path, content)
+
+    monkeypatch.setattr("hf_gem.compare.study.write_atomically", slowly)
+    freeze(first, folder)
+    other.join()
+    assert "a study of another plan, which differs in smallest_effect" in "".join(refused)
+    assert Study(folder).plan == first
 
 
 def test_final_runs_go_seed_by_seed(study):

@@ -40,7 +40,8 @@ record = {"status": status, "result": result, "sessions": [session],
           "init_hash": f"w{seed}{gain}", "init_signs_hash": f"s{seed}",
           "order_hash": f"o{seed}", "samples_hash": f"x{seed}",
           "nonfinite": {"skipped_batches": 3 if flags.get("skips") == folder.name else 0},
-          "recipe": "toy", "run_id": folder.name, "config": {**flags, "dataset": "toy"},
+          "recipe": "toy", "run_id": folder.name,
+          "config": {**flags, "dataset": "toy", "learning_rate": rate, "seed": seed},
           "curves": {"validation_loss": [[0, 5.0], [10, loss]]}}
 if flags.get("documents"):
     counts, spread = [100 + document % 3 for document in range(int(flags["documents"]))], float(flags.get("spread", 0))
