@@ -45,7 +45,7 @@ DEEP = "[" * 50_000
         ({"learning_rates": [0.1, float("inf")]}, "positive, finite and ascending"),
         ({"learning_rates": [0.1, 10**400]}, r"learning_rates\[1\] must be a number, got 1000"),
         ({"final_seeds": [0, 1.5]}, r"final_seeds\[1\] must be a whole number, got 1.5"),
-        ({"final_seeds": [0, -1]}, "seeds must be at least 0"),
+        ({"final_seeds": [0, -1]}, "seeds must be 0 to"),
         ({"smallest_effect": float("nan")}, "smallest_effect must be above 0"),
         ({"smallest_effect": float("inf")}, "smallest_effect must be above 0 and finite"),
         ({"notes": None}, "notes must be text, got None"),
