@@ -120,7 +120,8 @@ class Study:
         plan, config, seed = self.plan, record["config"], _seed(path.stem)
         start, _, rate = path.stem.rpartition("-seed")[0].rpartition("-lr")
         act = next((act for act in plan.acts if slug(act) == start), start)
-        eps, *all_eps = (plan.flags_of(each, seed).get("eps") for each in (act, *plan.acts))
+        eps = plan.flags_of(act, seed).get("eps")
+        all_eps = (str(plan.flags_of(each, seed).get("eps")) for each in plan.acts)
         asked = record.get("match", config).get("hidden_act")
         expected = {"hidden_act": act.split()[0], "learning_rate": float(rate), "seed": seed}
         found = {**config, "hidden_act": asked} if asked else config
@@ -128,7 +129,7 @@ class Study:
             expected["hidden_act"], found["hidden_act"] = (
                 name.partition("_eps")[0] for name in (act.split()[0], str(asked))
             )
-        if eps is not None or config.get("eps") in map(str, all_eps):  # otherwise it may be the preset's
+        if eps is not None or config.get("eps") in all_eps:  # otherwise it may be the preset's
             expected["eps"] = None if eps is None else str(eps)
         for key, value in expected.items():
             if key in found and found[key] != value:
