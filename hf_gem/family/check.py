@@ -88,8 +88,11 @@ def exact_eps_slope(family: Family, x: Fraction, n: int, eps: Fraction) -> Fract
     return Fraction(slope)
 
 
+@torch.inference_mode(False)  # which also turns gradients on
 def check(family: Family) -> None:
     """Compares the formulas of a family with its exact definition: in float64, and in float32 far from 0.
+
+    eps is a number, and if it is free also a tensor, as a learnable one is.
 
     Raises:
         ValueError: They disagree. The message names the formula and gives x, n and eps.
@@ -108,38 +111,53 @@ def check(family: Family) -> None:
 
 
 def _check_formulas(
-    family: Family, n: int, eps: float, points: list[Fraction], dtype: torch.dtype
+    family: Family, n: int, eps: float | torch.Tensor, points: list[Fraction], dtype: torch.dtype
 ) -> tuple[torch.Tensor, list[Fraction]]:
-    """Checks value, slope and eps_slope. Returns the values and the exact slopes."""
+    """Checks value and slope. Returns the values and the exact slopes."""
     x = torch.tensor([float(point) for point in points], dtype=dtype, device="cpu")
     value = formulas.forward(family, n, eps, x)
     slope = formulas.slope(family, n, eps, x)
-    exact = [family.exact(point, n, Fraction(eps)) for point in points]
-    slopes = [exact_slope(family, point, n, Fraction(eps)) for point in points]
-    _compare(family, "value", "exact", n, eps, points, value, exact)
+    number = Fraction(float(eps))
+    slopes = [exact_slope(family, point, n, number) for point in points]
+    _compare(family, "value", "exact", n, eps, points, value, [family.exact(point, n, number) for point in points])
     _compare(family, "slope", "the derivative of exact", n, eps, points, slope, slopes)
-    if family.eps_slope is not None and family.fixed_eps is None:
-        eps_slope = formulas.eps_slope(family, n, torch.tensor(eps, dtype=dtype, device="cpu"), x) * eps
-        eps_slopes = [exact_eps_slope(family, point, n, Fraction(eps)) for point in points]
-        of = "the derivative of exact with respect to log(eps)"
-        _compare(family, "eps_slope", of, n, eps, points, eps_slope, eps_slopes)
+    if isinstance(eps, torch.Tensor):
+        _check_eps_slopes(family, n, eps, points, x)
     return value, slopes
 
 
-def _check_infinity(family: Family, n: int, eps: float) -> None:
+def _check_eps_slopes(family: Family, n: int, eps: torch.Tensor, points: list[Fraction], x: torch.Tensor) -> None:
+    """Checks the derivatives with respect to log(eps): eps_slope, and what autograd makes of value."""
+    by = "with respect to log(eps)"
+    exact = [exact_eps_slope(family, point, n, Fraction(eps.item())) for point in points]
+    if family.eps_slope is not None:
+        found = formulas.eps_slope(family, n, eps, x) * eps
+        _compare(family, "eps_slope", f"the derivative of exact {by}", n, eps, points, found, exact)
+    if x.dtype == torch.float64:  # in float32, the gate may be a constant far from 0
+        log_eps = eps.log().requires_grad_()
+        value = formulas.forward(family, n, log_eps.exp(), x) + 0.0 * log_eps  # even if it ignores eps
+        found = torch.stack([torch.autograd.grad(y, log_eps, retain_graph=True)[0] for y in value])
+        _compare(family, f"the derivative {by} of value", f"the derivative of exact {by}", n, eps, points, found, exact)
+
+
+def _check_infinity(family: Family, n: int, eps: float | torch.Tensor) -> None:
     x = torch.tensor([-math.inf, math.inf], device="cpu", dtype=torch.float32)
     for what, formula in (("value", formulas.forward), ("slope", formulas.slope)):
         for point, got in zip(x.tolist(), formula(family, n, eps, x).tolist(), strict=True):
             if math.isnan(got):
                 raise ValueError(
-                    f"{what} of family {shown(family.name)} is nan at x = {point}, n = {n}, eps = {eps:g} in float32. "
+                    f"{what} of family {shown(family.name)} is nan at x = {point}, n = {n}, {_named(eps)} in float32. "
                     "It must be a number or infinity. Clamp x or its powers, as in hf_gem.family.arithmetic."
                 )
 
 
-def _members(family: Family) -> Iterator[tuple[int, float]]:
+def _members(family: Family) -> Iterator[tuple[int, float | torch.Tensor]]:
     for n, eps in _MEMBERS:
-        yield n, eps if family.fixed_eps is None else family.fixed_eps
+        if family.fixed_eps is not None:
+            yield n, family.fixed_eps
+        else:
+            yield n, eps
+            yield n, torch.tensor(eps, dtype=torch.float64, device="cpu")
 
 
 def _compare(
@@ -147,7 +165,7 @@ def _compare(
     what: str,
     of: str,
     n: int,
-    eps: float,
+    eps: float | torch.Tensor,
     points: list[Fraction],
     found: torch.Tensor,
     wanted: list[Fraction],
@@ -161,7 +179,11 @@ def _compare(
     for x, got, right in zip(points, found.tolist(), rights, strict=True):
         if got != right and not abs(got - right) <= _TOLERANCE[found.dtype] * max(abs(right), 1e-6):
             raise ValueError(
-                f"{what} of family {shown(family.name)} is {got:.12g} at x = {float(x):g}, n = {n}, eps = {eps:g} in "
+                f"{what} of family {shown(family.name)} is {got:.12g} at x = {float(x):g}, n = {n}, {_named(eps)} in "
                 f"{str(found.dtype).removeprefix('torch.')}. It must equal {of}, which is {right:.12g}. Fix whichever "
                 "is wrong."
             )
+
+
+def _named(eps: float | torch.Tensor) -> str:
+    return f"eps = {float(eps):g}" + " as a tensor" * isinstance(eps, torch.Tensor)

@@ -235,6 +235,18 @@ def changed(**changes):
             "slope of family 'xgem' is nan at x = -inf, .* in float32. It must be a number or infinity.",
         ),
         ({"value": lambda z, n, r, e: DGEM.value(z, n, r, e).sum()}, "It must be elementwise"),
+        (
+            {"value": lambda z, n, r, e: DGEM.value(z, n, r, e) * (1.5 if isinstance(e, torch.Tensor) else 1)},
+            r"value of family 'xgem' is .* n = 1, eps = 1 as a tensor in float64\. It must equal exact, which is",
+        ),
+        (
+            {"slope": lambda z, n, r, e: DGEM.slope(z, n, r, e) * (1.5 if isinstance(e, torch.Tensor) else 1)},
+            r"slope of family 'xgem' is .* as a tensor in float64\. It must equal the derivative of exact, which is",
+        ),
+        (
+            {"value": lambda z, n, r, e: DGEM.value(z, n, r, e.detach() if isinstance(e, torch.Tensor) else e)},
+            r"the derivative with respect to log\(eps\) of value of family 'xgem' is 0 at .* must equal the deriv",
+        ),
         ({"slope_at": lambda y, n, r, e, d: y, "inverse": lambda y, n, r, e: y}, "slope_at of family 'xgem' is"),
         ({"slope_at": lambda y, n, r, e, d: y}, "got slope_at without inverse"),
         (
