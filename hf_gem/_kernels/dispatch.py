@@ -43,7 +43,8 @@ def _from_environment() -> str:
     return _check(os.environ.get("HF_GEM_KERNELS", "").lower() or "auto", "HF_GEM_KERNELS")
 
 
-_selected = _from_environment()
+# The `kernels` blocks that are open, of all threads, in the order in which they were entered. The last one counts.
+_blocks: list[tuple[str, object]] = [(_from_environment(), None)]
 _triton_fails = False
 
 
@@ -63,7 +64,8 @@ _DEFAULT_SAVE = check_save(os.environ.get("HF_GEM_SAVE", "").lower() or "auto", 
 def kernels(backend: str) -> Iterator[None]:
     """Selects the backend of the activations inside a `with` block, for the whole process.
 
-    The environment variable `HF_GEM_KERNELS` selects the backend from the start.
+    The environment variable `HF_GEM_KERNELS` selects the backend from the start. If several blocks are open, also in
+    different threads, the one that was entered last counts for all threads.
 
     If the kernels are not available, you get one warning, and the formulas are used instead. Inputs that no kernel
     supports, such as float64, tensor subclasses and a learnable eps, always use the formulas, without a warning.
@@ -80,13 +82,12 @@ def kernels(backend: str) -> Iterator[None]:
     Raises:
         ValueError: The backend is unknown.
     """
-    global _selected
-    _check(backend, "backend")
-    before, _selected = _selected, backend
+    block = _check(backend, "backend"), object()  # which no other block equals
+    _blocks.append(block)
     try:
         yield
     finally:
-        _selected = before
+        _blocks.remove(block)  # not the last one, which may be of another thread
 
 
 def run(operation: str, family: Family, n: int, eps: float | Tensor, *inputs: Tensor) -> Any:
@@ -191,7 +192,8 @@ def keeps_output(family: Family, n: int, eps: float | Tensor, x: Tensor, save: s
 
 
 def _kernels_for(operation: str, family: Family, n: int, eps: float | Tensor, inputs: tuple[Tensor, ...]) -> Any:
-    if _selected == "eager" or isinstance(eps, Tensor) or in_dispatch_mode():
+    selected = _blocks[-1][0]
+    if selected == "eager" or isinstance(eps, Tensor) or in_dispatch_mode():
         return None
     x = inputs[0]
     numel, dtype = x.numel(), x.dtype
@@ -203,11 +205,11 @@ def _kernels_for(operation: str, family: Family, n: int, eps: float | Tensor, in
         if other is not x and (other.dtype != dtype or other.device != x.device):
             return None
     if x.is_cpu:
-        if _selected == "triton":
+        if selected == "triton":
             return _interpreter() if not _triton_fails else None
         # Backward passes show that this is training. With inference alone, a build pays off later.
         work = numel if "backward" in operation else numel / 16
-        return cpu if cpu.library(family, n).ready(work, wait=_selected == "compiled") else None
+        return cpu if cpu.library(family, n).ready(work, wait=selected == "compiled") else None
     return _triton() if x.device.type in _GPUS and not _triton_fails else None
 
 

@@ -4,6 +4,7 @@ import contextlib
 import random
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
@@ -30,14 +31,53 @@ def launched(monkeypatch):
 # ---- the choice
 
 
+def selected():
+    return dispatch._blocks[-1][0]
+
+
 def test_the_backends_of_the_context_manager():
-    assert dispatch._selected == "auto"
+    assert selected() == "auto"
     with hf_gem.kernels("eager"):
-        assert dispatch._selected == "eager"
+        assert selected() == "eager"
         with pytest.raises(RuntimeError, match="inside"), hf_gem.kernels("compiled"):
             raise RuntimeError("inside")
-        assert dispatch._selected == "eager"
-    assert dispatch._selected == "auto"
+        assert selected() == "eager"
+    assert selected() == "auto"
+
+
+@needs_compiler
+def test_blocks_of_two_threads(launched):
+    """They overlap, and the one that was entered first ends first."""
+    x = torch.randn(20)
+    first_ends, second_begins = threading.Event(), threading.Event()
+
+    def first():
+        with hf_gem.kernels("eager"):
+            second_begins.set()
+            assert first_ends.wait(60)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert second_begins.wait(60)
+    with hf_gem.kernels("compiled"):
+        egem(x)
+        assert launched == ["forward"]
+        first_ends.set()
+        thread.join()
+        assert selected() == "compiled"
+    assert selected() == "auto"
+    egem(x)
+    assert launched == ["forward", "forward"]
+
+
+def test_a_block_inside_compiled_code():
+    def function(x):
+        with hf_gem.kernels("eager"):
+            return egem(x)
+
+    x = torch.randn(8)
+    assert torch.equal(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x))
+    assert selected() == "auto"
 
 
 @pytest.mark.parametrize("backend", ["cuda", "", None, 1])
