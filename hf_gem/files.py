@@ -5,6 +5,7 @@ A kill or a power cut leaves a file either as it was or completely written.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -36,6 +37,9 @@ _LONGEST = 80  # characters of a value that a message repeats
 _CLOSE = 0.65  # how alike a name must be to be suggested, as difflib measures it; gme and gem are 0.67
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = _LONGEST
+_START = Path()
+with contextlib.suppress(FileNotFoundError):  # the program's folder has been deleted
+    _START = Path.cwd()
 
 
 def shown(value: object) -> str:
@@ -53,8 +57,11 @@ def closest(given: str, allowed: Iterable[str]) -> str:
 
 
 def cache_folder() -> Path:
-    """Returns the folder for files that take time to recompute: `$HF_GEM_CACHE`, or `~/.cache/hf_gem`."""
-    return Path(os.environ.get("HF_GEM_CACHE") or Path.home() / ".cache" / "hf_gem").expanduser()
+    """Returns the folder for files that take time to recompute: `$HF_GEM_CACHE`, or `~/.cache/hf_gem`.
+
+    A relative path counts from the program's folder when it first used hf_gem. A later `os.chdir` does not change it.
+    """
+    return _START / Path(os.environ.get("HF_GEM_CACHE") or Path.home() / ".cache" / "hf_gem").expanduser()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -144,6 +144,20 @@ def test_a_build_refuses_a_folder_that_others_can_write_to(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@needs_compiler
+def test_a_relative_folder_of_a_program_that_changes_its_own(quick_build, fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_GEM_CACHE", os.path.relpath(fresh))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    assert not cpu.library(EGEM, 1).ready(cpu.WORTH_BUILDING, wait=False)  # starts a build
+    monkeypatch.chdir(tmp_path / "two")
+    call_quietly()
+    assert loaded()
+    assert {path.parent for path in tmp_path.rglob("*.so")} == {fresh}
+    assert len(quick_build.read_text().splitlines()) == 1
+
+
 # ---- damage
 
 
