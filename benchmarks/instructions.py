@@ -101,13 +101,13 @@ def compiled(target: str, operation: str, family: str, n: int, dtype: str) -> Co
     of = getattr(torch, dtype)
     exact, constants = gpu.is_exact(operation, of), gpu.constants(operation, of)
     kernel = gpu.kernels(family, n, exact)[operation]
-    types = {"numel": "i64", "r": "fp32", "e": "fp32", **dict.fromkeys(constants, "constexpr")}
+    types = {"numel": "i64", **dict.fromkeys(constants, "constexpr")}
     names = kernel.arg_names
     source = ASTSource(
         kernel,
-        {name: types.get(name, DTYPES[dtype]) for name in names},
+        {name: DTYPES[dtype] if name.endswith("_ptr") else types.get(name, "fp32") for name in names},
         {(names.index(name),): value for name, value in constants.items()},
-        {(i,): [["tt.divisibility", gpu.ALIGNMENT]] for i, name in enumerate(names) if name not in types},
+        {(i,): [["tt.divisibility", gpu.ALIGNMENT]] for i, name in enumerate(names) if name.endswith("_ptr")},
     )
     made = triton.compile(source, target=TARGETS[target], options=gpu.options(exact))
     read = _nvidia if TARGETS[target].backend == "cuda" else _amd

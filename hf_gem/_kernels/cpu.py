@@ -27,11 +27,10 @@ from typing import IO, cast
 import torch
 from torch import Tensor
 
-from ..family.formulas import cached_scale
 from ..family.table import Family, family_named
 from ..files import cache_folder
 from . import build
-from .printer import DTYPES, cpp_source
+from .printer import DTYPES, cpp_source, numbers
 from .trust import checked, is_intact, make_private
 
 # A build for an n starts after the formulas have processed this many elements in backward passes. That takes about a
@@ -199,8 +198,7 @@ def _open(log: Path) -> IO[bytes]:
 
 def _function(library: ctypes.CDLL, operation: str, dtype: torch.dtype) -> Callable[..., None]:
     function = getattr(library, f"{operation}_{str(dtype).removeprefix('torch.')}")
-    numbers = [ctypes.c_int64, ctypes.c_int, ctypes.c_double, ctypes.c_double]
-    function.argtypes = [*numbers, *[ctypes.c_void_p] * NUM_TENSORS[operation]]
+    function.argtypes = [ctypes.c_int64, ctypes.c_int, *[ctypes.c_void_p] * (1 + NUM_TENSORS[operation])]
     function.restype = None
     return cast("Callable[..., None]", function)
 
@@ -242,4 +240,5 @@ def launch(
     threads = torch.get_num_threads() if numel >= _PARALLEL else 1
     function = _library(family.kernels, n).function(operation, inputs[0].dtype)
     pointers = [tensor.data_ptr() for tensor in (*outputs, *inputs)]
-    function(numel, threads, *cached_scale(eps, n), *pointers)
+    values = numbers(family.kernels, n, eps)
+    function(numel, threads, (ctypes.c_double * len(values))(*values), *pointers)

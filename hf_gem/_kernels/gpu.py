@@ -19,9 +19,8 @@ import triton
 from torch import Tensor
 
 from ..family.arithmetic import digits
-from ..family.formulas import cached_scale
 from ..family.table import Family, family_named
-from .printer import triton_source
+from .printer import numbers, triton_source
 from .triton_kernels import forward
 
 _BYTES_A_PROGRAM = 4096  # of each tensor: two loads of 16 bytes for each of 128 threads
@@ -72,14 +71,14 @@ def launch(
     pointers = [tensor.data_ptr() for tensor in (*outputs, *inputs)]
     aligned = not any(pointer % ALIGNMENT for pointer in pointers)
     grid = (-(-numel // chosen["BLOCK"]), 1, 1)
-    numbers = (numel, *cached_scale(eps, n), *chosen.values())
+    others = (numel, *numbers(family.kernels, n, eps), *chosen.values())
     with _on(device):
         if compiled is not None and aligned:
-            compiled[grid](*pointers, *numbers)
+            compiled[grid](*pointers, *others)
             return
         exact = is_exact(operation, x.dtype)
         kernel = kernels(family.kernels, n, exact)[operation]
-        compiled = kernel[grid](*outputs, *inputs, *numbers, **options(exact))
+        compiled = kernel[grid](*outputs, *inputs, *others, **options(exact))
     if aligned and not interpreted:
         _compiled[key] = compiled
 

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..family.arithmetic import digits
-from ..family.table import Family
+from ..family.arithmetic import digits, scale
+from ..family.table import Family, family_named
 from ..files import replace_between
 from .symbols import Symbol, Traced, trace
 
@@ -23,16 +23,16 @@ class _Printer:
     """Prints statements for symbols, in the order in which they are requested.
 
     Attributes:
-        operations: Operation -> its text for vectors, with operands as {0}, {1} ...
-        on_numbers: The same for numbers made of r and e.
+        operations: Operation -> its text, with operands as {0}, {1} ...
         infinity: The text of infinity.
+        numbers: Expression of a number made of r and e -> its text.
     """
 
     operations: ClassVar[dict[str, str]]
-    on_numbers: ClassVar[dict[str, str]]
     infinity: ClassVar[str]
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: dict[str, str]) -> None:
+        self.numbers = numbers
         self.lines: list[str] = []
         self._names: dict[str, str] = {}  # text of an operation -> the variable that holds it
         self._printed: dict[Symbol, str] = {}
@@ -42,13 +42,7 @@ class _Printer:
         """Prints a symbol or number as the operand of an operation on vectors of the type of `like`."""
         if not isinstance(x, Symbol):
             return self.literal(x, like.dtype)
-        return self.broadcast(self.scalar(x)) if x.scalar else self.name(x)
-
-    def scalar(self, x: Any) -> str:
-        """Prints a number made of r and e as an expression in double precision."""
-        if not isinstance(x, Symbol):
-            return self.number(float(x))
-        return self.on_numbers[x.op].format(*map(self.scalar, x.args)) if x.args else x.op
+        return self.numbers[x.op] if x.scalar else self.name(x)
 
     def number(self, value: float, text: str = "") -> str:
         """Prints a number: as `text` if it is finite, by default in double precision."""
@@ -86,9 +80,6 @@ class _Printer:
     def literal(self, value: float, dtype: torch.dtype) -> str:
         raise NotImplementedError
 
-    def broadcast(self, expression: str) -> str:
-        raise NotImplementedError
-
     def statement(self, name: str, text: str, x: Symbol) -> str:
         raise NotImplementedError
 
@@ -98,7 +89,6 @@ class _Printer:
 
 _NAMES = {torch.float32: "float", torch.int32: "int", torch.bool: "bool"}
 _BINARY = {op: f"({{0}} {op} {{1}})" for op in ("+", "-", "*", "/", "<", "<=", ">", ">=", "==", "!=", "<<", ">>")}
-_ON_NUMBERS = {**{op: _BINARY[op] for op in ("+", "-", "*", "/")}, "neg": "(-{0})"}
 
 
 def _single(value: float) -> float:
@@ -110,7 +100,6 @@ class _Cpp(_Printer):
     """C++ of `at::vec`.
 
     Attributes:
-        constants: Expression of r and e -> the member of `Constants` that holds its value, in all lanes.
         rare: The `rarely` symbols among all that will be printed here: outside branches, or in the current one.
     """
 
@@ -127,12 +116,10 @@ class _Cpp(_Printer):
         "bits int": "bits<VInt>({0})",
         "bits float": "bits<V>({0})",
     }
-    on_numbers: ClassVar[dict[str, str]] = {**_ON_NUMBERS, "abs": "std::fabs({0})"}
     infinity = "INFINITY"
 
-    def __init__(self, constants: dict[str, str], outputs: Iterable[Symbol]) -> None:
-        super().__init__()
-        self.constants = constants
+    def __init__(self, numbers: dict[str, str], outputs: Iterable[Symbol]) -> None:
+        super().__init__({expression: f"k.{name}" for expression, name in numbers.items()})
         self.rare = _rare(outputs)
 
     def literal(self, value: float, dtype: torch.dtype) -> str:
@@ -140,9 +127,6 @@ class _Cpp(_Printer):
             return f"VInt({int(value)})"
         single = _single(value)
         return f"V({self.number(single, f'{single.hex()}f')})"
-
-    def broadcast(self, expression: str) -> str:
-        return f"k.{self.constants.setdefault(expression, f'c{len(self.constants)}')}"
 
     def statement(self, name: str, text: str, x: Symbol) -> str:
         return f"const {'VInt' if x.dtype == torch.int32 else 'V'} {name} = {text};"
@@ -212,11 +196,10 @@ class _Triton(_Printer):
         "bits int": "{0}.to(tl.int32, bitcast=True)",
         "bits float": "{0}.to(tl.float32, bitcast=True)",
     }
-    on_numbers: ClassVar[dict[str, str]] = {**_ON_NUMBERS, "abs": "tl.abs({0})"}
     infinity = 'float("inf")'
 
-    def __init__(self, exact: bool) -> None:
-        super().__init__()
+    def __init__(self, numbers: dict[str, str], exact: bool) -> None:
+        super().__init__(numbers)
         self.exact = exact
 
     def key(self, x: Symbol) -> str:
@@ -224,9 +207,6 @@ class _Triton(_Printer):
 
     def literal(self, value: float, dtype: torch.dtype) -> str:
         return repr(int(value)) if dtype == torch.int32 else self.number(_single(value))
-
-    def broadcast(self, expression: str) -> str:
-        return expression
 
     def statement(self, name: str, text: str, x: Symbol) -> str:
         return f"{name} = {text}"
@@ -242,22 +222,36 @@ def _traced(family: Family, n: int) -> Traced:
     return trace(family, n, sorted({digits(dtype) for dtype in DTYPES}))
 
 
+@functools.cache
+def _numbers(family: Family, n: int) -> dict[str, str]:
+    """Returns the numbers that kernels take as arguments: expression of r and e -> name. Begins with r and e."""
+    outputs = [symbol for function in _functions(_traced(family, n)).values() for symbol in function.values()]
+    expressions = dict.fromkeys(["r", "e", *(x.op for x in _below(*outputs) if x.scalar)])
+    return {expression: f"c{k}" for k, expression in enumerate(expressions)}
+
+
+@functools.lru_cache(maxsize=4096)
+def numbers(kernels: str, n: int, eps: float) -> tuple[float, ...]:
+    """Computes the numbers that the kernels of a family take as arguments, in Python, as the formulas do."""
+    r, e = scale(eps, n)
+    return tuple(eval(x, {"r": r, "e": e, "inf": math.inf}) for x in _numbers(family_named(kernels), n))
+
+
 def cpp_source(family: Family, n: int) -> str:
     """Returns the C++ source of all kernels of a family for one n: `cpu.cpp` with the formulas inserted."""
     found = _traced(family, n)
-    constants: dict[str, str] = {}
+    arguments = _numbers(family, n)
     functions = []
     for name, outputs in _functions(found).items():
-        printer = _Cpp(constants, outputs.values())
+        printer = _Cpp(arguments, outputs.values())
         results = [(output, printer.name(symbol)) for output, symbol in outputs.items()]
         lines = [*printer.lines, *(f"{output} = {result};" for output, result in results)]
         parameters = ", ".join(["V z", "const Constants& k", *(f"V& {output}" for output in outputs)])
         functions.append(_block(f"inline void {name}({parameters}) {{", lines, "}"))
-    lines = [f"V {', '.join(constants.values())};"] if constants else []
-    lines += _block(
-        "Constants(double r, double e) {", [f"{c} = V((float){text});" for text, c in constants.items()], "}"
-    )
-    formulas = [_block("struct Constants {  // of all lanes", lines, "};"), *functions]
+    members = ", ".join(arguments.values())
+    lines = [f"{c} = V((float)numbers[{k}]);" for k, c in enumerate(arguments.values())]
+    constants = [f"V {members};", *_block("Constants(const double* numbers) {", lines, "}")]
+    formulas = [_block("struct Constants {  // of all lanes", constants, "};"), *functions]
     text = Path(__file__).with_name("cpu.cpp").read_text(encoding="utf-8")
     flag = f"#define HAS_SLOPE_AT {int(bool(found.slope_at))}"
     return text.replace("// FORMULAS", "\n\n".join([flag, *("\n".join(block) for block in formulas)]))
@@ -282,9 +276,10 @@ def triton_source(family: Family, n: int, exact: bool) -> str:
         exact: Whether divisions are rounded correctly.
     """
     found = _traced(family, n)
+    arguments = _numbers(family, n)
     parts = []
     for name, outputs in _functions(found).items():
-        printer = _Triton(exact)
+        printer = _Triton(arguments, exact)
         results = ", ".join([printer.name(symbol) for symbol in outputs.values()])
         parts.append(_block(f"def {name}(z, r, e):", [*printer.lines, f"return {results}"]))
     if found.slope_at:
@@ -295,7 +290,7 @@ def triton_source(family: Family, n: int, exact: bool) -> str:
     text = Path(__file__).with_name("triton_kernels.py").read_text(encoding="utf-8")
     formulas = "\n\n".join("@triton.jit\n" + "\n".join(block) for block in parts)
     start, end = "# ---- formulas\n", "# ---- kernels\n"
-    return replace_between(text, start, end, f"\n\n{formulas}\n\n")
+    return replace_between(text, start, end, f"\n\n{formulas}\n\n").replace("r, e", ", ".join(arguments.values()))
 
 
 def check(family: Family, n: int) -> None:

@@ -17,7 +17,8 @@ from ..family.table import Family
 from ..files import shown
 
 Operand = Any  # a Symbol or a number
-ON_NUMBERS = ("+", "-", "*", "/", "neg", "abs")  # the operations on numbers made of r and e alone
+# The operations on numbers made of r and e alone, in Python, which computes these numbers for the kernels.
+ON_NUMBERS = {"+": "({} + {})", "-": "({} - {})", "*": "({} * {})", "/": "({} / {})", "neg": "(-{})", "abs": "abs({})"}
 
 
 def _without(operation: str) -> Callable[..., Any]:
@@ -34,10 +35,10 @@ class Symbol:
     """A value in a formula: one per lane, or a scalar for all lanes.
 
     Attributes:
-        op: `z`, `r` or `e` for an argument of the formula, otherwise the operation.
+        op: `z` for the input, and the expression in Python for a number made of r and e. Otherwise the operation.
         args: Operands of the operation.
         dtype: Data type: float32, int32 for bits, or bool.
-        scalar: Whether this is a single double-precision number, computed from r and e alone.
+        scalar: Whether this is a single number, made of r and e alone.
     """
 
     op: str
@@ -157,14 +158,16 @@ def _make(op: str, *args: Operand, dtype: torch.dtype | None = None) -> Symbol:
         raise TypeError("a formula computes with the result of a comparison. Use it as the condition of torch.where.")
     if any(math.isnan(arg) for arg in args if not isinstance(arg, Symbol)):
         raise TypeError("a formula computes with the number nan, which kernels do not have. Rewrite it without a NaN.")
-    scalar = all(arg.scalar for arg in symbols)
-    if scalar and op not in ON_NUMBERS:
-        raise TypeError(
-            f"a formula applies {shown(op)} to numbers made of r and e. Kernels can combine such numbers with + - * / "
-            "and abs. Rewrite it with these, or apply it to a tensor."
-        )
+    if all(arg.scalar for arg in symbols):
+        if op not in ON_NUMBERS:
+            raise TypeError(
+                f"a formula applies {shown(op)} to numbers made of r and e. Kernels can combine such numbers with + - "
+                "* / and abs. Rewrite it with these, or apply it to a tensor."
+            )
+        texts = (arg.op if isinstance(arg, Symbol) else repr(float(arg)) for arg in args)
+        return Symbol(ON_NUMBERS[op].format(*texts), scalar=True)
     found = next((arg.dtype for arg in symbols if arg.dtype != torch.bool), torch.float32)
-    return Symbol(op, args, dtype or found, scalar)
+    return Symbol(op, args, dtype or found)
 
 
 _FUNCTIONS: dict[Any, Callable[..., Symbol]] = {

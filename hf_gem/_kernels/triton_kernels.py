@@ -1,6 +1,7 @@
 """The Triton kernels of one family for one n.
 
-`printer.triton_source` replaces the two formulas of the identity below by those of a family, and `gpu` runs the result.
+`printer.triton_source` replaces the two formulas of the identity below by those of a family, and the arguments r and e
+by all numbers that these take. `gpu` runs the result.
 Each program handles BLOCK neighbouring elements of dense tensors with the same layout. Only the last program may have
 fewer elements. It needs masks, which rule out loads and stores of 16 bytes.
 """

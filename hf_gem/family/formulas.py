@@ -6,16 +6,12 @@ dtype. eps is a positive number, or a tensor that broadcasts against x.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import Tensor
 
 from .arithmetic import digits, saturated, scale, scale_tensor, working
 from .table import Family
-
-# Kernels use this at every launch; compilers trace `scale` itself.
-cached_scale = functools.lru_cache(maxsize=4096)(scale)
 
 
 def forward(family: Family, n: int, eps: float | Tensor, x: Tensor) -> Tensor:

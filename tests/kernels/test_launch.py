@@ -1,9 +1,14 @@
 """How Triton kernels are launched, with a driver that only notes what it is given."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from hf_gem._kernels.printer import triton_source
 from hf_gem.family.egem import EGEM
+from hf_gem.family.table import FAMILIES as TABLE
+from tests.family.dgem import DGEM
 
 gpu = pytest.importorskip("hf_gem._kernels.gpu", reason="needs Triton")
 
@@ -35,9 +40,9 @@ def calls(monkeypatch):
     return calls
 
 
-def launch(x, n=1):
+def launch(x, n=1, family=EGEM, eps=1.0):
     y = torch.empty_like(x)
-    gpu.launch("forward", EGEM, n, 1.0, [y], [x])
+    gpu.launch("forward", family, n, eps, [y], [x])
     return y
 
 
@@ -58,6 +63,19 @@ def test_what_is_compiled_for_one_kind_of_tensor_is_not_launched_for_another(cal
         launch(other)
     launch(x, n=2)
     assert [name for name, *_ in calls] == ["compile"] * 4
+
+
+def test_numbers_made_of_r_and_e_are_computed_in_double_precision(calls, monkeypatch):
+    """As the formulas do, so that float32 has their bits. GPUs would compute them in single precision."""
+
+    def value(z, n, r, e):
+        return DGEM.value(z, n, r, e) * (1 / e + 0.1 * r) * e
+
+    monkeypatch.setitem(TABLE, "scaled", dataclasses.replace(DGEM, name="scaled", title="Scaled", value=value))
+    launch(torch.randn(64), family=TABLE["scaled"], eps=0.3)
+    _, _, args = calls[-1]
+    assert args[3:-1] == (2.0, 0.3 * 4, 1 / (0.3 * 4) + 0.1 * 2.0)
+    assert "* c2)" in triton_source(TABLE["scaled"], 1, exact=True)
 
 
 def test_memory_that_is_not_aligned_is_left_to_triton(calls):
