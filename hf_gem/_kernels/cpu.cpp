@@ -158,22 +158,22 @@ void map(F f, int64_t numel, int threads, std::tuple<Out*...> out, const In*... 
 
 #define KERNELS(suffix, T)                                                                                      \
   EXPORT void forward_##suffix(CONFIG, T* y, const T* x) {                                                      \
-    map<T>(Activation{{numbers}}, numel, threads, std::tuple<T*>(y), x);                                           \
+    map<T>(Activation{{numbers}}, numel, threads, std::tuple<T*>(y), x);                                        \
   }                                                                                                             \
   EXPORT void backward_##suffix(CONFIG, T* grad_x, const T* grad, const T* x) {                                 \
-    map<T>(Backward{{numbers}}, numel, threads, std::tuple<T*>(grad_x), grad, x);                                  \
+    map<T>(Backward{{numbers}}, numel, threads, std::tuple<T*>(grad_x), grad, x);                               \
   }                                                                                                             \
   EXPORT void glu_##suffix(CONFIG, T* y, const T* gate, const T* up) {                                          \
-    map<T>(Glu{{numbers}}, numel, threads, std::tuple<T*>(y), gate, up);                                           \
+    map<T>(Glu{{numbers}}, numel, threads, std::tuple<T*>(y), gate, up);                                        \
   }                                                                                                             \
   EXPORT void glu_backward_##suffix(CONFIG, T* grad_gate, T* grad_up, const T* grad, const T* gate, const T* up) { \
-    map<T>(GluBackward{{numbers}}, numel, threads, std::tuple<T*, T*>(grad_gate, grad_up), grad, gate, up);        \
+    map<T>(GluBackward{{numbers}}, numel, threads, std::tuple<T*, T*>(grad_gate, grad_up), grad, gate, up);     \
   }
 
 #if HAS_SLOPE_AT
 #define KERNELS_AT(suffix, T)                                                                                   \
   EXPORT void backward_at_##suffix(CONFIG, T* grad_x, const T* grad, const T* y) {                              \
-    map<T>(BackwardAt<T>{{numbers}}, numel, threads, std::tuple<T*>(grad_x), grad, y);                             \
+    map<T>(BackwardAt<T>{{numbers}}, numel, threads, std::tuple<T*>(grad_x), grad, y);                          \
   }
 #else
 #define KERNELS_AT(suffix, T)

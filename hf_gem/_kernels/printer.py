@@ -227,7 +227,7 @@ def _numbers(family: Family, n: int) -> dict[str, str]:
     """Returns the numbers that kernels take as arguments: expression of r and e -> name. Begins with r and e."""
     outputs = [symbol for function in _functions(_traced(family, n)).values() for symbol in function.values()]
     expressions = dict.fromkeys(["r", "e", *(x.op for x in _below(*outputs) if x.scalar)])
-    return {expression: f"c{k}" for k, expression in enumerate(expressions)}
+    return {x: x if x in ("r", "e") else f"c{k}" for k, x in enumerate(expressions)}
 
 
 @functools.lru_cache(maxsize=4096)
