@@ -20,7 +20,7 @@ from .audit import Audit, audit
 from .calibrate import Calibration, calibrate, replace_all
 from .checks import check_arguments, check_containers, check_wrappers
 from .configs import own_config, write_plan, write_plan_of_diffusers
-from .kinds import describe, foreign_call, is_elementwise, is_gate, kind, stock_slots
+from .kinds import call_by_name, describe, foreign_call, is_elementwise, is_gate, kind, stock_slots
 from .reports import counted, places
 from .running import arguments
 from .scales import match
@@ -162,7 +162,8 @@ def convert(
 
     Hooks stay on the replaced module. The new module never overwrites its input. So the result changes if a model
     ignores the output of `ReLU(inplace=True)` and continues with the input. An activation that its owner's code calls
-    with arguments that the family does not take, such as `self.act(x, approximate="tanh")`, is left alone.
+    with arguments that the family does not take, such as `self.act(x, approximate="tanh")`, is left alone. So is one
+    that its owner's code selects by name, as Mamba's `causal_conv1d_fn(..., activation=self.activation)` does.
 
     The config of a transformers model stores the conversion: a model saved with `save_pretrained` is converted again
     when it is loaded, before its weights are loaded. The same holds for a timm model saved with `save_for_hf`.
@@ -287,6 +288,8 @@ def _choose(
             reason = _ALREADY
         elif call := foreign_call(slot):
             reason = f"called as {call}, which the family does not take"
+        elif call := call_by_name(slot):
+            reason = f"its layer passes the name on instead, to {call}"
         else:
             chosen[slot.path] = slot
             continue
