@@ -261,18 +261,21 @@ def apply_plan(
             elif present != spec:
                 slots.setdefault(spec, []).append(slot)
     if missing and not unfinished:
-        path, name = next(iter(missing.items()))
-        raise ValueError(
-            f"{type(model).__name__} has no activation at {shown(path)}, where the converted {plan['model']:.80} had "
-            f"{shown(name)}. The plan only fits models built by the same code. Convert the original model again, or "
-            f"remove the key {PLAN!r} from its config to load it unconverted."
-        )
+        raise ValueError(_lacks(plan, model, *next(iter(missing.items()))))
     replace(model, slots, make)
     if kept:
         _say_what_stays(model, kept)
     if not keep and not unfinished:
         _say_what_is_new(plan, model, found)
     return missing
+
+
+def _lacks(plan: dict[str, Any], model: nn.Module, path: str, name: str) -> str:
+    return (
+        f"{type(model).__name__} has no activation at {shown(path)}, where the converted {plan['model']:.80} had "
+        f"{shown(name)}. The plan only fits models built by the same code. Convert the original model again, or "
+        f"remove the key {PLAN!r} from its config to load it unconverted."
+    )
 
 
 def _require_activation(occupant: Any, path: str, name: str) -> None:
