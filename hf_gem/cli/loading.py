@@ -311,19 +311,16 @@ def _with_all_weights(cls: Any, source: Source, **options: Any) -> nn.Module:
         ConfigError: It lacks weights, or the checkpoint has more. The latter is no error if its config names the class:
             the checkpoint of a BertForMaskedLM often contains another head too.
     """
-
-    def load_with(**more: Any) -> Any:
-        return cls.from_pretrained(source.name, **options, **more, output_loading_info=True)
-
     named = cls.__name__ in (options["config"].architectures or ())
     model: nn.Module
-    model, info = load_with()
-    absent = info["missing_keys"]
+    model, info = cls.from_pretrained(source.name, **options, output_loading_info=True)
+    absent = set(info["missing_keys"])
     optional = "add_pooling_layer" in inspect.signature(cls.__init__).parameters  # which no config stores
-    if absent and optional and all("pooler" in key.split(".") for key in absent):
-        model, info = load_with(add_pooling_layer=False)
+    if absent and optional and absent == {key for key in model.state_dict() if key.startswith("pooler.")}:
+        model.register_module("pooler", None)  # as its class does without that argument
+        absent.clear()
     lost = set() if named else info["unexpected_keys"]
-    for keys, problem in ((info["missing_keys"], "lacks"), (lost, "has in addition")):
+    for keys, problem in ((absent, "lacks"), (lost, "has in addition")):
         if keys:
             raise ConfigError(
                 f"{shown(source.given)} is not the checkpoint of a {cls.__name__}: it {problem} "

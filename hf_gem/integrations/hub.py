@@ -28,7 +28,7 @@ _ROOT = Path(__file__).parent.parent
 _FALLBACK = (
     "files.py",
     *(f"family/{name}.py" for name in ("arithmetic", "table", "egem", "segem", "formulas", "names")),
-    *(f"surgery/{name}.py" for name in ("slots", "plans", "fields", "configs")),
+    *(f"surgery/{name}.py" for name in ("slots", "reports", "plans", "fields", "configs")),
     "_kernels/replaceable.py",
     "integrations/fallback.py",
 )

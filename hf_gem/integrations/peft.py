@@ -100,7 +100,7 @@ def _in_tuners(model: nn.Module, plan: dict[str, Any]) -> dict[str, Any]:
     def place(path: str) -> str:
         owner, _, key = path.rpartition(".")
         known = owner if owner in here else owner.replace(".base_layer", "")
-        return join(here.get(known, owner), key)
+        return join(here.get(known, known), key)
 
     return {**plan, "activations": {name: [*map(place, paths)] for name, paths in plan["activations"].items()}}
 

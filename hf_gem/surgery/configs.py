@@ -32,9 +32,10 @@ def write_plan(model: Any) -> None:
 
     A part built from a sub-config, such as a vision tower, has its own plan there, so that it can be loaded alone.
     """
-    inner = {id(config): (prefix, config) for prefix, config in nested_configs(model.config).items()}
-    parts = {path: part for path, part in parts_of(model).items() if id(part.config) in inner}
-    for _, config in inner.values():
+    parts = parts_of(model)
+    configs = _configs_of(parts, model.config)
+    parts = {path: parts[path] for path in configs}
+    for config in nested_configs(model.config).values():
         vars(config).pop(PLAN, None)
         if is_ours(vars(config).get("hidden_act")) and not declares(config, "hidden_act"):
             del config.hidden_act  # undeclared, so it had no effect; the conversion may now do what it asked for
@@ -42,17 +43,36 @@ def write_plan(model: Any) -> None:
         plan = plan_of(part, parts_inside(parts, path))
         if plan is None:
             continue
-        owned = {id(other.config) for other in parts.values() if other is not part}
+        owned = {id(config) for other, config in configs.items() if other != path}
         used = specs(part)
-        elsewhere = tuple(prefix for prefix, config in nested_configs(part.config).items() if id(config) in owned)
-        part.config.hf_gem = {
+        elsewhere = tuple(prefix for prefix, config in nested_configs(configs[path]).items() if id(config) in owned)
+        configs[path].hf_gem = {
             **plan,
             "fields": {
                 field.path: field.value
-                for field in activation_fields(part.config)
+                for field in activation_fields(configs[path])
                 if field.is_body and not field.path.startswith(elsewhere) and not _names_one_of(field.value, used)
             },
         }
+
+
+def _configs_of(parts: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Returns path -> the config of a part inside the config of the whole model. Parts without one are left out.
+
+    A part that was converted by itself holds a copy of its config. The original is then the only one of its class that
+    no part holds.
+    """
+    inner = {id(one): one for one in nested_configs(config).values()}
+    taken = {id(part.config) for part in parts.values()}
+    found = {}
+    for path, part in parts.items():
+        homes = [one for key, one in inner.items() if key not in taken and type(one) is type(part.config)]
+        if id(part.config) in inner:
+            found[path] = part.config
+        elif len(homes) == 1:
+            found[path] = homes[0]
+            taken.add(id(homes[0]))
+    return found
 
 
 def _names_one_of(value: str, used: set[GemSpec]) -> bool:

@@ -20,7 +20,8 @@ from .audit import Audit, audit
 from .calibrate import Calibration, calibrate, replace_all
 from .checks import check_arguments, check_containers, check_wrappers
 from .configs import own_config, write_plan, write_plan_of_diffusers
-from .kinds import describe, foreign_call, is_elementwise, is_gate, kind, stock_slots
+from .fields import nested_configs
+from .kinds import call_by_name, describe, foreign_call, is_elementwise, is_gate, kind, stock_slots
 from .reports import counted, places
 from .running import arguments
 from .scales import match
@@ -162,7 +163,8 @@ def convert(
 
     Hooks stay on the replaced module. The new module never overwrites its input. So the result changes if a model
     ignores the output of `ReLU(inplace=True)` and continues with the input. An activation that its owner's code calls
-    with arguments that the family does not take, such as `self.act(x, approximate="tanh")`, is left alone.
+    with arguments that the family does not take, such as `self.act(x, approximate="tanh")`, is left alone. So is one
+    that its owner's code selects by name, as Mamba's `causal_conv1d_fn(..., activation=self.activation)` does.
 
     The config of a transformers model stores the conversion: a model saved with `save_pretrained` is converted again
     when it is loaded, before its weights are loaded. The same holds for a timm model saved with `save_for_hf`.
@@ -287,6 +289,8 @@ def _choose(
             reason = _ALREADY
         elif call := foreign_call(slot):
             reason = f"called as {call}, which the family does not take"
+        elif call := call_by_name(slot):
+            reason = f"its layer passes the name on instead, to {call}"
         else:
             chosen[slot.path] = slot
             continue
@@ -351,7 +355,10 @@ def _nothing_to_replace(model: nn.Module, left: list[tuple[str, str, str]], inpu
 
 
 def _write_plans(model: nn.Module) -> None:
-    """Writes the plan into the config of every diffusers model, and of every outermost transformers model."""
+    """Writes the plan into the config of every diffusers model, and of every transformers model.
+
+    A part of a transformers model has a config that the whole one does not know if it was converted by itself.
+    """
     if (diffusers := sys.modules.get("diffusers.configuration_utils")) is not None:
         for module in model.modules():
             if isinstance(module, diffusers.ConfigMixin):  # its config is also read to build a copy, such as an average
@@ -359,13 +366,12 @@ def _write_plans(model: nn.Module) -> None:
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is None:
         return
-    found = [(path, m) for path, m in model.named_modules() if isinstance(m, transformers.PreTrainedModel)]
-    outer: list[str] = []
-    for path, module in found:  # outer ones come first
-        if not any(path.startswith(f"{o}.") or o == "" for o in outer):
-            outer.append(path)
+    written: set[int] = set()
+    for module in model.modules():  # outer ones come first
+        if isinstance(module, transformers.PreTrainedModel) and id(module.config) not in written:
             own_config(module, root=model)
             write_plan(module)
+            written |= {id(config) for config in nested_configs(module.config).values()}
 
 
 def _audit(model: nn.Module, batch: Any) -> tuple[Audit | None, str]:

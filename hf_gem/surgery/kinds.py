@@ -126,6 +126,23 @@ def foreign_call(slot: Slot) -> str:
     return ""
 
 
+def call_by_name(slot: Slot) -> str:
+    """Returns a call in the owner's code that takes the activation by name instead of the module in the slot, or "".
+
+    Mamba calls `causal_conv1d_fn(..., activation=self.activation)`, where the attribute is the string `silu`. On a GPU,
+    fused kernels compute that function, whatever module the layer holds.
+    """
+    named = {key for key, held in vars(slot.owner).items() if isinstance(held, str)}
+    for function in _methods(type(slot.owner)):  # type: ignore[arg-type]  # classes are hashable
+        if named.isdisjoint(function.__code__.co_names):
+            continue
+        for call in _calls(function):
+            for given in call.keywords:
+                if given.arg == "activation" and isinstance(given.value, ast.Attribute) and given.value.attr in named:
+                    return f"{ast.unparse(call.func)}(activation={ast.unparse(given.value)})"
+    return ""
+
+
 @functools.lru_cache(maxsize=64)
 def _methods(cls: type) -> list[Any]:
     """Returns the functions of a class that run: not those that a subclass overrides, unless it calls `super()`."""

@@ -4,13 +4,17 @@ The conversion itself is stored in the model: every module that replaced somethi
 read from the model, and includes activations of the family that were put in by hand:
 
     {"version": 1, "model": "ResNetModel", "base": "", "parts": ["embedder", "encoder", "pooler"],
-     "activations": {"gem_n2": ["embedder.embedder.activation", ...]}, "fields": {"hidden_act": "relu"}}
+     "activations": {"gem_n2": ["embedder.embedder.activation", ...]}, "left": 0, "fields": {"hidden_act": "relu"}}
+
+`left` is the number of activations outside the family in other layers, whose paths differ from those only in indices. A
+model with more layers has more of them. Plans of older versions of hf_gem lack it.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypedDict
 
 from torch import nn
@@ -18,13 +22,18 @@ from torch import nn
 from ..family.names import GemSpec, parse
 from ..files import check_type, shown
 from .fields import is_ours
+from .reports import counted, without_indices
 from .slots import BUILT, Slot, classes, does_more, join, module_slots, named_modules, replace, slot_at, spec_of
 
 PLAN = "hf_gem"  # the key of a plan in a config
 _VERSION = 1
 
 
-class _Plan(TypedDict):
+class _Newer(TypedDict, total=False):
+    left: int
+
+
+class _Plan(_Newer):
     version: Literal[1]
     model: str
     base: str
@@ -127,7 +136,22 @@ def plan_of(model: nn.Module, without: tuple[str, ...] = (), built: bool = False
         "base": prefix if has_head else "",
         "parts": [name for name, _ in (getattr(model, prefix) if has_head else model).named_children()],
         "activations": activations,
+        "left": len(_others(model, itertools.chain(*activations.values()))),
         "fields": {},  # filled in by configs.py; timm has no such fields
+    }
+
+
+def _others(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
+    """Returns path -> activation for those outside the family whose paths differ from given ones only in indices."""
+    patterns = set(map(without_indices, paths))
+    above = {pattern.rpartition(".")[0] for pattern in patterns}
+    return {
+        path: held
+        for start, owner in model.named_modules()
+        if without_indices(start) in above
+        for key, held in [*owner.named_children(), *vars(owner).items()]
+        if without_indices(path := join(start, key)) in patterns and callable(held) and spec_of(held) is None
+        if not isinstance(held, nn.Identity) and not does_more(held)
     }
 
 
@@ -218,7 +242,7 @@ def apply_plan(
 
     slots: dict[GemSpec, list[Slot]] = {}
     missing = {}
-    kept = []
+    found, kept = [], []
     for name, paths in plan["activations"].items():
         for path in paths:
             in_head = not path.startswith(theirs)
@@ -229,6 +253,7 @@ def apply_plan(
                 if not in_head and not (is_excerpt and path.removeprefix(theirs).split(".")[0] not in parts):
                     missing[path] = name
                 continue
+            found.append(here)
             _require_activation(slot.occupant, path, name)
             spec, present = parse(name), spec_of(slot.occupant)
             if keep and present is not None and present != spec:
@@ -236,16 +261,21 @@ def apply_plan(
             elif present != spec:
                 slots.setdefault(spec, []).append(slot)
     if missing and not unfinished:
-        path, name = next(iter(missing.items()))
-        raise ValueError(
-            f"{type(model).__name__} has no activation at {shown(path)}, where the converted {plan['model']:.80} had "
-            f"{shown(name)}. The plan only fits models built by the same code. Convert the original model again, or "
-            f"remove the key {PLAN!r} from its config to load it unconverted."
-        )
+        raise ValueError(_lacks(plan, model, *next(iter(missing.items()))))
     replace(model, slots, make)
     if kept:
         _say_what_stays(model, kept)
+    if not keep and not unfinished:
+        _say_what_is_new(plan, model, found)
     return missing
+
+
+def _lacks(plan: dict[str, Any], model: nn.Module, path: str, name: str) -> str:
+    return (
+        f"{type(model).__name__} has no activation at {shown(path)}, where the converted {plan['model']:.80} had "
+        f"{shown(name)}. The plan only fits models built by the same code. Convert the original model again, or "
+        f"remove the key {PLAN!r} from its config to load it unconverted."
+    )
 
 
 def _require_activation(occupant: Any, path: str, name: str) -> None:
@@ -263,6 +293,20 @@ def _say_what_stays(model: nn.Module, kept: list[str]) -> None:
         "compute the saved function. Build it with the same activations, or call hf_gem.revert first.",
         stacklevel=4,
     )
+
+
+def _say_what_is_new(plan: dict[str, Any], model: nn.Module, found: list[str]) -> None:
+    """Warns if the model has more layers than the converted one. Their activations are not in the plan."""
+    others = _others(model, found)
+    added = len(others) - plan.get("left", len(others))
+    if added > 0:
+        path, held = list(others.items())[-1]
+        warnings.warn(
+            f"{type(model).__name__} has {counted(added, 'activation')} that the converted {plan['model']:.80} did not "
+            f"have, such as {getattr(held, '__name__', type(held).__name__)} at {path}, because it has more layers. "
+            f"Replace them with hf_gem.convert(model, {min(plan['activations'])!r}).",
+            stacklevel=4,
+        )
 
 
 def complete(model: nn.Module, make: Callable[[str], nn.Module]) -> None:

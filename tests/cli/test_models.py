@@ -132,6 +132,25 @@ def test_convert_keeps_every_weight(hf_gem, tmp_path, model):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.filterwarnings("ignore:there is no tokenizer")
+def test_convert_loads_a_model_without_a_pooler_once(hf_gem, tmp_path, monkeypatch):
+    BertModel(BertConfig(**BERT), add_pooling_layer=False).save_pretrained(tmp_path / "model")
+    loaded, once = [], BertModel.from_pretrained
+    monkeypatch.setattr(BertModel, "from_pretrained", lambda *args, **kw: loaded.append(1) or once(*args, **kw))
+    assert hf_gem("convert", tmp_path / "model", tmp_path / "out", "--to", "gem_n2")[0] == 0
+    assert len(loaded) == 1
+
+
+def test_half_a_pooler_is_not_thrown_away(hf_gem, tmp_path):
+    BertModel(BertConfig(**BERT)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["pooler.dense.bias"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = hf_gem("convert", tmp_path, tmp_path / "out", "--to", "gem_n2")
+    assert code == 1
+    assert "lacks 1 weight, such as 'pooler.dense.bias'" in err
+
+
 @pytest.mark.parametrize(
     ("named", "lost", "words"),
     [

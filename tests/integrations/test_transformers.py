@@ -40,6 +40,7 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPT2Model,
     GptOssConfig,
     GptOssModel,
     LlamaConfig,
@@ -485,6 +486,19 @@ def test_a_model_built_from_the_config_of_a_converted_one_is_not_converted():
     assert hf_gem.audit(BertModel(config)).num_gem == 0
     assert hf_gem.audit(BertModel(model.config)).complete
     assert model.encoder.layer[0].attention.self.config is model.config is not config
+
+
+@pytest.mark.filterwarnings("error:::hf_gem")
+def test_a_larger_model_from_the_config_of_a_converted_one(tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(**TINY_GPT2))
+    hf_gem.convert(model, "gem_n2")
+    model.save_pretrained(tmp_path)
+    config = GPT2Config.from_pretrained(tmp_path)
+    GPT2Model(config)
+    config.n_layer += 2
+    for cls in (GPT2LMHeadModel, GPT2Model):
+        with pytest.warns(UserWarning, match="has 2 activations that the converted GPT2LMHeadModel did not have"):
+            cls(config)
 
 
 def test_the_trainer_does_not_decay_a_learnable_eps(tmp_path):

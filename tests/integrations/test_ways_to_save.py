@@ -220,6 +220,10 @@ def test_adapters_of_experts(how, tmp_path):
     (tmp_path / "old/adapter_config.json").write_text(json.dumps(written))
     shutil.copy(adapter / "adapter_model.safetensors", tmp_path / "old")
     assert same(model, peft.PeftModel.from_pretrained(cls.from_pretrained(base), tmp_path / "old"), IDS)
+    bare = transformers.MixtralModel(transformers.MixtralConfig(**sizes))  # which only the activations fit
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        peft.PeftModel.from_pretrained(bare, tmp_path / "old")
+    assert any(isinstance(module, hf_gem.GEM) for module in bare.modules())
     for folder in (adapter, tmp_path / "old"):  # where the model is wrapped already
         loaded.load_adapter(folder, folder.name)
         loaded.set_adapter(folder.name)

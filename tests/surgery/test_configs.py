@@ -12,8 +12,11 @@ pytest.importorskip("transformers")
 from transformers import (
     BloomConfig,
     CLIPConfig,
+    CLIPModel,
+    CLIPVisionModel,
     DbrxConfig,
     GPT2Config,
+    GPT2LMHeadModel,
     GPT2Model,
     LlamaConfig,
     LlavaConfig,
@@ -77,3 +80,23 @@ def test_a_wrapper_keeps_the_config_of_its_model():
     hf_gem.convert(wrapper, "gem")
     assert wrapper.config is wrapper.backbone.config is wrapper.backbone.h[0].attn.config
     assert wrapper.config is not config
+
+
+@pytest.mark.filterwarnings("error:::hf_gem")
+def test_a_part_that_was_converted_by_itself(tmp_path):
+    """The plan is saved where the part is looked for when it is loaded alone."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {"image_size": 4, "patch_size": 2, **sizes}
+    model = CLIPModel(CLIPConfig(text_config={"vocab_size": 8, **sizes}, vision_config=vision, projection_dim=4))
+    hf_gem.convert(model.vision_model, "gem_n2", skip="*.0.*")
+    model.save_pretrained(tmp_path)
+    for loaded in (CLIPModel.from_pretrained(tmp_path).vision_model, CLIPVisionModel.from_pretrained(tmp_path)):
+        acts = [type(layer.mlp.activation_fn).__name__ for layer in loaded.encoder.layers]
+        assert acts == ["QuickGELUActivation", "GEM"]
+
+
+def test_a_part_that_was_converted_by_itself_is_reverted_with_the_whole():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=8))
+    hf_gem.convert(model.transformer, "gem")
+    hf_gem.revert(model)
+    assert not isinstance(GPT2Model(model.transformer.config).h[0].mlp.act, hf_gem.GEM)

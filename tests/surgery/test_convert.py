@@ -93,6 +93,40 @@ def test_what_is_called_with_other_arguments_is_left_alone():
         convert(model, "gem", replace="elu", inputs=X)
 
 
+def fused(x, activation):
+    """Stands for a kernel that computes a few functions and selects them by name."""
+    return {"silu": F.silu}[activation](x)
+
+
+class Mixer(nn.Module):
+    """As in Mamba: the module is there, but the layer calls a kernel by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.activation, self.act, self.after = "silu", nn.SiLU(), Block(nn.ReLU())
+
+    def forward(self, x):
+        return self.after(fused(x, activation=self.activation))
+
+
+def test_what_a_layer_selects_by_name_is_left_alone():
+    model = Mixer()
+    report = convert(model, "gem", inputs=X)
+    assert replaced(report) == {"after.act": "relu"}
+    assert report.left == (
+        ("act", "silu", "its layer passes the name on instead, to fused(activation=self.activation)"),
+    )
+    assert (report.audit.num_gem, report.audit.num_other) == (1, 1)
+
+
+def test_mamba_is_not_converted_where_it_would_run_silu_all_the_same():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 8, "state_size": 2}
+    model = transformers.MambaModel(transformers.MambaConfig(**sizes))
+    with pytest.raises(ValueError, match=r"nothing to replace in MambaModel\. .*passes the name on instead, to causal"):
+        convert(model, "gem")
+    assert not hasattr(model.config, "hf_gem")
+
+
 # ---- what is replaced, and what the report says
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import hf_gem
@@ -23,6 +24,7 @@ def test_a_plan_replayed():
         "base": "",
         "activations": {"egem_learnable": ["0.act"], "gem_n2": ["2.act", "3.act"]},
         "parts": ["0", "1", "2", "3", "4"],
+        "left": 2,
         "fields": {},
     }
     fresh = model()
@@ -53,6 +55,22 @@ def test_a_plan_of_what_was_put_in_by_hand():
     assert plan_of(fresh) is None
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_model_with_more_layers_than_the_converted_one():
+    """Layers that were left on purpose need no warning, and neither does what is no activation, or an older plan."""
+    net = nn.Sequential(Block(nn.ReLU()), Block(F.relu), Block(nn.Linear(4, 4)), Block(nn.Identity()))
+    put_in(net, "gem", ["0.act"])
+    plan = plan_of(net)
+    same = nn.Sequential(Block(nn.ReLU()), Block(F.relu), Block(nn.Linear(4, 4)), Block(nn.Identity()))
+    apply_plan(plan, same, hf_gem.get_activation)
+    larger = nn.Sequential(*same, Block(nn.Identity()), Block(nn.Linear(4, 4)), Block(nn.GELU()))
+    with pytest.warns(UserWarning, match="has 1 activation that the converted .* such as GELU at 6.act") as told:
+        apply_plan(plan, larger, hf_gem.get_activation)
+    assert len(told) == 1
+    del plan["left"]
+    apply_plan(plan, larger, hf_gem.get_activation)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -62,6 +80,7 @@ def test_a_plan_of_what_was_put_in_by_hand():
         (lambda plan: {**plan, "activations": {}}, "names no activation"),
         (lambda plan: {**plan, "activations": {"gem": "1.act"}}, r"activations\['gem'\] must be a list, got '1.act'"),
         (lambda plan: {**plan, "activations": {"gem": [1]}}, r"activations\['gem'\]\[0\] must be text, got 1"),
+        (lambda plan: {**plan, "left": "1"}, r"left must be a whole number"),
         (lambda plan: {**plan, "parts": [[]]}, r"parts\[0\] must be text"),
         (lambda plan: {**plan, "model": "x" * 9999, "activations": {"gem": ["y" * 9999]}}, "has no activation at 'yyy"),
         (lambda plan: {**plan, "activations": {"gem": ["1.act", "9.act"]}}, "has no activation at '9.act'"),
