@@ -82,9 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     print(preview(plan), end="")
     if arguments.dry_run:
         print(dry_run(plan, folder, arguments.jobs), end="")
-        return
     if arguments.estimate:
         print(estimate(plan, RECIPES, arguments.jobs), end="")
+    if arguments.dry_run or arguments.estimate:
         return
     freeze(plan, folder)
     study = Study(folder)

@@ -16,7 +16,7 @@ from hf_gem.family.names import is_claimed
 from hf_gem.modules import GemActivation
 from hf_gem.surgery.slots import named_modules
 from hf_gem.training.classifiers import last_layer, load_classifier, replace_activations
-from hf_gem.training.config import TrainConfig, at_least, option, parse_config, require
+from hf_gem.training.config import TrainConfig, at_least, not_given, option, parse_config, require
 from hf_gem.training.data.images import ImageData, VisionConfig
 from hf_gem.training.data.order import SampleOrder
 from hf_gem.training.data.vision import image_processor, prepare_images, preprocessing_of
@@ -81,7 +81,9 @@ class Config(VisionConfig, TrainConfig):
         """Raises ValueError, naming the field, if a value makes no sense."""
         VisionConfig.validate(self)
         if self.hidden_act == "none":
-            TrainConfig.validate(replace(self, hidden_act="relu", eps=None))  # for all the other fields
+            others = replace(self, hidden_act="relu", eps=None)
+            others.given = self.given
+            TrainConfig.validate(others)
         else:
             allowed = "a name of the family, such as egem, or none"
             require(is_claimed(self.hidden_act), "hidden_act", self.hidden_act, allowed)
@@ -93,6 +95,8 @@ class Config(VisionConfig, TrainConfig):
         chooses &= self.hidden_act != "none"
         allowed = "false without --eps fit or match, and with --hidden_act none"
         require(chooses or not self.fit_per_layer, "fit_per_layer", True, allowed)
+        if not chooses:
+            not_given(self, "without --eps fit or match, and with --hidden_act none", "fit_batches")
         at_least(self, 1, "fit_batches")
         at_least(self, 0, "head_lr_ratio", "mixup", "cutmix")
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from hf_gem.files import shown
 from hf_gem.init import gain
 from hf_gem.training.classifiers import class_names, depth_and_width, input_size, is_own, new_classifier
-from hf_gem.training.config import TrainConfig, option, parse_config, require
+from hf_gem.training.config import TrainConfig, not_given, option, parse_config, require
 from hf_gem.training.data.images import ImageData, VisionConfig
 from hf_gem.training.data.normalisation import Preprocessing
 from hf_gem.training.data.vision import image_processor, prepare_images
@@ -91,12 +91,10 @@ class Config(VisionConfig, TrainConfig):
         VisionConfig.validate(self)
         TrainConfig.validate(self)
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
-        require(
-            not self.own_gain or is_own(self.model),
-            "own_gain",
-            True,
-            "false for models other than convnet and resnet-cifar",
-        )
+        fits = not self.own_gain or is_own(self.model)
+        require(fits, "own_gain", True, "false for models other than convnet and resnet-cifar")
+        if self.model != "convnet":
+            not_given(self, "for models other than convnet", "widths")
         widths = re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.widths)
         require(bool(widths), "widths", self.widths, "numbers such as 32,64,128, all above 0")
         found = depth_and_width(self.model)

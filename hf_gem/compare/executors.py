@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -121,22 +122,39 @@ class Processes:
 
 def _start_nothing() -> None:
     """Makes the fork server do its imports. A signal may have killed a previous server that still seems alive."""
-    for pause in (0.1, 1.0, 0.0):
-        process = _CONTEXT.Process(target=os.getpid, daemon=True)
-        try:
-            process.start()
-        except (EOFError, ConnectionError):
-            if not pause:
-                raise
-            time.sleep(pause)
-        else:
-            process.join()
-            return
+    with _interrupts_blocked():
+        for pause in (0.1, 1.0, 0.0):
+            process = _CONTEXT.Process(target=os.getpid, daemon=True)
+            try:
+                process.start()
+            except (EOFError, ConnectionError):
+                if not pause:
+                    raise
+                time.sleep(pause)
+            else:
+                process.join()
+                return
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Blocks SIGINT for this thread and the fork server it starts, which would print a traceback during its imports."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # it starts with the server otherwise, and unblocks
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _run_process(command: list[str], log: Path, env: Mapping[str, str]) -> None:
     """Runs a script as the main program of this process. It saves and stops if the study's process dies."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save until the recipe catches signals
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which the fork server passes on
     with log.open("w") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)

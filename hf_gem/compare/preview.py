@@ -14,7 +14,7 @@ from .plan import Plan
 from .power import minimum_detectable_effect
 from .sample import tuning_components
 from .stats import Comparison
-from .study import PLAN, Study, freeze
+from .study import PLAN, Study, check_frozen
 from .two_way import Components
 from .words import render
 
@@ -99,7 +99,7 @@ def dry_run(plan: Plan, folder: Path, jobs: int) -> str:
     hardware: dict[str, Any] = {}
     arms: dict[str, Expected] = {}
     if (folder / PLAN).exists():
-        freeze(plan, folder)  # which refuses another plan
+        check_frozen(plan, folder)
         study = Study(folder)
         missing, left, seconds = study.missing(), study.left(), study.seconds()
         hardware = study.hardware()

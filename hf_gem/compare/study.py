@@ -38,15 +38,24 @@ def freeze(plan: Plan, folder: Path) -> None:
     """Freezes a plan in the folder of its study.
 
     Raises:
-        PlanError: The folder holds a study of another plan.
+        PlanError: The folder holds a study of another plan, or cannot be written to.
     """
     frozen = folder / PLAN
-    if not frozen.exists():
-        for name in ("records", "runs"):
+    try:
+        for name in ("records", "runs"):  # a copy of a study may lack them
             (folder / name).mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "runs" / "plan.lock"):  # another driver may start at the same time, with another plan
             if not frozen.exists():
                 write_atomically(frozen, json.dumps({"hash": plan.hash, "plan": asdict(plan)}, indent=2) + "\n")
+    except OSError as error:
+        raise PlanError(
+            f"cannot write to the study {folder}: {error}. Make its folders writable, or choose another --study folder."
+        ) from error
+    check_frozen(plan, folder)
+
+
+def check_frozen(plan: Plan, folder: Path) -> None:
+    """Raises PlanError if a folder holds a study of another plan."""
     saved = _frozen(folder)
     if saved["hash"] != plan.hash:
         differ = ", ".join(name for name, value in asdict(plan).items() if saved["plan"].get(name) != value)

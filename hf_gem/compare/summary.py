@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +30,13 @@ class Finding:
         comparison: Comparison with the common baseline.
         gains: Improvement at each seed that both finished, in multiples of the study's smallest effect of interest.
         interval: 95 % BCa interval of the mean gain.
+        act: The activation that the study ran, which may be an approximation of the one in the summary.
     """
 
     comparison: Comparison
     gains: np.ndarray
     interval: tuple[float, float]
+    act: str
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,14 @@ def summarise(studies: Sequence[Study], baseline: str) -> list[Summary]:
     if len(set(names)) < len(names):
         raise PlanError(f"studies must have different names, got {', '.join(names)}. Name each study once.")
     found: dict[str, dict[str, Finding]] = {}
-    apart = _apart(studies)
-    for study in studies:
+    chosen = [study.choices() for study in studies]
+    apart = _apart(chosen)
+    for study, choices in zip(studies, chosen, strict=True):
         plan = study.plan
         plan.require_arm(baseline)
         if problems := [*(run.name for run in study.missing()), *study.check_pairing()]:
             raise PlanError(f"{plan.name} is not finished, or not paired: {problems[0]}. See its report for details.")
-        choices, unit = study.choices(), plan.smallest_effect * (1 if plan.higher_is_better else -1)
+        unit = plan.smallest_effect * (1 if plan.higher_is_better else -1)
         for c in study.comparisons(baseline):
             act, rate = choices[c.arm]
             name = act if _common(act) in apart else _common(act)
@@ -85,7 +88,8 @@ def summarise(studies: Sequence[Study], baseline: str) -> list[Summary]:
                 name += f" learning_rate={rate:g}"
             low, high = sorted(end / unit for end in c.interval)
             # arms that chose the same activation share their runs
-            found.setdefault(name, {})[plan.name] = Finding(c, np.subtract(c.values, c.baseline) / unit, (low, high))
+            gains = np.subtract(c.values, c.baseline) / unit
+            found.setdefault(name, {})[plan.name] = Finding(c, gains, (low, high), act)
     return [Summary(act, findings, _pooled([f.gains for f in findings.values()])) for act, findings in found.items()]
 
 
@@ -94,9 +98,9 @@ def _common(act: str) -> str:
     return SAME.get(act, act)
 
 
-def _apart(studies: Sequence[Study]) -> set[str]:
-    """Returns the names in common of activations that a study compares with each other."""
-    acts = [{act for act, _ in study.choices().values()} for study in studies]
+def _apart(chosen: Sequence[Mapping[str, tuple[str, float]]]) -> set[str]:
+    """Returns the names in common of activations that a study compares with each other, from the studies' choices."""
+    acts = [{act for act, _ in choices.values()} for choices in chosen]
     return {name for each in acts for name, count in Counter(map(_common, each)).items() if count > 1}
 
 
@@ -129,7 +133,7 @@ def write_summary(studies: Sequence[Study], baseline: str, folder: Path) -> Path
         baseline=baseline,
         gains=[row for summary in summaries for row in _rows(summary)],
         settings=settings,
-        merged="gelu" not in _apart(studies),
+        merged=any(s.act.split()[0] == "gelu" != f.act for s in summaries for f in s.findings.values()),
     )
     picture = forests([_panel(study, summaries, baseline) for study in studies])
     (folder / "summary.svg").write_bytes(picture.svg)

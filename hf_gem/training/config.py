@@ -61,6 +61,7 @@ class TrainConfig:
         )
     )
 
+    given = frozenset[str]()  # the fields that the command line set; without a type, which would make it a field
     # The values of eps that are not numbers: ways to choose it.
     eps_choices: ClassVar[tuple[str, ...]] = ("match",)
 
@@ -162,6 +163,12 @@ class TrainConfig:
         require(known, "resume", self.resume, "auto, never, or the folder of a checkpoint")
         require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
         require(self.warmup_steps <= self.steps, "warmup_steps", self.warmup_steps, f"at most steps = {self.steps}")
+        others = ("momentum",) if self.optimizer == "adamw" else ("adam_beta1", "adam_beta2", "adam_eps")
+        not_given(self, f"with --optimizer {self.optimizer}", *others)
+        if self.lr_schedule == "step":
+            not_given(self, "with --lr_schedule step", "min_lr_ratio")
+        if self.push_to_hub is None:
+            not_given(self, "without --push_to_hub", "hub_strategy", "hub_public")
 
     def _check_eps(self) -> None:
         """Checks eps. If it is a number, puts it into the name of the activation."""
@@ -204,6 +211,12 @@ def require(condition: bool, name: str, got: object, allowed: str) -> None:
     """Raises ValueError unless `condition` holds; the message names the flag, its value and the allowed ones."""
     if not condition:
         raise ValueError(f"--{name} must be {allowed}, got {shown(got)}")
+
+
+def not_given(config: Any, why: str, *names: str) -> None:
+    """Requires that the command line did not set some fields, since they have no effect. A preset or file may."""
+    for name in names:
+        require(name not in getattr(config, "given", ()), name, getattr(config, name), f"left out {why}")
 
 
 def trajectory(config: Any) -> dict[str, Any]:
@@ -250,6 +263,7 @@ def parse_config(
             **given,
         }
         config = cls(**{name: _at_home(value) for name, value in chosen.items() if value is not None})
+        config.given = frozenset(given)
         config.validate()
     except ValueError as error:
         parser.fail(str(error))

@@ -1,14 +1,19 @@
 """The command line as a whole: help, exit codes, errors of one line, completion, and what it imports."""
 
+import ast
+import contextlib
 import json
 import os
 import re
 import shlex
 import sys
 import warnings
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 
 import pytest
 import typer
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import hf_gem as package
 from hf_gem.cli import app, main
@@ -96,6 +101,37 @@ def test_a_missing_package_is_named_with_what_brings_it(hf_gem, monkeypatch):
 )
 def test_an_extra_is_named_for_what_it_contains(module, hint):
     assert missing_package(ModuleNotFoundError(name=module)).endswith(f"is not installed. Install it{hint}")
+
+
+def test_the_named_extra_is_that_of_pyproject():
+    tomllib = pytest.importorskip("tomllib", reason="new in Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    core, extras = brought_by(project["dependencies"]), project["optional-dependencies"]
+    extras["train"] = [*extras["train"][1:], *extras["transformers"], *extras["timm"]]  # the first names these two
+    brought = {extra: brought_by(extras[extra]) for extra in ("transformers", "timm", "train")}
+    nodes = [node for path in (ROOT / "hf_gem").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    targets = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    targets += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    imported = {target.split(".")[0] for target in targets}
+    for name, distributions in packages_distributions().items():
+        of = set(map(canonicalize_name, distributions))
+        named = re.search(r'"hf-gem\[(\w+)\]"$', missing_package(ModuleNotFoundError(name=name)))
+        assert named is None or of & brought[named[1]], f"{named[1]} does not bring {name}"
+        optional = name in imported and not of & core
+        assert named or not optional or not of & brought["train"], f"train brings {name}, but the error does not say so"
+
+
+def brought_by(requirements):
+    """The packages that are installed for these and, in turn, for them."""
+    found, left = set(), list(map(Requirement, requirements))
+    while left:
+        requirement = left.pop()
+        name = canonicalize_name(requirement.name)
+        if name not in found and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            found.add(name)
+            with contextlib.suppress(PackageNotFoundError):
+                left += map(Requirement, requires(name) or ())
+    return found
 
 
 def test_a_warning_takes_one_line(hf_gem, monkeypatch):

@@ -72,6 +72,23 @@ def test_a_signal_stops_the_study_and_it_goes_on(study, number):
     assert len(toy.outcomes()["gem"]) == 8
 
 
+def test_an_interrupt_during_the_imports_takes_one_line(study, tmp_path):
+    toy = study(flags={"slow": 1}, **TWO_ARMS)
+    (tmp_path / "dawdle.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(tmp_path / 'begun')!r}).touch()\ntime.sleep(3)\n"
+    )
+    code = DRIVER.replace('("hf_gem.compare.driver",)', '("dawdle",)')
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-c", code, str(toy.folder)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env)
+    until(lambda: process.poll() is not None or (tmp_path / "begun").exists())
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert "stopped; run the same command again to continue" in output
+    assert "Traceback" not in output
+
+
 @pytest.mark.slow
 def test_runs_stop_when_their_study_is_killed(study):
     toy = study(flags={"slow": 1}, **TWO_ARMS)

@@ -86,8 +86,9 @@ def test_a_study_occupies_cores_or_gpus():
 def test_a_study_is_estimated_by_its_command(plan, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plan.py").write_text(f"from hf_gem.compare.plan import Plan\nplan = Plan(**{plan().__dict__})\n")
-    compare_recipe.main([f"--plan={tmp_path / 'plan.py'}", "--jobs=0", "--estimate"])
+    compare_recipe.main([f"--plan={tmp_path / 'plan.py'}", "--jobs=0", "--dry_run", "--estimate"])
     printed = capsys.readouterr().out
+    assert "\n  relu-lr" in printed  # a run of the dry run
     number = r"([\d.e-]+)"
     found = re.search(
         rf"A run of relu takes {number} s, estimated from runs of 3 and 12 steps: {number} s before and after "

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import threading
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from hf_gem import cli
 from hf_gem.compare.plan import Plan, PlanError, Run
+from hf_gem.compare.preview import dry_run
 from hf_gem.compare.report import write_report
 from hf_gem.compare.study import Study, StudyError, freeze
 from hf_gem.files import write_atomically
@@ -45,6 +47,23 @@ def test_a_grid_that_is_to_be_extended_is_not_finished(study, tmp_path, capsys):
     (toy.folder / "records" / "gem-lr0.04-seed0.json").unlink()
     run(toy)
     assert not toy.missing()
+
+
+def test_a_copy_without_records_or_runs_goes_on(study):
+    toy = study(**TWO_ARMS)
+    for name in ("records", "runs"):
+        shutil.rmtree(toy.folder / name)
+    assert "known when one has finished" in dry_run(toy.plan, toy.folder, 1)
+    assert not (toy.folder / "runs").exists()  # a dry run writes nothing
+    freeze(toy.plan, toy.folder)
+    run(toy)
+    assert not toy.missing()
+
+
+def test_a_study_that_cannot_be_written_to_is_named(study, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(PlanError, match=r"cannot write to the study .*file: .*choose another --study folder\.$"):
+        freeze(study().plan, tmp_path / "file")
 
 
 def test_a_grid_is_extended_for_all(study):

@@ -87,10 +87,13 @@ def test_an_approximation_that_a_study_compares_stays_apart(study, tmp_path):
     exact, tanh = {"gelu": ["gelu"]}, {"tanh": ["gelu_pytorch_tanh"]}
     one = study("one", name="one", arms={"relu": ["relu"], **exact, **tanh}, **FEW)
     two = study("two", name="two", arms={"relu": ["relu"], **tanh}, **FEW)
-    for each in (one, two):
+    three = study("three", name="three", arms={"relu": ["relu"], **exact}, **FEW)
+    for each in (one, two, three):
         run(each)
     write_summary([two], "relu", tmp_path)
     assert "`gelu` includes" in (tmp_path / "summary.md").read_text()
+    write_summary([three], "relu", tmp_path)
+    assert "`gelu` includes" not in (tmp_path / "summary.md").read_text()  # there is nothing to include
     write_summary([one, two], "relu", tmp_path)
     text = (tmp_path / "summary.md").read_text()
     assert "`gelu` includes" not in text

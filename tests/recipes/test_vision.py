@@ -169,8 +169,9 @@ def test_transformers_models_train_by_folder(cache, tmp_path):
 @pytest.mark.parametrize("model", ["convnet", "resnet8-cifar", "timm/test_resnet"])
 def test_an_eps_that_matches(cache, tmp_path, model):
     """The model is the one that the name gives, and what it is given is what the name was chosen for."""
-    sizes = ("--steps=2", "--warmup_steps=0", "--resident=no", "--image_size=32", "--crop_padding=0", "--widths=4,8")
-    flags = (cache, *SHORT, *sizes, "--eval_every=0", f"--model={model}")
+    sizes = ("--steps=2", "--warmup_steps=0", "--resident=no", "--image_size=32", "--crop_padding=0")
+    widths = ["--widths=4,8"] if model == "convnet" else []
+    flags = (cache, *SHORT, *sizes, *widths, "--eval_every=0", f"--model={model}")
     run_here(vision_train, tmp_path / "match", *flags, "--hidden_act=segem_n2", "--eps=match", "--match_c=0.3")
     record = json.loads((tmp_path / "match" / "record.json").read_text())
     name, match = record["config"]["hidden_act"], record["match"]
@@ -249,7 +250,8 @@ def test_the_code_of_a_card_loads_a_model_of_this_package(cache, tmp_path, by_fo
     """Without a name of the family in it too, which nothing but the import of its class makes known."""
     model = tmp_path / "model" if by_folder else "convnet"
     ConvNetConfig(widths=(4,)).save_pretrained(tmp_path / "model")
-    flags = ("--steps=1", "--warmup_steps=0", "--widths=4", "--hidden_act=gelu", f"--model={model}")
+    widths = [] if by_folder else ["--widths=4"]
+    flags = ("--steps=1", "--warmup_steps=0", *widths, "--hidden_act=gelu", f"--model={model}")
     run_here(vision_train, tmp_path / "run", cache, *SHORT, *flags)
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "run" / "README.md").read_text(), re.DOTALL)
     assert "registers the model" in code
@@ -395,6 +397,24 @@ def test_the_cifar_presets_are_those_of_the_paper():
         ],
         (vision_finetune, ["--model=x", "--match_c=0.2"], "--match_c must be left out without --eps match, got 0.2"),
         (vision_finetune, ["--model="], "--model must be timm/<name>"),
+        *[
+            (
+                vision_finetune,
+                ["--model=x", "--fit_batches=8", flag],
+                "--fit_batches must be left out without --eps fit",
+            )
+            for flag in ("--eps=0.1", "--hidden_act=none")
+        ],
+        (
+            vision_finetune,
+            ["--model=x", "--hidden_act=none", "--momentum=0.8"],
+            "--momentum must be left out with --optimizer adamw, got 0.8",
+        ),
+        (
+            vision_train,
+            ["--model=resnet20-cifar", "--widths=8,16"],
+            "--widths must be left out for models other than convnet",
+        ),
     ],
 )
 def test_wrong_values_name_the_flag(recipe, flags, message, capsys):

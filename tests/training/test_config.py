@@ -131,6 +131,27 @@ def test_a_flag_wins_even_with_the_value_of_the_default(tmp_path):
     assert (config.whole, config.flag, config.maybe_text) == (1, False, "x")
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--momentum=0.9"], "--momentum must be left out with --optimizer adamw, got 0.9"),
+        (["--optimizer=sgd", "--adam_eps=1e-6"], "--adam_eps must be left out with --optimizer sgd"),
+        (["--lr_schedule=step", "--min_lr_ratio=0.2"], "--min_lr_ratio must be left out with --lr_schedule step"),
+        (["--hub_public"], "--hub_public must be left out without --push_to_hub"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(flags, words, capsys):
+    with pytest.raises(SystemExit):
+        parse(*flags)
+    assert words in capsys.readouterr().err
+
+
+def test_a_preset_or_file_may_have_what_another_flag_overrules(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("optimizer: sgd\nmomentum: 0.8\n")
+    assert parse("--config", file, "--optimizer", "adamw").momentum == 0.8
+
+
 def test_paths_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     """A shell leaves the ~ of --output_dir=~/runs as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -28,7 +28,8 @@ class DecodedImages:
     """Images that threads decode, crop and scale for each batch.
 
     In training, the crop is random: it covers between `min_scale` and 1 of the area and has an aspect ratio between 3/4
-    and 4/3, as for Inception (arXiv 1409.4842). With `min_scale` 1, and in evaluation, it is the center crop.
+    and 4/3, as for Inception (arXiv 1409.4842). With `min_scale` 1, it is the largest square in the middle. In
+    evaluation, images are scaled and then cropped, as by an image processor of transformers.
 
     Attributes:
         rows: The images.
@@ -61,6 +62,11 @@ class DecodedImages:
         """The label of each image, int64."""
         return self.rows.labels
 
+    @property
+    def edge(self) -> int:
+        """The length to which evaluation scales the shorter side, or both sides, before it crops."""
+        return round(self.size / self.crop_pct)
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -79,18 +85,26 @@ class DecodedImages:
         from PIL import Image
 
         image = self.rows.image(int(index)).convert("RGB")
+        if random is None:
+            return np.asarray(self._middle(image))
         box = self._box(image.width, image.height, random)
         # `reducing_gap` first shrinks by integer factors, which is faster for large images.
         image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
         array = np.asarray(image)
-        return array[:, ::-1] if random is not None and self.flip and random[4] < 0.5 else array
+        return array[:, ::-1] if self.flip and random[4] < 0.5 else array
 
-    def _box(self, width: int, height: int, random: np.ndarray | None) -> tuple[float, float, float, float]:
-        """Returns left, top, right and bottom of the crop."""
-        share = self.crop_pct if random is None else 1.0
-        wide, high = (share * (side if self.squash else min(width, height)) for side in (width, height))
+    def _middle(self, image: Any) -> Any:
+        """Scales a PIL image and crops its middle, with the same rounding as `BitImageProcessor`."""
+        sides, shorter = image.size, min(image.size)
+        wide, high = (self.edge if self.squash else int(self.edge * side / shorter) for side in sides)
+        left, top = (wide - self.size) // 2, (high - self.size) // 2
+        return image.resize((wide, high), 3).crop((left, top, left + self.size, top + self.size))  # 3: bicubic
+
+    def _box(self, width: int, height: int, random: np.ndarray) -> tuple[float, float, float, float]:
+        """Returns left, top, right and bottom of the crop in training."""
+        wide, high = (float(side if self.squash else min(width, height)) for side in (width, height))
         across = down = 0.5
-        if random is not None and self.min_scale < 1:
+        if self.min_scale < 1:
             area = width * height * (self.min_scale + (1 - self.min_scale) * random[0])
             ratio = np.exp(np.log(3 / 4) + random[1] * np.log(16 / 9))
             wide, high = min(width, np.sqrt(area * ratio)), min(height, np.sqrt(area / ratio))

@@ -98,8 +98,10 @@ class Rows:
         """
         from PIL import Image, ImageOps
 
+        name = f"image {index} of the dataset"
         try:
             item = self.source(index)
+            name = item if isinstance(item, str) else name
             image = Image.fromarray(item) if isinstance(item, np.ndarray) else Image.open(item)
             if image.mode.startswith(("I", "F")):  # where conversion to RGB would clip at 255
                 raise ValueError(f"its mode {image.mode} has more than 8 bits a channel. Scale its values to 0 to 255")
@@ -107,7 +109,7 @@ class Rows:
             return image if image.mode == "L" else image.convert("RGB")
         except Exception as error:  # the file system and the reader of each format raise their own
             raise DataError(
-                f"cannot read image {index} of the dataset: {reason(error)}. Replace it, or remove it from the dataset."
+                f"cannot read {name}: {reason(error)}. Replace it, or remove it from the dataset."
             ) from error
 
 

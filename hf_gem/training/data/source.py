@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import traceback
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,19 +136,67 @@ def load_splits(config: SourceConfig, streaming: bool = False) -> dict[str, Any]
         raise
     except Exception as error:  # each reader of datasets raises its own
         hidden = error.__cause__ if type(error) is DatasetGenerationError else None  # this type itself says nothing
-        cause = hidden if isinstance(hidden, Exception) else error
         fix = "Fix the data."
         if not path.exists():
             kinds = ", ".join(config.builders)
             fix = f"--dataset can be a Hub dataset id, a local folder or file ({kinds}), or {config.builtin!r}. "
             fix += "Check the name."
-        raise DataError(f"cannot read the dataset {shown(config.dataset)}: {reason(cause)}. {fix}") from error
+        raise _unreadable(config, hidden if isinstance(hidden, Exception) else error, fix) from error
     if config.train_split not in loaded:
         raise DataError(
             f"{shown(config.dataset)} has no split {shown(config.train_split)}. Its splits are {', '.join(loaded)}. "
             "Name one with --train_split."
         )
     return dict(loaded)
+
+
+def read_column(config: SourceConfig, table: Any, column: str) -> Iterator[Any]:
+    """Yields the values of a column of a split.
+
+    Raises:
+        DataError: A row cannot be read.
+    """
+    try:
+        for row in table.select_columns(column):
+            yield row[column]
+    except (OSError, ValueError, TypeError) as error:
+        raise _unreadable(config, error, "Fix the data.") from error
+
+
+def _unreadable(config: SourceConfig, error: Exception, fix: str) -> DataError:
+    """Makes the error for a dataset that `datasets` could not read. It names the file at fault, if that is known."""
+    path = Path(config.dataset)
+    if path.is_dir() and (file := _file_at_fault(path, error)):
+        return DataError(
+            f"cannot read {file}: {reason(error)}. Each file must be complete, in UTF-8, and have the same columns as "
+            "the first. Repair the file, or move it away."
+        )
+    return DataError(f"cannot read the dataset {shown(config.dataset)}: {reason(error)}. {fix}")
+
+
+def _file_at_fault(folder: Path, error: Exception) -> Path | None:
+    """Finds the file in a folder that `datasets` could not read.
+
+    Few of its errors name the file, but each of its readers has the path in a variable when it fails.
+    """
+    absolute = os.path.abspath  # without .., and it follows no links
+    files = {absolute(file): file for file in _visible(folder)}
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        for value in frame.f_locals.values():
+            if isinstance(value, str) and absolute(value) in files:
+                return files[absolute(value)]
+    if isinstance(error, UnicodeDecodeError):  # JSON is only decoded later, when its rows are read
+        json_files = (file for file in files.values() if file.suffix.lower() in (".json", ".jsonl"))
+        return next((file for file in json_files if not _is_utf8(file)), None)
+    return None
+
+
+def _is_utf8(file: Path) -> bool:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            return all(True for _ in lines)
+    except UnicodeDecodeError:
+        return False
 
 
 def _local_arguments(path: Path, builders: dict[str, str]) -> dict[str, Any]:
@@ -159,8 +208,7 @@ def _local_arguments(path: Path, builders: dict[str, str]) -> dict[str, Any]:
                 "file."
             )
         return _file_arguments(builders[path.suffix.lower()], {"train": [path]})
-    found = checked(sorted(path.rglob("*")))
-    visible = [file for file in found if not _HIDDEN.search(f"/{file.relative_to(path).as_posix()}")]
+    visible = _visible(path)
     files = [
         file for file in visible if file.suffix.lower() in builders and file.stem.lower() not in ("readme", "license")
     ]
@@ -179,6 +227,12 @@ def _local_arguments(path: Path, builders: dict[str, str]) -> dict[str, Any]:
     for file in files:
         groups.setdefault(_split_of(file.relative_to(top)), []).append(file)
     return _file_arguments(kind, groups)
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Returns the paths in a folder, except those that `datasets` skips too."""
+    found = checked(sorted(folder.rglob("*")))
+    return [path for path in found if not _HIDDEN.search(f"/{path.relative_to(folder).as_posix()}")]
 
 
 def _file_arguments(kind: str, groups: dict[str, list[Path]]) -> dict[str, Any]:

@@ -24,7 +24,17 @@ from ...files import save_pretrained, shown
 from ..config import at_least, option, require
 from ..errors import DataError, reason
 from ..loss import IGNORE
-from .source import SourceConfig, cached, checked, file_state, fingerprint, is_prepared, load_splits, source_state
+from .source import (
+    SourceConfig,
+    cached,
+    checked,
+    file_state,
+    fingerprint,
+    is_prepared,
+    load_splits,
+    read_column,
+    source_state,
+)
 from .stdlib import stdlib_files
 from .stored import ENDS, TextContent, read_ends, read_tokens
 
@@ -354,20 +364,14 @@ class _Corpus:
                 f"{shown(config.dataset)} has no column {shown(config.text_column)}. Its columns are "
                 f"{', '.join(rows.column_names)}. Name one with --text_column."
             )
-        try:
-            for row in rows.select_columns(config.text_column):
-                text = row[config.text_column]
-                if not isinstance(text, str | None):
-                    raise DataError(
-                        f"column {shown(config.text_column)} of {shown(config.dataset)} holds {type(text).__name__}, "
-                        f"not text. The columns are {', '.join(rows.column_names or ['not known'])}. Name one with "
-                        "--text_column."
-                    )
-                yield text or "", text or ""
-        except (OSError, ValueError, TypeError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"cannot read {shown(config.dataset)}: {reason(error)}. Fix the data.") from error
+        for text in read_column(config, rows, config.text_column):
+            if not isinstance(text, str | None):
+                raise DataError(
+                    f"column {shown(config.text_column)} of {shown(config.dataset)} holds {type(text).__name__}, "
+                    f"not text. The columns are {', '.join(rows.column_names or ['not known'])}. Name one with "
+                    "--text_column."
+                )
+            yield text or "", text or ""
 
     def _part(self, text: str, split: str) -> str:
         """Returns the part of a text that belongs to a split. The held-out parts are at its end."""

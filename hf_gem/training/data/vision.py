@@ -52,10 +52,9 @@ def image_processor(data: ImageData) -> Any:
     """Makes an image processor that prepares images as evaluation does, to be saved next to the model."""
     from transformers import BitImageProcessor
 
-    crop_pct, squash = 1.0, True  # of resident images
+    edge, squash = data.image_size, True  # of resident images
     if isinstance(data.validation, DecodedImages):
-        crop_pct, squash = data.validation.crop_pct, data.validation.squash
-    edge = round(data.image_size / crop_pct)
+        edge, squash = data.validation.edge, data.validation.squash
     return BitImageProcessor(
         size={"height": edge, "width": edge} if squash else {"shortest_edge": edge},
         crop_size={"height": data.image_size, "width": data.image_size},
@@ -80,13 +79,26 @@ def preprocessing_of(model: str) -> Preprocessing:
         processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
         if timm := getattr(processor, "data_config", None):
             normalisation, squash = Normalisation(timm["mean"], timm["std"]), timm.get("crop_mode") == "squash"
-            return Preprocessing(normalisation, timm["input_size"][-1], timm["crop_pct"], squash)
-        edge = int(processor.size.get("height") or processor.size["shortest_edge"])
-        side = int(processor.crop_size["height"]) if getattr(processor, "do_center_crop", False) else edge
-        normalisation, squash = Normalisation(processor.image_mean, processor.image_std), "height" in processor.size
+            side = timm["input_size"][-1]
+            edge = int(side / timm["crop_pct"])
+        else:
+            normalisation = Normalisation(processor.image_mean, processor.image_std)
+            side, edge, squash = _crop_of(processor)
         return Preprocessing(normalisation, side, min(1.0, side / edge), squash)
     except Exception as error:  # the Hub client, JSON and the processors raise their own
         raise DataError(
             f"cannot read the image processor of {shown(model)}: {reason(error)}. --model can be timm/<name>, a Hub "
             "id, or a folder with a model and its image processor. Check the name."
         ) from error
+
+
+def _crop_of(processor: Any) -> tuple[int, int, bool]:
+    """Returns the side of the crop of an image processor, to what it scales images before, and whether both sides."""
+    squash = "height" in processor.size
+    edge = int(processor.size["height"] if squash else processor.size["shortest_edge"])
+    crops = getattr(processor, "do_center_crop", False)
+    side = int(processor.crop_size["height"]) if crops else edge
+    if crop_pct := getattr(processor, "crop_pct", None):
+        squash = not crops and edge >= 384  # ConvNeXt's crops only below this size; PoolFormer's always crops
+        edge = edge if squash else int(edge / crop_pct)
+    return side, edge, squash

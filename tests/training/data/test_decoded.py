@@ -37,6 +37,6 @@ def test_random_crops_have_the_areas_and_shapes_asked_for():
     ratio = (wide / high)[inside]
     assert 0.75 - 1e-9 <= ratio.min() < 0.77
     assert 1.3 < ratio.max() <= 4 / 3 + 1e-9
-    assert samples._box(80, 60, None) == (10.0, 0.0, 70.0, 60.0)  # the middle square
-    squashed = replace(samples, squash=True, crop_pct=0.5)
-    assert squashed._box(80, 60, None) == (20.0, 15.0, 60.0, 45.0)
+    whole = replace(samples, min_scale=1.0)
+    assert whole._box(80, 60, random[0]) == (10.0, 0.0, 70.0, 60.0)  # the middle square
+    assert replace(whole, squash=True)._box(80, 60, random[0]) == (0.0, 0.0, 80.0, 60.0)

@@ -1,5 +1,7 @@
 """What images there are, of which class, and what cannot be read."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -166,16 +168,17 @@ def test_columns_of_other_types_are_refused(tmp_path, fields, message):
 
 
 @pytest.mark.parametrize("resident", [True, False])
-def test_a_file_that_is_no_image(tmp_path, resident):
+def test_an_image_that_is_cut_short_is_named(tmp_path, resident):
     folder = write_folder(tmp_path / "data")
-    (folder / "cat" / "3.png").write_text("no image")
+    broken = folder / "cat" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:-30])  # the error of its reader does not name it
 
     def read_all():
         data = prepare(tmp_path, dataset=str(folder), resident=resident, image_size=12)
         for samples in (data.train, data.validation):
             samples.batch(np.arange(len(samples)))
 
-    with pytest.raises(DataError, match=r"cannot read image \d+ of the dataset: UnidentifiedImageError"):
+    with pytest.raises(DataError, match=rf"cannot read {re.escape(str(broken))}: OSError: .*truncated"):
         read_all()
 
 

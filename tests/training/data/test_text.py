@@ -415,6 +415,34 @@ def test_unreadable_sources_are_errors_that_say_why(prepare, tmp_path, name, con
     assert not list((tmp_path / "c" / "text").glob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "content", "cause"),
+    [
+        ("txt", b"not utf-8 \xff", "UnicodeDecodeError"),
+        ("jsonl", b'{"text": "not utf-8 \xff"}\n', "UnicodeDecodeError"),
+        ("jsonl", b'{"text": "good"}\n{"text": \n', "JSON parse error"),
+        ("jsonl", b'{"content": "another column"}\n', "column names don't match"),
+        ("jsonl", b'{"text": [1, 2]}\n', "Couldn't cast"),
+        ("parquet", b"not parquet", "ArrowInvalid"),
+        ("parquet", None, "column names don't match"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_bad_file_of_a_folder_is_named(prepare, tmp_path, monkeypatch, kind, content, cause, streaming):
+    monkeypatch.chdir(tmp_path)  # a relative path is found too
+    good = write_documents(tmp_path / "data", kind)
+    shutil.copy(good, tmp_path / "data" / f"zebra.{kind}")
+    bad = tmp_path / "data" / f"middle.{kind}"
+    if content is None:
+        datasets = pytest.importorskip("datasets", reason="parquet is written by it")
+        datasets.Dataset.from_dict({"content": ["another column"]}).to_parquet(bad)
+    else:
+        bad.write_bytes(content)
+    good.rename(tmp_path / "data" / f"first.{kind}")
+    with pytest.raises(DataError, match=rf"^cannot read data/middle\.{kind}: .*{cause}.*Repair the file, or move it"):
+        prepare("data", streaming=streaming, max_train_tokens=10**6 if streaming else None)
+
+
 def test_a_dataset_that_is_nowhere_may_have_a_wrong_name(prepare):
     with pytest.raises(DataError, match=r"'no/such-dataset': .* local folder or file \(.parquet, .*Check the name\.$"):
         prepare("no/such-dataset")

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    BitImageProcessor,
+    ConvNextImageProcessor,
+    PoolFormerImageProcessor,
+    TimmWrapperConfig,
+    TimmWrapperImageProcessor,
+)
 
 from hf_gem.training.data.decoded import DecodedImages
 from hf_gem.training.data.images import Rows, VisionConfig, hold_out
@@ -12,6 +19,12 @@ from hf_gem.training.data.normalisation import Normalisation, Preprocessing
 from hf_gem.training.data.resident import ResidentImages
 from hf_gem.training.data.vision import image_processor, prepare_images, preprocessing_of
 from tests.training.data.pictures import CPU, NEUTRAL, ROUNDED, prepare, write_folder
+
+# Pillow and torchvision round the weights of their filters differently. Scaling the rows may so change a level by 1 and
+# scaling the columns, whose weights have magnitudes of at most 1.25 in sum, by less than 2 after rounding.
+_ROUNDINGS = 2.01 / 255
+_HALVES = [0.5, 0.5, 0.5]
+_TIMM = {"input_size": [3, 224, 224], "crop_pct": 0.9, "interpolation": "bicubic", "mean": _HALVES, "std": _HALVES}
 
 
 @pytest.mark.parametrize("kind", ["resident", "decoded"])
@@ -48,9 +61,38 @@ def test_the_image_processor_does_what_evaluation_does(tmp_path, decoded):
     chosen = hold_out(20, {"validation": 0.5})["validation"][:4]
     files = sorted((folder / "cat").glob("*.png")) + sorted((folder / "dog").glob("*.png"))
     got = processor([Image.open(files[i]) for i in chosen], return_tensors="pt")["pixel_values"]
-    # A resize of the whole and a crop of it, against a resize of the crop: the same but at the edges.
-    bound = 1e-5 if not decoded else 0.35
-    assert (got - wanted).abs().mean() <= bound
+    torch.testing.assert_close(got, wanted, rtol=0, atol=_ROUNDINGS / min(data.normalisation.std))
+
+
+@pytest.mark.parametrize("size", [(500, 400), (400, 523), (301, 301)])
+@pytest.mark.parametrize(
+    ("processor", "resized"),
+    [
+        (ConvNextImageProcessor(size={"shortest_edge": 224}, crop_pct=0.875), {"shortest_edge": 256}),
+        (ConvNextImageProcessor(size={"shortest_edge": 160}, crop_pct=0.88), {"shortest_edge": 181}),
+        (ConvNextImageProcessor(size={"shortest_edge": 384}, crop_pct=1.0), {"height": 384, "width": 384}),
+        (ConvNextImageProcessor(size={"shortest_edge": 400}, crop_pct=0.875), {"height": 400, "width": 400}),
+        (PoolFormerImageProcessor(), {"shortest_edge": 248}),
+        (BitImageProcessor(size={"shortest_edge": 72}, crop_size={"height": 64, "width": 64}), {"shortest_edge": 72}),
+        (TimmWrapperImageProcessor(pretrained_cfg=_TIMM), {"shortest_edge": 248}),
+    ],
+)
+def test_evaluation_prepares_images_as_the_checkpoint_does(tmp_path, processor, resized, size):
+    folder = write_folder(tmp_path / "data", sizes=(size,), per_class=2)
+    if isinstance(processor, TimmWrapperImageProcessor):  # its model saves it
+        TimmWrapperConfig(architecture="resnet18", pretrained_cfg=_TIMM).save_pretrained(tmp_path / "model")
+    else:
+        processor.save_pretrained(tmp_path / "model")
+    config = VisionConfig(cache_dir=str(tmp_path / "cache"), dataset=str(folder), validation_fraction=0.25)
+    data = prepare_images(config, 0, CPU, preprocessing_of(str(tmp_path / "model")))
+    (chosen,) = hold_out(4, {"validation": 0.25})["validation"]
+    image = Image.open(sorted(folder.rglob("*.png"))[chosen])
+    wanted = processor(image, return_tensors="pt")["pixel_values"]
+    bound = {"rtol": 0, "atol": _ROUNDINGS / min(data.normalisation.std)}
+    torch.testing.assert_close(data.validation.batch(np.arange(1))["pixel_values"], wanted, **bound)
+    saved = image_processor(data)
+    assert saved.size == resized
+    torch.testing.assert_close(saved(image, return_tensors="pt")["pixel_values"], wanted, **bound)
 
 
 @pytest.mark.parametrize("size", [(36, 12), (12, 36), (36, 36)])
@@ -66,8 +108,7 @@ def test_images_of_any_shape_are_squared_by_scaling_in_all_three_places(tmp_path
     files = sorted((folder / "cat").glob("*.png")) + sorted((folder / "dog").glob("*.png"))
     images = [Image.open(files[i]) for i in hold_out(20, {"validation": 0.5})["validation"]]
     got = AutoImageProcessor.from_pretrained(tmp_path / "model")(images, return_tensors="pt")["pixel_values"]
-    # Pillow and torchvision round the weights of their filters differently, which shows in the last bit of a pixel.
-    bound = 1.01 / 255 / min(data.normalisation.std)
+    bound = _ROUNDINGS / min(data.normalisation.std)
     torch.testing.assert_close(got, wanted, rtol=0, atol=bound)
 
     config = VisionConfig(cache_dir=str(tmp_path / "cache"), **fields, resident=False)
