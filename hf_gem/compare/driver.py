@@ -97,7 +97,8 @@ class Driver:
             self._here = environment(self.recipes.resolve())
             caught.raise_if_requested()  # the signal may also have stopped git, so the commit may be missing
             self._refuse_mixed()
-            with StudyProgress(study) as self._progress:
+            self._progress = StudyProgress(study)
+            with self._progress.bar:
                 while todo := study.missing():
                     self._work_off(todo, caught)
         self._refuse_unpaired()

@@ -7,7 +7,6 @@ import re
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn
 
 from tqdm.auto import tqdm
@@ -46,14 +45,6 @@ class StudyProgress:
             bar_format=_BAR,
             smoothing=0,
         )
-
-    def __enter__(self) -> StudyProgress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.close()
 
     def start(self, run: Run) -> None:
         """Shows that a run has started."""

@@ -174,7 +174,8 @@ class _Run:
         if start == steps and owed:
             self._save(start, "finished")
         self._write_record(start, "running" if start < steps else "finished")
-        with Progress(self.accelerator, start, steps) as progress, ThreadPoolExecutor(1, "loader") as self._loader:
+        progress = Progress(self.accelerator, start, steps)
+        with progress.bar, ThreadPoolExecutor(1, "loader") as self._loader:
             self._train(start, progress)
         self._collect_weights()
         if self.pusher is not None:

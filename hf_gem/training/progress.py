@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import datetime
-from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -63,14 +62,6 @@ class Progress:
             total=steps, initial=start, desc="Training", unit="step", ncols=width, disable=not width
         )
         self.since: tuple[int, float] | None = None  # the first step shown, which may have compiled, and its time
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.close()
 
     def show(self, step: int, figures: Mapping[str, str]) -> None:
         """Shows some figures of a step."""

@@ -47,7 +47,7 @@ def test_a_bar_moves_within_a_run(study, monkeypatch):
     toy = study(**TWO_ARMS, final_seeds=[0, 1])
     folders = [toy.folder / "runs" / each.name for each in (FIRST, SECOND)]
 
-    with terminal(120) as read, StudyProgress(toy) as shown:
+    with terminal(120) as read, (shown := StudyProgress(toy)).bar:
 
         def last():
             shown.look()
@@ -80,6 +80,6 @@ def test_a_run_that_has_said_nothing_yet_counts_nothing(study, content):
         folder.mkdir(parents=True)
         for name in ("record.json", "log.jsonl"):
             (folder / name).write_text(content)
-    with terminal(120) as read, StudyProgress(toy) as shown:
+    with terminal(120) as read, (shown := StudyProgress(toy)).bar:
         shown.start(FIRST)
         assert "0.0 of 4 runs" in read()

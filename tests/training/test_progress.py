@@ -28,7 +28,7 @@ def test_a_bar_needs_a_terminal_that_has_columns(monkeypatch):
 
 
 def take_steps(accelerator, steps=(1, 2, 3)):
-    with Progress(accelerator, 0, 10) as shown:
+    with (shown := Progress(accelerator, 0, 10)).bar:
         for step in steps:
             shown.show(step, {"loss": f"{step}.5"})
             shown.advance()
@@ -61,7 +61,7 @@ def test_a_log_has_lines_with_the_remaining_time(capsys, monkeypatch):
 def test_the_remaining_time_is_measured_anew_after_going_back(capsys, monkeypatch):
     now = iter([0.0, 10.0, 500.0, 520.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
-    with terminal(0), Progress(MAIN, 0, 10) as shown:
+    with terminal(0), (shown := Progress(MAIN, 0, 10)).bar:
         for step in (1, 5):
             shown.show(step, {})
         shown.go_back(2)
