@@ -27,7 +27,7 @@ from ..training.checkpoint import remove_all
 from ..training.environment import environment
 from ..training.errors import Interrupted, TrainingError
 from ..training.record import read_record
-from ..training.signals import STOPPED, Caught, catch_signals
+from ..training.signals import STOPPED, catch_signals, check
 from .executors import Child, Executor, InProcess, Processes, environment_of, last_lines
 from .plan import PlanError, Run
 from .progress import StudyProgress
@@ -93,14 +93,14 @@ class Driver:
             Interrupted: A signal arrived. Active runs were stopped too, and will resume next time.
         """
         study = self.study
-        with catch_signals() as caught:
+        with catch_signals():
             self._here = environment(self.recipes.resolve())
-            caught.raise_if_requested()  # the signal may also have stopped git, so the commit may be missing
+            check()  # the signal may also have stopped git, so the commit may be missing
             self._refuse_mixed()
             self._progress = StudyProgress(study)
             with self._progress.bar:
                 while todo := study.missing():
-                    self._work_off(todo, caught)
+                    self._work_off(todo)
         self._refuse_unpaired()
 
     def command(self, run: Run) -> list[str]:
@@ -116,13 +116,13 @@ class Driver:
             *(f"--{name}={text[value] if isinstance(value, bool) else value}" for name, value in flags.items()),
         ]
 
-    def _work_off(self, todo: Sequence[Run], caught: Caught) -> None:
+    def _work_off(self, todo: Sequence[Run]) -> None:
         """Waits until all of these runs are done, here or by another driver."""
         waiting = dict.fromkeys(todo, 0.0)  # the earliest time to check each run
         failure: TrainingError | None = None
         try:
             while waiting or self._under_way:
-                caught.raise_if_requested()
+                check()
                 try:
                     if done := self._start_some(waiting):
                         self._progress.count(done)
@@ -134,7 +134,7 @@ class Driver:
                 except (OSError, EOFError, TrainingError) as error:
                     # A signal to the whole group may reach a run, or the process that forks them, before this one.
                     time.sleep(_TICK)
-                    caught.raise_if_requested()
+                    check()
                     if not isinstance(error, TrainingError):
                         raise
                     if failure is None and self._under_way:  # the error is only raised when all of them have ended

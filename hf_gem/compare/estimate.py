@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..training.record import read_record
-from ..training.signals import Caught, catch_signals
+from ..training.signals import catch_signals, check
 from .driver import Driver
 from .executors import Child, Executor, InProcess, Processes, environment_of, last_lines
 from .plan import Plan, PlanError, Run
@@ -134,8 +134,8 @@ def estimate(plan: Plan, recipes: Path, jobs: int) -> str:
         StudyError: A run failed.
         Interrupted: A signal arrived.
     """
-    with tempfile.TemporaryDirectory() as folder, catch_signals() as caught:
-        pilot = _Pilot(plan, recipes, jobs, Path(folder), caught)
+    with tempfile.TemporaryDirectory() as folder, catch_signals():
+        pilot = _Pilot(plan, recipes, jobs, Path(folder))
         config, hardware = pilot.prepare()
         if config["steps"] < 2:
             raise PlanError(f"the runs of {plan.name} have one step. An estimate needs at least two. Set more steps.")
@@ -162,9 +162,9 @@ def estimate(plan: Plan, recipes: Path, jobs: int) -> str:
 class _Pilot:
     """Short runs of a plan's baseline arm, at its lowest learning rate, in a separate folder."""
 
-    def __init__(self, plan: Plan, recipes: Path, jobs: int, folder: Path, caught: Caught) -> None:
+    def __init__(self, plan: Plan, recipes: Path, jobs: int, folder: Path) -> None:
         freeze(plan, folder)
-        self.folder, self.caught = folder, caught
+        self.folder = folder
         self.executor: Executor = Processes(jobs) if jobs else InProcess()
         driver = Driver(Study(folder), recipes, jobs, executor=self.executor)
         unused = 1 + max(*plan.tuning_seeds, *plan.final_seeds)
@@ -217,14 +217,14 @@ class _Pilot:
                 if child.exitcode is None and not self.ready:
                     self.ready = time.perf_counter() - before
             while len(took) < len(began):
-                self.caught.raise_if_requested()
+                check()
                 self._wait(began, took)
         finally:
             for child, _ in began:
                 child.terminate()
             while len(took) < len(began):
                 self._wait(began, took)
-        self.caught.raise_if_requested()
+        check()
         for (child, _), log in zip(began, logs, strict=True):
             if child.exitcode not in (0, 128 + signal.SIGTERM if env else 0):
                 raise StudyError(f"a short run exited with status {child.exitcode}: {last_lines(log)}")

@@ -44,16 +44,6 @@ class Caught:
 
     number: int | None = None
 
-    @property
-    def requested(self) -> bool:
-        """Whether a stop was requested."""
-        return self.number is not None
-
-    def raise_if_requested(self, message: str = STOPPED) -> None:
-        """Raises `Interrupted` with the given message if a stop was requested."""
-        if self.number is not None:
-            raise Interrupted(message, self.number)
-
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[Caught]:
@@ -100,8 +90,9 @@ def check(message: str = STOPPED) -> None:
     Args:
         message: What was saved, and how to continue.
     """
-    if _active is not None:
-        _active.raise_if_requested(message)
+    guard = _active  # read once: another thread may leave the guard meanwhile
+    if guard is not None and guard.number is not None:
+        raise Interrupted(message, guard.number)
 
 
 def wait_for(call: Callable[[], T], message: str) -> T:
