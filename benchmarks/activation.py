@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -222,7 +221,6 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     arguments = make_parser(__doc__, rounds=25).parse_args(argv)
     write("activation", arguments, argv, *run(arguments))
 

@@ -17,6 +17,7 @@ import re
 import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -404,7 +405,7 @@ def _dirty() -> bool:
 def write(
     benchmark: str,
     arguments: argparse.Namespace,
-    argv: Sequence[str],
+    argv: Sequence[str] | None,
     results: Any,
     goals: Sequence[Goal],
     skipped: Sequence[str] = (),
@@ -415,7 +416,7 @@ def write(
     Args:
         benchmark: Name of the script.
         arguments: Parsed flags of the script.
-        argv: Flags as they were given.
+        argv: Flags as they were given; by default those of the process.
         results: Measured results, as JSON.
         goals: Goals of the project that the script can judge.
         skipped: What could not be measured here, and why.
@@ -426,7 +427,8 @@ def write(
     path = folder / machine(device) / f"{benchmark}{part}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     stamp = environment()
-    stamp["command"] = shlex.join(["python", "-m", f"benchmarks.{benchmark}", *argv])
+    flags = sys.argv[1:] if argv is None else argv
+    stamp["command"] = shlex.join(["python", "-m", f"benchmarks.{benchmark}", *flags])
     stamp["hardware"]["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
     stamp["dirty"] = _dirty() if stamp["commit"] else None
     stamp["hardware"]["load_average_at_start"] = _LOAD

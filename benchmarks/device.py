@@ -114,7 +114,6 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__, rounds=1)
     parser.add_argument("--minutes", type=float, default=8.0, help="time for all tests (default: 8)")
     arguments = parser.parse_args(argv)

@@ -229,7 +229,6 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__, rounds=1)
     parser.add_argument("--plan", type=Path, default=PLAN, help=f"plan file (default: {PLAN.name})")
     parser.add_argument("--minutes", type=float, default=8.0, help="total time (default: 8)")

@@ -9,7 +9,6 @@ formulas bit by bit.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -206,7 +205,6 @@ def run(name: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], list[
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__, rounds=1)
     parser.add_argument("--name", nargs="+", default=["egem"], help="names of the functions (default: egem)")
     parser.add_argument("--stride", type=int, default=1, help="check every STRIDE-th input (default: 1, all)")

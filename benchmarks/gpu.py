@@ -87,7 +87,6 @@ def earlier_stages(results: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser(__doc__, rounds=0)
     parser.set_defaults(rounds=None)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"by default all: {', '.join(STAGES)}")

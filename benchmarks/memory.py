@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -160,7 +159,6 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__, rounds=1)
     parser.add_argument("--batch", type=int, default=8, help="number of sequences of 1024 tokens in GPT-2 (default: 8)")
     arguments = parser.parse_args(argv)

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import gc
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -250,7 +249,6 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__, rounds=9)
     parser.add_argument("--minutes", type=float, default=8.0, help="total time (default: 8)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="by default all")

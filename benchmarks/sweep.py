@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from typing import Any
 
 import torch
@@ -95,7 +94,6 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__, rounds=9)
     parser.add_argument("--largest", type=int, help="power of two of the largest size; by default 24, on a GPU 28")
     parser.add_argument("--step", type=int, default=1, help="step between the powers of two (default: 1)")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -209,7 +208,6 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Goal], list
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__, rounds=15)
     parser.add_argument("--models", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS), help="by default all")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="by default both")

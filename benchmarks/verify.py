@@ -365,7 +365,6 @@ def table(rows: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__, rounds=1)
     parser.add_argument("--tests", action="store_true", help="also run the tests of each kind, including slow ones")
     arguments = parser.parse_args(argv)
