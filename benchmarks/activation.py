@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
@@ -110,9 +109,7 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, ro
     }
     timings = race({**contestants, **compiled}, batches, device, rounds, beside=beside, ahead=True)
     result["both"] = timings.summary(["gelu", "relu", "copy"])
-    result["both"]["ratios"]["torch.compile"] = {
-        name: asdict(timings.ratio(name, f"torch.compile({name})")) for name in FAMILY
-    }
+    result["both"]["ratios"]["torch.compile"] = {name: timings.ratio(name, f"torch.compile({name})") for name in FAMILY}
     passes: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
     for what in passes:
         timings = race(contestants, batches, device, rounds, what, beside, ahead=True)

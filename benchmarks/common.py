@@ -78,15 +78,6 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """The median of the ratios of all rounds, and their quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Goal:
     """A value that must stay below a limit, or above it with `at_least`.
 
@@ -136,15 +127,15 @@ class Timings:
     def medians(self) -> dict[str, float]:
         return {name: statistics.median(seconds) for name, seconds in self.seconds.items()}
 
-    def ratio(self, name: str, to: str) -> Ratio:
-        """Computes the ratio of `name` to `to`, round by round."""
+    def ratio(self, name: str, to: str) -> dict[str, float]:
+        """Returns the median and the quartiles of the ratios of `name` to `to`, round by round."""
         ratios = [a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-        return Ratio(middle, low, high)
+        return {"median": middle, "low": low, "high": high}
 
     def ratios(self, to: str) -> dict[str, dict[str, float]]:
         """Returns the ratios of all contestants to one, as JSON."""
-        return {name: asdict(self.ratio(name, to)) for name in self.seconds}
+        return {name: self.ratio(name, to) for name in self.seconds}
 
     def summary(self, baselines: Sequence[str]) -> dict[str, Any]:
         """Returns the medians, and the ratios of all contestants to each baseline that took part, as JSON."""
