@@ -21,10 +21,6 @@ from hf_gem.files import markdown_table, replace_between, write_atomically
 
 README = Path(__file__).resolve().parent / "README.md"
 START, END = "<!-- results -->\n", "<!-- end of results -->"
-BENCHMARKS = (
-    *("gpu", "device", "activation", "memory", "recipe_step", "train_step", "evidence", "sweep"),
-    *("exhaustive", "verify"),
-)
 PASSES = {"both": "both", "forward": "forward", "backward": "backward", "launched": "both, with launch"}
 MIB = 2**20
 
@@ -32,7 +28,7 @@ MIB = 2**20
 def load(results: Path) -> dict[str, dict[str, Any]]:
     """Loads machine -> name of the file -> record, in the order of the benchmarks."""
     machines: dict[str, dict[str, Any]] = {}
-    for benchmark in BENCHMARKS:
+    for benchmark in SECTIONS:
         for path in sorted(results.glob(f"*/{benchmark}*.json")):
             machines.setdefault(path.parent.name, {})[path.stem] = json.loads(path.read_text(encoding="utf-8"))
     return dict(sorted(machines.items()))
@@ -271,6 +267,7 @@ SECTIONS: dict[str, tuple[str, Callable[..., str]]] = {
     "recipe_step": ("GPT-2 as the recipe trains it", recipe_step_table),
     "train_step": ("Training steps", train_step_table),
     "evidence": ("A study", evidence_table),
+    "sweep": ("By size", lambda record: "![time by size](sweep.png)\n"),
     "exhaustive": ("All float32 inputs", exhaustive_table),
     "verify": ("How exact", lambda record: verify.table([verify.Row(**row) for row in record["results"]]) + "\n"),
 }
@@ -288,8 +285,6 @@ def page(machine: str, records: dict[str, Any]) -> str:
         chosen = [record for record in records.values() if record["benchmark"] == benchmark]
         if chosen:
             text += f"\n## {title}\n\n{make(*chosen)}"
-    if "sweep" in records:
-        text += "\n## By size\n\n![time by size](sweep.png)\n"
     return text
 
 

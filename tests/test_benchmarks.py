@@ -379,7 +379,7 @@ def test_the_scripts_leave_records_and_a_report_is_made_of_them(quick_run, tmp_p
     page = tmp_path / page
     text = page.read_text()
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
-        *("Activations alone", "Memory", "Training steps", "All float32 inputs", "How exact", "By size")
+        *("Activations alone", "Memory", "Training steps", "By size", "All float32 inputs", "How exact")
     ]
     assert "Quick runs, whose figures mean nothing" in text
     assert "graph breaks in gem_n2" in text
