@@ -340,7 +340,7 @@ def built_kernels(
     """
     with hf_gem.kernels("compiled"):
         specs = [hf_gem.parse(name) for name in names]
-        if device.type == "cpu" and not all(cpu.library(s.definition, s.n).ready(0, wait=True) for s in specs):
+        if device.type == "cpu" and not all(cpu.library(s.definition.kernels, s.n).ready(0, wait=True) for s in specs):
             raise RuntimeError(
                 "the C++ kernels cannot be built here, so there is nothing to time. The warning above says why."
             )

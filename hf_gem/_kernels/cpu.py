@@ -223,13 +223,9 @@ def _fingerprint(family: Family, n: int) -> str:
 
 
 @functools.cache
-def _library(kernels: str, n: int) -> Library:
+def library(kernels: str, n: int) -> Library:
+    """Returns the one library of `Family.kernels` for an n. GEM and E-GEM share theirs."""
     return Library(family_named(kernels), n)
-
-
-def library(family: Family, n: int) -> Library:
-    """Returns the one library of a family for an n. GEM and E-GEM share theirs."""
-    return _library(family.kernels, n)
 
 
 def launch(
@@ -238,7 +234,7 @@ def launch(
     """Runs one kernel. The tensors must be dense CPU tensors of the same shape, layout and dtype."""
     numel = inputs[0].numel()
     threads = torch.get_num_threads() if numel >= _PARALLEL else 1
-    function = _library(family.kernels, n).function(operation, inputs[0].dtype)
+    function = library(family.kernels, n).function(operation, inputs[0].dtype)
     pointers = [tensor.data_ptr() for tensor in (*outputs, *inputs)]
     values = numbers(family.kernels, n, eps)
     function(numel, threads, (ctypes.c_double * len(values))(*values), *pointers)

@@ -209,7 +209,7 @@ def _kernels_for(operation: str, family: Family, n: int, eps: float | Tensor, in
             return _interpreter() if not _triton_fails else None
         # Backward passes show that this is training. With inference alone, a build pays off later.
         work = numel if "backward" in operation else numel / 16
-        return cpu if cpu.library(family, n).ready(work, wait=selected == "compiled") else None
+        return cpu if cpu.library(family.kernels, n).ready(work, wait=selected == "compiled") else None
     return _triton() if x.device.type in _GPUS and not _triton_fails else None
 
 

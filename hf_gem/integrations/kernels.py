@@ -34,7 +34,7 @@ class Library:
         return False
 
 
-def library(family, n):
+def library(kernels, n):
     return Library()
 '''
 _CARD = f"""---

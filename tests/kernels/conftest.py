@@ -13,9 +13,9 @@ from hf_gem.family.egem import EGEM
 def fresh(monkeypatch, tmp_path):
     """As on a machine where nothing was ever built."""
     monkeypatch.setenv("HF_GEM_CACHE", str(tmp_path / "cache"))
-    cpu._library.cache_clear()
+    cpu.library.cache_clear()
     yield tmp_path / "cache"
-    cpu._library.cache_clear()
+    cpu.library.cache_clear()
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def call_quietly(backend="compiled"):
 
 
 def loaded():
-    return cpu.library(EGEM, 1)._functions is not None
+    return cpu.library("egem", 1)._functions is not None
 
 
 def scripted(monkeypatch, folder, text):
@@ -78,8 +78,8 @@ def run_build(target, seconds, **env):
 def test_nothing_is_loaded_from_a_folder_that_others_can_write_to(quick_build, monkeypatch):
     call_quietly()
     assert loaded()
-    cpu.library(EGEM, 1).path.parent.chmod(0o777)
-    cpu._library.cache_clear()
+    cpu.library("egem", 1).path.parent.chmod(0o777)
+    cpu.library.cache_clear()
     monkeypatch.setattr(cpu.ctypes, "CDLL", None)
     with pytest.warns(UserWarning, match=r"others can write to .*mode 0777.* Set HF_GEM_CACHE to a folder that"):
         call()
@@ -100,7 +100,7 @@ def test_the_log_follows_no_link(fresh, monkeypatch, tmp_path):
     victim.write_text("three years of work")
     scripted(monkeypatch, tmp_path, "print('no licence today')")
     fresh.mkdir(mode=0o700)
-    cpu.library(EGEM, 1).path.with_suffix(".log").symlink_to(victim)
+    cpu.library("egem", 1).path.with_suffix(".log").symlink_to(victim)
     with pytest.warns(UserWarning, match="folder cannot be used"):
         call()
     assert victim.read_text() == "three years of work"
@@ -150,7 +150,7 @@ def test_a_relative_folder_of_a_program_that_changes_its_own(quick_build, fresh,
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "one")
-    assert not cpu.library(EGEM, 1).ready(cpu.WORTH_BUILDING, wait=False)  # starts a build
+    assert not cpu.library("egem", 1).ready(cpu.WORTH_BUILDING, wait=False)  # starts a build
     monkeypatch.chdir(tmp_path / "two")
     call_quietly()
     assert loaded()
@@ -165,7 +165,7 @@ def test_a_relative_folder_of_a_program_that_changes_its_own(quick_build, fresh,
 @pytest.mark.parametrize("damage", ["truncated", "empty", "no checksum", "writable"])
 def test_a_damaged_library_is_built_again(quick_build, damage):
     """A truncated one would end the process with SIGBUS."""
-    path = cpu.library(EGEM, 1).path
+    path = cpu.library("egem", 1).path
     call_quietly()
     whole = path.read_bytes()
     path.unlink()  # it is loaded: what others see may change, what is mapped may not
@@ -173,7 +173,7 @@ def test_a_damaged_library_is_built_again(quick_build, damage):
     path.chmod(0o777 if damage == "writable" else 0o700)
     if damage == "no checksum":
         seal_of(path).unlink()
-    cpu._library.cache_clear()
+    cpu.library.cache_clear()
     call_quietly()
     assert loaded()
     assert path.read_bytes() == whole
@@ -215,7 +215,7 @@ def test_a_build_that_takes_long(fresh, monkeypatch, tmp_path):
         call()
     monkeypatch.setattr(cpu, "PATIENCE", 600.0)
     call_quietly()  # without waiting again
-    process = cpu.library(EGEM, 1)._process
+    process = cpu.library("egem", 1)._process
     assert process.poll() is None
     process.kill()
     process.wait()
@@ -235,7 +235,7 @@ def test_a_build_that_ends_after_all(quick_build, monkeypatch):
     with pytest.warns(UserWarning, match="still being built"):
         call()
     gate.touch()
-    cpu.library(EGEM, 1)._process.wait(timeout=240)
+    cpu.library("egem", 1)._process.wait(timeout=240)
     call_quietly()
     assert loaded()
 
@@ -300,7 +300,7 @@ def test_an_interrupt_while_a_build_is_awaited(fresh, monkeypatch, tmp_path):
         signal.signal(signal.SIGINT, before)
     assert cpu._lock.acquire(blocking=False)
     cpu._lock.release()
-    process = cpu.library(EGEM, 1)._process
+    process = cpu.library("egem", 1)._process
     assert process.poll() is None  # Ctrl-C is meant for the program
     call_quietly("auto")
     process.kill()
@@ -384,7 +384,7 @@ import torch, hf_gem
 x = torch.linspace(-3, 3, 77)
 with hf_gem.kernels("compiled"):
     y = hf_gem.egem(x, 1, 0.1)
-assert hf_gem._kernels.cpu.library(hf_gem.family.egem.EGEM, 1)._functions is not None
+assert hf_gem._kernels.cpu.library("egem", 1)._functions is not None
 assert torch.equal(y, hf_gem._kernels.plain.run("forward", hf_gem.family.egem.EGEM, 1, 0.1, x))
 """
     environment = {**os.environ, "HF_GEM_CACHE": str(fresh)}

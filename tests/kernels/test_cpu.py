@@ -130,18 +130,18 @@ def test_built_in_the_background_once_it_pays(fresh, monkeypatch):
             assert torch.equal(egem(x, 2, 0.1), expected)
         assert not fresh.exists()
         deadline = time.monotonic() + 240
-        while cpu.library(EGEM, 2)._functions is None:
+        while cpu.library("egem", 2)._functions is None:
             assert time.monotonic() < deadline
             assert torch.equal(egem(x, 2, 0.1), expected)
             time.sleep(0.1)
         assert torch.equal(egem(x, 2, 0.1), expected)
     assert {path.suffix for path in fresh.iterdir() if path.name != "inductor"} <= {".so", ".sha256", ".lock"}
     # The next process finds them.
-    cpu._library.cache_clear()
+    cpu.library.cache_clear()
     with hf_gem.kernels("auto"):
         egem(x, 2, 0.1)
-    assert cpu.library(EGEM, 2)._functions is not None
-    assert cpu.library(EGEM, 2)._process is None
+    assert cpu.library("egem", 2)._functions is not None
+    assert cpu.library("egem", 2)._process is None
 
 
 def test_what_counts_towards_a_build(fresh, monkeypatch):
@@ -167,7 +167,7 @@ def test_a_fork_while_its_parent_builds(fresh, monkeypatch, tmp_path):
     script.write_text("import time; time.sleep(60)")
     monkeypatch.setattr(cpu, "build", SimpleNamespace(__file__=str(script)))
     monkeypatch.setenv("CXX", sys.executable)  # anything that is there
-    library = cpu.library(EGEM, 1)
+    library = cpu.library("egem", 1)
     assert not library.ready(cpu.WORTH_BUILDING, wait=False)
     parents = library._process
     child = os.fork()
@@ -279,7 +279,7 @@ def test_a_build_whose_exit_status_is_lost(fresh, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", sys.executable)  # anything that is there
     fails("building the kernels failed: no licence today")
     script.write_text("print('a.cpp:3:1: error: no such type\\n    3 | x\\n      | ^')")
-    cpu._library.cache_clear()
+    cpu.library.cache_clear()
     fails("building the kernels failed: a.cpp:3:1: error: no such type ")
 
 
@@ -296,7 +296,7 @@ def test_a_program_that_contains_python(fresh, monkeypatch):
 
 
 def test_a_library_that_cannot_be_loaded(fresh):
-    path = cpu.library(EGEM, 3).path
+    path = cpu.library("egem", 3).path
     path.parent.mkdir(parents=True)
     path.write_bytes(b"not a library")
     seal_of(path).write_text(seal(path))
@@ -304,7 +304,7 @@ def test_a_library_that_cannot_be_loaded(fresh):
 
 
 def test_a_library_that_lacks_a_kernel(fresh):
-    path = cpu.library(EGEM, 3).path
+    path = cpu.library("egem", 3).path
     path.parent.mkdir(parents=True)
     shutil.copyfile(_ctypes.__file__, path)  # a library that can be loaded, whatever it is for
     seal_of(path).write_text(seal(path))
@@ -312,10 +312,10 @@ def test_a_library_that_lacks_a_kernel(fresh):
 
 
 def test_another_compiler_or_torch_gets_another_library(fresh, monkeypatch):
-    first = cpu.library(EGEM, 1).path
+    first = cpu.library("egem", 1).path
     cpu._fingerprint.cache_clear()
     monkeypatch.setattr(torch, "__version__", "0.0")
-    second = cpu.library(EGEM, 1).path
+    second = cpu.library("egem", 1).path
     cpu._fingerprint.cache_clear()
     assert first != second
-    assert first != cpu.library(EGEM, 2).path
+    assert first != cpu.library("egem", 2).path

@@ -64,7 +64,7 @@ class Repeated:
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("edge", [2**31, 2**32])
 def test_elements_past_what_32_bits_count(edge, threads):
-    library = cpu.library(EGEM, 1)
+    library = cpu.library("egem", 1)
     assert library.ready(0, wait=True)
     own = [edge // 2, edge - 1, edge]
     x, y = Repeated(edge + REST, own), Repeated(edge + REST, own)
