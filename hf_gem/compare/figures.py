@@ -274,7 +274,7 @@ def sensitivity(study: Study) -> Picture:
     figure = new_figure(8.5, 4.4)
     axes = figure.subplots()
     tidy(axes)
-    finalists = dict.fromkeys(trial for trials in study.finalists().values() for trial in trials)
+    finalists = study.final_trials()
     ends = []
     for number, act in enumerate(plan.acts):
         means, style = study.tuned(act), look(act)
