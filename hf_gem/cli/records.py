@@ -19,9 +19,8 @@ def report(
     """Write the report of a study from its records."""
     from ..compare.report import write_report
     from ..compare.study import Study
-    from ..training.signals import run_recipe
 
-    run_recipe(lambda: print(f"Report: {write_report(Study(study), baseline)}"))
+    print(f"Report: {write_report(Study(study), baseline)}")
 
 
 def summary(
@@ -34,9 +33,8 @@ def summary(
     """Compare activations with one baseline over several studies."""
     from ..compare.study import Study
     from ..compare.summary import write_summary
-    from ..training.signals import run_recipe
 
-    run_recipe(lambda: print(f"Summary: {write_summary([Study(folder) for folder in study], baseline, output_dir)}"))
+    print(f"Summary: {write_summary([Study(folder) for folder in study], baseline, output_dir)}")
 
 
 def card(
@@ -47,21 +45,16 @@ def card(
     record: Annotated[Path | None, typer.Option(help="The run's record, if it is elsewhere.")] = None,
 ) -> None:
     """Add the results of a study to the model card of a run."""
-    from ..training.signals import run_recipe
-
-    run_recipe(lambda: print(f"Model card: {_add_comparison(folder, study, record or folder / 'record.json')}"))
-
-
-def _add_comparison(folder: Path, study: Path, record: Path) -> Path:
     from ..compare.card import add_comparison
     from ..compare.study import Study
     from ..training.record import read_record
 
+    record, page = record or folder / "record.json", folder / "README.md"
     if not record.exists():
         raise ConfigError(f"there is no record {record}; name that of the run with --record")
     try:
         found = read_record(record)
     except ValueError as error:
         raise ConfigError(f"{error}; name the record of the run with --record") from error
-    add_comparison(folder / "README.md", found, Study(study))
-    return folder / "README.md"
+    add_comparison(page, found, Study(study))
+    print(f"Model card: {page}")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
@@ -143,16 +144,27 @@ def test_a_warning_takes_one_line(hf_gem, monkeypatch):
         assert hf_gem("choose", "gpt2") == (0, "advice\n", "warning: of two lines\n")
 
 
-@pytest.mark.parametrize(
-    "arguments", [("show", "gem"), ("train", "gpt2"), ("train", "--launcher", "cpu", "gpt2"), ("compare",)]
-)
-def test_ctrl_c_takes_one_line(hf_gem, monkeypatch, arguments):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
+@pytest.fixture
+def ctrl_c():
+    """Does what Ctrl-C does in a terminal. In the background of a shell, SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda *_, **__: signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
-    monkeypatch.setattr("hf_gem.cli.member.describe", interrupt)
-    monkeypatch.setattr("runpy.run_module", interrupt)  # while the recipe is imported
-    monkeypatch.setattr("accelerate.commands.launch.launch_command", interrupt)
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("show", "gem"), ("train", "gpt2"), ("train", "--launcher", "cpu", "gpt2"), ("compare",)),
+        *(("report", "study"), ("summary", "study"), ("card", "run", "study", "--record", ROOT / "pyproject.toml")),
+    ],
+)
+def test_ctrl_c_stops_at_once_with_one_line(hf_gem, monkeypatch, ctrl_c, arguments):
+    monkeypatch.setattr("hf_gem.cli.member.describe", ctrl_c)
+    monkeypatch.setattr("runpy.run_module", ctrl_c)  # while the recipe is imported
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", ctrl_c)
+    monkeypatch.setattr("hf_gem.compare.study.Study", ctrl_c)
+    monkeypatch.setattr("hf_gem.training.record.read_record", lambda _: {})  # before `card` reads the study
     assert hf_gem(*arguments) == (130, "", "stopped\n")
 
 
