@@ -19,10 +19,10 @@ from huggingface_hub import HfApi
 from ..files import shown
 from .checkpoint import written
 from .errors import PushError, reason
-from .signals import check
+from .signals import wait_for
 
 _LAST = "last-checkpoint"  # as the Trainer of transformers calls it
-_LOOK_EVERY = 0.2  # seconds
+_STOPPED = "stopped while pushing the last checkpoint, which is saved; run the same command again to continue"
 
 
 def push_run(repo_id: str, folder: Path, files: Sequence[str], private: bool) -> str:
@@ -88,9 +88,8 @@ class CheckpointPusher:
         Raises:
             Interrupted: A signal arrived first.
         """
-        while self._thread is not None and self._thread.is_alive():
-            self._thread.join(_LOOK_EVERY)
-            check("stopped while pushing the last checkpoint, which is saved; run the same command again to continue")
+        if self._thread is not None and self._thread.is_alive():
+            wait_for(self._thread.join, _STOPPED)
         if self._left is not None:
             self.push(self._left)
             self.wait()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 STOPPED = "stopped; run the same command again to continue"
-_LOOK_EVERY = 0.2  # seconds
+LOOK_EVERY = 0.2  # seconds between two checks while something is waited for
 _active: Caught | None = None
 terminal = 2  # the descriptor for the answer to Ctrl-C; it changes while 2 is redirected to a file
 
@@ -121,7 +121,7 @@ def wait_for(call: Callable[[], T], message: str) -> T:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     while thread.is_alive():
-        thread.join(_LOOK_EVERY)
+        thread.join(LOOK_EVERY)
         check(message)
     return future.result()
 

@@ -3,13 +3,18 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
+from hf_gem.training import push
+from hf_gem.training.errors import Interrupted
+from hf_gem.training.signals import catch_signals
 from tests.helpers import ROOT, VISION, finish, run_python, start
 from tests.hub_server import serve
 
@@ -109,6 +114,23 @@ def test_a_checkpoint_that_cannot_be_pushed_does_not_stop_training(hub, tmp_path
     assert "cannot push step_00000002 to 'me/digits': " in output
     assert "Training continues" in output
     assert "model.safetensors" in hub.repos["me/digits"]
+
+
+def test_a_signal_ends_the_wait_for_a_push(tmp_path, monkeypatch):
+    checkpoint, pushed = tmp_path / "step_00000002", threading.Event()
+    checkpoint.mkdir()
+    (checkpoint / "state.json").write_text("{}")
+    (checkpoint / "COMPLETE").write_text('{"state.json": {"bytes": 2, "sha256": ""}}')
+    monkeypatch.setattr(push, "_upload", lambda *_: pushed.wait())
+    pusher = push.CheckpointPusher("me/digits", tmp_path, private=True)
+    pusher.push(checkpoint)
+    with catch_signals():
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Interrupted, match=r"last checkpoint, which is saved; run the same command"):
+            pusher.wait()
+        pushed.set()
+        pusher._thread.join()
+        pusher.wait()  # nothing is left to wait for, so the run counts as finished
 
 
 def test_a_name_without_a_user(tmp_path, cache):

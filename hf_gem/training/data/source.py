@@ -20,12 +20,11 @@ from filelock import FileLock, Timeout
 from ...files import cache_folder, check_type, flush, is_inside, read_json, shown
 from ..config import option, require
 from ..errors import DataError, Interrupted, needed_for, reason
-from ..signals import check, wait_for
+from ..signals import LOOK_EVERY, check, wait_for
 
 T = TypeVar("T")
 _META = "meta.json"
 STOPPED = "stopped while preparing the data; run the same command again to start over"
-_LOOK_EVERY = 0.2  # seconds
 _SPLITS = {  # the word that names a split of a local folder, in lower case -> the split
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -379,7 +378,7 @@ def _locked(path: Path) -> Iterator[None]:
     while True:
         check(STOPPED)
         try:
-            lock.acquire(timeout=_LOOK_EVERY)
+            lock.acquire(timeout=LOOK_EVERY)
             break
         except Timeout:
             continue
