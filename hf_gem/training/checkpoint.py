@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -65,22 +65,12 @@ class CheckpointStore:
         identity: Config fields and the hash of the data. A checkpoint is only resumed if its identity is the same, and
             all processes of a run must have the same identity.
         averaged: A module with averaged weights, the same in all processes, or None.
-        check: A function that gets the state saved next to weights and optimizer, and the place it was read from. It
-            raises ValueError if the state is invalid.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        keep: int,
-        identity: Mapping[str, Any],
-        averaged: nn.Module | None = None,
-        check: Callable[[Any, str], None] = check_saved,
-    ) -> None:
+    def __init__(self, folder: Path, keep: int, identity: Mapping[str, Any], averaged: nn.Module | None = None) -> None:
         self.folder = folder
         self.keep = keep
         self.identity = json.loads(json.dumps(redacted(identity)))  # tuples become lists, as they will when read back
-        self.check = check
         self.averaged = averaged
         self._went_back_to: str | None = None  # name of the checkpoint that the run last went back to
 
@@ -89,13 +79,13 @@ class CheckpointStore:
         found = [path.parent for path in self.folder.glob(f"step_*/{COMPLETE}") if _NAME.fullmatch(path.parent.name)]
         return sorted(found, key=_step_of, reverse=True)
 
-    def save(self, accelerator: Accelerator, step: int, state: Any = None) -> Path:
+    def save(self, accelerator: Accelerator, step: int, state: Mapping[str, Any]) -> Path:
         """Saves model, optimizer, scaler and random states. All processes must call it.
 
         Args:
             accelerator: The accelerator with the prepared model and optimizer.
             step: Number of steps done.
-            state: Any further state to save, as JSON.
+            state: The part of the run's record to save, which `check_saved` describes.
 
         Raises:
             CheckpointError: The checkpoint cannot be written, for example because the disk is full. Complete
@@ -223,7 +213,7 @@ class CheckpointStore:
             ValueError: The file does not hold the state of a run.
         """
         content: _State = read_json(path / _STATE, _State)
-        self.check(content["state"], f"{path / _STATE}: state")
+        check_saved(content["state"], f"{path / _STATE}: state")
         if content["step"] < 1:
             raise ValueError(f"{path / _STATE}: step must be at least 1, got {content['step']}")
         if _NAME.fullmatch(path.name) and _step_of(path) != content["step"]:
