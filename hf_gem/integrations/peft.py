@@ -6,12 +6,10 @@ the conversion. Without hf_gem, PEFT warns about an unexpected key.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import re
 import warnings
-from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -21,23 +19,11 @@ from torch import nn
 from ..modules import GemActivation, get_activation
 from ..surgery.plans import PLAN, apply_plan, check_plan, plan_of
 from ..surgery.slots import join
-from .registry import Installer, both, patch
+from .registry import Installer, both, holding, patch
 
+# Whether an adapter is being loaded. Its config may also be used to train a new one, and must not convert then.
 _loading: ContextVar[bool] = ContextVar("hf_gem_loading_adapter", default=False)
 _COPIES = re.compile(r"\.modules_to_save\.[^.]+")  # the copy of a fully trained module, next to the original
-
-
-@contextlib.contextmanager
-def _while_loading() -> Iterator[None]:
-    """Marks that an adapter is being loaded.
-
-    A config from a file may also be used to train a new adapter, and must not convert the model then.
-    """
-    token = _loading.set(True)
-    try:
-        yield
-    finally:
-        _loading.reset(token)
 
 
 def _outside_tuners(model: nn.Module, path: str) -> str:
@@ -157,7 +143,7 @@ def _save(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _load(original: Any, *args: Any, **kwargs: Any) -> Any:
-    with _while_loading():
+    with holding(_loading, True):
         return original(*args, **kwargs)
 
 

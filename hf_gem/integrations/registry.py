@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from ..family.names import GemSpec, is_claimed, is_name, parse
 from ..files import shown
 
+T = TypeVar("T")
 # A function that hooks into a module that has just been imported, and one that undoes it.
 Installer = tuple[Callable[[ModuleType], None], Callable[[ModuleType], None]]
 
@@ -135,6 +138,16 @@ def both(*installers: Installer) -> Installer:
             undo(module)
 
     return install, uninstall
+
+
+@contextlib.contextmanager
+def holding(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Gives a context variable a value in a `with` block."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 def replace_everywhere(name: str, old: object, new: object) -> None:

@@ -38,7 +38,7 @@ from ..surgery.plans import PLAN, apply_plans, complete, parts_inside, parts_of,
 from ..surgery.reports import counted
 from ..surgery.slots import BUILT, join, slot_at, spec_of
 from .peft import write_adapter_plan
-from .registry import Installer, NameLookup, both, lookups, patch, refuse_conflicts, replace_everywhere
+from .registry import Installer, NameLookup, both, holding, lookups, patch, refuse_conflicts, replace_everywhere
 from .weights import warn_of_weights_alone
 
 
@@ -131,11 +131,8 @@ def _config_post_init(original: Any, config: Any, **kwargs: Any) -> None:
 def _config_from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
     """Supports `from_pretrained(..., hidden_act=name)`. The config would drop a keyword that it does not know."""
     name = kwargs.get("hidden_act")
-    token = _reading.set(_reading.get() or config_dict.get("transformers_version") is not None)
-    try:
+    with holding(_reading, _reading.get() or config_dict.get("transformers_version") is not None):
         result = original(cls, config_dict, **kwargs)
-    finally:
-        _reading.reset(token)
     config, unused = result if isinstance(result, tuple) else (result, {})
     if is_ours(name) and not declares(config, "hidden_act"):
         unused.pop("hidden_act", None)

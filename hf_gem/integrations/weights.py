@@ -18,7 +18,7 @@ from torch import nn
 from ..modules import get_activation
 from ..surgery.plans import PLAN, apply_plan, plan_of
 from ..surgery.slots import converted
-from .registry import Installer, both, patch
+from .registry import Installer, both, holding, patch
 
 
 def warn_of_weights_alone(model: nn.Module, what: str) -> None:
@@ -74,19 +74,13 @@ def _dump(original: Any, connector: Any, *args: Any, **kwargs: Any) -> dict[str,
 
 
 def _load_state(original: Any, cls: Any, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    return _with(checkpoint, original, cls, checkpoint, *args, **kwargs)
+    with holding(_checkpoint, checkpoint):
+        return original(cls, checkpoint, *args, **kwargs)
 
 
 def _restore(original: Any, connector: Any, *args: Any, **kwargs: Any) -> Any:
-    return _with(connector._loaded_checkpoint, original, connector, *args, **kwargs)
-
-
-def _with(checkpoint: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
-    token = _checkpoint.set(checkpoint)
-    try:
-        return call(*args, **kwargs)
-    finally:
-        _checkpoint.reset(token)
+    with holding(_checkpoint, connector._loaded_checkpoint):
+        return original(connector, *args, **kwargs)
 
 
 def _load_state_dict(model: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
