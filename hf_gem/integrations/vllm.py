@@ -17,7 +17,7 @@ from ..surgery.fields import nested_configs
 from ..surgery.plans import PLAN
 from .registry import Installer, refuse_conflicts
 
-_TABLES = ("_ACTIVATION_REGISTRY",)  # not the gated table, whose fused kernels take gate and input as one tensor
+_TABLE = "_ACTIVATION_REGISTRY"  # not the gated table, whose fused kernels take gate and input as one tensor
 
 
 def _refuse_converted(name: str) -> None:
@@ -35,11 +35,9 @@ def _refuse_converted(name: str) -> None:
 
 
 def _install(module: ModuleType) -> None:
-    for name in _TABLES:
-        table = getattr(module, name, None)
-        if table is None or getattr(type(table), "of_hf_gem", False):
-            continue
-        refuse_conflicts(dict.fromkeys(table), f"{module.__name__}.{name}")
+    table = getattr(module, _TABLE, None)
+    if table is not None and not getattr(type(table), "of_hf_gem", False):
+        refuse_conflicts(dict.fromkeys(table), f"{module.__name__}.{_TABLE}")
         table.__class__ = _with_names(type(table))
 
 
@@ -63,10 +61,9 @@ def _with_names(lazy: Any) -> Any:
 
 
 def _uninstall(module: ModuleType) -> None:
-    for name in _TABLES:
-        table = getattr(module, name, None)
-        if getattr(type(table), "of_hf_gem", False):
-            table.__class__ = type(table).__mro__[1]
+    table = getattr(module, _TABLE, None)
+    if getattr(type(table), "of_hf_gem", False):
+        table.__class__ = type(table).__mro__[1]
 
 
 INSTALLERS: dict[str, Installer] = {"vllm.model_executor.layers.activation": (_install, _uninstall)}
