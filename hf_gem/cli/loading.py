@@ -17,6 +17,7 @@ from torch import nn
 
 from ..family.names import is_claimed, parse
 from ..files import closest, shown
+from ..integrations.hub import auto_classes
 from ..surgery.convert import convert
 from ..surgery.fields import set_activation
 from ..surgery.reports import counted
@@ -278,15 +279,8 @@ def _model_class(config: Any, to_save: bool = False) -> Any:
         ConfigError: There is no class. With `to_save`, also if the config names one that transformers does not have.
     """
     import transformers
-    from transformers.models.auto import modeling_auto
 
-    found: dict[str, Any] = {}
-    for name, auto in vars(modeling_auto).items():
-        mapping = getattr(auto, "_model_mapping", None)
-        if name.startswith("AutoModel") and mapping is not None and type(config) in mapping:
-            built = mapping[type(config)]
-            for cls in built if isinstance(built, tuple) else (built,):
-                found.setdefault(cls.__name__, cls)
+    found = {cls.__name__: cls for built in auto_classes(type(config)).values() for cls in built}
     for name in config.architectures or ():
         if name in found:
             return found[name]

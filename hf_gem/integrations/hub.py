@@ -164,7 +164,7 @@ def _check(model: Any) -> tuple[list[str], dict[str, str]]:
         )
     if own is not None:
         return names, {"AutoConfig": type(model.config).__name__, _OWN[_own_name(own)]: type(model).__name__}
-    auto_map = _auto_map(model)
+    auto_map = {auto: built[0].__name__ for auto, built in auto_classes(type(model.config)).items()}
     if type(model).__name__ not in auto_map.values():
         raise ValueError(
             f"no Auto class builds a {type(model).__name__} from a {type(model.config).__name__}. trust_remote_code "
@@ -204,17 +204,16 @@ def _own_name(file: Path) -> str:
     return file.stem.removeprefix("gem_")
 
 
-def _auto_map(model: Any) -> dict[str, str]:
-    """Returns Auto class -> the class that it builds for the config of this model."""
+def auto_classes(config_class: type) -> dict[str, tuple[Any, ...]]:
+    """Returns Auto class -> the classes that it builds from such a config, the default one first."""
     from transformers.models.auto import modeling_auto
 
-    config_class = type(model.config)
     found = {}
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None)
         if isinstance(auto, type) and mapping is not None and name.startswith("AutoModel") and config_class in mapping:
             built = mapping[config_class]
-            found[name] = (built[0] if isinstance(built, tuple) else built).__name__
+            found[name] = built if isinstance(built, tuple) else (built,)
     return found
 
 
