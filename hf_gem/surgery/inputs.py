@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .fields import nested_configs
 
 _TOKENS, _FRAMES = 16, 96
 
@@ -59,7 +61,7 @@ class _Config:
     """Reads a field from a config, or from the first of its sub-configs that has it."""
 
     def __init__(self, config: Any) -> None:
-        self._configs = list(_nested(config))
+        self._configs = list(nested_configs(config).values())
 
     def get(self, *names: str, default: Any = None) -> Any:
         values = (getattr(config, name, None) for name in names for config in self._configs)
@@ -67,13 +69,6 @@ class _Config:
 
     def has(self, *names: str) -> bool:
         return self.get(*names) is not None
-
-
-def _nested(config: Any) -> Iterator[Any]:
-    yield config
-    for name in getattr(config, "sub_configs", {}):
-        if (inner := getattr(config, name, None)) is not None:
-            yield from _nested(inner)
 
 
 def _timm_size(model: nn.Module, timm_config: Any) -> tuple[int, ...]:
