@@ -43,8 +43,15 @@ def _from_environment() -> str:
     return _check(os.environ.get("HF_GEM_KERNELS", "").lower() or "auto", "HF_GEM_KERNELS")
 
 
-# The `kernels` blocks that are open, of all threads, in the order in which they were entered. The last one counts.
-_blocks: list[tuple[str, object]] = [(_from_environment(), None)]
+class _Block:
+    """A `kernels` block. It equals no other one."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+
+# The blocks that are open, of all threads, in the order in which they were entered. The last one counts.
+_blocks = [_Block(_from_environment())]
 _triton_fails = False
 
 
@@ -82,7 +89,7 @@ def kernels(backend: str) -> Iterator[None]:
     Raises:
         ValueError: The backend is unknown.
     """
-    block = _check(backend, "backend"), object()  # which no other block equals
+    block = _Block(_check(backend, "backend"))
     _blocks.append(block)
     try:
         yield
@@ -192,7 +199,7 @@ def keeps_output(family: Family, n: int, eps: float | Tensor, x: Tensor, save: s
 
 
 def _kernels_for(operation: str, family: Family, n: int, eps: float | Tensor, inputs: tuple[Tensor, ...]) -> Any:
-    selected = _blocks[-1][0]
+    selected = _blocks[-1].backend
     if selected == "eager" or isinstance(eps, Tensor) or in_dispatch_mode():
         return None
     x = inputs[0]

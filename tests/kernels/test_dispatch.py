@@ -32,7 +32,7 @@ def launched(monkeypatch):
 
 
 def selected():
-    return dispatch._blocks[-1][0]
+    return dispatch._blocks[-1].backend
 
 
 def test_the_backends_of_the_context_manager():
