@@ -72,7 +72,8 @@ def test_elements_past_what_32_bits_count(edge, threads):
         x.chunks.copy_(torch.randn(x.chunks.shape))
         y.chunks.fill_(-1.0)  # which no E-GEM is
         expected = plain.run("forward", EGEM, 1, 0.1, x.chunks)
-        library.function("forward", DTYPE)(edge + REST, threads, *scale(0.1, 1), y.data, x.data)
+        numbers = (ctypes.c_double * 2)(*scale(0.1, 1))
+        library.function("forward", DTYPE)(edge + REST, threads, numbers, y.data, x.data)
         assert torch.equal(y.chunks[:3], expected[:3])
         assert torch.equal(y.chunks[3, :REST], expected[3, :REST])
         assert (y.chunks[3, REST:] == -1.0).all()
