@@ -95,7 +95,8 @@ class StudyProgress:
         return min(1.0, _last_step(folder / "log.jsonl") / steps) if steps else 0.0
 
     def _print(self, text: str) -> None:
-        print(f"{clock_time()} {self.study.plan.name}: {text}", flush=True)
+        with tqdm.get_lock():  # Python 3.11 can crash if two threads print at once
+            print(f"{clock_time()} {self.study.plan.name}: {text}", flush=True)
 
 
 def _last_step(log: Path) -> int:
