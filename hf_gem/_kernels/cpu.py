@@ -236,5 +236,10 @@ def launch(
     threads = torch.get_num_threads() if numel >= _PARALLEL else 1
     function = library(family.kernels, n).function(operation, inputs[0].dtype)
     pointers = [tensor.data_ptr() for tensor in (*outputs, *inputs)]
-    values = numbers(family.kernels, n, eps)
-    function(numel, threads, (ctypes.c_double * len(values))(*values), *pointers)
+    function(numel, threads, _array(numbers(family.kernels, n, eps)), *pointers)
+
+
+@functools.lru_cache(maxsize=4096)
+def _array(values: tuple[float, ...]) -> ctypes.Array[ctypes.c_double]:
+    """Returns numbers as kernels read them. The array of an activation is made once, not at every launch."""
+    return (ctypes.c_double * len(values))(*values)
